@@ -1,0 +1,47 @@
+# make demo     from nothing to a pruned model, its perplexity beside that of the dense one, and a sample of both
+# make test     all checks: style, types, tests
+# make faults   kill `besa prune` at random moments and compare what it makes when run again (takes a while)
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+# The demo is limited on purpose: calibration of DEMO_SAMPLES x DEMO_SEQLEN tokens, perplexity on DEMO_WINDOWS windows.
+DEMO_SAMPLES ?= 64
+DEMO_SEQLEN ?= 256
+DEMO_SPARSITY ?= 0.5
+DEMO_WINDOWS ?= 8
+DEMO_PROMPT ?= The capital of France is
+
+BIN := $(abspath $(VENV))/bin
+
+.PHONY: demo test faults
+
+demo: $(VENV)/installed
+	rm -rf .demo
+	mkdir .demo
+	@echo "demo: $(DEMO_SAMPLES) x $(DEMO_SEQLEN) calibration tokens, the first $(DEMO_WINDOWS) windows of WikiText-2"
+	cd .demo && $(BIN)/besa prune --sparsity $(DEMO_SPARSITY) --data bundled --samples $(DEMO_SAMPLES) --seqlen $(DEMO_SEQLEN)
+	cd .demo && $(BIN)/besa eval ppl wikitext2 --limit $(DEMO_WINDOWS)
+	cd .demo && $(BIN)/besa eval sample "$(DEMO_PROMPT)"
+
+test: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(JOBS)
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python tests/faults.py
+
+# Dependency groups need pip 25.1; the pip that comes with Python may be older.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev
+	touch $@

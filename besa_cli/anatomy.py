@@ -1,0 +1,126 @@
+"""Where the blocks and linears of a decoder are, found by looking; what cannot be handled is refused by name."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from besa_cli.errors import BesaError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_SUITED = "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
+_ROUTERS = ("router", "gate")
+
+
+def config_of(directory: Path) -> "PretrainedConfig":
+    """The configuration of a checkpoint directory, refused where it is no dense decoder that stock transformers knows.
+
+    Raises
+    ------
+    BesaError
+        Unknown model type, encoder-decoder, no causal language model, or a quantized checkpoint.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BesaError(f"{directory / 'config.json'} describes no model that transformers knows: {reason}", _SUITED) from error
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BesaError(f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED)
+    if getattr(config, "quantization_config", None):
+        raise BesaError(f"{directory} is quantized ({kind} with a quantization_config)", "give the dense model it was made from")
+    return config
+
+
+def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    """The stock transformers model without weights: every tensor on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its name, e.g. ``model.layers``.
+
+    It is the longest list of modules that all hold linears, the outermost of equals.
+
+    Raises
+    ------
+    BesaError
+        There is no such list, or its modules hold weights in a form that cannot be pruned.
+    """
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        suited = isinstance(module, nn.ModuleList) and len(module) and all(_matrices(block) for block in module)
+        if suited and (found is None or len(module) > len(found[1])):  # type: ignore[arg-type]
+            found = (name, module)  # type: ignore[assignment]
+    if found is None:
+        raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
+    for index, block in enumerate(found[1]):
+        _refuse_unsuited(type(model).__name__, f"{found[0]}.{index}", block)
+    return found
+
+
+def _matrices(block: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in block.parameters())
+
+
+def _refuse_unsuited(model: str, where: str, block: nn.Module) -> None:
+    linears = {name for name, module in block.named_modules() if type(module) is nn.Linear}
+    for name, module in block.named_modules():
+        place = f"{where}.{name} of {model}"
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or name in linears:
+                continue
+            if type(module).__name__ == "Conv1D":
+                raise BesaError(f"{place} is a Conv1D, not an nn.Linear", _SUITED)
+            if parameter.dim() == 3 and "expert" in (name + type(module).__name__).lower():
+                raise BesaError(f"{place} holds its experts fused in one parameter ({key})", _SUITED)
+            raise BesaError(f"{place} ({type(module).__name__}) holds the weight '{key}' outside an nn.Linear", _SUITED)
+    if not linears:
+        raise BesaError(f"{where} of {model} holds no nn.Linear", _SUITED)
+
+
+def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear]:
+    """The linears of one block by their name inside it; routers of expert models are left out."""
+    text = config.get_text_config()
+    experts = {getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
+    found = {}
+    for name, module in block.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        if module.out_features in experts and name.rsplit(".", 1)[-1] in _ROUTERS:
+            continue
+        found[name] = module
+    return found
+
+
+def sizes(blocks: nn.ModuleList, config: "PretrainedConfig") -> list[int]:
+    """Weights in the linears of each block: what sparsity is counted over."""
+    return [sum(linear.weight.numel() for linear in linears(block, config).values()) for block in blocks]
+
+
+def shapes(block: nn.Module, config: "PretrainedConfig") -> Mapping[str, tuple[int, int]]:
+    """(rows, cols) of each linear of a block."""
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears(block, config).items()}
+
+
+def maximum_length(config: "PretrainedConfig") -> int | None:
+    """The longest sequence the model was made for, in tokens; None where its configuration does not say."""
+    value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if isinstance(value, int) and value > 0 else None

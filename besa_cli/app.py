@@ -1,0 +1,175 @@
+"""The command line `besa`: it wires the verbs, and is the one place where an error becomes a line and an exit code."""
+
+import errno
+import io
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from traceback import print_exception
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from besa_cli import __version__
+from besa_cli.commands import evaluate
+from besa_cli.commands.calibrate import calibrate
+from besa_cli.commands.config_file import origin
+from besa_cli.commands.prune import prune
+from besa_cli.commands.show import show
+from besa_cli.console import show_error
+from besa_cli.errors import BesaError
+
+INTERRUPTED = 128 + signal.SIGINT
+
+app = typer.Typer(name="besa", no_args_is_help=True, rich_markup_mode=None, context_settings={"max_content_width": 110})
+
+
+@dataclass
+class Settings:
+    """What the options before the verb say, and which signal ended the run."""
+
+    debug: bool = False
+    signals: list[int] = field(default_factory=list)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"besa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def besa(
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="BESA_DEBUG", help="Show the traceback of an error, too.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Make a large language model sparse without training it, block by block, and see what it cost."""
+    if isinstance(context.obj, Settings):
+        context.obj.debug = debug
+
+
+app.command()(calibrate)
+app.command()(prune)
+app.add_typer(evaluate.app, name="eval")
+app.command()(show)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    0 done; 1 could not do it; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM), the numbers that
+    shells and schedulers expect. A failure is one line and at most one hint on stderr; `--debug` adds the traceback.
+    What is neither a user's error nor the machine's (out of space, out of memory) is a bug and keeps its traceback.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The words after `besa`; those of the process if not given.
+    """
+    settings = Settings()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
+    with _termination_interrupts(settings):
+        try:
+            code = _run(arguments, settings)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except (BesaError, typer.TyperException, typer.Abort, OSError, MemoryError, RuntimeError) as error:
+            code = _report(error, settings)
+    if code != INTERRUPTED:
+        return code
+    show_error("interrupted", "everything finished is kept; run the same command again to go on from there")
+    return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
+    result = get_command(app).main(args=arguments, prog_name="besa", standalone_mode=False, obj=settings)
+    return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _termination_interrupts(settings: Settings) -> Iterator[None]:
+    """Let SIGTERM unwind the program as Ctrl-C does, so that locks and temporary files go away."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        settings.signals.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(error: Exception, settings: Settings) -> int:
+    """Show what a user can act on, and give its exit code; raise everything else again."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(str(error), err=True)
+        return 2
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
+    line = _line(error)
+    if line is None:
+        raise error
+    if settings.debug:
+        print_exception(error)
+    show_error(*line)
+    return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
+
+
+def _line(error: Exception) -> tuple[str, str] | None:
+    """The message and the hint for an error, or None if it is a bug."""
+    if isinstance(error, BesaError):
+        return error.message, error.hint
+    if isinstance(error, typer.TyperException):
+        return _usage_line(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory: {error}" if str(error) else "out of memory",
+            "close other programs, or take fewer or shorter samples, a smaller --batch-size or another --device",
+        )
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        place = f": {error.filename}" if error.filename is not None else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{reason}{place}", "free disk space, then run the same command again" if full else _SEE_WHERE
+    return None
+
+
+_SEE_WHERE = "'besa --debug …' shows where"
+
+
+def _usage_line(error: typer.TyperException) -> tuple[str, str]:
+    context: typer.Context | None = getattr(error, "ctx", None)
+    hint = f"see '{context.command_path} --help'" if context is not None else "see 'besa --help'"
+    message = " ".join(error.format_message().split())
+    parameter, reasons = getattr(error, "param", None), _reasons(error.__cause__)
+    if parameter is None or context is None:
+        return message, hint
+    if reasons:
+        name = max([parameter.name, *parameter.opts], key=len) if parameter.opts else parameter.name
+        reason = str(reasons[0].get("msg", "")).removeprefix("Value error, ").rstrip(".")
+        message = f"invalid value '{reasons[0].get('input')}' for {name}: {reason}"
+    return message + origin(context, parameter.name), hint
+
+
+def _reasons(cause: BaseException | None) -> list[dict[str, Any]]:
+    """What a failed conversion says of the value, in the terms of the library that Typer converts with."""
+    errors = getattr(cause, "errors", None)
+    return list(errors()) if callable(errors) else []

@@ -1,0 +1,286 @@
+"""Calibration sets: the token windows that a model is pruned on, stored with all that made them."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from besa_cli import __version__, corpora, datahub, sampling, token_rows
+from besa_cli.disk import publish, read_json, write_json
+from besa_cli.errors import BesaError, UsageError
+
+FORMAT = 1
+SHORTEST = 2  # tokens: a window must hold at least one token and the one that it predicts
+_TOKENS = "tokens.safetensors"
+_MANIFEST = "besa.json"
+
+Notify = Callable[[str], None]
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; those of transformers have it."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token between packed documents."""
+
+    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
+        """A mapping with the token ids of `text` under ``input_ids``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a calibration set is made of.
+
+    Parameters
+    ----------
+    data : tuple of str, default=("c4",)
+        Names (`corpora.SOURCES`) or files; the documents of all of them are one pool.
+    samples : int, default=128
+        Token windows.
+    seqlen : int, default=2048
+        Tokens of each.
+    seed : int, default=0
+        Not negative.
+    pack : bool or None, default=None
+        Whether documents are shuffled, joined and cut into full windows, instead of drawing windows from documents
+        longer than `seqlen`. None packs where bundled text is among the sources, since most of its documents are short.
+
+    Raises
+    ------
+    UsageError
+        A number outside its range.
+    """
+
+    data: tuple[str, ...] = ("c4",)
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    pack: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers outside their ranges."""
+        if self.samples < 1:
+            raise UsageError(f"--samples {self.samples} is too few", "give 1 or more")
+        if self.seqlen < SHORTEST:
+            raise UsageError(f"--seqlen {self.seqlen} is too short", f"give {SHORTEST} or more")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative", "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CalibrationSet:
+    """Token windows and their manifest.
+
+    Parameters
+    ----------
+    tokens : Tensor of shape (samples, seqlen), int64
+        Token ids.
+    manifest : dict
+        Plain JSON: options, sources with their digests, way of sampling, digests of tokenizer and tokens, versions.
+    """
+
+    tokens: Tensor
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens as little-endian 64-bit integers, row after row."""
+        return str(self.manifest["tokens_digest"])
+
+
+def build(
+    options: Options,
+    tokenizer: Tokenizer,
+    *,
+    tokenizer_digest: str,
+    max_length: int | None,
+    vocab_size: int,
+    data_dir: Path | None,
+    notify: Notify,
+    hub: datahub.Hub | None = None,
+) -> CalibrationSet:
+    """Make a calibration set.
+
+    Parameters
+    ----------
+    options : Options
+        What it is made of.
+    tokenizer : Tokenizer
+        The model's.
+    tokenizer_digest : str
+        Goes into the manifest.
+    max_length : int or None
+        Tokens that the model takes at most.
+    vocab_size : int
+        Rows of the model's embedding; every id is below it.
+    data_dir : Path or None
+        Directory with official files of named data sets.
+    notify : callable
+        Takes one-line notes.
+    hub : datahub.Hub or None, default=None
+        None for the one that the environment names.
+
+    Raises
+    ------
+    UsageError
+        Options or names that cannot be meant.
+    BesaError
+        A source cannot be read or reached, holds too little, or does not fit the model.
+    """
+    if max_length is not None and options.seqlen > max_length:
+        raise UsageError(
+            f"--seqlen {options.seqlen} is over the {max_length} tokens that the model takes at most",
+            f"give --seqlen {max_length} or less",
+        )
+    row_files = corpora.check_sources(options.data, data_dir)
+    rows: Sequence[Sequence[int]]
+    if row_files:
+        if options.pack:
+            raise UsageError("--pack does not go with token rows", "leave it out: the rows are the samples already")
+        taken = token_rows.read_rows(row_files, samples=options.samples, seqlen=options.seqlen, vocab_size=vocab_size)
+        rows, sources, how = taken.rows, taken.sources, {"sampling": "token rows"}
+    else:
+        hub = hub or datahub.from_environment()
+        opened = [corpora.open_source(name, data_dir=data_dir, hub=hub, notify=notify) for name in options.data]
+        rows, sources, how = _sample(options, tokenizer, opened, notify)
+    tokens = _tensor(rows, vocab_size)
+    manifest = {
+        "format": FORMAT,
+        "stage": "calibration",
+        "status": "complete",
+        "options": {**asdict(options), "data": list(options.data)},
+        "sources": list(sources),
+        **how,
+        "tokenizer_digest": tokenizer_digest,
+        "tokens_digest": tokens_digest(tokens),
+        "samples": options.samples,
+        "seqlen": options.seqlen,
+        "seed": options.seed,
+        "versions": _versions(),
+    }
+    return CalibrationSet(tokens=tokens, manifest=manifest)
+
+
+def tokens_digest(tokens: Tensor) -> str:
+    """SHA-256 of token ids as little-endian 64-bit integers, row after row."""
+    return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _sample(
+    options: Options, tokenizer: Tokenizer, opened: Sequence[corpora.Corpus], notify: Notify
+) -> tuple[Sequence[Sequence[int]], Sequence[dict[str, Any]], dict[str, Any]]:
+    """Windows, the manifest's sources, and the manifest's account of the sampling."""
+
+    def encode(text: str) -> Sequence[int]:
+        ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: no warning about long documents
+        return ids
+
+    with_bundled = any(corpus.source == "bundled" for corpus in opened)
+    packed = with_bundled if options.pack is None else options.pack
+    for corpus in opened:
+        if corpus.note:
+            notify(corpus.note + (", packed to full windows" if packed else ""))
+    pool = sampling.Joined([corpus.documents for corpus in opened])
+    sizes = {"samples": options.samples, "seqlen": options.seqlen}
+    if not packed:
+        drawn = sampling.draw(pool, encode, seed=options.seed, **sizes)
+        return drawn.tokens, [_source(each) for each in opened], {"sampling": "documents", "documents": drawn.documents}
+    books: list[corpora.Corpus] = []
+    texts = chain(sampling.shuffled(pool, options.seed), _books(opened, books) if with_bundled else ())
+    separator = tokenizer.eos_token_id
+    joined = sampling.pack(texts, encode, separator=separator, **sizes)
+    how = {"sampling": "packed", "documents": joined.documents, "separator": separator}
+    return joined.tokens, [_source(each) for each in (*opened, *books)], how
+
+
+def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iterator[str]:
+    """The bundled books, each read when its turn comes and then noted in `used`."""
+    asked = next(corpus.asked for corpus in opened if corpus.source == "bundled")
+    for name in corpora.BOOKS:
+        used.append(corpora.book(name, asked))
+        yield from used[-1].documents
+
+
+def _source(corpus: corpora.Corpus) -> dict[str, Any]:
+    source = {"asked": corpus.asked, "source": corpus.source, "file": corpus.file, "sha256": corpus.digest}
+    if corpus.source == "file":
+        source["asked"] = corpus.file  # never a path of this machine
+    if corpus.revision is not None:
+        source["revision"] = corpus.revision
+    return {**source, "documents": len(corpus.documents)}
+
+
+def _tensor(rows: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    low, high = min(map(min, rows)), max(map(max, rows))
+    if low < 0 or high >= vocab_size:
+        raise BesaError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}: "
+            "the tokenizer does not fit the model",
+            "use the tokenizer that belongs to the model",
+        )
+    return torch.tensor([list(row) for row in rows], dtype=torch.int64)
+
+
+def _versions() -> dict[str, str]:
+    others = {name: version(name) for name in ("datasets", "tokenizers", "transformers")}
+    return {"besa": __version__, **others}
+
+
+def save(calibration_set: CalibrationSet, directory: Path) -> None:
+    """Write ``tokens.safetensors`` and then ``besa.json``; a directory without the latter holds no calibration set.
+
+    Raises
+    ------
+    BesaError
+        The directory cannot be written.
+    """
+    manifest = directory / _MANIFEST
+    try:
+        manifest.unlink(missing_ok=True)  # never an old manifest beside new tokens
+    except OSError as error:
+        raise BesaError(
+            f"cannot write {manifest}: {error.strerror or error}", "name another directory with --run"
+        ) from error
+    tensors = {"tokens": calibration_set.tokens.to(torch.int64).contiguous()}
+    publish(directory / _TOKENS, lambda path: safetensors.torch.save_file(tensors, path))
+    write_json(manifest, calibration_set.manifest)
+
+
+def load(directory: Path) -> CalibrationSet:
+    """Read a calibration set and check it against its manifest.
+
+    Raises
+    ------
+    BesaError
+        There is none, it is of a newer besa, it is something else, or its tokens are not the ones the manifest names.
+    """
+    path = directory / _MANIFEST
+    anew = "make it anew with: besa calibrate"
+    if not path.is_file():
+        raise BesaError(f"no calibration set in {directory}", anew)
+    manifest = read_json(path)
+    if manifest.get("stage") != "calibration":
+        raise BesaError(f"{directory} holds no calibration set but '{manifest.get('stage', 'something else')}'", anew)
+    if manifest.get("format") != FORMAT:
+        raise BesaError(
+            f"{path} has format {manifest.get('format')}, this besa reads {FORMAT}",
+            f"use the besa that made it, or {anew}",
+        )
+    try:
+        tokens = safetensors.torch.load_file(directory / _TOKENS)["tokens"]
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise BesaError(f"cannot read {directory / _TOKENS}: {error}", anew) from error
+    if list(tokens.shape) != [manifest.get("samples"), manifest.get("seqlen")] or tokens.dtype != torch.int64:
+        raise BesaError(f"{directory / _TOKENS} does not have the shape that {_MANIFEST} states", anew)
+    if tokens_digest(tokens) != manifest.get("tokens_digest"):
+        raise BesaError(f"{directory / _TOKENS} was changed: its digest is not the one in {_MANIFEST}", anew)
+    return CalibrationSet(tokens=tokens, manifest=manifest)

@@ -1,0 +1,243 @@
+"""The run directory and its stages: complete Hugging Face checkpoints, one shard a block, each with a manifest.
+
+`docs/checkpoint.md` specifies the format.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from besa_cli import __version__, disk, weights
+from besa_cli.errors import BesaError
+from besa_cli.reports import BlockReport
+
+FORMAT = 1
+MANIFEST = "besa.json"
+TIMING = "timing.jsonl"
+STAGES = ("pruned",)  # in the order in which they are made
+
+_LIBRARIES = ("torch", "transformers", "safetensors")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+
+
+class Run:
+    """A run directory: the only state between commands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def calibration(self) -> Path:
+        """Where the calibration set is."""
+        return self.path / "calibration"
+
+    @property
+    def evaluations(self) -> Path:
+        """Where evaluation results go, one file a result."""
+        return self.path / "eval"
+
+    def stage(self, name: str) -> Path:
+        """Where a stage is: ``pruned``, …."""
+        return self.path / name
+
+    def next_stage(self, name: str) -> Path:
+        """Where a stage is written that will take the place of a finished one."""
+        return self.path / f"{name}.next"
+
+    def newest(self) -> Path | None:
+        """The newest stage, or None where there is none.
+
+        Raises
+        ------
+        BesaError
+            It is unfinished.
+        """
+        for name in reversed(STAGES):
+            directory = self.stage(name)
+            if (directory / MANIFEST).exists():
+                finished(directory)
+                return directory
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"besa": __version__, **{name: version(name) for name in _LIBRARIES}}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a stage or calibration set.
+
+    Raises
+    ------
+    BesaError
+        There is none, or a newer version of besa wrote it.
+    """
+    manifest = disk.read_json(directory / MANIFEST)
+    found = manifest.get("format")
+    if not isinstance(found, int) or found > FORMAT:
+        raise BesaError(
+            f"{directory / MANIFEST} has format {found}, this besa {__version__} knows {FORMAT}",
+            "use the besa version that wrote it, or a newer one",
+        )
+    return manifest
+
+
+def finished(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished stage.
+
+    Raises
+    ------
+    BesaError
+        The stage is unfinished; the hint names the command that continues it.
+    """
+    manifest = read_manifest(directory)
+    if manifest.get("status") != "complete":
+        stage = Stage(directory, int(manifest.get("blocks", 0)))
+        raise BesaError(
+            f"{directory} is unfinished: {stage.finished()} of {stage.blocks} blocks are done",
+            f"run the same 'besa {manifest.get('command', 'prune')}' again to finish it",
+        )
+    return manifest
+
+
+class Stage:
+    """One stage directory while it is written or read, a shard a block.
+
+    A block counts as finished when its shard is there under its own name; the block's report lies beside it and is
+    written first.
+
+    Parameters
+    ----------
+    directory : Path
+    blocks : int
+        Number of blocks of the model.
+    """
+
+    def __init__(self, directory: Path, blocks: int) -> None:
+        self.directory = directory
+        self.blocks = blocks
+
+    def shard(self, index: int) -> Path:
+        """The shard of block `index`; −1 is what belongs to no block."""
+        return self.directory / f"model-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
+
+    def finished(self) -> int:
+        """How many blocks are on disk, from the first on without a gap."""
+        return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block, by checkpoint name."""
+        return weights.read_file(self.shard(index))
+
+    def report(self, index: int) -> BlockReport:
+        """The report of a finished block."""
+        return BlockReport.from_record(disk.read_json(self.shard(index).with_suffix(".json")))
+
+    def reports(self) -> Iterator[BlockReport]:
+        """The reports of all finished blocks."""
+        return (self.report(index) for index in range(self.finished()))
+
+    def write(self, report: BlockReport, tensors: Mapping[str, Tensor]) -> None:
+        """Put a block's report and tensors on disk, the shard last."""
+        disk.write_json(self.shard(report.index).with_suffix(".json"), report.record())
+        self._save(self.shard(report.index), tensors)
+
+    def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the tensors that belong to no block on disk."""
+        if not self.shard(-1).exists():
+            self._save(self.shard(-1), tensors)
+
+    def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        disk.publish(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+
+    def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
+        """Make the directory: configuration and tokenizer files of the source, then the manifest."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and _is_copied(path.name):
+                disk.publish(self.directory / path.name, lambda temporary, path=path: _copy(path, temporary))
+        disk.write_json(self.directory / MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
+
+    def finish(self) -> dict[str, Any]:
+        """Write the index, then the manifest with what was reached; returns the manifest."""
+        table, total = {}, 0
+        for index in range(-1, self.blocks):
+            shard = self.shard(index)
+            for name, size in weights.header(shard).items():
+                table[name] = shard.name
+                total += size
+        index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        disk.write_json(self.directory / weights.INDEX, index_file)
+        linears = [linear for report in self.reports() for linear in report.linears]
+        counts = {
+            "weights": sum(linear.rows * linear.cols for linear in linears),
+            "pruned": sum(linear.pruned for linear in linears),
+            "zeros": sum(linear.zeros for linear in linears),
+            "windows_kept_uniform": sum(report.kept_uniform for report in self.reports()),
+        }
+        counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
+        manifest = disk.read_json(self.directory / MANIFEST)
+        manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
+        disk.write_json(self.directory / MANIFEST, manifest)
+        return manifest
+
+
+def replace_stage(old: Path, new: Path) -> None:
+    """Let the finished stage `new` take the place of `old`; a crash in between is made good by `recover`."""
+    aside = old.with_name(f"{old.name}.old")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover(old: Path, new: Path) -> None:
+    """Finish an exchange of stages that a crash interrupted."""
+    if not old.exists() and (new / MANIFEST).exists() and read_manifest(new).get("status") == "complete":
+        replace_stage(old, new)
+    aside = old.with_name(f"{old.name}.old")
+    if aside.exists() and old.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse early what the disk cannot hold.
+
+    Parameters
+    ----------
+    directory : Path
+        Where it is to be written; it may not exist yet.
+    needed : int
+        Bytes.
+    """
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BesaError(
+            f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free",
+            "free disk space, or name a directory on another disk with --run",
+        )
+
+
+def _is_copied(name: str) -> bool:
+    if name == MANIFEST or name.startswith((".", "model-")) or any(name.endswith(suffix) for suffix in _WEIGHTS):
+        return False
+    return name.endswith(_COPIED) or name.upper().startswith("LICENSE")
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+

@@ -1,0 +1,53 @@
+"""`besa calibrate`: text → calibration set."""
+
+from typing import TYPE_CHECKING
+
+from besa_cli import models
+from besa_cli.commands import options
+from besa_cli.console import Console
+
+if TYPE_CHECKING:
+    from besa_cli.calibration import CalibrationSet
+
+
+def calibrate(
+    model: options.ModelOption = options.DEFAULT_MODEL,
+    data: options.DataOption = None,
+    samples: options.SamplesOption = None,
+    seqlen: options.SeqlenOption = None,
+    seed: options.SeedOption = 0,
+    pack: options.PackOption = None,
+    data_dir: options.DataDirOption = None,
+    run: options.RunOption = options.DEFAULT_RUN,
+    restart: options.RestartOption = False,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Draw the text samples that a model is pruned on, and keep them as token ids in the run directory."""
+    from besa_cli import lock, preparation
+
+    console = Console(json=as_json)
+    source = models.resolve(model, notify=console.note)
+    wanted = preparation.calibration_options(
+        source, data=data, samples=samples, seqlen=seqlen, seed=seed, pack=pack, notify=console.note
+    )
+    directory = run / "calibration"
+    with lock.held(run, "besa calibrate"):
+        made = preparation.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
+    _show(made, console, str(directory))
+
+
+def _show(made: "CalibrationSet", console: Console, directory: str) -> None:
+    manifest = made.manifest
+    samples, seqlen = made.tokens.shape
+    console.line(
+        f"{samples} samples of {seqlen} tokens ({manifest['sampling']}, seed {manifest['seed']}) in {directory}"
+    )
+    columns = ("asked", "source", "file", "documents", "sha256")
+    rows = [
+        (each["asked"], each["source"], each["file"], each.get("documents", each.get("rows")), each["sha256"][:12])
+        for each in manifest["sources"]
+    ]
+    console.table("", columns, rows)
+    console.line(f"tokens {made.digest[:12]}")
+    console.emit_json({"directory": directory, **manifest})

@@ -1,0 +1,87 @@
+"""The options that several verbs share, each with its help text written once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from besa_cli.commands import config_file
+from besa_cli.models import DEMO
+
+DEFAULT_MODEL = DEMO
+DEFAULT_RUN = Path("besa-run")
+
+_MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO})"
+
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
+OtherModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.", show_default="the newest stage of the run directory"),
+]
+RunOption = Annotated[
+    Path,
+    typer.Option("--run", metavar="DIR", envvar="BESA_RUN", help="The run directory: where a run keeps all it makes."),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option("--dtype", help="What to compute in; auto is bfloat16 where the machine multiplies it fast."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of every random choice.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Begin anew; what was there is replaced when the new is finished.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.yaml",
+        is_eager=True,
+        callback=config_file.apply,
+        help="Options of this command from a YAML file (name: value); typed ones win.",
+    ),
+]
+
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="NAME|FILE",
+        help="Calibration text: c4, wikitext2, ptb, bundled, a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
+        show_default="c4",
+    ),
+]
+SamplesOption = Annotated[
+    int | None, typer.Option("--samples", metavar="N", help="Number of calibration samples.", show_default="128")
+]
+SeqlenOption = Annotated[
+    int | None,
+    typer.Option(
+        "--seqlen",
+        metavar="N",
+        help="Tokens of each sample.",
+        show_default="2048, or the model's maximum if less",
+    ),
+]
+PackOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--pack/--no-pack",
+        help="Join short documents to full samples, or draw each sample from one document that is long enough.",
+        show_default="packed where the data's documents are short",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        envvar="BESA_DATA",
+        help="Where local copies of the named data sets are looked for first.",
+    ),
+]

@@ -1,0 +1,156 @@
+"""`besa prune`: checkpoint + calibration set → pruned checkpoint."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from besa_cli import models
+from besa_cli.commands import options
+from besa_cli.console import Console
+from besa_cli.errors import UsageError
+from besa_cli.pruners import PRUNERS
+
+if TYPE_CHECKING:
+    from besa_cli.calibration import CalibrationSet
+    from besa_cli.checkpoint import Run
+    from besa_cli.models import Model
+
+_METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
+_BESA = "BESA"
+
+
+def _number(name: str, text: str, default: str, **bounds: float) -> Any:  # noqa: ANN401 - what typer.Option returns
+    return typer.Option(name, help=text, show_default=default, rich_help_panel=_BESA, **bounds)  # type: ignore[arg-type]
+
+
+def prune(
+    model: options.ModelOption = options.DEFAULT_MODEL,
+    sparsity: Annotated[
+        float | None,
+        typer.Option("--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"),
+    ] = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")] = "besa",
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa)."),
+    ] = None,
+    granularity: Annotated[
+        Literal["row", "layer"] | None, _number("--granularity", "What gets a sparsity of its own.", "row")
+    ] = None,
+    target: Annotated[
+        Literal["block", "stream"] | None,
+        _number("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
+    ] = None,
+    loss: Annotated[
+        Literal["relative", "channel"] | None,
+        _number("--loss", "The block's relative error as a whole, or each channel's by its own norm.", "relative"),
+    ] = None,
+    epochs: Annotated[int | None, _number("--epochs", "Passes over the samples.", "1", min=1)] = None,
+    batch_size: Annotated[int | None, _number("--batch-size", "Samples in a learning step.", "1", min=1)] = None,
+    lr: Annotated[float | None, _number("--lr", "Learning rate.", "0.05", min=0.0)] = None,
+    penalty: Annotated[float | None, _number("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)] = None,
+    candidates: Annotated[
+        int | None, _number("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option("--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+    ] = None,
+    data: options.DataOption = None,
+    samples: options.SamplesOption = None,
+    seqlen: options.SeqlenOption = None,
+    pack: options.PackOption = None,
+    data_dir: options.DataDirOption = None,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    seed: options.SeedOption = 0,
+    run: options.RunOption = options.DEFAULT_RUN,
+    restart: options.RestartOption = False,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Make a model sparse, block by block; run the same command again to go on after an interruption."""
+    own = {
+        "granularity": granularity, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "penalty": penalty, "candidates": candidates, "damping": damping,
+    }  # fmt: skip
+    pattern = _pattern(nm, sparsity)
+    console = Console(json=as_json)
+    from besa_cli import lock, preparation
+    from besa_cli.checkpoint import Run
+    from besa_cli.pruning import Job, Request
+
+    request = Request(
+        method=method,
+        sparsity=0.5 if sparsity is None else sparsity,
+        nm=pattern,
+        options={name: value for name, value in own.items() if value is not None},
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    source = models.resolve(model, notify=console.note)
+    directory = Run(run)
+    with lock.held(run, f"besa prune --run {run}"):
+        wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+        tokens = _calibration(source, directory, calibration, wanted, seed, data_dir, console)
+        job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
+        if job.done:
+            console.note(f"{directory.stage('pruned')} is finished already, with the same options")
+        with console.blocks("prune", job.number_of_blocks) as progress:
+            for report in job.blocks(progress.step):
+                progress.finished(report)
+        _show(job.finish(), directory, console)
+
+
+def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
+    if nm is None:
+        return None
+    if sparsity is not None:
+        raise UsageError(f"--nm {nm} and --sparsity {sparsity} exclude each other", "give one of the two")
+    found = re.fullmatch(r"(\d+):(\d+)", nm)
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise UsageError(f"--nm '{nm}' is no pattern N:M with 0 < N < M", "2:4 prunes 2 of every 4 columns")
+    return int(found[1]), int(found[2])
+
+
+def _calibration(
+    model: "Model",
+    run: "Run",
+    shared: Path | None,
+    wanted: dict[str, Any],
+    seed: int,
+    data_dir: Path | None,
+    console: Console,
+) -> "CalibrationSet":
+    """The set of `--calibration`, or of the run directory, made with the options given or the defaults where it has none."""
+    from besa_cli import preparation
+
+    given = [name for name, value in wanted.items() if value is not None]
+    if shared is not None:
+        if given:
+            raise UsageError(
+                f"--calibration {shared} and --{given[0]} exclude each other", "the set was drawn with options of its own"
+            )
+        return preparation.reuse(model, shared)
+    if not given and (run.calibration / "besa.json").exists():
+        return preparation.reuse(model, run.calibration)
+    drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
+    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note)
+
+
+def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
+    counts, chosen = manifest["counts"], manifest["options"]
+    directory = run.stage("pruned")
+    console.line(
+        f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
+        f"weights ({100 * counts['sparsity']:.4f} %)"
+    )
+    if counts["windows_kept_uniform"]:
+        console.line(f"{counts['windows_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there")
+    console.emit_json({"directory": str(directory), **manifest})

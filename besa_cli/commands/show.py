@@ -1,0 +1,230 @@
+"""`besa show`: what is in a directory, who made it, how sparse is each linear."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from besa_cli.commands import options
+from besa_cli.console import Console, human_share, short_names
+from besa_cli.errors import BesaError
+
+if TYPE_CHECKING:
+    from besa_cli.checkpoint import Run
+    from besa_cli.inspection import BlockCount, LinearCount
+
+
+def show(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]", help="A run directory, a stage or any checkpoint.", show_default="the run directory"
+        ),
+    ] = None,
+    run: options.RunOption = options.DEFAULT_RUN,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print the YAML that makes it again: besa prune --config FILE.yaml")
+    ] = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """What a directory is, the commands that made it, and the sparsity of each linear, counted in the tensors."""
+    from besa_cli import checkpoint, inspection
+
+    console = Console(json=as_json)
+    place = directory if directory is not None else run
+    kind = inspection.kind_of(place)
+    if config:
+        _print_config(_made(place) if kind == "run" else place, console)
+        return
+    facts: dict[str, Any] = {"directory": str(place), "kind": kind}
+    if kind == "run":
+        facts |= _show_run(checkpoint.Run(place), console)
+    elif kind == "calibration":
+        facts |= _show_calibration(place, console)
+    else:
+        facts |= _show_model(place, console)
+    console.emit_json(facts)
+
+
+def _made(run: Path) -> Path:
+    """The newest thing in a run that options made: a stage, else the calibration set."""
+    from besa_cli import inspection
+    from besa_cli.checkpoint import MANIFEST, Run
+
+    there = [
+        path for path in (Run(run).calibration, *inspection.stage_directories(Run(run))) if (path / MANIFEST).exists()
+    ]
+    if not there:
+        raise BesaError(f"{run} holds no stage and no calibration set", "make one: besa prune")
+    return there[-1]
+
+
+def _print_config(place: Path, console: Console) -> None:
+    import yaml
+
+    from besa_cli import checkpoint, inspection
+
+    if not (place / checkpoint.MANIFEST).exists():
+        raise BesaError(
+            f"{place} was not made by besa: it has no {checkpoint.MANIFEST}", "name a stage: besa show --config DIR"
+        )
+    manifest = checkpoint.read_manifest(place)
+    values = inspection.options_to_repeat(manifest)
+    text = yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items()}, sort_keys=False)
+    console.line(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
+    console.emit_json(values)
+
+
+def _show_run(run: "Run", console: Console) -> dict[str, Any]:
+    from besa_cli import inspection
+    from besa_cli.checkpoint import MANIFEST
+
+    console.line(f"{run.path}: run directory")
+    facts: dict[str, Any] = {}
+    if (run.calibration / MANIFEST).exists():
+        facts["calibration"] = _show_calibration(run.calibration, console)
+    facts["stages"] = []
+    for directory in inspection.stage_directories(run):
+        if (directory / MANIFEST).exists():
+            console.line("")
+            facts["stages"].append({"directory": str(directory), **_show_model(directory, console)})
+    facts["evaluations"] = inspection.evaluations(run)
+    if facts["evaluations"]:
+        console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
+    return facts
+
+
+def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
+    from besa_cli import checkpoint, inspection
+
+    manifest = checkpoint.read_manifest(directory)
+    sources = ", ".join(f"{source['asked']} ({source['source']}: {source['file']})" for source in manifest["sources"])
+    console.line(
+        f"{directory}: calibration set, {manifest['samples']} samples of {manifest['seqlen']} tokens "
+        f"({manifest['sampling']}, seed {manifest['seed']}) from {sources}"
+    )
+    if "command" in manifest:
+        line = inspection.command_line(manifest["command"], inspection.options_to_repeat(manifest), _run_of(directory))
+        console.line(f"  made by: {line}")
+    return {"manifest": manifest}
+
+
+def _show_model(directory: Path, console: Console) -> dict[str, Any]:
+    from besa_cli import checkpoint, inspection
+
+    manifest = checkpoint.read_manifest(directory) if (directory / checkpoint.MANIFEST).exists() else None
+    console.line(f"{directory}: {_title(manifest)}")
+    if manifest is not None:
+        _show_history(manifest, directory, console)
+    total = inspection.number_of_blocks(directory)
+    counts = []
+    with console.blocks("counting zeros", total) as progress:
+        for block in inspection.blocks(directory):
+            progress.step(block.index + 1, total, "block")
+            counts.append(block)
+    _show_counts(counts, console)
+    return {
+        "manifest": manifest,
+        "total": _sum([linear for block in counts for linear in block.linears]),
+        "blocks": _facts(counts),
+    }
+
+
+def _title(manifest: Mapping[str, Any] | None) -> str:
+    if manifest is None:
+        return "checkpoint that besa did not make"
+    origin = manifest["model"]
+    what = f"{manifest['stage']} stage of {origin['name']}"
+    if manifest["status"] == "complete":
+        return f"{what}, complete"
+    return f"{what}, unfinished"
+
+
+def _show_history(manifest: Mapping[str, Any], directory: Path, console: Console) -> None:
+    from besa_cli import inspection
+    from besa_cli.checkpoint import Stage
+
+    for entry in manifest.get("history", []):
+        console.line(f"  before: {inspection.command_line(entry['command'], entry['options'])}")
+    line = inspection.command_line(manifest["command"], inspection.options_to_repeat(manifest), _run_of(directory))
+    if manifest["status"] == "complete":
+        console.line(f"  made by: {line}")
+        return
+    stage = Stage(directory, int(manifest["blocks"]))
+    console.line(f"  {stage.finished()} of {stage.blocks} blocks are done; to go on: {line}")
+
+
+def _run_of(directory: Path) -> Path | None:
+    """What `--run` has to be for a part of a run directory; None for the default."""
+    return None if directory.parent == options.DEFAULT_RUN else directory.parent
+
+
+def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
+    """One row a block: the share of zeros in each linear and in all, and the errors of the block's report."""
+    labels = list(dict.fromkeys(_label(linear.name) for block in counts for linear in block.linears))
+    reported = any(block.report is not None for block in counts)
+    rows = []
+    for block in counts:
+        row = [str(block.index), *_shares(labels, block.linears)]
+        if reported:
+            errors = (block.report.error_before, block.report.error_after) if block.report else (None, None)
+            row += ["-" if error is None else f"{error:.2e}" for error in errors]
+        rows.append(row)
+    everything = [linear for block in counts for linear in block.linears]
+    rows.append(["all", *_shares(labels, everything), *(["-", "-"] if reported else [])])
+    columns = ["block", *short_names(labels), "all", *(["error before", "error after"] if reported else [])]
+    console.table("", columns, rows)
+    total = _sum(everything)
+    if not total["weights"]:
+        return
+    console.line(
+        f"{zeros:,} of {weights:,} weights are zero ({human_share(zeros / weights)})"
+    )
+    if total["pruned"] is not None:
+        console.line(f"{total['pruned']:,} of them were pruned ({human_share(total['pruned'] / total['weights'])})")
+        if total["pruned"] > total["zeros"]:
+            console.note("warning: the reports name more pruned weights than there are zeros: the tensors were changed")
+
+
+def _label(linear: str) -> str:
+    """The linear's name with all experts under one: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
+    return re.sub(r"\.\d+\.", ".*.", linear)
+
+
+def _shares(labels: Sequence[str], linears: "Sequence[LinearCount]") -> list[str]:
+    """Zeros in percent for each label, and for all."""
+    groups = [[linear for linear in linears if _label(linear.name) == label] for label in labels]
+    sums = [_sum(group) for group in (*groups, linears)]
+    return [f"{100 * each['zeros'] / each['weights']:.2f}" if each["weights"] else "-" for each in sums]
+
+
+def _sum(linears: "Sequence[LinearCount]") -> dict[str, Any]:
+    pruned = [linear.pruned for linear in linears if linear.pruned is not None]
+    return {
+        "weights": sum(linear.weights for linear in linears),
+        "zeros": sum(linear.zeros for linear in linears),
+        "pruned": sum(pruned) if pruned else None,
+    }
+
+
+def _facts(counts: "Sequence[BlockCount]") -> list[dict[str, Any]]:
+    return [
+        {
+            "block": block.index,
+            "linears": [
+                {
+                    "name": linear.name,
+                    "rows": linear.rows,
+                    "cols": linear.cols,
+                    "zeros": linear.zeros,
+                    "pruned": linear.pruned,
+                    "sparsity": linear.zeros / linear.weights,
+                }
+                for linear in block.linears
+            ],
+            **({"report": block.report.record()} if block.report else {}),
+        }
+        for block in counts
+    ]

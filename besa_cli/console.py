@@ -1,0 +1,279 @@
+"""All that a person sees: results on stdout, notes and progress on stderr.
+
+The only importer of rich, and of it only at a terminal; elsewhere every line is plain.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.progress
+
+    from besa_cli.reports import BlockReport, LinearReport
+
+Cell = str | int | float | None
+Facts = list[tuple[str, str]]
+
+_NUMBER = re.compile(r"-?$|[-+]?(\d|inf|nan)")
+
+
+class Console:
+    """The two output streams of one command.
+
+    Parameters
+    ----------
+    json : bool
+        With ``--json`` stdout holds exactly one JSON object: `table` and `line` say nothing, `emit_json` speaks.
+        Without it, it is the other way round; so a command calls all three and asks nothing.
+    """
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+        self._screen = _screen(sys.stderr)
+
+    def note(self, line: str) -> None:
+        """One line beside the results (stderr); goes above a running progress display."""
+        if self._screen is None:
+            _write(sys.stderr, line)
+        else:
+            self._screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A piece of the result as it is (stdout)."""
+        if not self.json:
+            _write(sys.stdout, text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table of results (stdout): numbers to the right, no cell cut, no control codes but at a terminal."""
+        if self.json:
+            return
+        cells = [[_cell(value) for value in row] for row in rows]
+        right = [all(_NUMBER.match(row[column]) for row in cells) for column in range(len(columns))]
+        screen = _screen(sys.stdout)
+        if screen is None:
+            _write(sys.stdout, _plain_table(title, columns, cells, right))
+        else:
+            screen.print(_rich_table(title, columns, cells, right))
+
+    def emit_json(self, value: Mapping[str, Any]) -> None:
+        """The result as one JSON object (stdout); numbers that JSON lacks (inf, nan) become null."""
+        if self.json:
+            _write(sys.stdout, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+    @contextmanager
+    def blocks(self, title: str, blocks: int) -> Iterator["BlockProgress"]:
+        """Progress over `blocks` blocks (stderr): a live display at a terminal, else one plain line a block."""
+        if self._screen is None:
+            yield BlockProgress(title, blocks, self, None)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[phase]}"),
+        )
+        with Progress(*columns, console=self._screen, transient=True, redirect_stdout=False) as live:
+            yield BlockProgress(title, blocks, self, live)
+
+
+class BlockProgress:
+    """Shows the blocks as they are finished, and the steps within the one at work; made by `Console.blocks`."""
+
+    def __init__(self, title: str, blocks: int, console: Console, live: "rich.progress.Progress | None") -> None:
+        self._title = title
+        self._blocks = blocks
+        self._console = console
+        self._live = live
+        self._task = live.add_task(title, total=blocks, phase="") if live is not None else None
+        self._seconds: list[float] = []
+        self._began = time.monotonic()
+        self._left = blocks
+        self._header: list[str] = []
+
+    def step(self, done: int, total: int, phase: str) -> None:
+        """Say how far the work within the present block is; nothing without a terminal."""
+        if self._live is None or self._task is None:
+            return
+        left = self._time_left(time.monotonic() - self._began)
+        left = f"  {left} left" if left else ""
+        self._live.update(self._task, phase=f"{phase} {done}/{total}{left}")
+
+    def finished(self, report: "BlockReport") -> None:
+        """A block is on disk: show its line. Blocks finished by an earlier run do not count for the time left."""
+        self._advance(report.index, None if report.resumed else report.seconds)
+        took = "resumed" if report.resumed else human_seconds(report.seconds)
+        self._show(
+            [
+                ("block", f"{report.index + 1}/{self._blocks}"),
+                *_sparsities(report.linears),
+                ("error", _change(report.error_before, report.error_after)),
+                ("loss", _scientific(report.learned_loss) + (" uniform" if report.kept_uniform else "")),
+                ("time", took),
+                ("left", self._time_left(0.0) or "-"),
+                ("memory", human_bytes(report.peak_memory)),
+            ]
+        )
+
+    def advance(self, index: int, seconds: float) -> None:
+        """A block is done of which there is nothing to say but its time (evaluation); `index` counts from 0."""
+        self._advance(index, seconds)
+        if self._live is None:
+            position = f"{index + 1}/{self._blocks}"
+            self._show([("block", position), ("time", human_seconds(seconds)), ("left", self._time_left(0.0) or "-")])
+
+    def _advance(self, index: int, seconds: float | None) -> None:
+        if seconds is not None:
+            self._seconds.append(seconds)
+        self._began = time.monotonic()
+        self._left = self._blocks - index - 1
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=index + 1, phase="")
+
+    def _time_left(self, spent: float) -> str:
+        if not self._seconds:
+            return ""
+        mean = sum(self._seconds) / len(self._seconds)
+        return human_seconds(max(0.0, mean * self._left - spent))
+
+    def _show(self, facts: Facts) -> None:
+        if self._live is None:
+            self._console.note(f"{self._title}: " + "  ".join(f"{name} {value}" for name, value in facts))
+            return
+        widths = [max(len(name), len(value), _WIDTHS.get(name, 5)) for name, value in facts]
+        header = [name for name, _ in facts]
+        if header != self._header:  # also where the linears differ from block to block
+            self._header = header
+            self._console.note("  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True)))
+        self._console.note("  ".join(value.rjust(width) for (_, value), width in zip(facts, widths, strict=True)))
+
+
+_WIDTHS = {"block": 7, "error": 18, "loss": 7, "time": 7, "left": 10, "memory": 8}
+
+
+def show_error(message: str, hint: str = "") -> None:
+    """`error: …` and, where there is one, `hint: …` (stderr), each one line however long: paths stay whole."""
+    screen = _screen(sys.stderr)
+    for label, text in (("error", message), ("hint", hint)):
+        if not text:
+            continue
+        if screen is None:
+            _write(sys.stderr, f"{label}: {text}")
+        else:
+            screen.print(f"{label}:", style="bold red" if label == "error" else "bold", end=" ", highlight=False)
+            screen.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes in decimal units: `1.92 GB`."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.3g} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """A time: `12.3 s`, `5 min 58 s`, `2 h 03 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def human_perplexity(value: float) -> str:
+    """A perplexity with four decimals; in powers of ten where it is out of all proportion."""
+    return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1e5 else f"{value:.4e}"
+
+
+def human_share(value: float) -> str:
+    """A share of one as a percentage: `50.00 %`."""
+    return f"{100 * value:.2f} %"
+
+
+def short_names(linears: Sequence[str]) -> list[str]:
+    """The linears of a block in brief: `self_attn.q_proj` is `q`; the whole name where that is not unique."""
+    short = [name.rpartition(".")[2].removesuffix("_proj") for name in linears]
+    return [name if short.count(brief) > 1 else brief for name, brief in zip(linears, short, strict=True)]
+
+
+def _sparsities(linears: Sequence["LinearReport"]) -> Facts:
+    names = short_names([linear.name for linear in linears])
+    return [(name, f"{100 * linear.sparsity:.1f}%") for name, linear in zip(names, linears, strict=True)]
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if before is None:
+        return _scientific(after)
+    return f"{_scientific(before)} -> {_scientific(after)}"
+
+
+def _scientific(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
+
+
+def _screen(stream: TextIO) -> "rich.console.Console | None":
+    """A rich console for a stream that is a terminal which can move its cursor, else None."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return None
+    from rich.console import Console as Screen
+
+    return Screen(file=stream)
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: list[list[str]], right: list[bool]) -> str:
+    widths = [max(len(line[column]) for line in [columns, *rows]) for column in range(len(columns))]
+
+    def text(line: Sequence[str]) -> str:
+        cells = zip(line, widths, right, strict=True)
+        return "  ".join(cell.rjust(width) if flush else cell.ljust(width) for cell, width, flush in cells).rstrip()
+
+    head = [title, ""] if title else []
+    return "\n".join([*head, text(columns), text(["-" * width for width in widths]), *map(text, rows)])
+
+
+def _rich_table(
+    title: str, columns: Sequence[str], rows: list[list[str]], right: list[bool]
+) -> "rich.console.RenderableType":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    for column, flush in zip(columns, right, strict=True):
+        table.add_column(Text(column), justify="right" if flush else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

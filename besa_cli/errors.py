@@ -1,0 +1,47 @@
+"""The errors a user may meet: one line that says what is wrong, with the value and the place, and a hint that says what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BesaError(Exception):
+    """Something that could not be done (exit code 1).
+
+    Parameters
+    ----------
+    message : str
+        What is wrong, naming the value and the place (path, option, tensor).
+    hint : str
+        What the user can do about it; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = " ".join(message.split())
+        self.hint = " ".join(hint.split())
+
+
+class UsageError(BesaError):
+    """An option or argument that cannot be meant (exit code 2)."""
+
+    exit_code = 2
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not among `known`, with the nearest one as a suggestion.
+
+    Parameters
+    ----------
+    kind : str
+        What the name stands for, e.g. ``"method"``.
+    value : str
+        The name that was given.
+    known : iterable of str
+        All names that would have been accepted.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    meant = f"did you mean '{near[0]}'? " if near else ""
+    return UsageError(f"unknown {kind} '{value}'", f"{meant}known: {', '.join(names)}")

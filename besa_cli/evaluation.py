@@ -1,0 +1,269 @@
+"""Perplexity over the block stream: a model larger than memory can be measured; and greedy continuations of a prompt."""
+
+import hashlib
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from besa_cli import checkpoint, compute, disk, stream
+from besa_cli.corpora import EvaluationText
+from besa_cli.decoder import Decoder
+from besa_cli.errors import BesaError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int, float], None]
+_HEAD_TOKENS = 512  # positions whose logits exist at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How perplexity is measured.
+
+    Attributes
+    ----------
+    seqlen : int
+        Tokens of a window (the context length).
+    stride : int, optional
+        Tokens between the starts of two windows; by default windows do not overlap. With overlap only the last `stride`
+        tokens of a window count (all of the first).
+    limit : int, optional
+        Windows to measure, from the start of the text.
+    batch_size : int
+        Windows in a pass.
+    device, dtype : str
+        As on the command line.
+    """
+
+    seqlen: int = 2048
+    stride: int | None = None
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seqlen < 2:
+            raise UsageError(f"--seqlen {self.seqlen} is too short to predict a token", "give 2 or more")
+        if self.stride is not None and not 1 <= self.stride <= self.seqlen:
+            raise UsageError(f"--stride {self.stride} is not in 1 … {self.seqlen} (--seqlen)", "leave it out for no overlap")
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """One measured perplexity with all that made it."""
+
+    dataset: str
+    split: str | None
+    text_digest: str
+    tokenizer_digest: str
+    model_digest: str
+    tokens: int
+    windows: int
+    windows_in_text: int
+    seqlen: int
+    stride: int | None
+    device: str
+    dtype: str
+    nll: float
+    perplexity: float
+
+
+def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
+    """The whole text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
+
+    Raises
+    ------
+    BesaError
+        The tokenizer gives ids that the model does not know.
+    """
+    ids = torch.tensor(tokenizer(text.text, verbose=False)["input_ids"], dtype=torch.long)
+    if len(ids) and int(ids.max()) >= vocabulary:
+        raise BesaError(
+            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
+            "the tokenizer in the model's directory belongs to another model",
+        )
+    return ids
+
+
+def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
+    """The windows of a text, shape (windows, seqlen), the last partial one dropped, and how many the whole text has.
+
+    Raises
+    ------
+    BesaError
+        The text is shorter than one window.
+    """
+    step = settings.stride or settings.seqlen
+    if len(ids) < settings.seqlen:
+        raise BesaError(
+            f"{name} has {len(ids)} tokens, less than one window of {settings.seqlen}", "give a smaller --seqlen or a longer text"
+        )
+    cut = ids.unfold(0, settings.seqlen, step)
+    return cut[: settings.limit].contiguous(), len(cut)
+
+
+class Measurement:
+    """Perplexity of one checkpoint on one text.
+
+    Parameters
+    ----------
+    directory : Path
+        The checkpoint.
+    digest : str
+        Its content digest.
+    text : EvaluationText
+    tokenizer, tokenizer_digest
+        Those of the model.
+    settings : Settings
+
+    Raises
+    ------
+    BesaError
+        The text is too short, or the window longer than the model takes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        digest: str,
+        text: EvaluationText,
+        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer_digest: str,
+        settings: Settings,
+    ) -> None:
+        from besa_cli import anatomy
+
+        config = anatomy.config_of(directory)
+        longest = anatomy.maximum_length(config)
+        if longest is not None and settings.seqlen > longest:
+            raise UsageError(
+                f"--seqlen {settings.seqlen} is more than the {longest} tokens that {directory} takes",
+                f"give --seqlen {longest} or less",
+            )
+        self._directory, self._settings = directory, settings
+        ids = tokenize(text, tokenizer, config.get_text_config().vocab_size)
+        self._windows, self._in_text = windows(ids, settings, text.name)
+        self.blocks = int(config.get_text_config().num_hidden_layers)
+        self._device = compute.device(settings.device)
+        self._dtype = compute.dtype(settings.dtype, self._device)
+        self._facts: dict[str, Any] = {
+            "dataset": text.name,
+            "split": text.split,
+            "text_digest": text.digest,
+            "tokenizer_digest": tokenizer_digest,
+            "model_digest": digest,
+            "tokens": len(ids),
+            "windows": len(self._windows),
+            "windows_in_text": self._in_text,
+            "seqlen": settings.seqlen,
+            "stride": settings.stride,
+            "device": self._device.type,
+            "dtype": compute.name_of(self._dtype),
+        }
+
+    @property
+    def file(self) -> str:
+        """A name for the result that differs wherever anything that made it does."""
+        key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
+        stem = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in str(self._facts["dataset"]))
+        return f"ppl-{stem}-{key}.json"
+
+    def measure(self, progress: Progress = lambda block, blocks, seconds: None) -> Perplexity:
+        """Walk the model once and measure; `progress` is told each block, their number and its seconds."""
+        decoder = Decoder(self._directory, self._device, self._dtype)
+        tokens, batch = self._windows, self._settings.batch_size
+        hidden = stream.embed(decoder, tokens, batch)
+        for index in range(len(decoder)):
+            start = time.perf_counter()
+            decoder.load(index)
+            stream.advance(decoder, index, hidden, tokens, batch)
+            decoder.drop(index)
+            progress(index, len(decoder), time.perf_counter() - start)
+        nll = _mean(list(self._window_losses(decoder, hidden)))
+        return Perplexity(**self._facts, nll=nll, perplexity=math.exp(min(nll, 700.0)))
+
+    def _window_losses(self, decoder: Decoder, hidden: Tensor) -> Iterator[tuple[float, int]]:
+        """(sum of −log p, number of counted tokens) of each window."""
+        seqlen, stride = self._settings.seqlen, self._settings.stride
+        for number in range(len(self._windows)):
+            counted = seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
+            part = slice(number, number + 1)
+            losses = token_losses(decoder, hidden[part], self._windows[part])[0]
+            yield float(losses[seqlen - 1 - counted :].double().sum()), counted
+
+
+def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """−log p of every token but the first, fp32.
+
+    Parameters
+    ----------
+    hidden : Tensor of shape (samples, seqlen, hidden)
+        What left the last block.
+    tokens : Tensor of shape (samples, seqlen)
+
+    Returns
+    -------
+    Tensor of shape (samples, seqlen − 1)
+    """
+    last = tokens.shape[1] - 1
+    parts = []
+    for start in range(0, last, _HEAD_TOKENS):
+        stop = min(start + _HEAD_TOKENS, last)
+        logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
+        targets = tokens[:, start + 1 : stop + 1].to(logits.device)
+        parts.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    return torch.cat(parts, dim=1)
+
+
+def _mean(losses: list[tuple[float, int]]) -> float:
+    """Mean −log p: over tokens, which for windows of equal length is the authors' mean over windows."""
+    return math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
+
+
+def save(result: Perplexity, file: Path, model: dict[str, Any]) -> None:
+    """Write one result with what it belongs to."""
+    record = {
+        "format": checkpoint.FORMAT,
+        "kind": "perplexity",
+        "model": model,
+        **asdict(result),
+        "versions": checkpoint.versions(),
+    }
+    disk.write_json(file, record)
+
+
+def load(file: Path) -> Perplexity | None:
+    """A result that was saved, or None where there is none."""
+    if not file.exists():
+        return None
+    record = disk.read_json(file)
+    names = inspect.signature(Perplexity).parameters
+    if record.get("versions") != checkpoint.versions() or not all(name in record for name in names):
+        return None
+    return Perplexity(**{name: record[name] for name in names})
+
+
+def continuation(directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype) -> str:
+    """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text

@@ -1,0 +1,188 @@
+"""What a directory is, what made it, and how sparse each linear is, counted in the tensors themselves."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from besa_cli import checkpoint, weights
+from besa_cli.checkpoint import MANIFEST, STAGES, Run, Stage
+from besa_cli.errors import BesaError
+from besa_cli.reports import BlockReport
+
+Kind = Literal["run", "calibration", "stage", "checkpoint"]
+
+_IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d+)\.(?P<linear>.+)\.weight")
+_ROUTERS = ("router", "gate")  # they decide between experts and are never pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCount:
+    """One linear as it is on the disk; `pruned` is what the report says was pruned, None where there is no report."""
+
+    name: str
+    rows: int
+    cols: int
+    zeros: int
+    pruned: int | None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCount:
+    """One block as it is on the disk, and its report where there is one."""
+
+    index: int
+    linears: tuple[LinearCount, ...]
+    report: BlockReport | None
+
+
+def kind_of(directory: Path) -> Kind:
+    """What a directory is, from what lies in it.
+
+    Raises
+    ------
+    BesaError
+        It does not exist, or holds nothing that besa knows.
+    """
+    if not directory.is_dir():
+        state = "is not a directory" if directory.exists() else "does not exist"
+        raise BesaError(f"{directory} {state}", "name a run directory, a stage or a checkpoint: besa show DIR")
+    if (directory / MANIFEST).exists():
+        return "calibration" if checkpoint.read_manifest(directory).get("stage") == "calibration" else "stage"
+    if (directory / "config.json").exists():
+        return "checkpoint"
+    run = Run(directory)
+    parts = (run.calibration, run.evaluations, *stage_directories(run))
+    if any(part.is_dir() for part in parts):
+        return "run"
+    raise BesaError(
+        f"{directory} holds nothing that besa knows: no {MANIFEST}, no config.json, no stage",
+        "name a run directory, a stage or a checkpoint: besa show DIR",
+    )
+
+
+def stage_directories(run: Run) -> list[Path]:
+    """Where a run's stages are, whether there or not: the newest last, each before the one that will replace it."""
+    return [directory for name in STAGES for directory in (run.stage(name), run.next_stage(name))]
+
+
+def number_of_blocks(directory: Path) -> int:
+    """How many blocks `blocks` will give for a stage or a checkpoint."""
+    if (directory / MANIFEST).exists():
+        return _stage(directory).finished()
+    return len(_matrices(weights.Weights(directory)))
+
+
+def blocks(directory: Path) -> Iterator[BlockCount]:
+    """The blocks of a stage (as far as it is finished) or of any checkpoint in safetensors, read one at a time.
+
+    Raises
+    ------
+    BesaError
+        A shard is missing or damaged.
+    """
+    if (directory / MANIFEST).exists():
+        stage = _stage(directory)
+        return (_stored_block(stage, index) for index in range(stage.finished()))
+    return _plain_blocks(weights.Weights(directory))
+
+
+def _stage(directory: Path) -> Stage:
+    return Stage(directory, int(checkpoint.read_manifest(directory).get("blocks", 0)))
+
+
+def _stored_block(stage: Stage, index: int) -> BlockCount:
+    report = stage.report(index)
+    tensors = stage.read(index)
+    counts = []
+    for linear in report.linears:
+        ending = f".{index}.{linear.name}.weight"
+        tensor = next((value for name, value in tensors.items() if f".{name}".endswith(ending)), None)
+        if tensor is None or tuple(tensor.shape) != (linear.rows, linear.cols):
+            raise BesaError(
+                f"{stage.shard(index)} does not hold {linear.name} ({linear.rows} x {linear.cols}) as its report says",
+                "make the stage anew with --restart",
+            )
+        zeros = int((tensor == 0).sum())
+        counts.append(
+            LinearCount(name=linear.name, rows=linear.rows, cols=linear.cols, zeros=zeros, pruned=linear.pruned)
+        )
+    return BlockCount(index=index, linears=tuple(counts), report=report)
+
+
+def _plain_blocks(source: weights.Weights) -> Iterator[BlockCount]:
+    for index, names in _matrices(source).items():
+        tensors = source.read(list(names))
+        counts = tuple(
+            LinearCount(
+                name=names[name],
+                rows=tensor.shape[0],
+                cols=tensor.shape[1],
+                zeros=int((tensor == 0).sum()),
+                pruned=None,
+            )
+            for name, tensor in tensors.items()
+            if tensor.dim() == 2
+        )
+        yield BlockCount(index=index, linears=counts, report=None)
+
+
+def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
+    """Block → tensor name → linear's name, for the largest of the checkpoint's numbered lists of modules."""
+    lists: dict[str, dict[int, dict[str, str]]] = {}
+    for name in source.names:
+        match = _IN_BLOCK.fullmatch(name)
+        if match and match["linear"].rpartition(".")[2] not in _ROUTERS:
+            numbered = lists.setdefault(match["list"], {})
+            numbered.setdefault(int(match["block"]), {})[name] = match["linear"]
+    if not lists:
+        raise BesaError(f"{source.directory} holds no blocks of weights", "name the checkpoint of a decoder")
+
+    def size(numbered: Mapping[int, Mapping[str, str]]) -> int:
+        return sum(source.nbytes(names) for names in numbered.values())
+
+    return dict(sorted(max(lists.values(), key=size).items()))
+
+
+def command_line(command: str, options: Mapping[str, Any], run: Path | None = None) -> str:
+    """The command that a manifest's options were typed as, in full; with the run directory, if given."""
+    words = ["besa", command]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [word for item in value for word in (flag, str(item))]
+        else:
+            words += [flag, str(value)]
+    if run is not None:
+        words += ["--run", str(run)]
+    return shlex.join(words)
+
+
+def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that make a stage or a calibration set again on any machine, `auto` replaced by what it stood for."""
+    options = dict(manifest.get("options", {}))
+    options.setdefault("model", manifest.get("model", {}).get("name"))
+    resolved = manifest.get("compute", {})
+    for name in ("device", "dtype"):
+        if name in options and name in resolved:
+            options[name] = resolved[name]
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def evaluations(run: Run) -> dict[str, Any]:
+    """The results of a run by file name."""
+    if not run.evaluations.is_dir():
+        return {}
+    return {path.name: json.loads(path.read_text("utf-8")) for path in sorted(run.evaluations.glob("*.json"))}

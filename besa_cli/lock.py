@@ -1,0 +1,48 @@
+"""One process at a time writes a run directory."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from besa_cli.errors import BesaError
+
+
+@contextlib.contextmanager
+def held(run: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a run directory; the operating system frees it when the process dies, however it dies.
+
+    Raises
+    ------
+    BesaError
+        Another process holds it (named), or the directory cannot be written.
+    """
+    holder = run / ".holder.json"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise BesaError(
+            f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run"
+        ) from error
+    except OSError as error:
+        raise BesaError(f"cannot write {run}: {error.strerror or error}", "name another directory with --run") from error
+    try:
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command}))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(holder: Path) -> str:
+    try:
+        facts = json.loads(holder.read_text())
+        return f"'{facts['command']}' (process {facts['pid']} on {facts['host']})"
+    except (OSError, ValueError, KeyError):  # it may be just starting or ending
+        return "another besa process"

@@ -1,0 +1,81 @@
+"""Where a model comes from: a name becomes a complete local Hugging Face checkpoint directory.
+
+| what the name is                         | file     |
+|------------------------------------------|----------|
+| the demo model                           | demo.py  |
+| a directory                              | local.py |
+| a GGUF file                              | gguf.py  |
+| ``org/name`` or ``org/name@revision``    | hub.py   |
+
+What has to be converted is converted once, into the user's cache (cache.py).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from besa_cli.errors import BesaError, unknown
+from besa_cli.models import demo, gguf, hub, local
+
+DEMO = demo.NAME
+
+_HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model on this machine.
+
+    Parameters
+    ----------
+    name : str
+        The name as the user gave it.
+    kind : {"demo", "hub", "local", "gguf"}
+        Where it came from.
+    directory : Path
+        A complete Hugging Face checkpoint: ``config.json``, one or many ``*.safetensors`` (with their index), and the
+        tokenizer's files as far as the source has them.
+    revision : str or None
+        The hub's commit, for a model from the hub.
+    """
+
+    name: str
+    kind: Literal["demo", "hub", "local", "gguf"]
+    directory: Path
+    revision: str | None
+
+
+def resolve(name: str, *, notify: Callable[[str], None]) -> Model:
+    """Find, fetch or convert the model that `name` stands for.
+
+    Parameters
+    ----------
+    name : str
+        The demo model's name, a directory, a GGUF file, or a hub name (``org/name``, ``org/name@revision``).
+        What exists as a path is taken as a path.
+    notify : callable
+        Takes one-line notes, for instance that a download has begun.
+
+    Raises
+    ------
+    BesaError
+        The model is missing, unreachable, damaged or of a kind that cannot be used.
+    """
+    if name == DEMO:
+        return Model(name=name, kind="demo", directory=demo.directory(notify=notify), revision=None)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Model(name=name, kind="local", directory=local.directory(path, notify=notify), revision=None)
+    if path.exists():
+        return Model(name=name, kind="gguf", directory=gguf.directory(path, notify=notify), revision=None)
+    if name.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        raise BesaError(
+            f"no model at {path.absolute()}", "name a checkpoint directory, a GGUF file or a hub name (org/name)"
+        )
+    match = _HUB_NAME.fullmatch(name)
+    if match is None:
+        raise unknown("model", name, [DEMO, "org/name on the hub", "a directory", "a GGUF file"])
+    directory, revision = hub.directory(match["repo"], match["revision"], notify=notify)
+    return Model(name=name, kind="hub", directory=directory, revision=revision)

@@ -1,0 +1,167 @@
+"""Models from the Hugging Face hub: only the files that are needed, in the hub's own cache."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from besa_cli.disk import read_json
+from besa_cli.errors import BesaError
+from besa_cli.models import files, hub_errors, pickled, transfer
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+
+def directory(repo: str, revision: str | None, *, notify: Callable[[str], None]) -> tuple[Path, str]:
+    """The checkpoint directory of a model on the hub, and its commit.
+
+    What is complete in the hub's cache is used without the network if a commit is named, the hub cannot be reached, or
+    ``HF_HUB_OFFLINE`` is set.
+
+    Parameters
+    ----------
+    repo : str
+        ``org/name``.
+    revision : str or None
+        A branch, a tag or a commit; the default branch if not given.
+    notify : callable
+        Takes one-line notes.
+
+    Raises
+    ------
+    BesaError
+        The model is missing, gated, private, without usable weights, or the hub cannot be reached or broke off.
+    """
+    with _quiet():
+        snapshot = _snapshot(repo, revision, notify)
+    if files.weight_files(snapshot) is None:
+        names = files.side_files(entry.name for entry in snapshot.iterdir())
+        return pickled.directory(snapshot, names, notify=notify), snapshot.name
+    for shard in files.weight_files(snapshot) or []:
+        files.check_whole(shard)
+    return snapshot, snapshot.name
+
+
+def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) -> Path:
+    from huggingface_hub import constants
+
+    cached = _cached(repo, revision)
+    if cached is not None and cached.name == revision:
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        if cached is None:
+            raise hub_errors.offline(repo)
+        return cached
+    try:
+        listing = _listing(repo, revision)
+    except BesaError as error:
+        if cached is None or not hub_errors.is_passing(error):
+            raise
+        notify(f"{error.message}; using the cached copy {cached}")
+        return cached
+    return _fetch(repo, revision, listing, notify)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the hub's cache, if nothing in it is missing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    snapshot = Path(config).parent
+    for single, index in ((files.SINGLE, files.INDEX), (pickled.SINGLE, pickled.INDEX)):
+        if (snapshot / single).is_file():
+            return snapshot
+        if (snapshot / index).is_file():
+            complete = all((snapshot / name).is_file() for name in files.shards(snapshot / index))
+            return snapshot if complete else None
+    return None
+
+
+def _listing(repo: str, revision: str | None) -> "ModelInfo":
+    """What the hub says about the model, or an error within ten seconds, whatever the network does."""
+    from huggingface_hub import HfApi
+
+    answer: list[ModelInfo | Exception] = []
+
+    def ask() -> None:
+        try:
+            answer.append(
+                HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=transfer.ANSWER_SECONDS)
+            )
+        except hub_errors.kinds() as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(transfer.ANSWER_SECONDS + 1)
+    if not answer:
+        raise hub_errors.unreachable(repo, f"no answer in {transfer.ANSWER_SECONDS:.0f} s")
+    if isinstance(answer[0], Exception):
+        raise hub_errors.translate(answer[0], repo, revision) from answer[0]
+    return answer[0]
+
+
+def _fetch(repo: str, revision: str | None, listing: "ModelInfo", notify: Callable[[str], None]) -> Path:
+    """Fetch config and tokenizer, then the weights, all of one commit."""
+    sizes = {file.rfilename: file.size or 0 for file in listing.siblings or [] if "/" not in file.rfilename}
+    if "config.json" not in sizes:
+        raise BesaError(
+            f"{repo} on the hub has no config.json", "name a transformers model, not an adapter or a GGUF repository"
+        )
+    download = transfer.Download(repo=repo, commit=str(listing.sha), sizes=sizes, notify=notify)
+    download.fetch(["config.json"])
+    files.refuse_quantized(read_json(download.snapshot / "config.json"), repo)
+    single, index = _weights(repo, set(sizes))
+    if index:
+        download.fetch([index])
+    weights = files.shards(download.snapshot / index) if index else [single]
+    if any(not (download.snapshot / name).exists() for name in weights):
+        total = sum(sizes.get(name, 0) for name in weights)
+        notify(f"fetching {repo} from the hub: {hub_errors.size(total)} in {len(weights)} file(s)")
+    download.fetch([*files.side_files(sizes), *weights])
+    _remember(repo, revision, download.commit)
+    return download.snapshot
+
+
+def _remember(repo: str, revision: str | None, commit: str) -> None:
+    """Note in the hub's cache which commit a branch or tag stood for, now that the commit is complete there."""
+    from huggingface_hub import hf_hub_download
+
+    cached = _cached(repo, revision)
+    if revision != commit and (cached is None or cached.name != commit):
+        with contextlib.suppress(*hub_errors.kinds()):  # only a later run without network would miss it
+            hf_hub_download(repo, "config.json", revision=revision, etag_timeout=transfer.ANSWER_SECONDS)
+
+
+def _weights(repo: str, names: set[str]) -> tuple[str, str]:
+    """The one weight file, or the index of many: safetensors before pickles."""
+    for single, index in ((files.SINGLE, files.INDEX), (pickled.SINGLE, pickled.INDEX)):
+        if single in names:
+            return single, ""
+        if index in names:
+            return "", index
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    hint = f"`hf download {repo} {gguf[0]}` and name that file" if gguf else "name a repository with model.safetensors"
+    raise BesaError(f"{repo} on the hub has neither safetensors nor pytorch_model.bin weights", hint)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub library's bars and warnings off the terminal."""
+    from huggingface_hub import logging as notes
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    level, silent = notes.get_verbosity(), are_progress_bars_disabled()
+    notes.set_verbosity(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        notes.set_verbosity(level)
+        if not silent:
+            enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the mathematics of pruning, without models, files or consoles."""

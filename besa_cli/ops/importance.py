@@ -1,0 +1,33 @@
+"""How much a weight matters: scores of shape (rows, cols), non-negative, higher = keep."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def squared_sums(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, " cols"]:
+    """Σ over all tokens of each input column's square, in fp32: what `column_norms` is the root of."""
+    return inputs.reshape(-1, inputs.shape[-1]).float().square().sum(0)
+
+
+def gram(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, "cols cols"]:
+    """XᵀX over all tokens, in fp32: half the Hessian of the squared output error (SparseGPT, arXiv 2301.00774, section 3)."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).float()
+    return flat.T @ flat
+
+
+def magnitude(weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+    """|W|."""
+    return weight.float().abs()
+
+
+def wanda(weight: Float[Tensor, "rows cols"], column_norms: Float[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
+    """δ = |W| · ‖X_:,c‖₂ (BESA Eq. 2; Wanda, arXiv 2306.11695).
+
+    Parameters
+    ----------
+    weight : Tensor of shape (rows, cols)
+    column_norms : Tensor of shape (cols,)
+        ‖X_:,c‖₂ of the linear's inputs over all calibration tokens. Only ratios between columns matter.
+    """
+    return weight.float().abs() * torch.as_tensor(column_norms, dtype=torch.float32)

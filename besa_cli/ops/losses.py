@@ -1,0 +1,24 @@
+"""What the learning minimises: how far a block's output is from its target, and how far its sparsity is from the asked one."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+_SMALL = 1e-20
+
+
+def relative(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
+    """‖output − target‖²_F / ‖target‖²_F: BESA Eq. 1, made free of the activations' scale."""
+    error = (output.float() - target.float()).square().sum()
+    return error / target.float().square().sum().clamp_min(_SMALL)
+
+
+def channel(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
+    """Mean over channels of Σ error² / Σ target², each channel by its own norm over the batch (the released program's form)."""
+    hidden = target.shape[-1]
+    error = (output.float() - target.float()).reshape(-1, hidden).square().sum(0)
+    return (error / target.float().reshape(-1, hidden).square().sum(0).clamp_min(_SMALL)).mean()
+
+
+def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
+    """((s − ŝ)/ŝ)²: the pull towards the asked sparsity (BESA Eq. 1, in the released program's relative form)."""
+    return ((sparsity - target) / target).square()

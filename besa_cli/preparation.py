@@ -1,0 +1,236 @@
+"""What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli import anatomy, calibration, corpora
+from besa_cli.disk import read_json, sha256_file
+from besa_cli.errors import BesaError
+from besa_cli.models import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Notify = Callable[[str], None]
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_VOCABULARIES = ("merges.txt", "spiece.model", "tokenizer.json", "tokenizer.model", "vocab.txt")
+
+
+def tokenizer_of(model: Model) -> "PreTrainedTokenizerBase":
+    """The model's own tokenizer.
+
+    Raises
+    ------
+    BesaError
+        The model's directory has none, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    directory = model.directory
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise BesaError(
+            f"{directory} has no tokenizer (none of {', '.join(_VOCABULARIES)})",
+            "copy the tokenizer's files beside config.json, or give token ids: --data FILE.jsonl with 'input_ids'",
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            read_json(directory / name)  # the tokenizers library says what is wrong without the file's name
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BesaError(
+            f"cannot read the tokenizer in {directory}: {reason}", "fetch the model's files again"
+        ) from error
+    return tokenizer
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """SHA-256 over the names and bytes of a checkpoint's tokenizer files, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(_TOKENIZER_FILES):
+        if (directory / name).is_file():
+            digest.update(f"{name} {sha256_file(directory / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def calibration_options(
+    model: Model,
+    *,
+    data: Sequence[str] | None,
+    samples: int | None,
+    seqlen: int | None,
+    seed: int,
+    pack: bool | None,
+    notify: Notify,
+) -> calibration.Options:
+    """The options of a calibration set, with the defaults where nothing was asked (None).
+
+    The default sequence length is lowered, with a note, to the most that the model takes; one asked for is not.
+    """
+    given: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
+    if data:
+        given["data"] = tuple(data)
+    options = calibration.Options(**{name: value for name, value in given.items() if value is not None})
+    longest = anatomy.maximum_length(anatomy.config_of(model.directory))
+    if seqlen is None and longest is not None and longest < options.seqlen:
+        notify(
+            f"{model.name} takes {longest} tokens at most: samples have {longest} tokens instead of {options.seqlen}"
+        )
+        options = replace(options, seqlen=longest)
+    return options
+
+
+def calibrate(
+    model: Model,
+    options: calibration.Options,
+    directory: Path,
+    data_dir: Path | None,
+    notify: Notify,
+    *,
+    restart: bool = False,
+) -> calibration.CalibrationSet:
+    """Make the calibration set of `directory`, or take the one that is there if it was made with the same options.
+
+    Parameters
+    ----------
+    model : Model
+        Its tokenizer and limits are used.
+    options : calibration.Options
+    directory : Path
+        Where the set is, or goes to.
+    data_dir : Path or None
+        Directory with official files of named data sets.
+    notify : callable
+        Takes one-line notes.
+    restart : bool, default=False
+        Replace a set that is there.
+
+    Raises
+    ------
+    BesaError
+        A set made with other options is there, or the new one cannot be made or written.
+    """
+    if (directory / "besa.json").exists() and not restart:
+        found = reuse(model, directory)
+        _refuse_difference(found, options, directory)
+        notify(f"the calibration set in {directory} was made with the same options: reused")
+        return found
+    config = anatomy.config_of(model.directory)
+    tokenizer = _Later(model)
+    if not all(".jsonl" in Path(name).suffixes for name in options.data):  # those may hold token ids, which need none
+        tokenizer.load()
+    made = calibration.build(
+        options,
+        tokenizer,
+        tokenizer_digest=tokenizer_digest(model.directory),
+        max_length=anatomy.maximum_length(config),
+        vocab_size=config.get_text_config().vocab_size,
+        data_dir=data_dir,
+        notify=notify,
+    )
+    origin = {"name": model.name, "kind": model.kind, "revision": model.revision}
+    made = replace(made, manifest={**made.manifest, "command": "calibrate", "model": origin})
+    calibration.save(made, directory)
+    return made
+
+
+def reuse(model: Model, directory: Path) -> calibration.CalibrationSet:
+    """The finished calibration set in `directory`, checked to fit the model.
+
+    Raises
+    ------
+    BesaError
+        There is none, or it was made with another tokenizer, or is longer than the model takes.
+    """
+    found = calibration.load(directory)
+    config = anatomy.config_of(model.directory)
+    remedy = f"make one with: besa calibrate --model {model.name} --run NAME"
+    made_with, own = found.manifest["tokenizer_digest"], tokenizer_digest(model.directory)
+    if made_with != own and found.manifest["sampling"] != "token rows":
+        raise BesaError(
+            f"the calibration set in {directory} was made with another tokenizer ({made_with[:12]}) "
+            f"than that of {model.name} ({own[:12]})",
+            remedy,
+        )
+    highest, vocabulary = int(found.tokens.max()), config.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise BesaError(
+            f"the calibration set in {directory} has token id {highest}, {model.name} knows {vocabulary} tokens", remedy
+        )
+    seqlen, longest = found.tokens.shape[1], anatomy.maximum_length(config)
+    if longest is not None and seqlen > longest:
+        raise BesaError(
+            f"the calibration set in {directory} has samples of {seqlen} tokens, {model.name} takes {longest} at most",
+            remedy,
+        )
+    return found
+
+
+def _refuse_difference(found: calibration.CalibrationSet, options: calibration.Options, directory: Path) -> None:
+    there: Mapping[str, Any] = found.manifest["options"]
+    asked = {**asdict(options), "data": list(options.data)}
+    hint = "give --run NAME to keep both, or --restart to replace it"
+    different = [
+        f"{name} {_shown(there.get(name))} there, {_shown(value)} asked"
+        for name, value in asked.items()
+        if there.get(name) != value
+    ]
+    if different:
+        raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
+    known = {source["sha256"] for source in found.manifest["sources"]}
+    for name in options.data:
+        if name not in corpora.SOURCES and (digest := sha256_file(Path(name))) not in known:
+            was = ", ".join(sorted(value[:12] for value in known))
+            raise BesaError(
+                f"{name} has changed since the calibration set in {directory} was made: SHA-256 {was} then, "
+                f"{digest[:12]} now",
+                hint,
+            )
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "auto"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class _Later:
+    """The model's tokenizer, read when first needed: token rows need none."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        return tokenizer_of(self._model)
+
+    def load(self) -> None:
+        """Read it now."""
+        _ = self._tokenizer
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a document."""
+        value: int | None = self._tokenizer.eos_token_id
+        return value
+
+    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
+        """A mapping with the token ids of `text` under ``input_ids``."""
+        encoded: Mapping[str, Any] = self._tokenizer(text, verbose=verbose)
+        return encoded

@@ -1,0 +1,11 @@
+"""Methods: one file each, offering `Options` (a frozen dataclass) and `prune(block, options) -> Pruned`.
+
+A new method is a file in this folder and a line in `PRUNERS`.
+"""
+
+PRUNERS: dict[str, str] = {
+    "besa": "learned sparsity of every row or linear, so that each block keeps its output (ICLR 2024)",
+    "wanda": "|weight| times the norm of its input, compared within each row",
+    "sparsegpt": "column by column, the surviving weights make up for the error",
+    "magnitude": "|weight|, compared within each row",
+}

@@ -1,0 +1,173 @@
+"""BESA: learn how much to prune in every row or linear so that the block keeps its output (arXiv 2402.16880).
+
+Per block: score and rank once, learn the mixtures over candidate sparsities with a straight-through mask, project onto the
+exact budget, and keep the uniform allocation where learning did not beat it on the same samples.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from besa_cli.ops import allocation, budget, losses, masks
+from besa_cli.pruners import wanda
+from besa_cli.stream import Block, Pruned, batches
+
+Granularity = Literal["row", "layer"]
+Target = Literal["block", "stream"]
+Loss = Literal["relative", "channel"]
+
+_COMPARED = 32  # samples on which the learned allocation has to beat the uniform one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of BESA.
+
+    Attributes
+    ----------
+    granularity : {"row", "layer"}
+        What gets a sparsity of its own: every row, or every linear.
+    target : {"block", "stream"}
+        What the block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+    epochs, batch_size : int
+        Passes over the calibration samples, and samples in one step.
+    lr : float
+        Learning rate of the mixture logits (AdamW), decaying to 0 along a half cosine.
+    penalty : float
+        Weight of the sparsity penalty ((s − ŝ)/ŝ)².
+    candidates : int
+        D: candidate sparsities are 0, 1/D, …, 1.
+    loss : {"relative", "channel"}
+        The block's relative squared error as a whole, or each channel's by its own norm.
+    """
+
+    granularity: Granularity = "row"
+    target: Target = "block"
+    epochs: int = 1
+    batch_size: int = 1
+    lr: float = 0.05
+    penalty: float = 5.0
+    candidates: int = 100
+    loss: Loss = "relative"
+
+
+class _Linear:
+    """One linear while its allocation is learned."""
+
+    def __init__(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> None:
+        self.weight = weight.to(dtype)
+        self.scores = masks.zeros_first(scores, weight)
+        self.order = masks.order(self.scores)
+        self.ranks = masks.ranks(self.order)
+        self.rows, self.cols = weight.shape
+        self.zeros = (weight == 0).sum(1)
+
+
+def prune(block: Block, options: Options) -> Pruned:
+    """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
+    scores = wanda.scores(block)
+    dtype = next(iter(block.linears.values())).weight.dtype
+    linears = {name: _Linear(weight, scores[name], dtype) for name, weight in block.weights.items()}
+    sizes = {name: linear.rows * linear.cols for name, linear in linears.items()}
+    goal = block.budget / sum(sizes.values())
+    uniform = _masks(linears, _uniform_shares(linears, block.budget), block.budget)
+    if block.budget <= sum(int(linear.zeros.sum()) for linear in linears.values()):
+        return Pruned(masks=uniform)
+    p = allocation.candidates(options.candidates).to(block.inputs.device)
+    logits, learned_loss = _learn(block, linears, p, goal, options)
+    group_weights = [sizes[name] / len(theta) for name, theta in zip(linears, logits, strict=True)]
+    sparsities = allocation.project(logits, group_weights, p, goal)
+    learned = _masks(linears, _shares(linears, sparsities), block.budget)
+    before, after = (_error(block, linears, kept) for kept in (uniform, learned))
+    better = after < before
+    return Pruned(
+        masks=learned if better else uniform, error_before=before, learned_loss=learned_loss, kept_uniform=not better
+    )
+
+
+def _learn(
+    block: Block, linears: Mapping[str, _Linear], p: Tensor, goal: float, options: Options
+) -> tuple[list[Tensor], float]:
+    """Minimise reconstruction + penalty over the mixture logits; returns them and the mean loss of the last tenth of steps."""
+    groups = [linear.rows if options.granularity == "row" else 1 for linear in linears.values()]
+    logits = [allocation.initial_logits(count, p, goal).requires_grad_() for count in groups]
+    optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0)
+    samples = len(block.inputs)
+    steps = options.epochs * math.ceil(samples / options.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    generator = torch.Generator().manual_seed(block.seed)
+    measure = losses.relative if options.loss == "relative" else losses.channel
+    total = sum(linear.rows * linear.cols for linear in linears.values())
+    history: list[float] = []
+    for _ in range(options.epochs):
+        for chosen in torch.randperm(samples, generator=generator).split(options.batch_size):
+            weights, expected = _soft_weights(linears, logits, p)
+            output = block.forward(block.inputs[chosen], weights)
+            reconstruction = measure(output, block.target[chosen])
+            penalty = losses.sparsity_penalty(expected / total, goal)
+            (reconstruction + options.penalty * penalty).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            history.append(float(reconstruction.detach()))
+            block.on_step(len(history), steps, "learning")
+    last = history[-max(len(history) // 10, 1) :]
+    return [theta.detach() for theta in logits], math.fsum(last) / len(last)
+
+
+def _soft_weights(
+    linears: Mapping[str, _Linear], logits: Sequence[Tensor], p: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The masked weights, differentiable in the logits, and the expected number of pruned weights."""
+    weights: dict[str, Tensor] = {}
+    expected = torch.zeros((), device=p.device)
+    for (name, linear), theta in zip(linears.items(), logits, strict=True):
+        mixture = allocation.mixture(theta)
+        alpha = allocation.expected_sparsity(mixture, p)
+        counts = (alpha.detach() * linear.cols).round().expand(linear.rows)
+        weights[name] = allocation.straight_through(mixture, linear.weight, linear.order, linear.ranks, counts)
+        expected = expected + alpha.sum() * (linear.rows * linear.cols / len(theta))
+    return weights, expected
+
+
+def _uniform_shares(linears: Mapping[str, _Linear], total: int) -> dict[str, budget.Floats]:
+    share = total / sum(linear.rows * linear.cols for linear in linears.values())
+    return {name: np.full(linear.rows, share * linear.cols) for name, linear in linears.items()}
+
+
+def _shares(linears: Mapping[str, _Linear], sparsities: Sequence[Tensor]) -> dict[str, budget.Floats]:
+    """Real counts for each row from each group's sparsity."""
+    return {
+        name: (alpha.expand(linear.rows) * linear.cols).cpu().numpy()
+        for (name, linear), alpha in zip(linears.items(), sparsities, strict=True)
+    }
+
+
+def _masks(linears: Mapping[str, _Linear], shares: Mapping[str, budget.Floats], total: int) -> dict[str, Tensor]:
+    """Masks that prune exactly `total` weights, each row as near to its share as whole numbers and existing zeros allow."""
+    wished = np.array([shares[name].sum() for name in linears])
+    zeros = np.array([int(linear.zeros.sum()) for linear in linears.values()])
+    sizes = np.array([linear.rows * linear.cols for linear in linears.values()])
+    totals = budget.round_to_total(wished, total, zeros, sizes)
+    kept = {}
+    for (name, linear), count in zip(linears.items(), totals.tolist(), strict=True):
+        counts = masks.row_counts(shares[name], count, linear.scores, linear.order)
+        kept[name] = masks.keep_above(linear.ranks, counts)
+    return kept
+
+
+def _error(block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor]) -> float:
+    """‖output − target‖² / ‖target‖² under fixed masks, over the first `_COMPARED` samples."""
+    weights = {name: linear.weight.masked_fill(~kept[name], 0.0) for name, linear in linears.items()}
+    error, norm = [], []
+    with torch.no_grad():
+        for part in batches(min(len(block.inputs), _COMPARED), block.batch):
+            output, target = block.forward(block.inputs[part], weights).float(), block.target[part].float()
+            error.append(float((output - target).square().sum()))
+            norm.append(float(target.square().sum()))
+    return math.fsum(error) / max(math.fsum(norm), 1e-20)

@@ -1,0 +1,20 @@
+"""Magnitude: |W|, compared within each row. No calibration is used but for reporting the error."""
+
+from dataclasses import dataclass
+
+from besa_cli.ops import importance
+from besa_cli.pruners import wanda
+from besa_cli.stream import Block, Pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of magnitude pruning: `nm` = (n, m) prunes n of every m columns instead of the block's budget."""
+
+    nm: tuple[int, int] | None = None
+
+
+def prune(block: Block, options: Options) -> Pruned:
+    """Prune the smallest weights of each row."""
+    scores = {name: importance.magnitude(weight) for name, weight in block.weights.items()}
+    return Pruned(masks=wanda.uniform(block, scores, options.nm))

@@ -1,0 +1,36 @@
+"""SparseGPT: prune column by column and let the surviving weights make up for it (arXiv 2301.00774)."""
+
+from dataclasses import dataclass
+
+from besa_cli.ops import importance, obs
+from besa_cli.pruners import wanda
+from besa_cli.stream import Block, Pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of SparseGPT.
+
+    Attributes
+    ----------
+    nm : (n, m), optional
+        Prune n of every m columns instead of the block's budget.
+    damping : float
+        Share of the mean diagonal of XᵀX added to it.
+    """
+
+    nm: tuple[int, int] | None = None
+    damping: float = 0.01
+
+
+def prune(block: Block, options: Options) -> Pruned:
+    """Prune every linear of the block on the statistics of the block's compressed inputs."""
+    grams = block.observe(importance.gram)
+    counts = wanda.linear_counts(block)
+    kept, updated = {}, {}
+    for done, (name, weight) in enumerate(block.weights.items(), 1):
+        updated[name], kept[name] = obs.prune(
+            weight, grams[name], counts[name], n_of_m=options.nm, damping=options.damping
+        )
+        block.on_step(done, len(block.weights), "update")
+    return Pruned(masks=kept, weights=updated)

@@ -1,0 +1,45 @@
+"""Wanda: |W| · ‖X‖₂, compared within each row (Sun et al. 2023, arXiv 2306.11695)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from besa_cli.ops import budget, importance, masks
+from besa_cli.stream import Block, Pruned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of Wanda: `nm` = (n, m) prunes n of every m columns instead of the block's budget."""
+
+    nm: tuple[int, int] | None = None
+
+
+def prune(block: Block, options: Options) -> Pruned:
+    """Prune the weights of each row whose size times the norm of their input is smallest."""
+    return Pruned(masks=uniform(block, scores(block), options.nm))
+
+
+def scores(block: Block) -> dict[str, Tensor]:
+    """δ = |W| · ‖X_:,c‖₂ of every linear, over the block's calibration inputs."""
+    norms = {name: sums.sqrt() for name, sums in block.observe(importance.squared_sums).items()}
+    return {name: importance.wanda(weight, norms[name]) for name, weight in block.weights.items()}
+
+
+def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Masks with the same sparsity in every row of every linear (or n of every m columns), lowest scores pruned."""
+    ready = {name: masks.zeros_first(score, block.weights[name]) for name, score in scores.items()}
+    if nm:
+        return {name: masks.n_of_m(score, *nm) for name, score in ready.items()}
+    counts = linear_counts(block)
+    return {name: masks.row_wise(score, counts[name]) for name, score in ready.items()}
+
+
+def linear_counts(block: Block) -> dict[str, int]:
+    """The block's budget split over its linears in proportion to their size; linears with more zeros already keep those."""
+    sizes = np.array([weight.numel() for weight in block.weights.values()])
+    zeros = np.array([int((weight == 0).sum()) for weight in block.weights.values()])
+    counts = budget.round_to_total(block.budget * (sizes / sizes.sum()), block.budget, zeros, sizes)
+    return dict(zip(block.weights, counts.tolist(), strict=True))

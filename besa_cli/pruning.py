@@ -1,0 +1,306 @@
+"""Pruning a model from its checkpoint to a stage of a run directory, resumable at every block."""
+
+import importlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from besa_cli import checkpoint, compute, stream, weights
+from besa_cli.calibration import CalibrationSet
+from besa_cli.checkpoint import Run, Stage
+from besa_cli.decoder import Decoder
+from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.models import Model
+from besa_cli.ops import budget
+from besa_cli.pruners import PRUNERS
+from besa_cli.reports import BlockReport
+from besa_cli.stream import Step
+
+STAGE = "pruned"
+_PASS_TOKENS = 4096  # tokens in a pass without gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of `prune`.
+
+    Attributes
+    ----------
+    method : str
+        A key of `besa_cli.pruners.PRUNERS`.
+    sparsity : float
+        Share of the linears' weights to prune, in [0, 1).
+    nm : (n, m), optional
+        Prune n of every m columns instead.
+    options : mapping
+        The method's own options that were given, by the names of its `Options`.
+    device, dtype : str
+        As on the command line, ``auto`` included.
+    seed : int
+    """
+
+    method: str = "besa"
+    sparsity: float = 0.5
+    nm: tuple[int, int] | None = None
+    options: Mapping[str, Any]
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in PRUNERS:
+            raise unknown("method", self.method, PRUNERS)
+        if not 0 <= self.sparsity < 1:
+            raise UsageError(f"--sparsity {self.sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
+        if self.nm and not 0 <= self.nm[0] <= self.nm[1]:
+            raise UsageError(f"--nm {self.nm[0]}:{self.nm[1]} prunes more than there is", "2:4 prunes 2 of every 4 columns")
+        self.method_options()
+
+    def method_options(self) -> Any:  # noqa: ANN401 - each method has an Options of its own
+        """The method's `Options`.
+
+        Raises
+        ------
+        UsageError
+            An option that this method does not have; says which methods do.
+        """
+        known = _option_names(self.method)
+        given = {**self.options, **({"nm": self.nm} if self.nm else {})}
+        for name in given:
+            if name not in known:
+                having = [method for method in PRUNERS if name in _option_names(method)]
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is no option of --method {self.method}",
+                    f"methods with that option: {', '.join(having) or 'none'}",
+                )
+        return _module(self.method).Options(**given)
+
+    def record(self) -> dict[str, Any]:
+        """All options with their values, under the names of the command line."""
+        own = self.method_options()
+        named = {field.name: getattr(own, field.name) for field in fields(own) if field.name != "nm"}
+        amount = {"nm": f"{self.nm[0]}:{self.nm[1]}"} if self.nm else {"sparsity": self.sparsity}
+        return {"method": self.method, **amount, **named, "device": self.device, "dtype": self.dtype, "seed": self.seed}
+
+
+def _module(method: str) -> Any:  # noqa: ANN401
+    return importlib.import_module(f"besa_cli.pruners.{method}")
+
+
+def _option_names(method: str) -> list[str]:
+    return [field.name for field in fields(_module(method).Options)]
+
+
+class Job:
+    """One prune command on one run directory: everything is checked when it is made, `blocks` does the work.
+
+    Parameters
+    ----------
+    run : Run
+        Its lock is held by the caller.
+    model : Model
+    calibration : CalibrationSet
+    request : Request
+    restart : bool
+        Begin anew; a finished stage is replaced when the new one is finished.
+    notify : callable
+        Takes one-line notes.
+
+    Raises
+    ------
+    BesaError
+        Anything that can be known before the first block.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: Model,
+        calibration: CalibrationSet,
+        request: Request,
+        *,
+        restart: bool = False,
+        notify: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.calibration, self.request = model, calibration, request
+        self._final = run.stage(STAGE)
+        beside = run.next_stage(STAGE)
+        checkpoint.recover(self._final, beside)
+        source = weights.Weights(model.directory)
+        self._digest = weights.check(source)
+        if restart:
+            _remove(beside)
+            if not _is_complete(self._final):
+                _remove(self._final)
+        there = next((path for path in (beside, self._final) if (path / checkpoint.MANIFEST).exists()), None)
+        self._directory = self._final if there is None else there
+        if restart and there == self._final:
+            self._directory = beside
+        self.manifest = self._agreed(None if restart else there, notify)
+        self._check_and_begin(source, notify)
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage was finished before."""
+        return bool(self.manifest["status"] == "complete")
+
+    def _agreed(self, there: Path | None, notify: Callable[[str], None]) -> dict[str, Any]:
+        """The manifest to work under: the one that is there if it agrees with what is asked, else a new one."""
+        new = self._new_manifest()
+        if there is None:
+            return {**new, "status": "new"}
+        old = checkpoint.read_manifest(there)
+        different = _differences(old, new)
+        if different:
+            state = "a finished" if old["status"] == "complete" else "an unfinished"
+            raise BesaError(
+                f"{there} holds {state} stage made with other options: {'; '.join(different)}",
+                "give --run NAME to keep both, or --restart to replace it",
+            )
+        if old["versions"] != new["versions"]:
+            notify(f"{there} was begun with {old['versions']}; this is {new['versions']}")
+        return old
+
+    def _new_manifest(self) -> dict[str, Any]:
+        request, calibration = self.request, self.calibration.manifest
+        drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
+        device = compute.device(request.device)
+        seqlen = self.calibration.tokens.shape[1]
+        return {
+            "format": checkpoint.FORMAT,
+            "stage": STAGE,
+            "command": "prune",
+            "options": {"model": self.model.name, **request.record(), **drawn},
+            "compute": {
+                "device": device.type,
+                "dtype": compute.name_of(compute.dtype(request.dtype, device)),
+                "threads": torch.get_num_threads(),
+                "batch": max(_PASS_TOKENS // seqlen, 1),
+            },
+            "model": {
+                "name": self.model.name,
+                "kind": self.model.kind,
+                "revision": self.model.revision,
+                "directory": str(self.model.directory.resolve()),
+                "digest": self._digest,
+            },
+            "calibration": {"tokens_digest": self.calibration.digest, "sources": calibration["sources"]},
+            "versions": checkpoint.versions(),
+            "history": _history(self.model.directory),
+        }
+
+    def _check_and_begin(self, source: weights.Weights, notify: Callable[[str], None]) -> None:
+        if self.done:
+            self._stage = Stage(self._directory, int(self.manifest["blocks"]))
+            return
+        settings = self.manifest["compute"]
+        torch.set_num_threads(settings["threads"])
+        device = compute.device(settings["device"])
+        self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
+        self._stage = Stage(self._directory, len(self._decoder))
+        sizes = [sum(linear.weight.numel() for linear in self._decoder.linears(i).values()) for i in range(len(self._decoder))]
+        self._budgets = budget.window_counts(self.request.sparsity, sizes)
+        if self.manifest["status"] == "new":
+            checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
+            self._decoder.verify(self.calibration.tokens)
+            self._stage.begin({key: value for key, value in self.manifest.items() if key != "status"}, self.model.directory)
+        else:
+            done = self._stage.finished()
+            notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
+        self._stage.write_rest(source.read(self._decoder.rest_names()))
+
+    @property
+    def number_of_blocks(self) -> int:
+        """Blocks of the model."""
+        return self._stage.blocks
+
+    def blocks(self, on_step: Step = lambda done, total, phase: None) -> Iterator[BlockReport]:
+        """Prune block after block; each report is given when its block is safe on disk."""
+        if self.done:
+            yield from self._stage.reports()
+            return
+        module, options = _module(self.request.method), self.request.method_options()
+        settings = self.manifest["compute"]
+        reports = stream.compress(
+            self._decoder,
+            self._stage,
+            self.calibration.tokens,
+            lambda block: module.prune(block, options),
+            budgets=self._budgets,
+            target=getattr(options, "target", "block"),
+            batch=settings["batch"],
+            seed=self.request.seed,
+            on_step=on_step,
+        )
+        for report in reports:
+            self._note_time(report)
+            yield report
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the stage and put it in its place; returns its manifest."""
+        if self.done:
+            return self.manifest
+        manifest = self._stage.finish()
+        if self._directory != self._final:
+            checkpoint.replace_stage(self._final, self._directory)
+        return manifest
+
+    def _note_time(self, report: BlockReport) -> None:
+        line = {
+            "block": report.index,
+            "resumed": report.resumed,
+            "seconds": round(report.seconds, 3),
+            "peak_memory": report.peak_memory,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": socket.gethostname(),
+        }
+        with (self._directory / checkpoint.TIMING).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What would change the result, with both values; `auto` agrees with whatever it was resolved to."""
+    mine = {**old["options"], "model": old["model"]["digest"], "calibration": old["calibration"]["tokens_digest"]}
+    asked = {**new["options"], "model": new["model"]["digest"], "calibration": new["calibration"]["tokens_digest"]}
+    for name in ("data", "samples", "seqlen", "pack"):  # the tokens themselves are compared
+        mine.pop(name, None)
+        asked.pop(name, None)
+    for name in ("device", "dtype"):
+        resolved = old["compute"][name]
+        mine[name] = resolved
+        asked[name] = resolved if asked[name] == "auto" else asked[name]
+    names = list(dict.fromkeys([*mine, *asked]))
+    return [f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked" for name in names if mine.get(name) != asked.get(name)]
+
+
+def _short(value: object) -> str:
+    text = "-" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _history(directory: Path) -> list[dict[str, Any]]:
+    """The stages before, where the model is itself a stage."""
+    if not (directory / checkpoint.MANIFEST).exists():
+        return []
+    parent = checkpoint.finished(directory)
+    own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
+    return [*parent.get("history", []), own]
+
+
+def _is_complete(directory: Path) -> bool:
+    if not (directory / checkpoint.MANIFEST).exists():
+        return False
+    return bool(checkpoint.read_manifest(directory)["status"] == "complete")
+
+
+def _remove(directory: Path) -> None:
+    import shutil
+
+    if directory.exists():
+        shutil.rmtree(directory)

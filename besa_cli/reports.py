@@ -1,0 +1,67 @@
+"""What is said of a block and its linears once they are done."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearReport:
+    """What was done to one linear: `pruned` weights by the mask, `zeros` in the stored tensor."""
+
+    name: str
+    rows: int
+    cols: int
+    pruned: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the linear's weights."""
+        return self.pruned / (self.rows * self.cols)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What was done to one block.
+
+    Attributes
+    ----------
+    error_before, error_after : float or None
+        ‖output − target‖² / ‖target‖² over all calibration tokens: under the uniform mask (methods that learn) and as delivered.
+    learned_loss : float or None
+        Mean reconstruction loss of the learning's last tenth of steps.
+    kept_uniform : bool
+        The learned allocation was not better than the uniform one, which was kept.
+    resumed : bool
+        The block was found finished on disk; `seconds` is then the time of its replay.
+    """
+
+    index: int
+    blocks: int
+    linears: tuple[LinearReport, ...]
+    error_before: float | None
+    error_after: float | None
+    learned_loss: float | None = None
+    kept_uniform: bool = False
+    resumed: bool = False
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the block's linears."""
+        return sum(linear.pruned for linear in self.linears) / sum(linear.rows * linear.cols for linear in self.linears)
+
+    def record(self) -> dict[str, Any]:
+        """The part of the report that is the same whenever and however often the command is run."""
+        fields = asdict(self)
+        for name in ("resumed", "seconds", "peak_memory"):
+            del fields[name]
+        return fields
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "BlockReport":
+        """The inverse of `record`."""
+        linears = tuple(LinearReport(**linear) for linear in record["linears"])
+        return cls(**{**record, "linears": linears, "resumed": True})

@@ -1,0 +1,160 @@
+"""The tensors of a safetensors checkpoint, read a few at a time: no file stays open or mapped between two reads."""
+
+import hashlib
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from besa_cli import disk
+from besa_cli.errors import BesaError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_REMEDY = "fetch or copy the file again"
+
+
+class Weights:
+    """Where every tensor of a checkpoint directory lies; tensors are read on demand.
+
+    Parameters
+    ----------
+    directory : Path
+        Holds ``model.safetensors`` or shards with ``model.safetensors.index.json``.
+
+    Raises
+    ------
+    BesaError
+        A file is missing, cut short or not safetensors; a tensor of the index is not in its shard.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file: dict[str, Path] = {}
+        self._bytes: dict[str, int] = {}
+        listed = _listed(directory)
+        for path in sorted({directory / name for name in listed.values()} or {directory / SINGLE}):
+            for name, size in header(path).items():
+                self._file[name] = path
+                self._bytes[name] = size
+        missing = sorted(set(listed) - set(self._file))
+        if missing:
+            raise BesaError(f"{directory / listed[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes that these tensors take on disk."""
+        return sum(self._bytes[name] for name in names)
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read tensors into memory of their own; the files are closed again.
+
+        Raises
+        ------
+        BesaError
+            A file has changed or cannot be read.
+        """
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self._file[name]].append(name)
+        found: dict[str, Tensor] = {}
+        for path, wanted in by_file.items():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found.update({name: file.get_tensor(name).clone() for name in wanted})
+            except (SafetensorError, OSError) as error:
+                raise BesaError(f"cannot read {wanted[0]} from {path}: {error}", _REMEDY) from error
+        return {name: found[name] for name in names}
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    if not (directory / INDEX).exists():
+        return {}
+    table = disk.read_json(directory / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise BesaError(f"{directory / INDEX} has no weight_map", _REMEDY)
+    return {str(name): str(file) for name, file in table.items()}
+
+
+def header(path: Path) -> dict[str, int]:
+    """Bytes of each tensor in one file, after checking that the file is as long as its header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= size - 8:
+                raise BesaError(f"{path} is cut short or not a safetensors file ({size} bytes)", _REMEDY)
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise BesaError(f"{path} is missing", _REMEDY) from error
+    except (OSError, ValueError) as error:
+        raise BesaError(f"{path} is not a safetensors file: {error}", _REMEDY) from error
+    header.pop("__metadata__", None)
+    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+    expected = 8 + length + sum(sizes.values())
+    if size != expected:
+        raise BesaError(f"{path} is cut short: {size} bytes where its header promises {expected}", _REMEDY)
+    return sizes
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, in memory of their own; the file is closed again."""
+    header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise BesaError(f"cannot read {path}: {error}", _REMEDY) from error
+
+
+def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> str:
+    """Read every tensor once: refuse NaN and infinity by name, and return the digest of the whole content.
+
+    The digest does not depend on how tensors are spread over files: SHA-256 over name, dtype, shape and bytes of each
+    tensor, in the order of the names.
+
+    Raises
+    ------
+    BesaError
+        A tensor holds a NaN or an infinity.
+    """
+    digest = hashlib.sha256()
+    for names in _portions(weights):
+        for name, tensor in weights.read(names).items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                bad = int((~tensor.isfinite()).sum())
+                raise BesaError(
+                    f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
+                    "fetch the model again, or use another one: these weights cannot be pruned",
+                )
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+_PORTION = 64 << 20  # bytes of tensors in memory at a time
+
+
+def _portions(weights: Weights) -> Iterator[list[str]]:
+    portion: list[str] = []
+    for name in weights.names:
+        if portion and weights.nbytes([*portion, name]) > _PORTION:
+            yield portion
+            portion = []
+        portion.append(name)
+    if portion:
+        yield portion

@@ -1,0 +1,187 @@
+"""Checkpoint directories: whole, broken, and of pickles."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from besa_cli.errors import BesaError
+from besa_cli.models import resolve
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    merged: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        merged |= load_file(file)
+    return merged
+
+
+def pickled(source: Path, target: Path, *, shards: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """The same model as the old releases stored it."""
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    items = [(name, value.to(dtype)) for name, value in weights(source).items()]
+    if shards == 1:
+        torch.save(dict(items), target / "pytorch_model.bin", **options)
+        return target
+    weight_map = {}
+    for number in range(shards):
+        name = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        part = dict(items[number::shards])
+        torch.save(part, target / name, **options)
+        weight_map |= dict.fromkeys(part, name)
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return target
+
+
+def sharded(source: Path, target: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(target, max_shard_size="60KB")
+    assert len(list(target.glob("*.safetensors"))) > 2
+    return target
+
+
+def test_a_directory_is_used_as_it_is(tiny: Path, notes: list[str], cache: Path) -> None:
+    model = resolve(str(tiny), notify=notes.append)
+    assert (model.kind, model.directory, notes) == ("local", tiny, [])
+    assert not cache.exists()
+
+
+def test_shards_are_used_as_they_are_and_a_missing_one_is_named(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = sharded(tiny, tmp_path / "sharded")
+    assert resolve(str(path), notify=notes.append).directory == path
+    lost = sorted(path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(BesaError, match=f"{path} lacks {lost.name}"):
+        resolve(str(path), notify=notes.append)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_a_cut_off_shard_is_named(keep: int, tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = sharded(tiny, tmp_path / "sharded")
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(BesaError, match=str(shard)):
+        resolve(str(path), notify=notes.append)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "has no config.json"),
+        ("{", "cannot read .*config.json"),
+        ("[]", "not a JSON object"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"already compressed \(gptq\)"),
+        ('{"model_type": "llama"}', "holds no weights"),
+    ],
+)
+def test_what_a_directory_lacks_is_said(text: str | None, said: str, tmp_path: Path, notes: list[str]) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BesaError, match=said) as caught:
+        resolve(str(tmp_path), notify=notes.append)
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pickles_become_the_same_model_once(
+    shards: int, dtype: torch.dtype, tiny: Path, tmp_path: Path, notes: list[str]
+) -> None:
+    path = pickled(tiny, tmp_path / "old", shards=shards, dtype=dtype)
+    model = resolve(str(path), notify=notes.append)
+    assert [note for note in notes if "once" in note] == notes
+    assert len(notes) == 1
+    expected = {name: value.to(dtype) for name, value in weights(tiny).items()}
+    found = weights(model.directory)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == dtype for name in expected)
+    loaded = AutoModelForCausalLM.from_pretrained(model.directory)
+    assert loaded.dtype == dtype
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    assert resolve(str(path), notify=notes.append) == model
+    assert len(notes) == 1
+
+
+def test_pickles_in_the_oldest_format_and_with_shared_weights(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    shared = weights(tiny)
+    shared["lm_head.weight"] = shared["model.embed_tokens.weight"]
+    torch.save(shared, path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = weights(resolve(str(path), notify=notes.append).directory)
+    assert torch.equal(found["lm_head.weight"], shared["model.embed_tokens.weight"])
+    assert found.keys() == shared.keys()
+
+
+def test_a_changed_pickle_is_converted_again(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    first = resolve(str(path), notify=notes.append).directory
+    changed = {name: value + 1 for name, value in weights(tiny).items()}
+    torch.save(changed, path / "pytorch_model.bin")
+    second = resolve(str(path), notify=notes.append).directory
+    assert first != second
+    assert torch.equal(weights(second)["lm_head.weight"], changed["lm_head.weight"])
+
+
+def test_a_damaged_conversion_is_made_again(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    made = resolve(str(path), notify=notes.append).directory
+    whole = (made / "model.safetensors").read_bytes()
+    (made / "model.safetensors").write_bytes(whole[:-3])
+    assert resolve(str(path), notify=notes.append).directory == made
+    assert (made / "model.safetensors").read_bytes() == whole
+    assert any("damaged" in note for note in notes)
+
+
+def test_safetensors_win_over_pickles(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = tmp_path / "both"
+    shutil.copytree(tiny, path)
+    (path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert resolve(str(path), notify=notes.append).directory == path
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_pickle_with_code_in_it_is_not_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    torch.save({"lm_head.weight": torch.ones(2), "extra": Evil()}, path / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BesaError, match=r"pytorch_model.bin holds more than tensors"):
+        resolve(str(path), notify=notes.append)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000, -100])
+def test_a_cut_off_pickle_is_named(keep: int, tiny: Path, tmp_path: Path, notes: list[str], cache: Path) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    file = path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(BesaError, match=str(file)):
+        resolve(str(path), notify=notes.append)
+    assert not [entry for entry in (cache / "models").iterdir() if entry.is_dir()]
+
+
+def test_a_missing_pickle_is_named(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old", shards=3)
+    (path / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(BesaError, match="lacks pytorch_model-00002-of-00003.bin"):
+        resolve(str(path), notify=notes.append)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BESA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BesaError, match=f"cannot write .*{tmp_path}/file/cache"):
+        resolve(str(pickled(tiny, tmp_path / "old")), notify=notes.append)
