@@ -28,7 +28,8 @@ def config_of(directory: Path) -> "PretrainedConfig":
         Unknown model type, encoder-decoder, no causal language model, or a quantized checkpoint.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -38,7 +39,9 @@ def config_of(directory: Path) -> "PretrainedConfig":
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind in ENCODERS and not getattr(config, "is_decoder", False):
+        raise BesaError(f"{directory} is an encoder ({kind}): its tokens see those after them", _SUITED)
+    if kind not in DECODERS:
         raise BesaError(f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED)
     if getattr(config, "quantization_config", None):
         raise BesaError(f"{directory} is quantized ({kind} with a quantization_config)", "give the dense model it was made from")

@@ -139,9 +139,9 @@ def _line(error: Exception) -> tuple[str, str] | None:
         return error.message, error.hint
     if isinstance(error, typer.TyperException):
         return _usage_line(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return (
-            f"out of memory: {error}" if str(error) else "out of memory",
+            f"out of memory: {' '.join(str(error).split())}" if str(error) else "out of memory",
             "close other programs, or take fewer or shorter samples, a smaller --batch-size or another --device",
         )
     if isinstance(error, OSError):
@@ -150,6 +150,13 @@ def _line(error: Exception) -> tuple[str, str] | None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return f"{reason}{place}", "free disk space, then run the same command again" if full else _SEE_WHERE
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's own error, that of torch on a GPU (not imported here), and the plain one that torch raises on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 _SEE_WHERE = "'besa --debug …' shows where"

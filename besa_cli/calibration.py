@@ -108,16 +108,14 @@ def build(
     notify: Notify,
     hub: datahub.Hub | None = None,
 ) -> CalibrationSet:
-    """Make a calibration set.
+    """Make the calibration set that the options describe.
 
     Parameters
     ----------
-    options : Options
-        What it is made of.
     tokenizer : Tokenizer
         The model's.
     tokenizer_digest : str
-        Goes into the manifest.
+        For the manifest.
     max_length : int or None
         Tokens that the model takes at most.
     vocab_size : int
@@ -136,30 +134,37 @@ def build(
     BesaError
         A source cannot be read or reached, holds too little, or does not fit the model.
     """
-    if max_length is not None and options.seqlen > max_length:
-        raise UsageError(
-            f"--seqlen {options.seqlen} is over the {max_length} tokens that the model takes at most",
-            f"give --seqlen {max_length} or less",
-        )
+    _check_length(options.seqlen, max_length)
     row_files = corpora.check_sources(options.data, data_dir)
-    rows: Sequence[Sequence[int]]
     if row_files:
         if options.pack:
             raise UsageError("--pack does not go with token rows", "leave it out: the rows are the samples already")
         taken = token_rows.read_rows(row_files, samples=options.samples, seqlen=options.seqlen, vocab_size=vocab_size)
-        rows, sources, how = taken.rows, taken.sources, {"sampling": "token rows"}
+        tokens, account = _tensor(taken.rows, vocab_size), {"sources": list(taken.sources), "sampling": "token rows"}
     else:
         hub = hub or datahub.from_environment()
         opened = [corpora.open_source(name, data_dir=data_dir, hub=hub, notify=notify) for name in options.data]
-        rows, sources, how = _sample(options, tokenizer, opened, notify)
-    tokens = _tensor(rows, vocab_size)
-    manifest = {
+        rows, account = _sample(options, tokenizer, opened, notify)
+        tokens = _tensor(rows, vocab_size)
+    return CalibrationSet(tokens=tokens, manifest=_manifest(options, account, tokens, tokenizer_digest))
+
+
+def _check_length(seqlen: int, max_length: int | None) -> None:
+    if max_length is not None and seqlen > max_length:
+        raise UsageError(
+            f"--seqlen {seqlen} is over the {max_length} tokens that the model takes at most",
+            f"give --seqlen {max_length} or less",
+        )
+
+
+def _manifest(options: Options, account: dict[str, Any], tokens: Tensor, tokenizer_digest: str) -> dict[str, Any]:
+    """All that made the set; `account` holds its sources and how they were sampled."""
+    return {
         "format": FORMAT,
         "stage": "calibration",
         "status": "complete",
         "options": {**asdict(options), "data": list(options.data)},
-        "sources": list(sources),
-        **how,
+        **account,
         "tokenizer_digest": tokenizer_digest,
         "tokens_digest": tokens_digest(tokens),
         "samples": options.samples,
@@ -167,7 +172,6 @@ def build(
         "seed": options.seed,
         "versions": _versions(),
     }
-    return CalibrationSet(tokens=tokens, manifest=manifest)
 
 
 def tokens_digest(tokens: Tensor) -> str:
@@ -177,8 +181,8 @@ def tokens_digest(tokens: Tensor) -> str:
 
 def _sample(
     options: Options, tokenizer: Tokenizer, opened: Sequence[corpora.Corpus], notify: Notify
-) -> tuple[Sequence[Sequence[int]], Sequence[dict[str, Any]], dict[str, Any]]:
-    """Windows, the manifest's sources, and the manifest's account of the sampling."""
+) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
+    """Windows, and the manifest's account of where they are from and how they were taken."""
 
     def encode(text: str) -> Sequence[int]:
         ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: no warning about long documents
@@ -193,13 +197,15 @@ def _sample(
     sizes = {"samples": options.samples, "seqlen": options.seqlen}
     if not packed:
         drawn = sampling.draw(pool, encode, seed=options.seed, **sizes)
-        return drawn.tokens, [_source(each) for each in opened], {"sampling": "documents", "documents": drawn.documents}
+        sources = [_source(each) for each in opened]
+        return drawn.tokens, {"sources": sources, "sampling": "documents", "documents": drawn.documents}
     books: list[corpora.Corpus] = []
     texts = chain(sampling.shuffled(pool, options.seed), _books(opened, books) if with_bundled else ())
     separator = tokenizer.eos_token_id
     joined = sampling.pack(texts, encode, separator=separator, **sizes)
+    sources = [_source(each) for each in (*opened, *books)]
     how = {"sampling": "packed", "documents": joined.documents, "separator": separator}
-    return joined.tokens, [_source(each) for each in (*opened, *books)], how
+    return joined.tokens, {"sources": sources, **how}
 
 
 def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from besa_cli import anatomy
 from besa_cli.errors import BesaError
-from besa_cli.weights import Weights
+from besa_cli.weights import Names, Weights
 
 Keywords = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ class Decoder:
         self.device, self.dtype = device, dtype
         self.model = anatomy.skeleton(self.config, dtype)
         self.prefix, self.blocks = anatomy.block_list(self.model)
-        self._names = _checkpoint_names(self.model, self.weights)
+        self._names = Names(self.model, self.weights.names)
         self._keywords: dict[tuple[int, int], list[tuple[tuple[Any, ...], Keywords]]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._outputs = 0  # how many values a block returns in a tuple; 0 where it returns the hidden states alone
@@ -71,12 +71,11 @@ class Decoder:
     def block_names(self, index: int) -> dict[str, str]:
         """State-dict name inside block `index` → name of the tensor in the checkpoint."""
         names = self.blocks[index].state_dict().keys()
-        return {name: self._names(f"{self.prefix}.{index}.{name}") for name in names}
+        return {name: self._names.origin(f"{self.prefix}.{index}.{name}") for name in names}
 
     def source_names(self, index: int) -> list[str]:
         """All tensors of the checkpoint that belong to block `index`, also those the model does not use."""
-        prefix = f"{self._names.prefix(self.prefix)}.{index}."
-        return [name for name in self.weights.names if name.startswith(prefix)]
+        return self._names.below(f"{self.prefix}.{index}.")
 
     def rest_names(self) -> list[str]:
         """All tensors of the checkpoint that belong to no block."""
@@ -118,7 +117,7 @@ class Decoder:
         inside = f"{self.prefix}."
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         names = [name for name in self.model.state_dict() if not name.startswith(inside)]
-        wanted = {name: self._names(name) for name in names if name not in tied}
+        wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
         tensors = self.weights.read(list(wanted.values()))
         for module in _outside(self.model, self.blocks):
@@ -285,21 +284,6 @@ class Decoder:
             finally:
                 for handle in handles:
                     handle.remove()
-
-
-class _checkpoint_names:  # noqa: N801 - a function with a memory
-    """Model name → checkpoint name: the same, or without the base model's prefix where the checkpoint was saved without it."""
-
-    def __init__(self, model: nn.Module, weights: Weights) -> None:
-        self.base = str(getattr(model, "base_model_prefix", ""))
-        inner = f"{self.base}."
-        names = [name for name in model.state_dict() if name.startswith(inner)]
-        self.stripped = bool(self.base) and not any(n in weights for n in names) and any(n[len(inner) :] in weights for n in names)
-
-    def __call__(self, name: str) -> str:
-        return name[len(self.base) + 1 :] if self.stripped and name.startswith(f"{self.base}.") else name
-
-    prefix = __call__
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

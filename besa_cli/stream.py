@@ -1,5 +1,6 @@
 """The one loop over the model: load a block, let one function change its linears, store it, pass the activations on, drop it."""
 
+import math
 import resource
 import sys
 import time
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
+from besa_cli.ops import losses
 from besa_cli.reports import BlockReport, LinearReport
 
 Step = Callable[[int, int, str], None]
@@ -273,11 +275,10 @@ def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str,
         rows, cols = mask.shape
         linears.append(LinearReport(name=name, rows=rows, cols=cols, pruned=int((~mask).sum()), zeros=zeros))
     decoder.load(index, tensors)
-    error, norm = [], []
+    errors: list[float] = []
 
     def compare(part: slice, output: Tensor) -> None:
-        error.append(float((output.float() - target[part].float()).square().sum()))
-        norm.append(float(target[part].float().square().sum()))
+        errors.append(float(losses.token(output, target[part])) * len(output))
         block.on_step(part.stop, len(block.inputs), "propagation")
 
     advance(decoder, index, block.inputs, block.tokens, block.batch, compare)
@@ -286,7 +287,7 @@ def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str,
         blocks=len(decoder),
         linears=tuple(linears),
         error_before=pruned.error_before,
-        error_after=sum(error) / max(sum(norm), 1e-20),
+        error_after=math.fsum(errors) / len(target),
         learned_loss=pruned.learned_loss,
         kept_uniform=pruned.kept_uniform,
     )

@@ -6,6 +6,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from besa_cli import disk
 from besa_cli.errors import BesaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -78,6 +82,46 @@ class Weights:
             except (SafetensorError, OSError) as error:
                 raise BesaError(f"cannot read {wanted[0]} from {path}: {error}", _REMEDY) from error
         return {name: found[name] for name in names}
+
+
+class Names:
+    """Which tensor of a checkpoint goes where in the model, by the rules of transformers' own loading.
+
+    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on disk), and
+    a base model alone is stored without the prefix that it has in the whole model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    stored : sequence of str
+        The names in the checkpoint.
+    """
+
+    def __init__(self, model: "PreTrainedModel", stored: Sequence[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        own, base = set(model.state_dict()), f"{model.base_model_prefix}."
+        renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+        renamed: dict[str, str] = {}
+        for name in stored:
+            renamed[name] = name
+            for rule in renamings:
+                renamed[name], _ = rule.rename_source_key(renamed[name])
+        bare = not any(name.startswith(base) for name in renamed.values()) and any(
+            base + name in own for name in renamed.values()
+        )
+        self._place = {name: base + new if bare and new not in own else new for name, new in renamed.items()}
+        self._origin = {place: name for name, place in self._place.items() if place != name}
+        self._origin |= {name: name for name, place in self._place.items() if place == name}
+
+    def origin(self, name: str) -> str:
+        """The checkpoint's name of the model's tensor `name`; `name` itself where the checkpoint lacks it."""
+        return self._origin.get(name, name)
+
+    def below(self, prefix: str) -> list[str]:
+        """The checkpoint's names of all tensors whose name in the model begins with `prefix`, sorted."""
+        return sorted(name for name, place in self._place.items() if place.startswith(prefix))
 
 
 def _listed(directory: Path) -> dict[str, str]:

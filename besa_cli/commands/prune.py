@@ -44,12 +44,12 @@ def prune(
         _number("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
     ] = None,
     loss: Annotated[
-        Literal["relative", "channel"] | None,
-        _number("--loss", "The block's relative error as a whole, or each channel's by its own norm.", "relative"),
+        Literal["token", "channel", "frobenius"] | None,
+        _number("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
     ] = None,
     epochs: Annotated[int | None, _number("--epochs", "Passes over the samples.", "1", min=1)] = None,
     batch_size: Annotated[int | None, _number("--batch-size", "Samples in a learning step.", "1", min=1)] = None,
-    lr: Annotated[float | None, _number("--lr", "Learning rate.", "0.05", min=0.0)] = None,
+    lr: Annotated[float | None, _number("--lr", "Learning rate.", "0.1", min=0.0)] = None,
     penalty: Annotated[float | None, _number("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)] = None,
     candidates: Annotated[
         int | None, _number("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)

@@ -20,7 +20,7 @@ def show(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]", help="A run directory, a stage or any checkpoint.", show_default="the run directory"
+            metavar="DIR", help="A run directory, a stage or any checkpoint.", show_default="the run directory"
         ),
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,
@@ -177,14 +177,13 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
     columns = ["block", *short_names(labels), "all", *(["error before", "error after"] if reported else [])]
     console.table("", columns, rows)
     total = _sum(everything)
-    if not total["weights"]:
+    weights, zeros, pruned = total["weights"], total["zeros"], total["pruned"]
+    if not weights:
         return
-    console.line(
-        f"{zeros:,} of {weights:,} weights are zero ({human_share(zeros / weights)})"
-    )
-    if total["pruned"] is not None:
-        console.line(f"{total['pruned']:,} of them were pruned ({human_share(total['pruned'] / total['weights'])})")
-        if total["pruned"] > total["zeros"]:
+    console.line(f"{zeros:,} of {weights:,} weights are zero ({human_share(zeros / weights)})")
+    if pruned is not None:
+        console.line(f"{pruned:,} were pruned ({human_share(pruned / weights)})")
+        if pruned > zeros:
             console.note("warning: the reports name more pruned weights than there are zeros: the tensors were changed")
 
 

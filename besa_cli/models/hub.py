@@ -49,7 +49,7 @@ def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) ->
     from huggingface_hub import constants
 
     cached = _cached(repo, revision)
-    if cached is not None and cached.name == revision:
+    if cached is not None and cached.name == revision and _has_tokenizer(cached):
         return cached
     if constants.HF_HUB_OFFLINE:
         if cached is None:
@@ -80,6 +80,11 @@ def _cached(repo: str, revision: str | None) -> Path | None:
             complete = all((snapshot / name).is_file() for name in files.shards(snapshot / index))
             return snapshot if complete else None
     return None
+
+
+def _has_tokenizer(snapshot: Path) -> bool:
+    """Other programs may have fetched the weights alone."""
+    return any(name.startswith(("tokenizer", "vocab")) for name in (entry.name for entry in snapshot.iterdir()))
 
 
 def _listing(repo: str, revision: str | None) -> "ModelInfo":

@@ -24,7 +24,6 @@ TRIES = 3
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the tag of a large file is its digest, that of a small one is git's
 _PARTIAL = ".besa.incomplete"
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +194,6 @@ def _append(url: str, partial: Path, size: int) -> None:
             hf_raise_for_status(response)
             if response.status_code != 206:
                 file.truncate(0)
-            for chunk in response.iter_raw(_CHUNK):
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 file.flush()

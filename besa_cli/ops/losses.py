@@ -6,7 +6,17 @@ from torch import Tensor
 _SMALL = 1e-20
 
 
-def relative(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
+def token(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
+    """Mean over tokens of ‖output − target‖² / ‖target‖²: every token by its own norm, as the next block's norm sees it.
+
+    A few tokens of many models carry activations a thousand times larger than all others; under one common norm
+    (`frobenius`) nothing else would be learned from.
+    """
+    error = (output.float() - target.float()).square().sum(-1)
+    return (error / target.float().square().sum(-1).clamp_min(_SMALL)).mean()
+
+
+def frobenius(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
     """‖output − target‖²_F / ‖target‖²_F: BESA Eq. 1, made free of the activations' scale."""
     error = (output.float() - target.float()).square().sum()
     return error / target.float().square().sum().clamp_min(_SMALL)

@@ -19,8 +19,9 @@ from besa_cli.stream import Block, Pruned, batches
 
 Granularity = Literal["row", "layer"]
 Target = Literal["block", "stream"]
-Loss = Literal["relative", "channel"]
+Loss = Literal["token", "channel", "frobenius"]
 
+_MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
 _COMPARED = 32  # samples on which the learned allocation has to beat the uniform one
 
 
@@ -42,18 +43,18 @@ class Options:
         Weight of the sparsity penalty ((s − ŝ)/ŝ)².
     candidates : int
         D: candidate sparsities are 0, 1/D, …, 1.
-    loss : {"relative", "channel"}
-        The block's relative squared error as a whole, or each channel's by its own norm.
+    loss : {"token", "channel", "frobenius"}
+        Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
     """
 
     granularity: Granularity = "row"
     target: Target = "block"
     epochs: int = 1
     batch_size: int = 1
-    lr: float = 0.05
+    lr: float = 0.1
     penalty: float = 5.0
     candidates: int = 100
-    loss: Loss = "relative"
+    loss: Loss = "token"
 
 
 class _Linear:
@@ -83,10 +84,10 @@ def prune(block: Block, options: Options) -> Pruned:
     group_weights = [sizes[name] / len(theta) for name, theta in zip(linears, logits, strict=True)]
     sparsities = allocation.project(logits, group_weights, p, goal)
     learned = _masks(linears, _shares(linears, sparsities), block.budget)
-    before, after = (_error(block, linears, kept) for kept in (uniform, learned))
-    better = after < before
+    before, after = (_errors(block, linears, kept, options.loss) for kept in (uniform, learned))
+    better = after[0] < before[0]
     return Pruned(
-        masks=learned if better else uniform, error_before=before, learned_loss=learned_loss, kept_uniform=not better
+        masks=learned if better else uniform, error_before=before[1], learned_loss=learned_loss, kept_uniform=not better
     )
 
 
@@ -101,7 +102,7 @@ def _learn(
     steps = options.epochs * math.ceil(samples / options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(block.seed)
-    measure = losses.relative if options.loss == "relative" else losses.channel
+    measure = _MEASURES[options.loss]
     total = sum(linear.rows * linear.cols for linear in linears.values())
     history: list[float] = []
     for _ in range(options.epochs):
@@ -161,13 +162,12 @@ def _masks(linears: Mapping[str, _Linear], shares: Mapping[str, budget.Floats], 
     return kept
 
 
-def _error(block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor]) -> float:
-    """‖output − target‖² / ‖target‖² under fixed masks, over the first `_COMPARED` samples."""
+def _errors(block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:
+    """The mean loss and the mean relative error of each token under fixed masks, over the first `_COMPARED` samples."""
     weights = {name: linear.weight.masked_fill(~kept[name], 0.0) for name, linear in linears.items()}
-    error, norm = [], []
+    found: list[tuple[float, float]] = []
     with torch.no_grad():
-        for part in batches(min(len(block.inputs), _COMPARED), block.batch):
-            output, target = block.forward(block.inputs[part], weights).float(), block.target[part].float()
-            error.append(float((output - target).square().sum()))
-            norm.append(float(target.square().sum()))
-    return math.fsum(error) / max(math.fsum(norm), 1e-20)
+        for sample in batches(min(len(block.inputs), _COMPARED), 1):
+            output, target = block.forward(block.inputs[sample], weights), block.target[sample]
+            found.append((float(_MEASURES[loss](output, target)), float(losses.token(output, target))))
+    return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)

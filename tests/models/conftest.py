@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session")
+def shared_cache() -> Path:
+    """The cache that the user's own commands work on."""
+    from besa_cli.models import cache as module
+
+    return module.root()
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("BESA_CACHE", str(path))
     monkeypatch.delenv("BESA_DEMO_WHEEL", raising=False)

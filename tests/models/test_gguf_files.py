@@ -57,8 +57,8 @@ def write(path: Path, weights: dict[str, torch.Tensor], kind: Type, *, architect
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(96)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(33 + number) for number in range(94)] + ["<s>", "</s>"])
-    writer.add_token_merges([])
+    writer.add_token_list([chr(33 + number) for number in range(93)] + ['!"', "<s>", "</s>"])
+    writer.add_token_merges(['! "'])
     writer.add_bos_token_id(94)
     writer.add_eos_token_id(95)
     for name, value in weights.items():
@@ -102,7 +102,7 @@ def test_the_model_comes_back(
     assert loaded.config.rms_norm_eps == 1e-6
     assert not hasattr(loaded.config, "quantization_config")
     assert not loaded.config.tie_word_embeddings
-    assert AutoTokenizer.from_pretrained(model.directory)("!a")["input_ids"] == [0, 64]
+    assert AutoTokenizer.from_pretrained(model.directory)('a!"')["input_ids"] == [64, 93]
     assert resolve(str(path), notify=notes.append) == model
     assert len(notes) == 1
 
@@ -129,7 +129,7 @@ def test_the_same_file_gives_the_same_bytes(
 def test_a_missing_tensor_is_named(source: dict[str, torch.Tensor], tmp_path: Path, notes: list[str]) -> None:
     lacking = {name: value for name, value in source.items() if "layers.1.mlp.up_proj" not in name}
     path = write(tmp_path / "lacking.gguf", lacking, Type.F32)
-    with pytest.raises(BesaError, match="lacks model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(BesaError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         resolve(str(path), notify=notes.append)
 
 
@@ -138,7 +138,7 @@ def test_numbers_that_half_precision_cannot_hold_are_named(
 ) -> None:
     large = source | {"model.norm.weight": torch.full((64,), 1e6)}
     path = write(tmp_path / "large.gguf", large, Type.F16)
-    with pytest.raises(BesaError, match="model.norm.weight"):
+    with pytest.raises(BesaError, match=r"model\.norm\.weight"):
         resolve(str(path), notify=notes.append)
 
 
@@ -193,7 +193,9 @@ def test_a_changed_byte_never_ends_in_a_traceback(place: int, value: int) -> Non
         changed = bytearray(whole())
         changed[place] = value
         path.write_bytes(bytes(changed))
+        said = ""
         try:
-            assert gguf_header.read(path).types
+            found = gguf_header.read(path).types
         except BesaError as error:
-            assert str(path) in error.message
+            found, said = {}, error.message
+        assert found or str(path) in said

@@ -10,9 +10,11 @@ from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import DEMO, resolve
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "nowhere.gguf", "some/where.gguf"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "nowhere.gguf", "some/where.gguf"]
+)
 def test_a_path_that_is_not_there_is_named(name: str, notes: list[str]) -> None:
-    with pytest.raises(BesaError, match="no model at /.*nowhere|no model at /.*where.gguf") as caught:
+    with pytest.raises(BesaError, match=r"no model at /.*where") as caught:
         resolve(name, notify=notes.append)
     assert caught.value.exit_code == 1
 
@@ -24,7 +26,9 @@ def test_a_misspelt_demo_name_is_guessed(name: str, notes: list[str]) -> None:
     assert f"did you mean '{DEMO}'?" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["", "a b/c", "a/b/c", "a/b@", "@main", "https://host/a/b"])
+@pytest.mark.parametrize(
+    "name", ["", "a b/c", "a/b/c", "a/b@", "~nobody-here/x", "a" * 5000, "@main", "https://host/a/b"]
+)
 def test_a_name_of_no_kind_is_refused(name: str, notes: list[str]) -> None:
     with pytest.raises(BesaError):
         resolve(name, notify=notes.append)

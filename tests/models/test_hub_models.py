@@ -1,0 +1,261 @@
+"""Models from a hub: a small one on this machine, with all the ways in which a hub can fail.
+
+The hub's library reads its environment when it is imported, so each call runs in a process of its own.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import COMMIT, Hub, serve
+from safetensors.torch import load_file
+
+CALL = """
+import json, sys
+from besa_cli.errors import BesaError
+from besa_cli.models import resolve, transfer
+transfer.STALL_SECONDS = float(sys.argv[2])
+notes, out = [], {}
+try:
+    model = resolve(sys.argv[1], notify=notes.append)
+    out = {"directory": str(model.directory), "revision": model.revision, "kind": model.kind}
+except BesaError as error:
+    out = {"message": error.message, "hint": error.hint, "code": error.exit_code}
+print(json.dumps(out | {"notes": notes, "torch": "torch" in sys.modules}))
+"""
+
+
+@dataclass
+class Client:
+    """Calls `resolve` in a fresh process, with a cache of its own for the hub's files."""
+
+    home: Path
+    endpoint: str
+
+    def __call__(self, name: str, *, stall: float = 60, **variables: str) -> dict[str, object]:
+        own = {"HF_HOME": str(self.home), "HF_ENDPOINT": self.endpoint, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        done = subprocess.run(
+            [sys.executable, "-c", CALL, name, str(stall)],
+            env=environment | own | variables,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        answer: dict[str, object] = json.loads(done.stdout)
+        return answer
+
+
+@pytest.fixture
+def hub(tiny: Path) -> Iterator[Hub]:
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    others = (
+        "README.md",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/model.pth",
+        "model.onnx",
+        "run.py",
+    )
+    files |= dict.fromkeys(others, b"not needed")
+    files |= {"tokenizer_config.json": b"{}", "tokenizer.json": b"{ }", "model.fp16.safetensors": b"not needed"}
+    with serve(Hub(files)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path) -> Client:
+    return Client(tmp_path / "hf", hub.endpoint)
+
+
+def same_weights(directory: object, tiny: Path) -> bool:
+    found, expected = load_file(Path(str(directory)) / "model.safetensors"), load_file(tiny / "model.safetensors")
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.fixture
+def closed() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+NEEDED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_only_what_is_needed_is_fetched_and_only_once(revision: str, hub: Hub, client: Client, tiny: Path) -> None:
+    first = client("org/tiny" + revision)
+    assert (first["kind"], first["revision"], first["torch"]) == ("hub", COMMIT, False)
+    assert same_weights(first["directory"], tiny)
+    assert sorted(name for name, _ in hub.bodies()) == sorted(NEEDED)
+    hub.log.clear()
+    again = client("org/tiny" + revision)
+    assert (again["directory"], again["notes"]) == (first["directory"], [])
+    assert hub.bodies() == []
+    assert len(hub.requests()) <= 1
+
+
+def test_shards_are_found_by_the_index(hub: Hub, client: Client, tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    del hub.files["model.safetensors"]
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "sharded").glob("model*")}
+    hub.files |= shards
+    answer = client("org/tiny")
+    assert {path.name for path in Path(str(answer["directory"])).glob("*.safetensors")} == {
+        name for name in shards if name.endswith(".safetensors")
+    }
+    del hub.files[next(name for name in shards if name.endswith("-of-00005.safetensors") or "00002" in name)]
+    answer = Client(tmp_path / "fresh", hub.endpoint)("org/tiny")
+    assert "lacks model-0000" in str(answer["message"])
+
+
+def test_pickles_alone_are_converted(hub: Hub, client: Client, tiny: Path, tmp_path: Path) -> None:
+    torch.save(load_file(tiny / "model.safetensors"), tmp_path / "weights")
+    hub.files = {"config.json": hub.files["config.json"], "pytorch_model.bin": (tmp_path / "weights").read_bytes()}
+    answer = client("org/tiny")
+    assert same_weights(answer["directory"], tiny)
+    assert answer["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"README.md": b""}, "has no config.json"),
+        ({"config.json": b"{}", "model-Q4.gguf": b""}, "neither safetensors nor pytorch_model.bin"),
+        (
+            {"config.json": b'{"quantization_config": {"quant_method": "awq"}}'},
+            "already compressed (awq)",
+        ),
+        ({"config.json": b"{}", "model.safetensors": b"short"}, "not a whole safetensors file"),
+    ],
+)
+def test_what_a_repository_lacks_is_said(files: dict[str, bytes], said: str, hub: Hub, client: Client) -> None:
+    hub.files = files
+    answer = client("org/tiny")
+    assert said in str(answer["message"])
+    assert answer["hint"]
+    assert answer["code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal", "said", "remedy"),
+    [
+        ("org/tiny", (403, "GatedRepo"), "org/tiny is gated", "hf auth login"),
+        ("org/tiny", (401, "GatedRepo"), "org/tiny is gated", "hf auth login"),
+        ("org/tiny", (401, "RepoNotFound"), "does not exist on .* or is private", "hf auth login"),
+        ("org/tiny", (401, ""), "does not exist on .* or is private", "hf auth login"),
+        ("org/tiny", (503, ""), "the hub answered 503", "try again later"),
+        ("org/tony", None, "there is no model org/tony", "check the spelling"),
+        ("org/tiny@nowhere", None, "org/tiny has no revision 'nowhere'", "branches and tags"),
+    ],
+)
+def test_each_refusal_has_its_own_line(
+    name: str, refusal: tuple[int, str] | None, said: str, remedy: str, hub: Hub, client: Client
+) -> None:
+    hub.refusal = refusal
+    answer = client(name)
+    assert re.search(said, str(answer["message"]))
+    assert remedy in str(answer["hint"])
+
+
+def test_a_gated_file_says_how_to_log_in(hub: Hub, client: Client) -> None:
+    hub.file_refusal = (403, "GatedRepo")
+    answer = client("org/tiny")
+    assert answer["message"] == "org/tiny is gated"
+    assert "hf auth login" in str(answer["hint"])
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_a_hub_out_of_reach_is_noticed_and_the_cache_stands_in(
+    kind: str, hub: Hub, client: Client, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    nowhere = request.getfixturevalue(kind)
+    begun = time.monotonic()
+    answer = Client(tmp_path / "empty", nowhere)("org/tiny")
+    assert time.monotonic() - begun < (14 if kind == "silent" else 6)  # with the start of a process on a busy machine
+    assert f"cannot reach the hub at {nowhere} for org/tiny" in str(answer["message"])
+    if kind == "closed":
+        whole = client("org/tiny")["directory"]
+        offline = Client(client.home, nowhere)("org/tiny")
+        assert offline["directory"] == whole
+        assert "using the cached copy" in str(offline["notes"])
+        assert Client(client.home, nowhere)(f"org/tiny@{COMMIT}")["notes"] == []
+
+
+def test_offline_mode_uses_the_cache_alone(hub: Hub, client: Client) -> None:
+    answer = client("org/tiny", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE forbids the network" in str(answer["message"])
+    assert hub.requests() == []
+    whole = client("org/tiny")["directory"]
+    hub.log.clear()
+    assert client("org/tiny", HF_HUB_OFFLINE="1")["directory"] == whole
+    assert hub.requests() == []
+
+
+def test_a_cut_line_is_said_and_the_next_call_goes_on(hub: Hub, client: Client, tiny: Path) -> None:
+    size = len(hub.files["model.safetensors"])
+    hub.cut_after, hub.dies = 50_000, True
+    answer = client("org/tiny")
+    assert "the hub broke off after" in str(answer["message"])
+    assert "run the same command again: it goes on where it stopped" in str(answer["hint"])
+    assert "is not (completely) in" in str(client("org/tiny", HF_HUB_OFFLINE="1")["message"])
+    hub.dead, hub.cut_after = False, None
+    hub.log.clear()
+    answer = client("org/tiny")
+    assert same_weights(answer["directory"], tiny)
+    assert hub.bodies() == [("model.safetensors", "bytes=50000-")]
+    assert size > 50_000
+
+
+def test_a_line_that_is_cut_now_and_then_is_taken_up_again(hub: Hub, client: Client, tiny: Path) -> None:
+    hub.cut_after = 50_000
+    answer = client("org/tiny")
+    assert same_weights(answer["directory"], tiny)
+    size = len(hub.files["model.safetensors"])
+    spans = [span for name, span in hub.bodies() if name == "model.safetensors"]
+    assert spans == [f"bytes={start}-" for start in range(0, size, 50_000)]
+
+
+def test_a_transfer_that_stands_still_is_given_up(hub: Hub, client: Client, tiny: Path) -> None:
+    hub.cut_after, hub.stall = 50_000, threading.Event()
+    begun = time.monotonic()
+    answer = client("org/tiny", stall=2)
+    assert time.monotonic() - begun < 8
+    assert "nothing came for 2 s" in str(answer["message"])
+    hub.stall.set()
+    hub.cut_after = None
+    assert same_weights(client("org/tiny")["directory"], tiny)
+
+
+def test_a_damaged_part_of_an_earlier_run_is_found_out(hub: Hub, client: Client, tiny: Path) -> None:
+    hub.cut_after, hub.dies = 50_000, True
+    client("org/tiny")
+    part = next(client.home.rglob("*.besa.incomplete"))
+    part.write_bytes(b"\x00" * part.stat().st_size)
+    hub.dead, hub.cut_after = False, None
+    assert "arrived damaged" in str(client("org/tiny")["message"])
+    assert same_weights(client("org/tiny")["directory"], tiny)

@@ -1,0 +1,182 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from besa_cli import __version__, calibration, models
+from besa_cli.errors import BesaError, UsageError
+
+Besa = Callable[..., Any]  # conftest.Outcome
+
+PROGRAM = [sys.executable, "-m", "besa_cli"]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes `besa calibrate` meet an error at its first step."""
+
+    def fail_with(error: BaseException) -> None:
+        def resolve(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(models, "resolve", resolve)
+
+    return fail_with
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's error of that name."""
+
+
+def test_version(besa: Besa) -> None:
+    outcome = besa("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"besa {__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "prune", "eval", "show"])
+def test_help_names_every_verb_and_each_explains_itself(besa: Besa, verb: str) -> None:
+    assert f"\n  {verb} " in besa("--help").out
+    outcome = besa(verb, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"Usage: besa {verb} ")
+
+
+@pytest.mark.parametrize("words", [(), ("eval",)])
+def test_without_a_verb_the_help_is_an_error(besa: Besa, words: tuple[str, ...]) -> None:
+    outcome = besa(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("Usage: besa")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pruen",), "No such command 'pruen'. Did you mean 'prune'?"),
+        (("calibrate", "--sampels", "3"), "No such option: --sampels (Possible options: --model, --samples)"),
+        (("calibrate", "--samples", "many"), "invalid value 'many' for --samples: Input should be a valid integer"),
+        (("calibrate", "--seed", "-1"), "invalid value '-1' for --seed: Input should be greater than or equal to 0"),
+        (("prune", "--device", "gpu"), "invalid value 'gpu' for --device: 'gpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (("show", "a", "b"), "Got unexpected extra argument(s) (b)"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint(besa: Besa, words: tuple[str, ...], message: str) -> None:
+    outcome = besa(*words)
+    assert (outcome.code, outcome.out) == (2, "")
+    error, hint = outcome.err.splitlines()
+    assert error.startswith(f"error: {message}")
+    assert hint.startswith("hint: see 'besa")
+
+
+def test_a_wrong_value_from_a_file_names_the_file(besa: Besa, workplace: Path) -> None:
+    (workplace / "mine.yaml").write_text("seed: soon\n")
+    outcome = besa("calibrate", "--config", "mine.yaml")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[0].startswith("error: invalid value 'soon' for --seed: ")
+    assert outcome.err.splitlines()[0].endswith(" (from mine.yaml)")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (BesaError("no [model] in /a b/c", "look there"), 1, ["error: no [model] in /a b/c", "hint: look there"]),
+        (BesaError("no hint"), 1, ["error: no hint"]),
+        (UsageError("--x 3", "give 4"), 2, ["error: --x 3", "hint: give 4"]),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk"),
+            1,
+            ["error: No space left on device: /full/disk", "hint: free disk space, then run the same command again"],
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, ["error: Permission denied: /x"]),
+        (OutOfMemoryError("CUDA out of memory"), 1, ["error: out of memory: CUDA out of memory"]),
+        (RuntimeError("alloc:\n can't allocate memory"), 1, ["error: out of memory: alloc: can't allocate memory"]),
+        (MemoryError(), 1, ["error: out of memory"]),
+        (KeyboardInterrupt(), 130, ["error: interrupted"]),
+    ],
+)
+def test_an_error_is_a_line_and_a_code(
+    besa: Besa,
+    failing: Callable[[BaseException], None],
+    error: BaseException,
+    code: int,
+    lines: list[str],
+) -> None:
+    failing(error)
+    outcome = besa("calibrate")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err.splitlines()[: len(lines)] == lines
+    assert len(outcome.err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), AssertionError("a bug")])
+def test_a_bug_is_not_hidden(besa: Besa, failing: Callable[[BaseException], None], error: Exception) -> None:
+    failing(error)
+    with pytest.raises(type(error), match="a bug"):
+        besa("calibrate")
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_debug_shows_where(
+    besa: Besa, failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    failing(BesaError("no model", "look there"))
+    if by_variable:
+        monkeypatch.setenv("BESA_DEBUG", "1")
+    outcome = besa("calibrate") if by_variable else besa("--debug", "calibrate")
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback (most recent call last):")
+    assert outcome.err.endswith("error: no model\nhint: look there\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_one_line_that_says_how_to_go_on(workplace: Path, number: int, code: int) -> None:
+    (workplace / "sitecustomize.py").write_text(
+        "import time\n"
+        "from besa_cli import models\n"
+        "def resolve(*_, notify):\n"
+        "    notify('working')\n"
+        "    time.sleep(60)\n"
+        "models.resolve = resolve\n"
+    )
+    path = os.pathsep.join([str(workplace), str(Path(calibration.__file__).parents[1])])
+    process = subprocess.Popen(
+        [*PROGRAM, "calibrate"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "working\n"
+    time.sleep(0.2)  # until it sleeps
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "")
+    error, hint = err.splitlines()
+    assert error == "error: interrupted"
+    assert "run the same command again" in hint
+
+
+def test_a_closed_pipe_is_no_traceback(workplace: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [*PROGRAM, "prune", "--help"], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == ""
+
+
+def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
+    text = " ".join(besa("calibrate", "--help").out.split())
+    default = calibration.Options()
+    stated = {"data": f"({','.join(default.data)})", "samples": f"({default.samples})", "seed": f"{default.seed}; x>=0"}
+    for option, value in stated.items():
+        assert f"[default: {value}]" in text.split(f" --{option} ")[1].split(" --")[0]
+    assert f"[default: ({default.seqlen}, or" in text.split("--seqlen ")[1]

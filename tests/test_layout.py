@@ -1,0 +1,101 @@
+"""The shape of the package: who may import whom, and what starting the program must not load."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+import besa_cli
+from besa_cli.pruners import PRUNERS
+
+PACKAGE = Path(besa_cli.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Each imports only from the layers above its own line; a folder's own files may import each other.
+LAYERS = (
+    {"errors", "reports"},
+    {"anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
+    {"models", "token_rows", "weights"},
+    {"checkpoint", "corpora", "decoder"},
+    {"calibration", "inspection", "stream"},
+    {"evaluation", "preparation", "pruners"},
+    {"pruning"},
+    {"console"},
+    {"commands"},
+    {"app"},
+    {"__main__"},
+)
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+HEAVY = ("datasets", "gguf", "huggingface_hub", "numpy", "pyarrow", "rich", "safetensors", "torch", "transformers")
+
+
+def part_of(path: Path) -> str:
+    """The module, or the folder, right below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, in full (`from besa_cli import disk` is `besa_cli.disk`)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_only(path: Path) -> None:
+    own = part_of(path)
+    if own == "__init__":
+        assert not list(imported(path))
+        return
+    assert own in RANK, f"{own} has no place in LAYERS"
+    for name in imported(path):
+        words = name.split(".")
+        if words[0] != "besa_cli" or words[1] in (own, "__version__"):
+            continue
+        assert RANK[words[1]] < RANK[own], f"{own} must not import {name}"
+
+
+def test_every_place_in_the_layers_is_taken() -> None:
+    assert set(RANK) == {part_of(path) for path in MODULES} - {"__init__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_console_draws_and_nobody_brings_a_second_click(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert "click" not in roots
+    if part_of(path) != "console":
+        assert "rich" not in roots
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys, time; start = time.perf_counter(); from besa_cli.app import main; code = main(['--help']);"
+        f"seconds = time.perf_counter() - start; loaded = sorted(set({HEAVY}) & set(sys.modules));"
+        "print(f'{code} {loaded} {seconds:.3f} s')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    code_and_loaded, _, seconds = done.stdout.splitlines()[-1].rpartition("] ")
+    print(f"besa --help took {seconds}")  # noqa: T201 - shown by pytest -rP; a limit would fail on a busy machine
+    assert code_and_loaded == "0 ["
+    assert "Usage: besa" in done.stdout
+
+
+def test_methods_offered_are_the_files_there_are() -> None:
+    files = {path.stem for path in (PACKAGE / "pruners").glob("*.py")} - {"__init__"}
+    assert files == set(PRUNERS)
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_a_method_is_options_and_one_function(name: str) -> None:
+    module = importlib.import_module(f"besa_cli.pruners.{name}")
+    assert is_dataclass(module.Options)
+    assert callable(module.prune)
+    assert PRUNERS[name]
