@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SUITED = "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
+_SUITED = (
+    "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
+)
 _ROUTERS = ("router", "gate")
 
 
@@ -35,16 +37,22 @@ def config_of(directory: Path) -> "PretrainedConfig":
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BesaError(f"{directory / 'config.json'} describes no model that transformers knows: {reason}", _SUITED) from error
+        raise BesaError(
+            f"{directory / 'config.json'} describes no model that transformers knows: {reason}", _SUITED
+        ) from error
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
     if kind in ENCODERS and not getattr(config, "is_decoder", False):
         raise BesaError(f"{directory} is an encoder ({kind}): its tokens see those after them", _SUITED)
     if kind not in DECODERS:
-        raise BesaError(f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED)
+        raise BesaError(
+            f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED
+        )
     if getattr(config, "quantization_config", None):
-        raise BesaError(f"{directory} is quantized ({kind} with a quantization_config)", "give the dense model it was made from")
+        raise BesaError(
+            f"{directory} is quantized ({kind} with a quantization_config)", "give the dense model it was made from"
+        )
     return config
 
 
@@ -53,8 +61,9 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.train(False).requires_grad_(False)
+    return model
 
 
 def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
@@ -69,9 +78,10 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """
     found: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        suited = isinstance(module, nn.ModuleList) and len(module) and all(_matrices(block) for block in module)
-        if suited and (found is None or len(module) > len(found[1])):  # type: ignore[arg-type]
-            found = (name, module)  # type: ignore[assignment]
+        if not isinstance(module, nn.ModuleList) or not all(_matrices(block) for block in module):
+            continue
+        if len(module) > (len(found[1]) if found else 0):
+            found = (name, module)
     if found is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
     for index, block in enumerate(found[1]):

@@ -5,6 +5,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ class Stage:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_copied(path.name):
-                disk.publish(self.directory / path.name, lambda temporary, path=path: _copy(path, temporary))
+                disk.publish(self.directory / path.name, partial(_copy, path))
         disk.write_json(self.directory / MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
 
     def finish(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Stage:
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         disk.write_json(self.directory / weights.INDEX, index_file)
         linears = [linear for report in self.reports() for linear in report.linears]
-        counts = {
+        counts: dict[str, float] = {
             "weights": sum(linear.rows * linear.cols for linear in linears),
             "pruned": sum(linear.pruned for linear in linears),
             "zeros": sum(linear.zeros for linear in linears),
@@ -239,5 +240,3 @@ def _is_copied(name: str) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-
-

@@ -27,7 +27,7 @@ def device(name: str) -> torch.device:
 
 
 def dtype(name: str, on: torch.device) -> torch.dtype:
-    """The dtype for ``--dtype auto|float32|bfloat16|float16``; auto is bfloat16 where its products are clearly faster."""
+    """The dtype for ``--dtype``; auto is bfloat16 where its products are clearly faster, else float32."""
     if name != "auto":
         return DTYPES[name]
     if on.type == "cuda":

@@ -1,7 +1,7 @@
 """A stock transformers decoder of which only the parts in use have weights.
 
-The real model's own code runs everywhere: its embedding and masks before the first block, its norm and head after the last,
-and each block with the very keyword arguments that the model hands to it.
+The real model's own code runs everywhere: its embedding and masks before the first block, its norm and head after the
+last, and each block with the very keyword arguments that the model hands to it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ Keywords = Mapping[str, Any]
 _CHECK_TOKENS = 32  # length of the sample on which stream and whole model are compared
 
 
-class _Caught(Exception):  # noqa: N818 - not an error: it stops the model once the first block was called
+class _Caught(Exception):
     """The hidden states that entered the first block."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -131,18 +131,18 @@ class Decoder:
         self.model.requires_grad_(False)
 
     def _restore_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales) as transformers does on loading."""
+        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
         skipped = set(skip.modules()) if skip is not None else set()
         with torch.no_grad():
             for module in root.modules():
                 if module not in skipped and module._non_persistent_buffers_set:
-                    self.model._init_weights(module)
+                    self.model._init_weights(module)  # type: ignore[no-untyped-call]
 
     def keywords(self, index: int, tokens: Tensor) -> tuple[tuple[Any, ...], Keywords]:
         """The positional (after the hidden states) and keyword arguments that the model hands to block `index`.
 
-        They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that only
-        note what they are given and pass the hidden states on.
+        They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that
+        only note what they are given and pass the hidden states on.
         """
         shape = (tokens.shape[0], tokens.shape[1])
         if shape not in self._keywords:
@@ -200,7 +200,9 @@ class Decoder:
             self._run(tokens, catch)
         except _Caught as caught:
             return caught.hidden
-        raise BesaError(f"{type(self.model).__name__} did not call its blocks", "this decoder cannot be pruned block by block")
+        raise BesaError(
+            f"{type(self.model).__name__} did not call its blocks", "this decoder cannot be pruned block by block"
+        )
 
     def finish(self, hidden: Tensor, tokens: Tensor, part: slice | None = None) -> Tensor:
         """Logits from the hidden states that left the last block.
@@ -228,7 +230,9 @@ class Decoder:
         logits = self._run(tokens, inject, whole=True, logits_to_keep=positions).logits
         return logits
 
-    def forward(self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The output of the (loaded) block `index` for hidden states of shape (samples, seqlen, hidden).
 
         Parameters
@@ -244,7 +248,8 @@ class Decoder:
             output = block(hidden, *args, **kwargs)
         else:
             output = torch.func.functional_call(block, dict(weights), (hidden, *args), dict(kwargs))
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     def verify(self, tokens: Tensor) -> None:
         """Compare stream and whole model on one short sample; the whole model's blocks are loaded as they are called.
@@ -264,11 +269,13 @@ class Decoder:
                 hidden = self.forward(index, hidden, sample)
             self.drop(index)
         last = len(self) - 1
-        found = self._run(sample, lambda number, states, *_, **__: self._as_block_output(hidden if number == last else states))[0]
+        found = self._run(
+            sample, lambda number, states, *_, **__: self._as_block_output(hidden if number == last else states)
+        )[0]
         error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
         if not error < 1e-3:
             raise BesaError(
-                f"block by block, {type(self.model).__name__} gives other hidden states than as a whole (relative {error:.2g})",
+                f"{type(self.model).__name__} gives other hidden states block by block than as a whole ({error:.2g})",
                 "its blocks depend on each other in a way that besa cannot follow",
             )
 
@@ -288,7 +295,9 @@ class Decoder:
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded arguments with no cache among them: blocks see whole sequences."""
-    return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")}
+    return {
+        name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")
+    }
 
 
 def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:
@@ -312,7 +321,7 @@ def _replaced_forward(block: nn.Module, number: int, stand_in: Callable[..., Any
         states = hidden if hidden is not None else kwargs.pop("hidden_states")
         return stand_in(number, states, *args, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
     try:
         yield
     finally:

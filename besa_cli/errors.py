@@ -1,4 +1,4 @@
-"""The errors a user may meet: one line that says what is wrong, with the value and the place, and a hint that says what to do."""
+"""The errors a user may meet: one line says what is wrong, with the value and the place; a hint says what to do."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Perplexity over the block stream: a model larger than memory can be measured; and greedy continuations of a prompt."""
+"""Perplexity over the block stream, so that a model larger than memory can be measured; and continuations."""
 
 import hashlib
 import inspect
@@ -55,7 +55,9 @@ class Settings:
         if self.seqlen < 2:
             raise UsageError(f"--seqlen {self.seqlen} is too short to predict a token", "give 2 or more")
         if self.stride is not None and not 1 <= self.stride <= self.seqlen:
-            raise UsageError(f"--stride {self.stride} is not in 1 … {self.seqlen} (--seqlen)", "leave it out for no overlap")
+            raise UsageError(
+                f"--stride {self.stride} is not in 1 … {self.seqlen} (--seqlen)", "leave it out for no overlap"
+            )
         for name in ("limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,7 +85,7 @@ class Perplexity:
 
 
 def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
-    """The whole text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
+    """The text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
 
     Raises
     ------
@@ -110,7 +112,8 @@ def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
     step = settings.stride or settings.seqlen
     if len(ids) < settings.seqlen:
         raise BesaError(
-            f"{name} has {len(ids)} tokens, less than one window of {settings.seqlen}", "give a smaller --seqlen or a longer text"
+            f"{name} has {len(ids)} tokens, less than one window of {settings.seqlen}",
+            "give a smaller --seqlen or a longer text",
         )
     cut = ids.unfold(0, settings.seqlen, step)
     return cut[: settings.limit].contiguous(), len(cut)
@@ -257,13 +260,16 @@ def load(file: Path) -> Perplexity | None:
     return Perplexity(**{name: record[name] for name in names})
 
 
-def continuation(directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype) -> str:
+def continuation(
+    directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype
+) -> str:
     """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True).eval()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

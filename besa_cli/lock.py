@@ -31,7 +31,9 @@ def held(run: Path, command: str) -> Iterator[None]:
             f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run"
         ) from error
     except OSError as error:
-        raise BesaError(f"cannot write {run}: {error.strerror or error}", "name another directory with --run") from error
+        raise BesaError(
+            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
+        ) from error
     try:
         holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command}))
         yield

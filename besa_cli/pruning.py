@@ -59,10 +59,12 @@ class Request:
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
         if self.nm and not 0 <= self.nm[0] <= self.nm[1]:
-            raise UsageError(f"--nm {self.nm[0]}:{self.nm[1]} prunes more than there is", "2:4 prunes 2 of every 4 columns")
+            raise UsageError(
+                f"--nm {self.nm[0]}:{self.nm[1]} prunes more than there is", "2:4 prunes 2 of every 4 columns"
+            )
         self.method_options()
 
-    def method_options(self) -> Any:  # noqa: ANN401 - each method has an Options of its own
+    def method_options(self) -> Any:
         """The method's `Options`.
 
         Raises
@@ -89,7 +91,7 @@ class Request:
         return {"method": self.method, **amount, **named, "device": self.device, "dtype": self.dtype, "seed": self.seed}
 
 
-def _module(method: str) -> Any:  # noqa: ANN401
+def _module(method: str) -> Any:
     return importlib.import_module(f"besa_cli.pruners.{method}")
 
 
@@ -134,15 +136,9 @@ class Job:
         checkpoint.recover(self._final, beside)
         source = weights.Weights(model.directory)
         self._digest = weights.check(source)
-        if restart:
-            _remove(beside)
-            if not _is_complete(self._final):
-                _remove(self._final)
-        there = next((path for path in (beside, self._final) if (path / checkpoint.MANIFEST).exists()), None)
-        self._directory = self._final if there is None else there
-        if restart and there == self._final:
-            self._directory = beside
-        self.manifest = self._agreed(None if restart else there, notify)
+        self._directory, self.manifest = self._new(beside) if restart else self._found(beside)
+        if self.manifest["versions"] != checkpoint.versions():
+            notify(f"{self._directory} was begun with {self.manifest['versions']}; this is {checkpoint.versions()}")
         self._check_and_begin(source, notify)
 
     @property
@@ -150,22 +146,33 @@ class Job:
         """Whether the stage was finished before."""
         return bool(self.manifest["status"] == "complete")
 
-    def _agreed(self, there: Path | None, notify: Callable[[str], None]) -> dict[str, Any]:
-        """The manifest to work under: the one that is there if it agrees with what is asked, else a new one."""
+    def _new(self, beside: Path) -> tuple[Path, dict[str, Any]]:
+        """Where to begin anew: beside a finished stage, else in its place."""
+        _remove(beside)
+        if _is_complete(self._final):
+            return beside, self._new_manifest()
+        _remove(self._final)
+        return self._final, self._new_manifest()
+
+    def _found(self, beside: Path) -> tuple[Path, dict[str, Any]]:
+        """The stage made or begun with what is asked now, and its manifest; a new one where there is none at all."""
         new = self._new_manifest()
-        if there is None:
-            return {**new, "status": "new"}
-        old = checkpoint.read_manifest(there)
-        different = _differences(old, new)
-        if different:
-            state = "a finished" if old["status"] == "complete" else "an unfinished"
+        there = {
+            path: checkpoint.read_manifest(path)
+            for path in (self._final, beside)
+            if (path / checkpoint.MANIFEST).exists()
+        }
+        different = {path: _differences(old, new) for path, old in there.items()}
+        for path, differences in different.items():
+            if not differences:
+                return path, there[path]
+        for path, differences in different.items():
+            state = "a finished" if there[path]["status"] == "complete" else "an unfinished"
             raise BesaError(
-                f"{there} holds {state} stage made with other options: {'; '.join(different)}",
+                f"{path} holds {state} stage made with other options: {'; '.join(differences)}",
                 "give --run NAME to keep both, or --restart to replace it",
             )
-        if old["versions"] != new["versions"]:
-            notify(f"{there} was begun with {old['versions']}; this is {new['versions']}")
-        return old
+        return self._final, new
 
     def _new_manifest(self) -> dict[str, Any]:
         request, calibration = self.request, self.calibration.manifest
@@ -193,6 +200,7 @@ class Job:
             "calibration": {"tokens_digest": self.calibration.digest, "sources": calibration["sources"]},
             "versions": checkpoint.versions(),
             "history": _history(self.model.directory),
+            "status": "new",
         }
 
     def _check_and_begin(self, source: weights.Weights, notify: Callable[[str], None]) -> None:
@@ -204,12 +212,15 @@ class Job:
         device = compute.device(settings["device"])
         self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
         self._stage = Stage(self._directory, len(self._decoder))
-        sizes = [sum(linear.weight.numel() for linear in self._decoder.linears(i).values()) for i in range(len(self._decoder))]
+        sizes = [
+            sum(linear.weight.numel() for linear in self._decoder.linears(i).values())
+            for i in range(len(self._decoder))
+        ]
         self._budgets = budget.window_counts(self.request.sparsity, sizes)
         if self.manifest["status"] == "new":
             checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
             self._decoder.verify(self.calibration.tokens)
-            self._stage.begin({key: value for key, value in self.manifest.items() if key != "status"}, self.model.directory)
+            self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
             notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
@@ -276,7 +287,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         mine[name] = resolved
         asked[name] = resolved if asked[name] == "auto" else asked[name]
     names = list(dict.fromkeys([*mine, *asked]))
-    return [f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked" for name in names if mine.get(name) != asked.get(name)]
+    return [
+        f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked"
+        for name in names
+        if mine.get(name) != asked.get(name)
+    ]
 
 
 def _short(value: object) -> str:

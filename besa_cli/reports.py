@@ -28,8 +28,8 @@ class BlockReport:
     Attributes
     ----------
     error_before, error_after : float or None
-        Mean over the calibration tokens of ‖output − target‖² / ‖target‖²: under the uniform mask (methods that learn; over the
-        samples compared) and as delivered.
+        Mean over the calibration tokens of ‖output − target‖² / ‖target‖²: under the uniform mask (methods that learn;
+        over the samples compared) and as delivered.
     learned_loss : float or None
         Mean reconstruction loss of the learning's last tenth of steps.
     kept_uniform : bool

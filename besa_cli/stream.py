@@ -1,4 +1,4 @@
-"""The one loop over the model: load a block, let one function change its linears, store it, pass the activations on, drop it."""
+"""The one loop over the model: load a block, let one function change it, store it, pass the activations on, drop it."""
 
 import math
 import resource
@@ -111,8 +111,8 @@ class Block:
     def observe(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Sum a statistic of each linear's inputs over all calibration samples, the block's weights untouched.
 
-        Linears that are given the very same tensor (q, k and v; gate and up) share one statistic. The pass also gives the
-        target where that is the block's own output.
+        Linears that are given the very same tensor (q, k and v; gate and up) share one statistic. The pass also gives
+        the target where that is the block's own output.
 
         Parameters
         ----------
@@ -186,7 +186,12 @@ def embed(decoder: Decoder, tokens: Tensor, batch: int) -> Tensor:
 
 
 def advance(
-    decoder: Decoder, index: int, hidden: Tensor, tokens: Tensor, batch: int, on_part: Callable[[slice, Tensor], None] | None = None
+    decoder: Decoder,
+    index: int,
+    hidden: Tensor,
+    tokens: Tensor,
+    batch: int,
+    on_part: Callable[[slice, Tensor], None] | None = None,
 ) -> None:
     """Replace the hidden states by the output of the loaded block `index`, in place, batch by batch.
 
@@ -200,7 +205,9 @@ def advance(
             output = decoder.forward(index, hidden[part], tokens[part])
             if not bool(output.isfinite().all()):
                 raise BesaError(
-                    f"block {index} gives hidden states that are NaN or infinite in {decoder.dtype}".replace("torch.", ""),
+                    f"block {index} gives hidden states that are NaN or infinite in {decoder.dtype}".replace(
+                        "torch.", ""
+                    ),
                     "compute with --dtype float32",
                 )
             if on_part:
@@ -231,7 +238,7 @@ def compress(
     budgets : one number a block
         Weights to prune.
     target : {"block", "stream"}
-        What a block should reproduce: its own dense output on the compressed inputs, or the dense model's hidden states.
+        What a block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
     batch : int
         Samples in a pass without gradients.
     """
@@ -296,7 +303,7 @@ def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str,
 
 
 def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes (on CUDA: the peak of the device's allocations, where that is more)."""
+    """The process's peak resident memory so far, in bytes; on CUDA the device's peak where that is more."""
     scale = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     return max(resident, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

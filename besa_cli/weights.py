@@ -87,8 +87,8 @@ class Weights:
 class Names:
     """Which tensor of a checkpoint goes where in the model, by the rules of transformers' own loading.
 
-    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on disk), and
-    a base model alone is stored without the prefix that it has in the whole model.
+    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on
+    disk), and a base model alone is stored without the prefix that it has in the whole model.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class Names:
 
 
 def _listed(directory: Path) -> dict[str, str]:
-    if not (directory / INDEX).exists():
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():  # as transformers chooses
         return {}
     table = disk.read_json(directory / INDEX).get("weight_map")
     if not isinstance(table, dict) or not table:
@@ -186,7 +186,7 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
                     "fetch the model again, or use another one: these weights cannot be pruned",
                 )
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -43,7 +43,8 @@ class _Subject:
 @app.command()
 def ppl(
     datasets: Annotated[
-        list[str] | None, typer.Argument(metavar="[DATASET]...", help="wikitext2 or a text file.", show_default="wikitext2")
+        list[str] | None,
+        typer.Argument(metavar="[DATASET]...", help="wikitext2 or a text file.", show_default="wikitext2"),
     ] = None,
     model: options.OtherModelOption = None,
     seqlen: Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a window.")] = 2048,
@@ -67,9 +68,7 @@ def ppl(
     from besa_cli import corpora
     from besa_cli.evaluation import Settings
 
-    settings = Settings(
-        seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=device, dtype=dtype
-    )
+    settings = Settings(seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=device, dtype=dtype)
     texts = [corpora.evaluation_text(name) for name in datasets or ["wikitext2"]]
     subject = _subject(model, run, console)
     rows = []
@@ -92,7 +91,9 @@ def _subject(model: str | None, run: Path | None, console: Console) -> _Subject:
     if newest is None:
         console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
         found = models.resolve(models.DEMO, notify=console.note)
-        return _Subject(name=models.DEMO, directory=found.directory, digest=None, results=place.evaluations if run else None)
+        return _Subject(
+            name=models.DEMO, directory=found.directory, digest=None, results=place.evaluations if run else None
+        )
     manifest = checkpoint.finished(newest)
     origin, counts = manifest["model"], manifest["counts"]
     parent = Path(origin["directory"])
@@ -107,7 +108,7 @@ def _subject(model: str | None, run: Path | None, console: Console) -> _Subject:
     )
 
 
-def _measure(subject: _Subject, text: Any, settings: "Settings", console: Console, *, cached: bool) -> "Perplexity":  # noqa: ANN401
+def _measure(subject: _Subject, text: Any, settings: "Settings", console: Console, *, cached: bool) -> "Perplexity":
     from besa_cli import evaluation
 
     job = _job(subject, text, settings)
@@ -123,7 +124,7 @@ def _measure(subject: _Subject, text: Any, settings: "Settings", console: Consol
     return result
 
 
-def _job(subject: _Subject, text: Any, settings: "Settings") -> "Measurement":  # noqa: ANN401
+def _job(subject: _Subject, text: Any, settings: "Settings") -> "Measurement":
     from besa_cli import preparation, weights
     from besa_cli.evaluation import Measurement
     from besa_cli.models import Model
@@ -145,11 +146,23 @@ def _show(subject: _Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None
             against = f"{measured.perplexity - dense.perplexity:+.4f}" if dense and result is measured else ""
             shown = f"{result.windows} of {result.windows_in_text}"
             cells.append(
-                (result.dataset, result.split or "-", name, shown, result.seqlen, human_perplexity(result.perplexity), against)
+                (
+                    result.dataset,
+                    result.split or "-",
+                    name,
+                    shown,
+                    result.seqlen,
+                    human_perplexity(result.perplexity),
+                    against,
+                )
             )
     console.table("", ("data", "split", "model", "windows", "context", "perplexity", "difference"), cells)
     results = [
-        {**asdict(measured), "dense": asdict(dense) if dense else None, "difference": measured.perplexity - dense.perplexity if dense else None}
+        {
+            **asdict(measured),
+            "dense": asdict(dense) if dense else None,
+            "difference": measured.perplexity - dense.perplexity if dense else None,
+        }
         for measured, dense in rows
     ]  # fmt: skip
     console.emit_json({"model": subject.name, "directory": str(subject.directory), "results": results})
@@ -178,5 +191,7 @@ def sample(
             source = Model(name=each.name, kind="local", directory=each.directory, revision=None)
             tokenizer = preparation.tokenizer_of(source)
             said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, torch.float32)
-    console.table(f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()])
+    console.table(
+        f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
+    )
     console.emit_json({"prompt": prompt, "tokens": tokens, "continuations": said})

@@ -21,7 +21,7 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 _BESA = "BESA"
 
 
-def _number(name: str, text: str, default: str, **bounds: float) -> Any:  # noqa: ANN401 - what typer.Option returns
+def _number(name: str, text: str, default: str, **bounds: float) -> Any:
     return typer.Option(name, help=text, show_default=default, rich_help_panel=_BESA, **bounds)  # type: ignore[arg-type]
 
 
@@ -29,7 +29,9 @@ def prune(
     model: options.ModelOption = options.DEFAULT_MODEL,
     sparsity: Annotated[
         float | None,
-        typer.Option("--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"),
+        typer.Option(
+            "--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"
+        ),
     ] = None,
     method: Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")] = "besa",
     nm: Annotated[
@@ -56,7 +58,9 @@ def prune(
     ] = None,
     damping: Annotated[
         float | None,
-        typer.Option("--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"),
+        typer.Option(
+            "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
@@ -76,12 +80,12 @@ def prune(
 ) -> None:
     """Make a model sparse, block by block; run the same command again to go on after an interruption."""
     own = {
-        "granularity": granularity, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "penalty": penalty, "candidates": candidates, "damping": damping,
+        "granularity": granularity, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size,
+        "lr": lr, "penalty": penalty, "candidates": candidates, "damping": damping,
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
-    from besa_cli import lock, preparation
+    from besa_cli import lock
     from besa_cli.checkpoint import Run
     from besa_cli.pruning import Job, Request
 
@@ -128,14 +132,15 @@ def _calibration(
     data_dir: Path | None,
     console: Console,
 ) -> "CalibrationSet":
-    """The set of `--calibration`, or of the run directory, made with the options given or the defaults where it has none."""
+    """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
     from besa_cli import preparation
 
     given = [name for name, value in wanted.items() if value is not None]
     if shared is not None:
         if given:
             raise UsageError(
-                f"--calibration {shared} and --{given[0]} exclude each other", "the set was drawn with options of its own"
+                f"--calibration {shared} and --{given[0]} exclude each other",
+                "the set was drawn with options of its own",
             )
         return preparation.reuse(model, shared)
     if not given and (run.calibration / "besa.json").exists():
@@ -152,5 +157,7 @@ def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
     if counts["windows_kept_uniform"]:
-        console.line(f"{counts['windows_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there")
+        console.line(
+            f"{counts['windows_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"
+        )
     console.emit_json({"directory": str(directory), **manifest})

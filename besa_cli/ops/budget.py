@@ -1,4 +1,4 @@
-"""Exact counts: how many weights each window, linear and row prunes so that the whole is the asked sparsity to the weight."""
+"""Exact counts: what each window, linear and row prunes so that the whole is the asked sparsity to the weight."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -54,7 +54,7 @@ def fill(shares: Floats, total: float, lower: Floats, upper: Floats) -> Floats:
 
 
 def round_to_total(shares: Floats, total: int, lower: Integers, upper: Integers, tie: Floats | None = None) -> Integers:
-    """Whole counts that sum to `total`: the floor of each share, the rest by largest remainder, then smallest tie, then index.
+    """Whole counts that sum to `total`: each share's floor, the rest by largest remainder, smallest tie, index.
 
     Parameters
     ----------

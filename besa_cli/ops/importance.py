@@ -11,7 +11,7 @@ def squared_sums(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, " cols"]
 
 
 def gram(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, "cols cols"]:
-    """XᵀX over all tokens, in fp32: half the Hessian of the squared output error (SparseGPT, arXiv 2301.00774, section 3)."""
+    """XᵀX over all tokens, in fp32: half the Hessian of the squared output error (SparseGPT, arXiv 2301.00774)."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()
     return flat.T @ flat
 

@@ -1,4 +1,4 @@
-"""What the learning minimises: how far a block's output is from its target, and how far its sparsity is from the asked one."""
+"""What learning minimises: how far the output is from its target, and the sparsity from the asked one."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -7,7 +7,7 @@ _SMALL = 1e-20
 
 
 def token(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
-    """Mean over tokens of ‖output − target‖² / ‖target‖²: every token by its own norm, as the next block's norm sees it.
+    """Mean over tokens of ‖output − target‖² / ‖target‖²: each token by its own norm, as the next block sees it.
 
     A few tokens of many models carry activations a thousand times larger than all others; under one common norm
     (`frobenius`) nothing else would be learned from.
@@ -23,7 +23,7 @@ def frobenius(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*ba
 
 
 def channel(output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"]) -> Float[Tensor, ""]:
-    """Mean over channels of Σ error² / Σ target², each channel by its own norm over the batch (the released program's form)."""
+    """Mean over channels of Σ error² / Σ target²: each channel by its own norm (the released program's form)."""
     hidden = target.shape[-1]
     error = (output.float() - target.float()).reshape(-1, hidden).square().sum(0)
     return (error / target.float().reshape(-1, hidden).square().sum(0).clamp_min(_SMALL)).mean()

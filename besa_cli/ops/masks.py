@@ -9,7 +9,7 @@ from besa_cli.ops import budget
 
 
 def zeros_first(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-    """The scores with −1 wherever the weight is zero already, so that existing zeros are the first to be counted as pruned."""
+    """The scores with −1 wherever the weight is zero already: existing zeros are the first to count as pruned."""
     return scores.masked_fill(weight == 0, -1.0)
 
 
@@ -22,7 +22,7 @@ def order(scores: Float[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:
 
 
 def ranks(order: Int[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:
-    """The rank of each column within its row (0 = least important): the inverse of `order`, in the same integer type."""
+    """The rank of each column within its row (0 = least important): the inverse of `order`, in its integer type."""
     result = torch.empty_like(order)
     places = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
     return result.scatter_(1, order.long(), places.expand_as(order))
@@ -63,7 +63,7 @@ def row_counts(
 
 def row_wise(scores: Float[Tensor, "rows cols"], total: int) -> Bool[Tensor, "rows cols"]:
     """Prune exactly `total` weights of the linear, the same share in every row, the lowest scores of each row."""
-    rows, cols = scores.shape
+    rows = scores.shape[0]
     by_score = order(scores)
     counts = row_counts(np.full(rows, total / rows), total, scores, by_score)
     return keep_above(ranks(by_score), counts)

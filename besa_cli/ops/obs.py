@@ -9,7 +9,7 @@ from besa_cli.ops import masks
 
 
 def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
-    """The upper Cholesky factor of (XᵀX + damping·mean(diag)·I)⁻¹, columns that never saw an input given the diagonal 1.
+    """The upper Cholesky factor of (XᵀX + damping·mean(diag)·I)⁻¹; columns without any input get the diagonal 1.
 
     Raises
     ------
@@ -23,6 +23,8 @@ def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Te
     shift = damping * diagonal.mean()
     for factor in (1.0, 10.0, 100.0):
         shifted = hessian + torch.eye(cols, device=gram.device) * (shift * factor)
+        lower: Tensor
+        upper: Tensor
         lower, failed = torch.linalg.cholesky_ex(shifted)
         if int(failed) == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -97,7 +99,7 @@ def _lowest(scores: Float[Tensor, "rows part"], count: int) -> Bool[Tensor, "row
 def _sweep(
     columns: Float[Tensor, "rows part"], keep: Bool[Tensor, "rows part"], factor: Float[Tensor, "part part"]
 ) -> Float[Tensor, "rows part"]:
-    """Zero the pruned weights of each column in place, spread the error over the columns to its right, return the errors."""
+    """Zero pruned weights in place, column by column; each error is spread to the right and returned."""
     errors = torch.zeros_like(columns)
     for index in range(columns.shape[1]):
         column = columns[:, index]

@@ -1,7 +1,7 @@
 """BESA: learn how much to prune in every row or linear so that the block keeps its output (arXiv 2402.16880).
 
-Per block: score and rank once, learn the mixtures over candidate sparsities with a straight-through mask, project onto the
-exact budget, and keep the uniform allocation where learning did not beat it on the same samples.
+Per block: score and rank once, learn the mixtures over candidate sparsities with a straight-through mask, project onto
+the exact budget, and keep the uniform allocation where learning did not beat it on the same samples.
 """
 
 import math
@@ -94,7 +94,7 @@ def prune(block: Block, options: Options) -> Pruned:
 def _learn(
     block: Block, linears: Mapping[str, _Linear], p: Tensor, goal: float, options: Options
 ) -> tuple[list[Tensor], float]:
-    """Minimise reconstruction + penalty over the mixture logits; returns them and the mean loss of the last tenth of steps."""
+    """Minimise reconstruction + penalty; returns the mixture logits and the mean loss of the last tenth of steps."""
     groups = [linear.rows if options.granularity == "row" else 1 for linear in linears.values()]
     logits = [allocation.initial_logits(count, p, goal).requires_grad_() for count in groups]
     optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0)
@@ -106,7 +106,7 @@ def _learn(
     total = sum(linear.rows * linear.cols for linear in linears.values())
     history: list[float] = []
     for _ in range(options.epochs):
-        for chosen in torch.randperm(samples, generator=generator).split(options.batch_size):
+        for chosen in torch.split(torch.randperm(samples, generator=generator), options.batch_size):
             weights, expected = _soft_weights(linears, logits, p)
             output = block.forward(block.inputs[chosen], weights)
             reconstruction = measure(output, block.target[chosen])
@@ -130,7 +130,7 @@ def _soft_weights(
     for (name, linear), theta in zip(linears.items(), logits, strict=True):
         mixture = allocation.mixture(theta)
         alpha = allocation.expected_sparsity(mixture, p)
-        counts = (alpha.detach() * linear.cols).round().expand(linear.rows)
+        counts = (alpha.detach() * linear.cols).round().to(linear.order.dtype).expand(linear.rows)
         weights[name] = allocation.straight_through(mixture, linear.weight, linear.order, linear.ranks, counts)
         expected = expected + alpha.sum() * (linear.rows * linear.cols / len(theta))
     return weights, expected
@@ -150,7 +150,7 @@ def _shares(linears: Mapping[str, _Linear], sparsities: Sequence[Tensor]) -> dic
 
 
 def _masks(linears: Mapping[str, _Linear], shares: Mapping[str, budget.Floats], total: int) -> dict[str, Tensor]:
-    """Masks that prune exactly `total` weights, each row as near to its share as whole numbers and existing zeros allow."""
+    """Masks that prune exactly `total` weights, each row as near to its share as existing zeros allow."""
     wished = np.array([shares[name].sum() for name in linears])
     zeros = np.array([int(linear.zeros.sum()) for linear in linears.values()])
     sizes = np.array([linear.rows * linear.cols for linear in linears.values()])
@@ -162,7 +162,9 @@ def _masks(linears: Mapping[str, _Linear], shares: Mapping[str, budget.Floats], 
     return kept
 
 
-def _errors(block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:
+def _errors(
+    block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor], loss: Loss
+) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token under fixed masks, over the first `_COMPARED` samples."""
     weights = {name: linear.weight.masked_fill(~kept[name], 0.0) for name, linear in linears.items()}
     found: list[tuple[float, float]] = []

@@ -38,7 +38,7 @@ def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | No
 
 
 def linear_counts(block: Block) -> dict[str, int]:
-    """The block's budget split over its linears in proportion to their size; linears with more zeros already keep those."""
+    """The block's budget split over its linears by size; linears with more zeros already keep those."""
     sizes = np.array([weight.numel() for weight in block.weights.values()])
     zeros = np.array([int((weight == 0).sum()) for weight in block.weights.values()])
     counts = budget.round_to_total(block.budget * (sizes / sizes.sum()), block.budget, zeros, sizes)

@@ -1,0 +1,60 @@
+"""Scores and statistics against sums written out."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import dead_columns, few, weights
+from torch import Tensor
+
+from besa_cli.ops import importance
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (4, 1)])
+def test_squared_sums_and_gram_are_sums_over_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = inputs(*shape, dtype=dtype)
+    tokens = x.reshape(-1, shape[-1]).tolist()
+    cols = range(shape[-1])
+    squares = [math.fsum(token[col] ** 2 for token in tokens) for col in cols]
+    products = [[math.fsum(token[a] * token[b] for token in tokens) for b in cols] for a in cols]
+    sums, gram = importance.squared_sums(x), importance.gram(x)
+    assert (sums.dtype, gram.dtype) == (torch.float32, torch.float32)
+    assert sums.tolist() == pytest.approx(squares, rel=1e-5)
+    for row, expected in zip(gram.tolist(), products, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_statistics_of_half_precision_inputs_do_not_overflow_or_stall() -> None:
+    large = torch.full((1000, 2), 256.0, dtype=torch.float16)  # the square alone is beyond float16
+    assert importance.squared_sums(large).tolist() == [256.0**2 * 1000] * 2
+    assert importance.gram(large).tolist() == [[256.0**2 * 1000] * 2] * 2
+
+
+@few
+@given(dead_columns(weights()))
+def test_magnitude_and_wanda_are_products(weight: Tensor) -> None:
+    norms = torch.arange(weight.shape[1], dtype=torch.float32)  # column 0 never saw an input
+    sizes, scores = importance.magnitude(weight), importance.wanda(weight, norms)
+    for row, values in enumerate(weight.tolist()):
+        assert sizes[row].tolist() == [abs(value) for value in values]
+        assert scores[row].tolist() == pytest.approx([abs(value) * col for col, value in enumerate(values)], rel=1e-6)
+    assert bool((scores >= 0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_computed_in_fp32(dtype: torch.dtype) -> None:
+    weight = inputs(3, 4, dtype=dtype)
+    norms = torch.tensor([1e-6, 1.0, 3e5, 0.1])  # beyond float16 at both ends
+    scores = importance.wanda(weight, norms)
+    expected = [[abs(value) * norm for value, norm in zip(row, norms.tolist(), strict=True)] for row in weight.tolist()]
+    assert scores.dtype == torch.float32
+    for row, values in zip(scores.tolist(), expected, strict=True):
+        assert row == pytest.approx(values, rel=1e-6)

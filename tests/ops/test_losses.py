@@ -1,0 +1,118 @@
+"""Losses against loops, and what leaves them as they are."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from strategies import few
+from torch import Tensor
+
+from besa_cli.ops import losses
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: list[Loss] = [losses.token, losses.channel, losses.frobenius]
+
+
+def relative(errors: list[tuple[float, float]]) -> float:
+    return math.fsum((a - b) ** 2 for a, b in errors) / math.fsum(b**2 for _, b in errors)
+
+
+def pairs(output: Tensor, target: Tensor) -> list[list[tuple[float, float]]]:
+    """[token][channel] -> (output, target)."""
+    hidden = target.shape[-1]
+    flat = zip(output.reshape(-1, hidden).tolist(), target.reshape(-1, hidden).tolist(), strict=True)
+    return [list(zip(token, wanted, strict=True)) for token, wanted in flat]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def by_loop(loss: Loss, output: Tensor, target: Tensor) -> float:
+    tokens = pairs(output, target)
+    if loss is losses.token:
+        return mean([relative(token) for token in tokens])
+    if loss is losses.channel:
+        return mean([relative([token[channel] for token in tokens]) for channel in range(target.shape[-1])])
+    return relative([pair for token in tokens for pair in token])
+
+
+_numbers = st.floats(0.125, 8, width=32) | st.floats(-8, -0.125, width=32)
+
+
+@st.composite
+def outputs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    shape = draw(st.sampled_from([(1,), (5,), (3, 1), (1, 4), (2, 3, 5), (3, 2)]))
+    arrays = hnp.arrays(np.float32, shape, elements=_numbers)
+    return torch.from_numpy(draw(arrays)), torch.from_numpy(draw(arrays))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@few
+@given(outputs())
+def test_losses_equal_the_loop(loss: Loss, pair: tuple[Tensor, Tensor]) -> None:
+    output, target = pair
+    assert float(loss(output, target)) == pytest.approx(by_loop(loss, output, target), rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@few
+@given(outputs(), st.sampled_from([-64.0, 0.001, 3.0, 1024.0]))
+def test_losses_do_not_depend_on_the_scale_of_the_activations(
+    loss: Loss, pair: tuple[Tensor, Tensor], factor: float
+) -> None:
+    output, target = pair
+    assert float(loss(factor * output, factor * target)) == pytest.approx(float(loss(output, target)), rel=1e-4, abs=1e-9)
+
+
+def rescaled(axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    output, target = torch.randn(2, 4, 3, 5, generator=generator)
+    factors = torch.tensor([1e-3, 1.0, 50.0, 7.0, 0.3])
+    return output, target, factors if axis == 2 else factors[:3].unsqueeze(1)
+
+
+@pytest.mark.parametrize(("loss", "axis"), [(losses.token, 1), (losses.channel, 2)])
+def test_each_token_or_channel_counts_by_its_own_scale(loss: Loss, axis: int) -> None:
+    output, target, factors = rescaled(axis)
+    one = slice(0, 1)  # one sample: a channel's or a token's scale is then the whole factor
+    scaled = loss(output[one] * factors, target[one] * factors)
+    assert float(scaled) == pytest.approx(float(loss(output[one], target[one])), rel=1e-5)
+    common = losses.frobenius(output[one] * factors, target[one] * factors)
+    assert float(common) != pytest.approx(float(losses.frobenius(output[one], target[one])), rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_perfect_output_costs_nothing_and_zero_costs_one(loss: Loss) -> None:
+    _, target, _ = rescaled(1)
+    assert float(loss(target, target)) == 0.0
+    assert float(loss(torch.zeros_like(target), target)) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_are_computed_in_fp32(loss: Loss, dtype: torch.dtype) -> None:
+    output, target, _ = rescaled(1)
+    low = (300 * output).to(dtype), (300 * target).to(dtype)  # squares beyond float16
+    found = loss(*low)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(by_loop(loss, *low), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_silent_target_gives_a_finite_loss(loss: Loss) -> None:
+    target = torch.zeros(2, 3, 4)
+    assert float(loss(target, target)) == 0.0
+    assert math.isfinite(float(loss(target + 1e-3, target)))
+
+
+@few
+@given(st.floats(0, 1), st.floats(1e-3, 1))
+def test_the_penalty_is_the_squared_relative_distance(sparsity: float, target: float) -> None:
+    found = losses.sparsity_penalty(torch.tensor(sparsity, dtype=torch.float64), target)
+    assert float(found) == pytest.approx((sparsity / target - 1) ** 2, rel=1e-9, abs=1e-12)

@@ -1,0 +1,299 @@
+"""The documents say what the program does: commands parse, links lead somewhere, tables and examples are the code's."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from typer.main import get_command
+
+import besa_cli
+from besa_cli import calibration, corpora, documents, preparation, pruners
+from besa_cli.app import app
+from besa_cli.checkpoint import Run
+from besa_cli.evaluation import Perplexity
+from besa_cli.pruning import Job
+
+PACKAGE = Path(besa_cli.__file__).parent
+ROOT = PACKAGE.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = (README, ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md")), PACKAGE / "data" / "LICENSES.md")
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+_BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?P<text>.*)")
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """The code blocks of one language."""
+    return [body for found, body in _FENCE.findall(text(page)) if found == language]
+
+
+def table(page: Path, header: str) -> list[list[str]]:
+    """The cells of the table whose first line begins with `header`."""
+    rows = []
+    for line in text(page).split(f"\n{header}")[1].splitlines()[2:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def quoted(part: str) -> list[str]:
+    """What stands between single backticks."""
+    return re.findall(r"`([^`]+)`", _FENCE.sub("", part))
+
+
+def test_the_reference_of_the_command_line_is_current() -> None:
+    command = ["typer", "besa_cli.app", "utils", "docs", "--name", "besa"]
+    made = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    remedy = f"make it anew: python -m {shlex.join(command)} --output docs/cli.md"
+    assert text(DOCS / "cli.md").strip() == made.stdout.strip(), remedy
+
+
+def command_lines() -> Iterator[str]:
+    """Every line with a `besa` command in the shell blocks of all pages."""
+    for page in PAGES:
+        for body in fenced(page, "sh"):
+            yield from (line.partition("#")[0].strip() for line in body.splitlines() if line.startswith("besa "))
+
+
+@pytest.mark.parametrize("line", sorted(set(command_lines())))
+def test_every_command_line_in_the_documents_parses(line: str, workplace: Path) -> None:
+    words = shlex.split(line)
+    words = words[: words.index(">")] if ">" in words else words
+    for word in words:
+        if word.endswith(".yaml"):
+            (workplace / word).write_text("")
+    program = get_command(app)
+    called: list[str] = []
+    for name, leaf in leaves(program, "besa"):
+        leaf.callback = lambda name=name, **_: called.append(name)
+    program.main(args=words[1:], prog_name="besa", standalone_mode=False)
+    assert len(called) == 1
+    assert line.startswith(called[0])
+
+
+def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every command that does something, by all its words."""
+    for word, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, f"{name} {word}")
+    if not hasattr(command, "commands"):
+        yield name, command
+
+
+def test_there_are_command_lines_for_every_command_in_the_readme() -> None:
+    shown = "\n".join(command_lines())
+    for name, _ in leaves(get_command(app), "besa"):
+        assert name in shown or f"`{name}`" in text(README)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
+    for path, anchor in _LINK.findall(text(page)):
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name} links to {path}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", text(target), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{page.name} links to {path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_no_section_that_another_page_lacks(page: Path) -> None:
+    for path, number in re.findall(r"\]\(([^)#\s]+)\), section (\d+)", text(page)):
+        assert re.search(rf"^## {number}\. ", text(page.parent / path), re.MULTILINE), f"{page.name}: {path}, {number}"
+
+
+def tree() -> dict[str, str]:
+    """Path → description of every line of the README's file tree."""
+    drawing = text(README).split("## The files")[1]
+    found: dict[str, str] = {}
+    folders: list[str] = []
+    for line in _FENCE.search(drawing)[2].splitlines()[1:]:  # type: ignore[index]
+        branch = _BRANCH.fullmatch(line)
+        assert branch, f"a line of the README's file tree cannot be read: {line}"
+        depth = len(branch["indent"]) // 4
+        folders = [*folders[:depth], branch["name"].rstrip("/")]
+        found["/".join(folders) + ("/" if branch["name"].endswith("/") else "")] = branch["text"].strip()
+    return found
+
+
+def test_the_tree_in_the_readme_names_the_files_there_are() -> None:
+    drawn = {path for path in tree() if path.startswith(("besa_cli/", "docs/")) and not path.endswith("/")}
+    there = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (PACKAGE, DOCS)
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.name != "__init__.py"
+    }
+    assert drawn - there == set(), "drawn, but not there"
+    assert there - drawn == set(), "there, but not drawn"
+    for path, description in tree().items():
+        assert (ROOT / path).exists(), path
+        assert description, f"{path} is not described"
+
+
+def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
+    rows = {quoted(row[0])[0]: row for row in table(README, "| `--method` |")}
+    assert list(rows) == list(pruners.PRUNERS)
+    for name, row in rows.items():
+        options = importlib.import_module(f"besa_cli.pruners.{name}").Options
+        assert (row[-1] == "yes") == ("nm" in {field.name for field in fields(options)}), name
+
+
+def test_the_readme_says_how_the_demo_is_limited() -> None:
+    limits = dict(re.findall(r"^DEMO_(\w+) \?= (.*)$", text(ROOT / "Makefile"), re.MULTILINE))
+    said = " ".join(text(README).split())
+    assert f"{limits['SAMPLES']} × {limits['SEQLEN']} tokens" in said
+    assert f"first {limits['WINDOWS']} windows of WikiText-2" in said
+
+
+def test_the_readme_names_no_variable_that_the_program_does_not_read() -> None:
+    code = "\n".join(text(path) for path in PACKAGE.rglob("*.py"))
+    for name in set(re.findall(r"`(BESA_\w+)`", text(README))):
+        assert f'"{name}"' in code, name
+
+
+def test_every_function_in_the_method_page_exists() -> None:
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = [name for name in quoted(text(DOCS / "method.md")) if "." in name and name.split(".")[0] in parts]
+    assert len(named) > 20
+    for name in named:
+        module, _, member = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"besa_cli.{module}"), member), name
+
+
+def test_every_function_of_the_mathematics_is_in_the_method_page() -> None:
+    named = quoted(text(DOCS / "method.md"))
+    for path in sorted((PACKAGE / "ops").glob("*.py")):
+        module = importlib.import_module(f"besa_cli.ops.{path.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if not name.startswith("_") and function.__module__ == module.__name__:
+                assert f"ops.{path.stem}.{name}" in named, f"docs/method.md lacks ops.{path.stem}.{name}"
+
+
+def test_the_method_page_states_the_defaults_of_the_code() -> None:
+    from besa_cli.pruners import besa
+
+    rows = {quoted(row[0])[0]: row[0] for row in table(DOCS / "method.md", "| `--loss` |") if quoted(row[0])}
+    assert "(default)" in rows[besa.Options.loss]
+    assert f"`--target {besa.Options.target}` (default)" in text(DOCS / "method.md")
+    assert f"`--candidates` = {besa.Options.candidates}" in text(DOCS / "method.md")
+
+
+def test_the_data_page_lists_the_names_and_the_kinds_of_files() -> None:
+    names = [quoted(row[0])[0] for row in table(DOCS / "data.md", "| name |")]
+    assert sorted(names) == sorted(corpora.SOURCES)
+    evaluated = [quoted(row[0]) for row in table(DOCS / "data.md", "| data set |")]
+    assert [name for cell in evaluated for name in cell] == list(corpora.EVALUATION_SETS)
+    kinds = {kind for row in table(DOCS / "data.md", "| suffix |") for kind in quoted(row[0]) if kind.startswith(".")}
+    assert kinds == set(documents.SUFFIXES)
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The method in docs/add-a-pruner.md, written to a file and added by its one line."""
+    page = text(DOCS / "add-a-pruner.md")
+    (line,) = re.findall(r'^    ("\w+": ".*"),$', page, re.MULTILINE)
+    ((name, summary),) = json.loads(f"{{{line}}}").items()
+    assert name not in pruners.PRUNERS
+    file = tmp_path / f"{name}.py"
+    (code,) = fenced(DOCS / "add-a-pruner.md", "python")
+    file.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"besa_cli.pruners.{name}", file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(pruners.PRUNERS, name, summary)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:
+    source = tiny.checkpoint(tmp_path / "source")
+    rows = tiny.calibration_set(tiny.tokens())
+    for number, asked in enumerate((tiny.request("ria", sparsity=0.37), tiny.request("ria", nm=(2, 4)))):
+        stage = Run(tmp_path / f"run-{number}")
+        manifest = tiny.run(Job(stage, tiny.local(source), rows, asked))
+        counts = manifest["counts"]
+        if asked.nm is None:
+            assert counts["pruned"] == round(0.37 * counts["weights"])
+        made, before = tiny.weights(stage.stage("pruned")), tiny.weights(source)
+        names = [
+            name for block in tiny.linear_names(tiny.built(tiny.config("llama")), "model.layers") for name in block
+        ]
+        assert sum(int((made[name] == 0).sum()) for name in names) == counts["pruned"]
+        assert all(torch.equal(made[name][made[name] != 0], before[name][made[name] != 0]) for name in names)
+    weight, norms = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([4.0, 9.0])
+    by_hand = [[(1 / 3 + 1 / 4) * 2, (2 / 3 + 2 / 6) * 3], [(3 / 7 + 3 / 4) * 2, (4 / 7 + 4 / 6) * 3]]
+    assert torch.allclose(example.relative_importance(weight, norms), torch.tensor(by_hand))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Run:
+    """A run directory with a calibration set and a stage in it."""
+    model = tiny.local(tiny.checkpoint(tmp_path / "source"))
+    made = Run(tmp_path / "run")
+    file = tiny.rows_file(tmp_path / "rows.jsonl", tiny.tokens())
+    options = calibration.Options(data=(str(file),), samples=4, seqlen=16)
+    rows = preparation.calibrate(model, options, made.calibration, None, lambda _: None)
+    tiny.run(Job(made, model, rows, tiny.request("besa")))
+    return made
+
+
+def test_every_field_on_the_disk_is_in_the_specification(finished: Run) -> None:
+    page = text(DOCS / "checkpoint.md")
+    stage_part, rest = page.split("## The calibration set")
+    calibration_part, result_part = rest.split("## Evaluation results")
+    stage = finished.stage("pruned")
+    manifest = json.loads(text(stage / "besa.json"))
+    reports = [
+        json.loads(text(path)) for path in stage.glob("model-*.json") if path.name != "model.safetensors.index.json"
+    ]
+    timing = json.loads(text(stage / "timing.jsonl").splitlines()[0])
+    said = quoted(stage_part)
+    for each in (manifest, manifest["compute"], manifest["model"], manifest["calibration"], manifest["counts"], timing):
+        assert set(each) <= set(said), set(each) - set(said)
+    for report in reports:
+        assert set(report) | set(report["linears"][0]) <= set(said)
+    drawn: Mapping[str, Any] = json.loads(text(finished.calibration / "besa.json"))
+    for each in (drawn, drawn["options"], drawn["model"], drawn["sources"][0]):
+        assert set(each) <= set(quoted(calibration_part)), set(each) - set(quoted(calibration_part))
+    assert {field.name for field in fields(Perplexity)} <= set(quoted(result_part))
+
+
+def test_every_file_of_a_stage_is_in_the_specification(finished: Run) -> None:
+    page = text(DOCS / "checkpoint.md")
+    for path in finished.path.rglob("*"):
+        general = re.sub(
+            r"model-(\d{5})-of-\d{5}", lambda found: f"model-{min(int(found[1]), 2):05d}-of-00031", path.name
+        )
+        if path.is_file() and path.name not in ("generation_config.json",):
+            assert general in page, path.name
