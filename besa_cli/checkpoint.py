@@ -162,6 +162,8 @@ class Stage:
     def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
         """Make the directory: configuration and tokenizer files of the source, then the manifest."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob("model*.*"):  # without a manifest nobody knows what these are
+            left.unlink()
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_copied(path.name):
                 disk.publish(self.directory / path.name, partial(_copy, path))
@@ -193,22 +195,35 @@ class Stage:
 
 def replace_stage(old: Path, new: Path) -> None:
     """Let the finished stage `new` take the place of `old`; a crash in between is made good by `recover`."""
-    aside = old.with_name(f"{old.name}.old")
-    if aside.exists():
-        shutil.rmtree(aside)
     if old.exists():
-        old.rename(aside)
+        _put_aside(old, old)
     new.rename(old)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(_aside(old), ignore_errors=True)
 
 
 def recover(old: Path, new: Path) -> None:
-    """Finish an exchange of stages that a crash interrupted."""
-    if not old.exists() and (new / MANIFEST).exists() and read_manifest(new).get("status") == "complete":
+    """Finish an exchange or a removal of stages that a crash interrupted."""
+    if (new / MANIFEST).exists() and read_manifest(new).get("status") == "complete":
         replace_stage(old, new)
-    aside = old.with_name(f"{old.name}.old")
-    if aside.exists() and old.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    if _aside(old).exists():
+        shutil.rmtree(_aside(old), ignore_errors=True)
+
+
+def discard(stage: Path, final: Path) -> None:
+    """Remove a stage whose final place is `final`; half removed, it is nowhere that it could be taken for a stage."""
+    if stage.exists():
+        _put_aside(stage, final)
+        shutil.rmtree(_aside(final))
+
+
+def _put_aside(stage: Path, final: Path) -> None:
+    if _aside(final).exists():
+        shutil.rmtree(_aside(final))
+    stage.rename(_aside(final))
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f"{final.name}.old")
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -43,6 +43,8 @@ class Request:
     device, dtype : str
         As on the command line, ``auto`` included.
     seed : int
+    calibration : str, optional
+        Directory of a calibration set that was named, for the record.
     """
 
     method: str = "besa"
@@ -52,6 +54,7 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in PRUNERS:
@@ -130,7 +133,7 @@ class Job:
         restart: bool = False,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.model, self.calibration, self.request = model, calibration, request
+        self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._final = run.stage(STAGE)
         beside = run.next_stage(STAGE)
         checkpoint.recover(self._final, beside)
@@ -148,10 +151,10 @@ class Job:
 
     def _new(self, beside: Path) -> tuple[Path, dict[str, Any]]:
         """Where to begin anew: beside a finished stage, else in its place."""
-        _remove(beside)
+        checkpoint.discard(beside, self._final)
         if _is_complete(self._final):
             return beside, self._new_manifest()
-        _remove(self._final)
+        checkpoint.discard(self._final, self._final)
         return self._final, self._new_manifest()
 
     def _found(self, beside: Path) -> tuple[Path, dict[str, Any]]:
@@ -177,6 +180,10 @@ class Job:
     def _new_manifest(self) -> dict[str, Any]:
         request, calibration = self.request, self.calibration.manifest
         drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
+        if request.calibration is not None:
+            drawn = {"calibration": request.calibration}
+        elif calibration["options"].get("seed") != request.seed:
+            drawn = {"calibration": str(self._run.calibration.resolve())}
         device = compute.device(request.device)
         seqlen = self.calibration.tokens.shape[1]
         return {
@@ -312,10 +319,3 @@ def _is_complete(directory: Path) -> bool:
     if not (directory / checkpoint.MANIFEST).exists():
         return False
     return bool(checkpoint.read_manifest(directory)["status"] == "complete")
-
-
-def _remove(directory: Path) -> None:
-    import shutil
-
-    if directory.exists():
-        shutil.rmtree(directory)

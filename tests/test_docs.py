@@ -205,6 +205,7 @@ def test_the_method_page_states_the_defaults_of_the_code() -> None:
     assert "(default)" in rows[besa.Options.loss]
     assert f"`--target {besa.Options.target}` (default)" in text(DOCS / "method.md")
     assert f"`--candidates` = {besa.Options.candidates}" in text(DOCS / "method.md")
+    assert f"`--lr` = {besa.Options.lr}" in text(DOCS / "method.md")
 
 
 def test_the_data_page_lists_the_names_and_the_kinds_of_files() -> None:

@@ -44,7 +44,7 @@ class _Subject:
 def ppl(
     datasets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DATASET]...", help="wikitext2 or a text file.", show_default="wikitext2"),
+        typer.Argument(metavar="DATASET", help="wikitext2 or a text file.", show_default="wikitext2"),
     ] = None,
     model: options.OtherModelOption = None,
     seqlen: Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a window.")] = 2048,
@@ -170,7 +170,7 @@ def _show(subject: _Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None
 
 @app.command()
 def sample(
-    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="What the models go on from.")] = _PROMPT,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the models go on from.")] = _PROMPT,
     model: options.OtherModelOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens to add.")] = 40,
     run: RunOption = None,

@@ -89,6 +89,7 @@ def prune(
     from besa_cli.checkpoint import Run
     from besa_cli.pruning import Job, Request
 
+    tokens_from = None if calibration is None else str(calibration.resolve())
     request = Request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
@@ -97,12 +98,13 @@ def prune(
         device=device,
         dtype=dtype,
         seed=seed,
+        calibration=tokens_from,
     )
     source = models.resolve(model, notify=console.note)
     directory = Run(run)
     with lock.held(run, f"besa prune --run {run}"):
         wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-        tokens = _calibration(source, directory, calibration, wanted, seed, data_dir, console)
+        tokens = _calibration(source, directory, calibration, wanted, seed, data_dir, console, restart=restart)
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
             console.note(f"{directory.stage('pruned')} is finished already, with the same options")
@@ -131,6 +133,8 @@ def _calibration(
     seed: int,
     data_dir: Path | None,
     console: Console,
+    *,
+    restart: bool,
 ) -> "CalibrationSet":
     """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
     from besa_cli import preparation
@@ -146,7 +150,7 @@ def _calibration(
     if not given and (run.calibration / "besa.json").exists():
         return preparation.reuse(model, run.calibration)
     drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
-    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note)
+    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)
 
 
 def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 
@@ -117,7 +117,7 @@ def straight_through(
     weight: Float[Tensor, "rows cols"],
     order: Int[Tensor, "rows cols"],
     ranks: Int[Tensor, "rows cols"],
-    counts: Int[Tensor, " rows"],
+    counts: Real[Tensor, " rows"],
 ) -> Float[Tensor, "rows cols"]:
     """Ŵ: the weight without the `counts[r]` lowest ranks of row r; its gradient reaches the mixture through 1 − P.
 
@@ -129,7 +129,7 @@ def straight_through(
     weight, order, ranks : Tensors of shape (rows, cols)
         `order` and `ranks` as from `besa_cli.ops.masks`.
     counts : Tensor of shape (rows,)
-        Weights pruned in each row: round(α·C).
+        Weights pruned in each row: round(α·C), whole numbers of any type.
     """
     result: Tensor = _StraightThrough.apply(mixture, weight, order, ranks, counts)  # type: ignore[no-untyped-call]
     return result

@@ -54,10 +54,12 @@ def row_counts(
     """
     rows, cols = scores.shape
     lower = (scores < 0).sum(1).cpu().numpy().astype(np.int64)
-    following = torch.from_numpy(np.clip(np.floor(shares), 0, cols - 1).astype(np.int64)).to(order.device)
+    upper = np.full(rows, cols, dtype=np.int64)
+    filled = budget.fill(shares, float(total), lower.astype(np.float64), upper.astype(np.float64))
+    following = torch.from_numpy(np.clip(np.floor(filled), 0, cols - 1).astype(np.int64)).to(order.device)
     next_column = order.gather(1, following.unsqueeze(1)).long()
     tie = scores.gather(1, next_column).squeeze(1).double().cpu().numpy()
-    counts = budget.round_to_total(shares, total, lower, np.full(rows, cols, dtype=np.int64), tie)
+    counts = budget.round_to_total(shares, total, lower, upper, tie)
     return torch.from_numpy(counts).to(order.device)
 
 

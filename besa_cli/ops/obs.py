@@ -68,19 +68,22 @@ def prune(
     """
     updated = weight.float().clone()
     keep = torch.ones_like(updated, dtype=torch.bool)
-    zero = weight == 0
+    zero, dead = weight == 0, gram.diagonal() == 0
+    zeros = zero.sum(0)
     factor = inverse_factor(gram, damping)
     cols, left = updated.shape[1], total
     if n_of_m:
         width = max(width // n_of_m[1], 1) * n_of_m[1]
     for start in range(0, cols, width):
         part = slice(start, min(start + width, cols))
-        scores = (updated[:, part] / factor.diagonal()[part]).square().masked_fill(zero[:, part], -1.0)
+        scores = (updated[:, part] / factor.diagonal()[part]).square().masked_fill(dead[part], 0.0)
+        scores = scores.masked_fill(zero[:, part], -1.0)
         if n_of_m:
             keep[:, part] = masks.n_of_m(scores, *n_of_m)
         else:
             share = round(left * (part.stop - part.start) / (cols - start))
-            keep[:, part] = _lowest(scores, share)
+            reserved = int(zeros[part.stop :].sum())  # existing zeros further right are pruned in any case
+            keep[:, part] = _lowest(scores, min(share, left - reserved))
             left -= int((~keep[:, part]).sum())
         errors = _sweep(updated[:, part], keep[:, part], factor[part, part])
         updated[:, part.stop :] -= errors @ factor[part, part.stop :]

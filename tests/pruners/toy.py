@@ -1,0 +1,122 @@
+"""A block small enough to check by hand: a gated MLP behind the two names that `besa_cli.stream.Block` asks a decoder for."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from besa_cli.decoder import Decoder
+from besa_cli.stream import Block
+
+
+class GatedMLP(nn.Module):
+    """x + down(silu(gate(x)) · up(x)): gate and up share their inputs."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, inner, bias=False)
+        self.up = nn.Linear(hidden, inner, bias=True)
+        self.down = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return result
+
+
+class ToyDecoder:
+    """One block, always loaded; counts how often it is run."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, module: GatedMLP) -> None:
+        self.module = module.requires_grad_(False)
+        self.calls = 0
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        return {"gate": self.module.gate, "up": self.module.up, "down": self.module.down}
+
+    def block_names(self, index: int) -> dict[str, str]:
+        return {f"{name}.weight": f"layers.{index}.{name}.weight" for name in self.linears(index)}
+
+    def forward(self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        assert tokens.shape == hidden.shape[:2]
+        self.calls += 1
+        result: Tensor = torch.func.functional_call(self.module, dict(weights or {}), (hidden,))
+        return result
+
+
+def source(
+    *, hidden: int = 10, inner: int = 14, seed: int = 0, dtype: torch.dtype = torch.float32, zeros: float = 0.0
+) -> dict[str, Tensor]:
+    """Weights whose rows and columns differ widely in size, so that an even sparsity is a poor choice; a share of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, cols: int) -> Tensor:
+        sizes = torch.randn(rows, 1, generator=generator).exp()
+        weight = torch.randn(rows, cols, generator=generator) * sizes / cols**0.5
+        dead = torch.rand(rows, cols, generator=generator) < zeros
+        return weight.masked_fill(dead, 0.0).to(dtype)
+
+    return {"gate": matrix(inner, hidden), "up": matrix(inner, hidden), "down": matrix(hidden, inner)}
+
+
+def block(
+    weights: Mapping[str, Tensor],
+    budget: int,
+    *,
+    samples: int = 8,
+    seqlen: int = 5,
+    batch: int = 3,
+    seed: int = 0,
+    target: Tensor | None = None,
+) -> Block:
+    """A block with these weights (in the source's dtype; computed in fp32) and random inputs with a few large channels."""
+    inner, hidden = weights["up"].shape
+    torch.manual_seed(7)
+    module = GatedMLP(hidden, inner)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            module.get_submodule(name).weight.copy_(weight)  # type: ignore[operator, union-attr]
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(samples, seqlen, hidden, generator=generator) * torch.linspace(0.1, 3, hidden)
+    return Block(
+        cast(Decoder, ToyDecoder(module)),
+        0,
+        {f"layers.0.{name}.weight": weight for name, weight in weights.items()},
+        budget=budget,
+        inputs=inputs,
+        tokens=torch.zeros(samples, seqlen, dtype=torch.long),
+        batch=batch,
+        target=target,
+        seed=seed,
+    )
+
+
+def size(weights: Mapping[str, Tensor]) -> int:
+    return sum(weight.numel() for weight in weights.values())
+
+
+def pruned(masks: Mapping[str, Tensor]) -> int:
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def linear_inputs(made: Block) -> dict[str, Tensor]:
+    """The inputs of each linear over all samples, of shape (tokens, cols), by writing the block out."""
+    linears = made.linears
+    x = made.inputs.reshape(-1, made.inputs.shape[-1])
+    with torch.no_grad():
+        inside = nn.functional.silu(linears["gate"](x)) * linears["up"](x)
+    return {"gate": x, "up": x, "down": inside}
+
+
+def token_error(made: Block, masks: Mapping[str, Tensor], samples: int = 32) -> float:
+    """Mean over tokens of ‖output − target‖² / ‖target‖² under masks, by writing the block out sample by sample."""
+    kept = {name: (linear.weight * masks[name]).detach() for name, linear in made.linears.items()}
+    bias, errors = made.linears["up"].bias, []
+    for sample in range(min(samples, len(made.inputs))):
+        for x, wanted in zip(made.inputs[sample], made.target[sample], strict=True):
+            inside = nn.functional.silu(kept["gate"] @ x) * (kept["up"] @ x + bias)
+            output = x + kept["down"] @ inside
+            errors.append(float((output - wanted).square().sum() / wanted.square().sum()))
+    return sum(errors) / len(errors)
