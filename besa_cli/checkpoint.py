@@ -184,7 +184,7 @@ class Stage:
             "weights": sum(linear.rows * linear.cols for linear in linears),
             "pruned": sum(linear.pruned for linear in linears),
             "zeros": sum(linear.zeros for linear in linears),
-            "windows_kept_uniform": sum(report.kept_uniform for report in self.reports()),
+            "blocks_kept_uniform": sum(report.kept_uniform for report in self.reports()),
         }
         counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
         manifest = disk.read_json(self.directory / MANIFEST)

@@ -98,7 +98,9 @@ def _subject(model: str | None, run: Path | None, console: Console) -> _Subject:
     origin, counts = manifest["model"], manifest["counts"]
     parent = Path(origin["directory"])
     if not parent.is_dir():
-        parent = models.resolve(origin["name"], notify=console.note).directory
+        name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
+        pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
+        parent = models.resolve(pinned, notify=console.note).directory
     return _Subject(
         name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}",
         directory=newest,
@@ -173,24 +175,24 @@ def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the models go on from.")] = _PROMPT,
     model: options.OtherModelOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens to add.")] = 40,
+    dtype: options.DtypeOption = "auto",
     run: RunOption = None,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """What the dense and the pruned model continue a prompt with (greedy), side by side."""
     console = Console(json=as_json)
-    import torch
-
-    from besa_cli import evaluation, preparation
+    from besa_cli import compute, evaluation, preparation
     from besa_cli.models import Model
 
+    computed = compute.dtype(dtype, compute.device("cpu"))
     subject = _subject(model, run, console)
     said = {}
     for each in (subject.parent, subject):
         if each is not None:
             source = Model(name=each.name, kind="local", directory=each.directory, revision=None)
             tokenizer = preparation.tokenizer_of(source)
-            said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, torch.float32)
+            said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, computed)
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
     )

@@ -160,8 +160,8 @@ def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
-    if counts["windows_kept_uniform"]:
+    if counts["blocks_kept_uniform"]:
         console.line(
-            f"{counts['windows_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"
+            f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"
         )
     console.emit_json({"directory": str(directory), **manifest})

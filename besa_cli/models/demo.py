@@ -52,7 +52,7 @@ def _make(target: Path, notify: Callable[[str], None]) -> None:
     if made != WEIGHTS_DIGEST:
         raise BesaError(
             f"the conversion of {NAME} gave other weights: sha256 {made[:12]}, not {WEIGHTS_DIGEST[:12]}",
-            "install the versions that this release was tested with: pip install -c constraints.txt besa-cli",
+            "install the versions that this release was tested with: pip install -c constraints.txt .",
         )
 
 

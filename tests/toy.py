@@ -110,13 +110,18 @@ def linear_inputs(made: Block) -> dict[str, Tensor]:
     return {"gate": x, "up": x, "down": inside}
 
 
-def token_error(made: Block, masks: Mapping[str, Tensor], samples: int = 32) -> float:
-    """Mean over tokens of ‖output − target‖² / ‖target‖² under masks, by writing the block out sample by sample."""
+def outputs(made: Block, masks: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the block gives for each sample under masks, by writing the block out."""
     kept = {name: (linear.weight * masks[name]).detach() for name, linear in made.linears.items()}
-    bias, errors = made.linears["up"].bias, []
-    for sample in range(min(samples, len(made.inputs))):
-        for x, wanted in zip(made.inputs[sample], made.target[sample], strict=True):
-            inside = nn.functional.silu(kept["gate"] @ x) * (kept["up"] @ x + bias)
-            output = x + kept["down"] @ inside
-            errors.append(float((output - wanted).square().sum() / wanted.square().sum()))
+    bias = made.linears["up"].bias
+    return [
+        x + (nn.functional.silu(x @ kept["gate"].T) * (x @ kept["up"].T + bias)) @ kept["down"].T for x in made.inputs
+    ]
+
+
+def error(made: Block, masks: Mapping[str, Tensor], over: tuple[int, ...] = (-1,)) -> float:
+    """Mean over samples of Σ (output − target)² / Σ target², both sums over the axes `over` of (tokens, channels)."""
+    errors = []
+    for output, target in zip(outputs(made, masks), made.target, strict=True):
+        errors.append(float(((output - target).square().sum(over) / target.square().sum(over)).mean()))
     return sum(errors) / len(errors)
