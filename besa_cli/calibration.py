@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, sampling, token_rows
-from besa_cli.disk import publish, read_json, write_json
+from besa_cli.disk import publish, read_json, save_tensors, write_json
 from besa_cli.errors import BesaError, UsageError
 
 FORMAT = 1
@@ -256,8 +256,8 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
         raise BesaError(
             f"cannot write {manifest}: {error.strerror or error}", "name another directory with --run"
         ) from error
-    tensors = {"tokens": calibration_set.tokens.to(torch.int64).contiguous()}
-    publish(directory / _TOKENS, lambda path: safetensors.torch.save_file(tensors, path))
+    tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
+    publish(directory / _TOKENS, lambda path: save_tensors(path, tensors))
     write_json(manifest, calibration_set.manifest)
 
 

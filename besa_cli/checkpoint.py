@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from besa_cli import __version__, disk, weights
@@ -156,12 +155,15 @@ class Stage:
             self._save(self.shard(-1), tensors)
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        disk.publish(path, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+        disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
 
     def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
         """Make the directory: configuration and tokenizer files of the source, then the manifest."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
         for left in self.directory.glob("model*.*"):  # without a manifest nobody knows what these are
             left.unlink()
         for path in sorted(source.iterdir()):

@@ -103,11 +103,19 @@ class Decoder:
         tensors = dict(source) if source is not None else self.weights.read(self.source_names(index))
         block.to_empty(device=self.device)
         self._restore_buffers(block)
-        state = block.state_dict()
-        with torch.no_grad():
-            for name, origin in self.block_names(index).items():
-                state[name].copy_(tensors[origin])
+        self._fill(block.state_dict(), self.block_names(index), tensors)
         return tensors
+
+    def _fill(self, state: Mapping[str, Tensor], origins: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, origin in origins.items():
+                if tensors[origin].shape != state[name].shape:
+                    raise BesaError(
+                        f"{origin} in {self.weights.directory} has the shape {list(tensors[origin].shape)}, "
+                        f"its {type(self.model).__name__} needs {list(state[name].shape)}",
+                        "config.json and the weights do not belong together: fetch the model again",
+                    )
+                state[name].copy_(tensors[origin])
 
     def drop(self, index: int) -> None:
         """Free the weights of block `index`."""
@@ -123,10 +131,7 @@ class Decoder:
         for module in _outside(self.model, self.blocks):
             _to_empty(module, self.device)
         self._restore_buffers(self.model, skip=self.blocks)
-        state = dict(self.model.state_dict())
-        with torch.no_grad():
-            for name, origin in wanted.items():
-                state[name].copy_(tensors[origin])
+        self._fill(self.model.state_dict(), wanted, tensors)
         self.model.tie_weights()
         self.model.requires_grad_(False)
 

@@ -5,9 +5,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from besa_cli.errors import BesaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = Mapping[str, Any]
 
@@ -52,6 +55,24 @@ def _flush_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write a safetensors file; a failure is an OSError, as of every other file.
+
+    Raises
+    ------
+    OSError
+        It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def write_json(path: Path, value: Json) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def levelled(shares: Sequence[Fraction], total: int, lower: Sequence[int], upper
     if total >= sum(upper):
         return [Fraction(high) for high in upper]
     corners = sorted({bound - share for bounds in (lower, upper) for share, bound in zip(shares, bounds, strict=True)})
-    for left, right in zip(corners, corners[1:], strict=False):
+    for left, right in pairwise(corners):
         below, above = sum(at(left)), sum(at(right))
         if below <= total <= above:
             slope = (above - below) / (right - left)
@@ -80,7 +81,7 @@ def prune_probability(mixture: Tensor, cols: int) -> Tensor:
 
 
 def surgeon(weight: Tensor, gram: Tensor, keep: Tensor, damping: float) -> Tensor:
-    """Optimal brain surgeon with a fixed mask: row by row, left to right, the inverse Hessian of the columns still to come.
+    """Optimal brain surgeon with a fixed mask: left to right, with the inverse Hessian of the columns still to come.
 
     Removing weight q changes the columns to come by −w_q / [H⁻¹]_qq · [H⁻¹]_q: (Hassibi & Stork 1992).
     """

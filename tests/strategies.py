@@ -1,4 +1,4 @@
-"""Hypothesis strategies for weights, scores and masks of awkward shapes, and the settings of the tests that draw from them."""
+"""Hypothesis strategies for weights, scores and masks of awkward shapes, and the settings of tests that draw them."""
 
 from fractions import Fraction
 
@@ -31,7 +31,7 @@ def _array(
 
 
 def weights() -> st.SearchStrategy[Tensor]:
-    """fp32 weights of shape (rows, cols): quarters, so that ties and zeros (of both signs) abound, or arbitrary numbers."""
+    """fp32 weights of shape (rows, cols): quarters, so that ties and zeros (of both signs) abound, or any numbers."""
     quarters = st.integers(-8, 8).map(lambda number: number / 4)
     return _matrices(quarters | st.just(-0.0)) | _matrices(st.floats(-8, 8, width=32, allow_subnormal=False))
 
@@ -74,7 +74,7 @@ def marked_scores(draw: st.DrawFn) -> Tensor:
     return matrix.masked_fill(chances < torch.tensor(tenths).unsqueeze(1), -1.0)
 
 
-def masks() -> st.SearchStrategy[Tensor]:
+def some_masks() -> st.SearchStrategy[Tensor]:
     """Boolean masks of shape (rows, cols)."""
     return shapes().flatmap(lambda shape: _array(np.bool_, shape, st.booleans())).map(torch.from_numpy)
 

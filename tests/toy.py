@@ -1,4 +1,4 @@
-"""A block small enough to check by hand: a gated MLP behind the two names that `besa_cli.stream.Block` asks a decoder for."""
+"""A block small enough to check by hand: a gated MLP behind what `besa_cli.stream.Block` asks a decoder for."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -39,7 +39,9 @@ class ToyDecoder:
     def block_names(self, index: int) -> dict[str, str]:
         return {f"{name}.weight": f"layers.{index}.{name}.weight" for name in self.linears(index)}
 
-    def forward(self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         assert tokens.shape == hidden.shape[:2]
         self.calls += 1
         result: Tensor = torch.func.functional_call(self.module, dict(weights or {}), (hidden,))
@@ -49,14 +51,15 @@ class ToyDecoder:
 def source(
     *, hidden: int = 10, inner: int = 14, seed: int = 0, dtype: torch.dtype = torch.float32, zeros: float = 0.0
 ) -> dict[str, Tensor]:
-    """Weights whose rows and columns differ widely in size, so that an even sparsity is a poor choice; a share of them zero."""
+    """Weights whose rows differ widely in size, so that an even sparsity is a poor choice; a share of them zero."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, cols: int) -> Tensor:
         sizes = torch.randn(rows, 1, generator=generator).exp()
         weight = torch.randn(rows, cols, generator=generator) * sizes / cols**0.5
         dead = torch.rand(rows, cols, generator=generator) < zeros
-        return weight.masked_fill(dead, 0.0).to(dtype)
+        made: Tensor = weight.masked_fill(dead, 0.0).to(dtype)
+        return made
 
     return {"gate": matrix(inner, hidden), "up": matrix(inner, hidden), "down": matrix(hidden, inner)}
 
@@ -71,13 +74,13 @@ def block(
     seed: int = 0,
     target: Tensor | None = None,
 ) -> Block:
-    """A block with these weights (in the source's dtype; computed in fp32) and random inputs with a few large channels."""
+    """A block with these weights (in the source's dtype; computed in fp32) and random inputs of uneven channels."""
     inner, hidden = weights["up"].shape
     torch.manual_seed(7)
     module = GatedMLP(hidden, inner)
     with torch.no_grad():
         for name, weight in weights.items():
-            module.get_submodule(name).weight.copy_(weight)  # type: ignore[operator, union-attr]
+            module.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(samples, seqlen, hidden, generator=generator) * torch.linspace(0.1, 3, hidden)
     return Block(

@@ -29,7 +29,8 @@ def initial_logits(
     target : float
         Expected sparsity, strictly between 0 and 1.
     """
-    tilt = _solve_tilt([torch.zeros(1, len(candidates), dtype=torch.float64)], [1.0], candidates.double(), target)
+    p = candidates.double()
+    tilt = _solve_tilt([torch.zeros_like(p).unsqueeze(0)], [1.0], p, target)
     return (tilt * candidates).repeat(groups, 1)
 
 

@@ -121,7 +121,7 @@ class Case:
         return masked.detach(), gradient
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """The same through W ∘ (hard + (1 − P) − (1 − P).detach()), by autograd in float64, P as a sum of candidates."""
+        """The same through W ∘ (hard + (1 − P) − (1 − P).detach()), by autograd in float64."""
         rows, cols = self.weight.shape
         beta = allocation.mixture(self.theta.double()).requires_grad_()
         count = beta.shape[1] - 1
@@ -148,7 +148,9 @@ def test_straight_through_is_the_hard_mask_with_the_probabilitys_gradient(
     expected_masked, expected_gradient = case.dense()
     assert torch.equal(masked, case.weight.masked_fill(~case.keep, 0.0))
     assert torch.equal(masked.double(), expected_masked)
-    assert torch.allclose(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * float(expected_gradient.abs().max()))
+    assert torch.allclose(
+        gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5 * float(expected_gradient.abs().max())
+    )
 
 
 @fewer
@@ -159,7 +161,9 @@ def test_the_shared_gradient_is_the_sum_over_rows_of_the_separate_ones(rows: int
     masked_alone, separate = case.found(case.theta.detach().expand(rows, -1).clone())
     assert torch.equal(masked, masked_alone)
     assert separate.shape == (rows, 11)
-    assert torch.allclose(shared, separate.sum(0, keepdim=True), rtol=1e-4, atol=1e-5 * float(shared.abs().max()) + 1e-9)
+    assert torch.allclose(
+        shared, separate.sum(0, keepdim=True), rtol=1e-4, atol=1e-5 * float(shared.abs().max()) + 1e-9
+    )
 
 
 def test_a_matrix_that_is_summed_in_pieces_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

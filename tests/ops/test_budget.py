@@ -45,7 +45,9 @@ def test_sparsity_zero_prunes_nothing(sizes: list[int]) -> None:
 @given(shares())
 def test_fill_shifts_to_the_total_within_the_bounds(problem: Problem) -> None:
     wished, total, lower, upper, _ = problem
-    found = budget.fill(np.array(wished, dtype=float), float(total), np.array(lower, dtype=float), np.array(upper, dtype=float))
+    found = budget.fill(
+        np.array(wished, dtype=float), float(total), np.array(lower, dtype=float), np.array(upper, dtype=float)
+    )
     expected = oracles.levelled(wished, total, lower, upper)
     assert found == pytest.approx([float(share) for share in expected], abs=1e-9)
     assert float(found.sum()) == pytest.approx(min(max(total, sum(lower)), sum(upper)), abs=1e-9)

@@ -67,7 +67,9 @@ def test_losses_do_not_depend_on_the_scale_of_the_activations(
     loss: Loss, pair: tuple[Tensor, Tensor], factor: float
 ) -> None:
     output, target = pair
-    assert float(loss(factor * output, factor * target)) == pytest.approx(float(loss(output, target)), rel=1e-4, abs=1e-9)
+    assert float(loss(factor * output, factor * target)) == pytest.approx(
+        float(loss(output, target)), rel=1e-4, abs=1e-9
+    )
 
 
 def rescaled(axis: int) -> tuple[Tensor, Tensor, Tensor]:

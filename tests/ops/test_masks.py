@@ -10,8 +10,8 @@ from strategies import (
     distinct_scores,
     few,
     marked_scores,
-    masks as boolean_masks,
     scores,
+    some_masks,
     tied_scores,
     weights,
 )
@@ -50,7 +50,7 @@ def test_ranks_take_16_bits_where_they_suffice(cols: int, dtype: torch.dtype) ->
 
 
 @few
-@given(boolean_masks())
+@given(some_masks())
 def test_keep_above_finds_a_mask_again_from_ranks_that_put_its_pruned_columns_first(keep: Tensor) -> None:
     ranks = masks.ranks(masks.order(keep.float()))
     assert torch.equal(masks.keep_above(ranks, (~keep).sum(1)), keep)
@@ -65,7 +65,9 @@ def test_row_wise_equals_the_loop(data: st.DataObject, matrix: Tensor) -> None:
 
 @few
 @given(st.data(), scores())
-def test_row_wise_prunes_the_exact_count_evenly_and_the_smallest_of_each_row(data: st.DataObject, matrix: Tensor) -> None:
+def test_row_wise_prunes_the_exact_count_evenly_and_the_smallest_of_each_row(
+    data: st.DataObject, matrix: Tensor
+) -> None:
     total = a_total(data, matrix)
     keep = masks.row_wise(matrix, total)
     counts = (~keep).sum(1)
@@ -125,7 +127,8 @@ def test_zeros_come_before_weights_whose_score_is_zero_too() -> None:
 
 def test_rows_with_more_zeros_than_their_share_keep_them_and_the_others_give_way() -> None:
     matrix = torch.tensor([[-1.0] * 4, [2.0, 1.0, 9.0, 8.0], [5.0, 6.0, 0.0, 9.0]])
-    keep = masks.row_wise(matrix, 7)  # 4 are zero; the other two share 3, 1.5 each: the extra goes by the second score, 2 < 5
+    # four are zero; the other two rows share three, 1.5 each: the extra one goes by the second score, 2 < 5
+    keep = masks.row_wise(matrix, 7)
     assert (~keep).sum(1).tolist() == [4, 2, 1]
     assert keep[1:].tolist() == [[False, False, True, True], [True, True, False, True]]
 

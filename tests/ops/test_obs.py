@@ -16,7 +16,9 @@ from besa_cli.ops import importance, obs
 DAMPING = 0.01
 
 
-def problem(rows: int, cols: int, *, seed: int = 0, tokens: int = 64, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+def problem(
+    rows: int, cols: int, *, seed: int = 0, tokens: int = 64, dead: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """A weight and the Gram matrix of strongly correlated inputs of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols, cols, generator=generator) + 2 * torch.ones(cols, cols)
@@ -76,7 +78,9 @@ def test_the_mask_of_a_group_holds_the_lowest_saliencies_of_the_weights_as_updat
     moved = oracles.surgeon(weight, gram, halfway, DAMPING)
     second = lowest(oracles.saliency(moved, gram, DAMPING)[:, 5:], 15 - round(15 / 2))
     assert torch.equal(keep[:, 5:], second)
-    assert torch.allclose(updated.double(), oracles.surgeon(moved, gram, torch.cat([first, second], 1), DAMPING), atol=1e-3)
+    assert torch.allclose(
+        updated.double(), oracles.surgeon(moved, gram, torch.cat([first, second], 1), DAMPING), atol=1e-3
+    )
 
 
 def test_pruned_columns_left_of_all_others_give_the_least_squares_solution() -> None:
@@ -158,9 +162,7 @@ def test_fewer_tokens_than_columns_are_damped_to_a_finite_answer() -> None:
     assert int((~keep).sum()) == 24
 
 
-@pytest.mark.parametrize(
-    "gram", [torch.tensor([[1.0, 5.0], [5.0, 1.0]]), -torch.eye(2), torch.full((2, 2), math.nan)]
-)
+@pytest.mark.parametrize("gram", [torch.tensor([[1.0, 5.0], [5.0, 1.0]]), -torch.eye(2), torch.full((2, 2), math.nan)])
 def test_an_indefinite_gram_is_refused_with_a_remedy(gram: Tensor) -> None:
     with pytest.raises(BesaError, match="2 inputs is not positive definite") as caught:
         obs.prune(torch.ones(3, 2), gram, 3)

@@ -27,7 +27,7 @@ def same(first: Pruned, second: Pruned) -> bool:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("sparsity", ["0", "0.0024", "0.01", "0.1", "0.37", "0.5", "0.75", "0.9", "0.99", "0.9976", "1"])
+@pytest.mark.parametrize("sparsity", ["0", "0.0024", "0.01", "0.1", "0.37", "0.5", "0.75", "0.9", "0.9976", "1"])
 def test_the_budget_is_met_to_the_weight(sparsity: str, granularity: besa.Granularity) -> None:
     weights = toy.source()
     budget = round(Fraction(sparsity) * toy.size(weights))
@@ -70,10 +70,9 @@ def learner(made_for: besa.Granularity = "row", **changed: Any) -> besa.Options:
     return besa.Options(**{"granularity": made_for, "lr": 0.1, "epochs": 4, "batch_size": 4, **changed})
 
 
-def large(share: float = 0.5, *, useless: int = 0) -> Block:
-    """A block on which there is something to learn; of its 24 inner channels the first `useless` lead nowhere."""
+def large(share: float = 0.5) -> Block:
+    """A block on which there is something to learn."""
     weights = toy.source(hidden=16, inner=24)
-    weights["down"][:, :useless] *= 1e-6
     return toy.block(weights, round(share * toy.size(weights)), samples=32)
 
 
@@ -89,14 +88,6 @@ def test_layer_gives_the_rows_of_a_linear_one_sparsity_and_row_does_not(sparsity
     assert max(int((~mask).sum(1).max() - (~mask).sum(1).min()) for mask in own.masks.values()) > 1
 
 
-def test_rows_that_lead_nowhere_are_pruned_more() -> None:
-    result = besa.prune(large(useless=12), learner("row"))
-    assert not result.kept_uniform
-    for name in ("gate", "up"):
-        counts = (~result.masks[name]).sum(1).float()
-        assert float(counts[:12].mean()) > float(counts[12:].mean()) + 0.5
-
-
 @pytest.mark.parametrize(("loss", "over"), [("token", (-1,)), ("channel", (0,)), ("frobenius", (0, 1))])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_what_was_learned_beats_the_uniform_masks(
@@ -107,7 +98,7 @@ def test_what_was_learned_beats_the_uniform_masks(
     result = besa.prune(made, learner(granularity, loss=loss))
     assert not result.kept_uniform
     assert toy.error(made, result.masks, over) < 0.95 * toy.error(made, uniform, over)
-    assert result.error_before == pytest.approx(toy.error(made, uniform), rel=1e-4)  # by token, whatever is learned from
+    assert result.error_before == pytest.approx(toy.error(made, uniform), rel=1e-4)  # by token in any case
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -174,13 +165,11 @@ def test_the_target_given_is_what_is_reproduced() -> None:
 
 
 def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> None:
-    """Seen from outside: without a penalty the projection has to move far, so the masks differ; with it the goal is kept."""
     weights = toy.source()
     made = toy.block(weights, toy.size(weights) // 5, samples=16)
-    expected: dict[float, list[float]] = {}
+    original, expected = besa.losses.sparsity_penalty, dict[float, list[float]]()
     for penalty in (0.0, 50.0):
         noted: list[float] = []
-        original = besa.losses.sparsity_penalty
 
         def spy(sparsity: torch.Tensor, goal: float, noted: list[float] = noted) -> torch.Tensor:
             noted.append(abs(float(sparsity.detach()) - goal))
