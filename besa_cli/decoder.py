@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa_cli import anatomy
+from besa_cli import anatomy, compute
 from besa_cli.errors import BesaError
 from besa_cli.weights import Names, Weights
 
@@ -120,6 +120,7 @@ class Decoder:
     def drop(self, index: int) -> None:
         """Free the weights of block `index`."""
         self.blocks[index].to("meta")
+        compute.give_back_memory()
 
     def _load_rest(self) -> None:
         inside = f"{self.prefix}."

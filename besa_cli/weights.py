@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from besa_cli import disk
+from besa_cli import compute, disk
 from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
                 )
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        del tensor
+        compute.give_back_memory()
     return digest.hexdigest()
 
 

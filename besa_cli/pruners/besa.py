@@ -100,7 +100,6 @@ def _learn(
     optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0)
     samples = len(block.inputs)
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(block.seed)
     measure = _MEASURES[options.loss]
     total = sum(linear.rows * linear.cols for linear in linears.values())
@@ -112,9 +111,10 @@ def _learn(
             reconstruction = measure(output, block.target[chosen])
             penalty = losses.sparsity_penalty(expected / total, goal)
             (reconstruction + options.penalty * penalty).backward()  # type: ignore[no-untyped-call]
+            # not a scheduler of torch: that and its optimizer hold each other until a garbage collection finds them
+            optimizer.param_groups[0]["lr"] = options.lr * (0.5 * (1 + math.cos(math.pi * len(history) / steps)))
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             history.append(float(reconstruction.detach()))
             block.on_step(len(history), steps, "learning")
     last = history[-max(len(history) // 10, 1) :]
