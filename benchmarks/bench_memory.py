@@ -1,7 +1,7 @@
 """Does the memory of `besa prune` grow with the number of blocks?
 
-Makes LLaMA-shaped random checkpoints that differ in nothing but their number of equal blocks, prunes each in a process of
-its own, and prints one JSON line for each: the peak resident memory above the level after the imports, in MB.
+Makes LLaMA-shaped random checkpoints that differ in nothing but their number of equal blocks, prunes each in a process
+of its own, and prints one JSON line for each: the peak resident memory above the level after the imports, in MB.
 
     python benchmarks/bench_memory.py                     # 4 and 16 blocks of 67 MB
     python benchmarks/bench_memory.py --method sparsegpt --dtype bfloat16
@@ -131,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds": round(seconds, 1),
         }
         print(json.dumps(line), flush=True)
-    growth = {"growth_mb": round((above[-1] - above[0]) / 1e6, 1), "of_a_block": round((above[-1] - above[0]) / size, 3)}
+    growth = {
+        "growth_mb": round((above[-1] - above[0]) / 1e6, 1),
+        "of_a_block": round((above[-1] - above[0]) / size, 3),
+    }
     made = {"date": time.strftime("%Y-%m-%d"), "besa": __version__, **versions()}
     print(json.dumps({**growth, "arguments": vars(options), "versions": made}))
 

@@ -1,7 +1,6 @@
 """Where the blocks and linears of a decoder are, found by looking; what cannot be handled is refused by name."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,11 +125,6 @@ def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear
 def sizes(blocks: nn.ModuleList, config: "PretrainedConfig") -> list[int]:
     """Weights in the linears of each block: what sparsity is counted over."""
     return [sum(linear.weight.numel() for linear in linears(block, config).values()) for block in blocks]
-
-
-def shapes(block: nn.Module, config: "PretrainedConfig") -> Mapping[str, tuple[int, int]]:
-    """(rows, cols) of each linear of a block."""
-    return {name: (linear.out_features, linear.in_features) for name, linear in linears(block, config).items()}
 
 
 def maximum_length(config: "PretrainedConfig") -> int | None:

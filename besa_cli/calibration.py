@@ -1,6 +1,7 @@
 """Calibration sets: the token windows that a model is pruned on, stored with all that made them."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -242,23 +243,29 @@ def _versions() -> dict[str, str]:
 
 
 def save(calibration_set: CalibrationSet, directory: Path) -> None:
-    """Write ``tokens.safetensors`` and then ``besa.json``; a directory without the latter holds no calibration set.
+    """Write ``tokens.safetensors`` and ``besa.json`` beside the directory, then let them take its place.
 
     Raises
     ------
     BesaError
         The directory cannot be written.
     """
-    manifest = directory / _MANIFEST
+    tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
+    fresh = directory.with_name(f".{directory.name}.next")
     try:
-        manifest.unlink(missing_ok=True)  # never an old manifest beside new tokens
+        shutil.rmtree(fresh, ignore_errors=True)
+        publish(fresh / _TOKENS, lambda path: save_tensors(path, tensors))
+        write_json(fresh / _MANIFEST, calibration_set.manifest)
+        if directory.exists():
+            aside = directory.with_name(f".{directory.name}.replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            directory.rename(aside)
+        fresh.rename(directory)
+        shutil.rmtree(directory.with_name(f".{directory.name}.replaced"), ignore_errors=True)
     except OSError as error:
         raise BesaError(
-            f"cannot write {manifest}: {error.strerror or error}", "name another directory with --run"
+            f"cannot write {directory}: {error.strerror or error}", "name another directory with --run"
         ) from error
-    tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
-    publish(directory / _TOKENS, lambda path: save_tensors(path, tensors))
-    write_json(manifest, calibration_set.manifest)
 
 
 def load(directory: Path) -> CalibrationSet:

@@ -59,7 +59,9 @@ class Run:
             It is unfinished.
         """
         for name in reversed(STAGES):
-            directory = self.stage(name)
+            directory, beside = self.stage(name), self.next_stage(name)
+            if not directory.exists() and is_complete(beside):  # a crash in the middle of an exchange
+                directory = beside
             if (directory / MANIFEST).exists():
                 finished(directory)
                 return directory
@@ -158,14 +160,13 @@ class Stage:
         disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
 
     def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
-        """Make the directory: configuration and tokenizer files of the source, then the manifest."""
+        """Make the directory: the manifest that says whose it is, configuration and tokenizer files of the source."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or error
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
-        for left in self.directory.glob("model*.*"):  # without a manifest nobody knows what these are
-            left.unlink()
+        disk.write_json(self.directory / MANIFEST, {**manifest, "status": "beginning", "blocks": self.blocks})
         for path in sorted(source.iterdir()):
             if path.is_file() and _is_copied(path.name):
                 disk.publish(self.directory / path.name, partial(_copy, path))
@@ -190,6 +191,7 @@ class Stage:
         }
         counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
         manifest = disk.read_json(self.directory / MANIFEST)
+        manifest.pop("restart", None)
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / MANIFEST, manifest)
         return manifest
@@ -200,6 +202,7 @@ def replace_stage(old: Path, new: Path) -> None:
     if old.exists():
         _put_aside(old, old)
     new.rename(old)
+    disk.flush_directory(old.parent)
     shutil.rmtree(_aside(old), ignore_errors=True)
 
 
@@ -225,7 +228,38 @@ def _put_aside(stage: Path, final: Path) -> None:
 
 
 def _aside(final: Path) -> Path:
-    return final.with_name(f"{final.name}.old")
+    return final.with_name(f".{final.name}.replaced")
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a finished stage is there."""
+    return (directory / MANIFEST).exists() and read_manifest(directory).get("status") == "complete"
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed process left of files that it had not finished."""
+    for left in directory.glob(".*.partial"):
+        left.unlink(missing_ok=True)
+
+
+def refuse_foreign(directory: Path, model: Path) -> None:
+    """Refuse to write a stage over what is not a stage of besa, or over the very model that is read.
+
+    Raises
+    ------
+    BesaError
+        The directory holds files but no manifest, or it is the model's.
+    """
+    if model.resolve() == directory.resolve():
+        raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
+    if (directory / MANIFEST).exists() or not directory.is_dir():
+        return
+    strangers = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if strangers:
+        raise BesaError(
+            f"{directory} was not made by besa: it holds {strangers[0]} and no {MANIFEST}",
+            "move it away, or name another run directory with --run",
+        )
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -1,6 +1,7 @@
 """Where and in which dtype to compute, and what `auto` stands for on this machine."""
 
 import ctypes
+import functools
 import time
 
 import torch
@@ -9,6 +10,7 @@ from besa_cli.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _FASTER = 1.3  # bf16 products have to be this much faster than fp32 ones to be worth their rounding
 
 
@@ -41,16 +43,31 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library can: glibc.
+def map_large_tensors() -> None:
+    """Let glibc map every tensor of 4 MiB or more by itself, and unmap it when it is freed.
 
-    It keeps freed tensors of up to 32 MB in its heap, and the holes there grow with every block.
+    Left alone it keeps freed tensors of up to 32 MB in its heap, where the holes between them grow block after block.
+    Below 4 MiB the heap is faster. Does nothing with another C library.
     """
+    library = _c_library()
+    if library is not None:
+        library.mallopt(_MMAP_THRESHOLD, 4 << 20)
+
+
+def give_back_memory() -> None:
+    """Return the heap's free pages to the system, where the C library is glibc."""
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL | None:
     try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return
-    trim(0)
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
 
 
 def _seconds(dtype: torch.dtype) -> float:

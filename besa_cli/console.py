@@ -120,7 +120,7 @@ class BlockProgress:
                 ("loss", _scientific(report.learned_loss) + (" uniform" if report.kept_uniform else "")),
                 ("time", took),
                 ("left", self._time_left(0.0) or "-"),
-                ("memory", human_bytes(report.peak_memory)),
+                ("memory", human_bytes(report.peak_memory) if report.peak_memory else "-"),
             ]
         )
 

@@ -47,6 +47,7 @@ class Decoder:
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        compute.map_large_tensors()
         self.config = anatomy.config_of(directory)
         self.weights = Weights(directory)
         self.device, self.dtype = device, dtype

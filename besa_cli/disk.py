@@ -25,14 +25,14 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     BesaError
         The directory cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_directory(path.parent)
+        flush_directory(path.parent)
     except OSError as error:
         raise BesaError(
             f"cannot write {path}: {error.strerror or error}",
@@ -49,7 +49,8 @@ def _remove(path: Path) -> None:
         return
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """Make renames in a directory survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,5 @@
 """What a directory is, what made it, and how sparse each linear is, counted in the tensors themselves."""
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from besa_cli import checkpoint, weights
+from besa_cli import checkpoint, disk, weights
 from besa_cli.checkpoint import MANIFEST, STAGES, Run, Stage
 from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
@@ -170,10 +169,20 @@ def command_line(command: str, options: Mapping[str, Any], run: Path | None = No
     return shlex.join(words)
 
 
+def _data(source: Mapping[str, Any]) -> str:
+    return "bundled" if source["source"] == "bundled" else str(source["asked"])
+
+
 def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The options that make a stage or a calibration set again on any machine, `auto` replaced by what it stood for."""
     options = dict(manifest.get("options", {}))
-    options.setdefault("model", manifest.get("model", {}).get("name"))
+    model = manifest.get("model", {})
+    options.setdefault("model", model.get("name"))
+    if model.get("revision") and "@" not in options["model"]:
+        options["model"] += f"@{model['revision']}"
+    sources = manifest.get("calibration", {}).get("sources", manifest.get("sources", []))
+    if "data" in options and any(source["source"] == "bundled" for source in sources):  # it may stand in for another
+        options["data"] = list(dict.fromkeys(_data(source) for source in sources))
     resolved = manifest.get("compute", {})
     for name in ("device", "dtype"):
         if name in options and name in resolved:
@@ -185,4 +194,4 @@ def evaluations(run: Run) -> dict[str, Any]:
     """The results of a run by file name."""
     if not run.evaluations.is_dir():
         return {}
-    return {path.name: json.loads(path.read_text("utf-8")) for path in sorted(run.evaluations.glob("*.json"))}
+    return {path.name: disk.read_json(path) for path in sorted(run.evaluations.glob("*.json"))}

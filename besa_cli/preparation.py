@@ -195,7 +195,10 @@ def _refuse_difference(found: calibration.CalibrationSet, options: calibration.O
         raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
     known = {source["sha256"] for source in found.manifest["sources"]}
     for name in options.data:
-        if name not in corpora.SOURCES and (digest := sha256_file(Path(name))) not in known:
+        path = Path(name).expanduser()
+        if name in corpora.SOURCES or not path.is_file():  # the tokens are there; the text is not needed any more
+            continue
+        if (digest := sha256_file(path)) not in known:
             was = ", ".join(sorted(value[:12] for value in known))
             raise BesaError(
                 f"{name} has changed since the calibration set in {directory} was made: SHA-256 {was} then, "

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from besa_cli import checkpoint, compute, stream, weights
+from besa_cli import anatomy, checkpoint, compute, stream, weights
 from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import Run, Stage
 from besa_cli.decoder import Decoder
@@ -135,13 +135,15 @@ class Job:
     ) -> None:
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._final = run.stage(STAGE)
-        beside = run.next_stage(STAGE)
-        checkpoint.recover(self._final, beside)
+        self._beside = run.next_stage(STAGE)
+        checkpoint.recover(self._final, self._beside)
+        for place in (self._final, self._beside):
+            checkpoint.refuse_foreign(place, model.directory)
         source = weights.Weights(model.directory)
         self._digest = weights.check(source)
-        self._directory, self.manifest = self._new(beside) if restart else self._found(beside)
-        if self.manifest["versions"] != checkpoint.versions():
-            notify(f"{self._directory} was begun with {self.manifest['versions']}; this is {checkpoint.versions()}")
+        self._directory, self.manifest = self._place(restart=restart)
+        if not self.done and self.manifest["versions"] != checkpoint.versions():
+            notify(f"{self._directory} was begun with {_versions(self.manifest['versions'])}, not with those here")
         self._check_and_begin(source, notify)
 
     @property
@@ -149,30 +151,28 @@ class Job:
         """Whether the stage was finished before."""
         return bool(self.manifest["status"] == "complete")
 
-    def _new(self, beside: Path) -> tuple[Path, dict[str, Any]]:
-        """Where to begin anew: beside a finished stage, else in its place."""
-        checkpoint.discard(beside, self._final)
-        if _is_complete(self._final):
-            return beside, self._new_manifest()
-        checkpoint.discard(self._final, self._final)
-        return self._final, self._new_manifest()
+    def _place(self, *, restart: bool) -> tuple[Path, dict[str, Any]]:
+        """The stage made or begun with what is asked, and its manifest; a new one where there is none.
 
-    def _found(self, beside: Path) -> tuple[Path, dict[str, Any]]:
-        """The stage made or begun with what is asked now, and its manifest; a new one where there is none at all."""
+        With `restart` only a stage that an interrupted ``--restart`` has begun counts.
+        """
         new = self._new_manifest()
-        there = {
-            path: checkpoint.read_manifest(path)
-            for path in (self._final, beside)
-            if (path / checkpoint.MANIFEST).exists()
+        manifests = {
+            place: checkpoint.read_manifest(place)
+            for place in (self._final, self._beside)
+            if (place / checkpoint.MANIFEST).exists()
         }
-        different = {path: _differences(old, new) for path, old in there.items()}
-        for path, differences in different.items():
-            if not differences:
-                return path, there[path]
-        for path, differences in different.items():
-            state = "a finished" if there[path]["status"] == "complete" else "an unfinished"
+        there = {place: old for place, old in manifests.items() if old["status"] != "beginning"}
+        different = {place: _differences(old, new) for place, old in there.items()}
+        for place, old in there.items():
+            if not different[place] and (not restart or (old["status"] == "running" and "restart" in old)):
+                return place, old
+        if restart:
+            return self._beside if checkpoint.is_complete(self._final) else self._final, {**new, "restart": True}
+        for place, differences in different.items():
+            state = "a finished" if there[place]["status"] == "complete" else "an unfinished"
             raise BesaError(
-                f"{path} holds {state} stage made with other options: {'; '.join(differences)}",
+                f"{place} holds {state} stage made with other options: {'; '.join(differences)}",
                 "give --run NAME to keep both, or --restart to replace it",
             )
         return self._final, new
@@ -219,19 +219,19 @@ class Job:
         device = compute.device(settings["device"])
         self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
         self._stage = Stage(self._directory, len(self._decoder))
-        sizes = [
-            sum(linear.weight.numel() for linear in self._decoder.linears(i).values())
-            for i in range(len(self._decoder))
-        ]
-        self._budgets = budget.window_counts(self.request.sparsity, sizes)
+        sizes = anatomy.sizes(self._decoder.blocks, self._decoder.config)
+        self._budgets = None if self.request.nm else budget.window_counts(self.request.sparsity, sizes)
         if self.manifest["status"] == "new":
             checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
             self._decoder.verify(self.calibration.tokens)
+            checkpoint.discard(self._directory, self._final)
             self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
             notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
-        self._stage.write_rest(source.read(self._decoder.rest_names()))
+        checkpoint.sweep(self._directory)
+        if not self._stage.shard(-1).exists():
+            self._stage.write_rest(source.read(self._decoder.rest_names()))
 
     @property
     def number_of_blocks(self) -> int:
@@ -315,7 +315,5 @@ def _history(directory: Path) -> list[dict[str, Any]]:
     return [*parent.get("history", []), own]
 
 
-def _is_complete(directory: Path) -> bool:
-    if not (directory / checkpoint.MANIFEST).exists():
-        return False
-    return bool(checkpoint.read_manifest(directory)["status"] == "complete")
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -28,11 +28,14 @@ class Pruned:
     ----------
     masks : one boolean Tensor of shape (rows, cols) a linear, True = keep
     weights : the linears whose surviving weights were changed, fp32; the others keep the source's bits
+    error_before, error_after : mean relative error of each token under the uniform masks and under `masks`, on the same
+        samples; where a method does not compare, the latter is measured over all samples
     """
 
     masks: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     error_before: float | None = None
+    error_after: float | None = None
     learned_loss: float | None = None
     kept_uniform: bool = False
 
@@ -62,7 +65,9 @@ class Block:
     linears : dict of name to nn.Linear, weights in the compute dtype
     weights : dict of name to Tensor of shape (rows, cols), in the source's own dtype
     budget : int
-        Weights to prune in this block (see `besa_cli.ops.budget.window_counts`).
+        Weights to prune in this block (see `besa_cli.ops.budget.window_counts`); 0 where a pattern N:M decides.
+    exact : bool
+        Whether the budget is to be met.
     inputs : Tensor of shape (samples, seqlen, hidden)
         What enters the block in the model as compressed so far.
     seed : int
@@ -75,7 +80,7 @@ class Block:
         index: int,
         source: Mapping[str, Tensor],
         *,
-        budget: int,
+        budget: int | None,
         inputs: Tensor,
         tokens: Tensor,
         batch: int,
@@ -83,8 +88,10 @@ class Block:
         seed: int = 0,
         on_step: Step = lambda done, total, phase: None,
     ) -> None:
-        self.index, self.budget, self.inputs, self.tokens, self.batch = index, budget, inputs, tokens, batch
-        self.seed = seed * 1_000_003 + index
+        self.index, self.inputs, self.tokens, self.batch = index, inputs, tokens, batch
+        self.exact = budget is not None
+        self.budget = budget or 0
+        self.seed = (seed * 1_000_003 + index) % 2**63
         self.on_step = on_step
         self.linears: dict[str, nn.Linear] = decoder.linears(index)
         names = decoder.block_names(index)
@@ -221,7 +228,7 @@ def compress(
     tokens: Tensor,
     change: Callable[[Block], Pruned],
     *,
-    budgets: list[int],
+    budgets: list[int] | None,
     target: Target,
     batch: int,
     seed: int,
@@ -235,8 +242,8 @@ def compress(
     ----------
     tokens : Tensor of shape (samples, seqlen)
     change : function of a Block to what becomes of it
-    budgets : one number a block
-        Weights to prune.
+    budgets : one number a block, or None
+        Weights to prune; None where a pattern N:M decides.
     target : {"block", "stream"}
         What a block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
     batch : int
@@ -259,8 +266,9 @@ def compress(
             advance(decoder, index, inputs, tokens, batch)
             report = store.report(index)
         else:
+            budget = budgets[index] if budgets else None
             block = Block(
-                decoder, index, source, budget=budgets[index], inputs=inputs, tokens=tokens, batch=batch, target=dense,
+                decoder, index, source, budget=budget, inputs=inputs, tokens=tokens, batch=batch, target=dense,
                 seed=seed, on_step=on_step,
             )  # fmt: skip
             report = _settle(decoder, block, change(block), source, store)
@@ -281,6 +289,7 @@ def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str,
         zeros = int((tensors[origin] == 0).sum())
         rows, cols = mask.shape
         linears.append(LinearReport(name=name, rows=rows, cols=cols, pruned=int((~mask).sum()), zeros=zeros))
+    _check_counts(block, pruned, linears)
     decoder.load(index, tensors)
     errors: list[float] = []
 
@@ -294,12 +303,22 @@ def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str,
         blocks=len(decoder),
         linears=tuple(linears),
         error_before=pruned.error_before,
-        error_after=math.fsum(errors) / len(target),
+        error_after=math.fsum(errors) / len(target) if pruned.error_after is None else pruned.error_after,
         learned_loss=pruned.learned_loss,
         kept_uniform=pruned.kept_uniform,
     )
     store.write(report, tensors)
     return report
+
+
+def _check_counts(block: Block, pruned: Pruned, linears: Sequence[LinearReport]) -> None:
+    """No pruner gets away with another count than the one asked: it would be wrong in every table."""
+    if set(pruned.masks) != set(block.linears):
+        raise RuntimeError(f"the pruner gave masks for {sorted(pruned.masks)}, the block has {sorted(block.linears)}")
+    existing = sum(int((weight == 0).sum()) for weight in block.weights.values())
+    count = sum(linear.pruned for linear in linears)
+    if block.exact and count != max(block.budget, existing):
+        raise RuntimeError(f"the pruner pruned {count} weights of block {block.index}, {block.budget} were asked")
 
 
 def peak_memory() -> int:

@@ -192,7 +192,7 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
     return digest.hexdigest()
 
 
-_PORTION = 64 << 20  # bytes of tensors in memory at a time
+_PORTION = 16 << 20  # bytes of tensors in memory at a time
 
 
 def _portions(weights: Weights) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Every architecture: the block stream against the whole stock model, and what a finished stage holds after each method."""
+"""Every architecture: the block stream against the whole stock model, and what each method leaves in a stage."""
 
 import json
 import shutil
@@ -82,7 +82,9 @@ def check_counts(stage: Path, family: str, request: Request) -> None:
     assert manifest["counts"]["pruned"] == manifest["counts"]["zeros"] == sum(zeros)
     for index, block in enumerate(names):
         report = json.loads((stage / f"model-{index + 2:05d}-of-{len(names) + 1:05d}.json").read_text())
-        counted = {f"{tiny.blocks_of(family)}.{index}.{each['name']}.weight": each["pruned"] for each in report["linears"]}
+        counted = {
+            f"{tiny.blocks_of(family)}.{index}.{each['name']}.weight": each["pruned"] for each in report["linears"]
+        }
         assert counted == {name: int((state[name] == 0).sum()) for name in block}
 
 
@@ -98,7 +100,7 @@ def check_windows(stage: Path, family: str, n: int, m: int) -> None:
 
 
 def check_bits(stage: Path, model: Path, *, survivors: bool) -> None:
-    """Every tensor but the linears' is the source's, bit for bit; with `survivors` so are the linears' non-zero weights."""
+    """Every tensor but the linears' is the source's, bit for bit; with `survivors` so are the linears' kept weights."""
     before, after = tiny.weights(model), tiny.weights(stage)
     assert before.keys() == after.keys()
     pruned = 0
@@ -336,7 +338,10 @@ UNSUITED = {
         transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         "GPT2LMHeadModel is a Conv1D, not an nn.Linear",
     ),
-    "t5": (transformers.T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=4), r"is an encoder-decoder \(t5\)"),
+    "t5": (
+        transformers.T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=4),
+        r"is an encoder-decoder \(t5\)",
+    ),
     "bert": (transformers.BertConfig(**_HEADS), r"is an encoder \(bert\)"),
     "distilbert": (transformers.DistilBertConfig(vocab_size=128, dim=32, n_layers=2, n_heads=4), "distilbert"),
     "mixtral": (transformers.MixtralConfig(**_EXPERTS, num_local_experts=4), "MixtralForCausalLM"),
@@ -355,6 +360,11 @@ def test_what_cannot_be_pruned_is_refused_by_name(name: str, tmp_path: Path) -> 
     model = kind.from_config(config) if name in ("t5", "bert", "distilbert") else tiny.built(config)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(BesaError, match=message) as caught:
-        Job(Run(tmp_path / "run"), tiny.local(tmp_path / "model"), tiny.calibration_set(tiny.tokens()), REQUESTS["wanda"])
+        Job(
+            Run(tmp_path / "run"),
+            tiny.local(tmp_path / "model"),
+            tiny.calibration_set(tiny.tokens()),
+            REQUESTS["wanda"],
+        )
     assert "nn.Linear" in caught.value.hint
     assert not (tmp_path / "run").exists()

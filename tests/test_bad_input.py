@@ -33,7 +33,9 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.add_tokenizer(tiny.checkpoint(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16, shard_size="20KB"))
+    return tiny.add_tokenizer(
+        tiny.checkpoint(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16, shard_size="20KB")
+    )
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_too_little_disk_space(place: Place, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
 def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a real small file system, where the estimate was too low: what was finished stays, and the run goes on later."""
+    """On a real small file system, the estimate being too low: what was finished stays, and the run goes on later."""
     monkeypatch.undo()
     monkeypatch.chdir(place.directory)
     disk = place.directory / "disk"

@@ -37,7 +37,7 @@ def measurement(directory: Path, text: EvaluationText, **settings: Any) -> Measu
 
 
 def tokenizer_of(directory: Path) -> Any:
-    """As it was saved: for some architectures `AutoTokenizer` takes a class that expects a tokenizer of its own kind."""
+    """As it was saved: for some architectures `AutoTokenizer` takes a class that expects one of its own kind."""
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 

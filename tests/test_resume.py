@@ -60,7 +60,7 @@ class Fate:
     def _remove(self, path: Path, ignore_errors: bool = False) -> None:
         self._meet(f"before removing {path.name}")
         if self.deadly == f"halfway removing {path.name}":
-            for inner in sorted(path.iterdir())[::2] + [path / "besa.json"]:
+            for inner in [*sorted(path.iterdir())[::2], path / "besa.json"]:
                 inner.unlink(missing_ok=True)
             raise Killed
         self._rmtree(path, ignore_errors)
@@ -99,9 +99,7 @@ METHODS = {
 
 def job(run: Path, model: Path, request: Request, *, restart: bool = False, notes: list[str] | None = None) -> Job:
     noted = [] if notes is None else notes
-    return Job(
-        Run(run), tiny.local(model), tiny.calibration_set(ROWS), request, restart=restart, notify=noted.append
-    )
+    return Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), request, restart=restart, notify=noted.append)
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +236,9 @@ def test_other_options_are_refused_with_both_values(
 def test_another_model_and_other_tokens_are_refused(model: Path, tmp_path: Path) -> None:
     tiny.run(job(tmp_path / "run", model, METHODS["wanda"]))
     other = tiny.checkpoint(tmp_path / "other", dtype=torch.bfloat16, seed=9)
-    with pytest.raises(BesaError, match="model [0-9a-f]{12} there, [0-9a-f]{12} asked"):
+    with pytest.raises(BesaError, match=r"model [0-9a-f]{12} there, [0-9a-f]{12} asked"):
         job(tmp_path / "run", other, METHODS["wanda"])
-    with pytest.raises(BesaError, match="calibration [0-9a-f]{12} there, [0-9a-f]{12} asked"):
+    with pytest.raises(BesaError, match=r"calibration [0-9a-f]{12} there, [0-9a-f]{12} asked"):
         Job(
             Run(tmp_path / "run"),
             tiny.local(model),

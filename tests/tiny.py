@@ -123,7 +123,9 @@ def local(directory: Path) -> Model:
     return Model(name=str(directory), kind="local", directory=directory, revision=None)
 
 
-def request(method: str = "wanda", *, sparsity: float = 0.5, nm: tuple[int, int] | None = None, **options: Any) -> Request:
+def request(
+    method: str = "wanda", *, sparsity: float = 0.5, nm: tuple[int, int] | None = None, **options: Any
+) -> Request:
     """What to ask for, computed in fp32 on the CPU."""
     return Request(method=method, sparsity=sparsity, nm=nm, options=options, device="cpu", dtype="float32")
 

@@ -10,6 +10,7 @@ import typer
 from besa_cli import models
 from besa_cli.commands import options
 from besa_cli.console import Console, human_perplexity, human_share
+from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
     from besa_cli.evaluation import Measurement, Perplexity, Settings
@@ -65,12 +66,16 @@ def ppl(
 ) -> None:
     """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
     console = Console(json=as_json)
-    from besa_cli import corpora
+    from besa_cli import compute, corpora
     from besa_cli.evaluation import Settings
 
-    settings = Settings(seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=device, dtype=dtype)
+    where = compute.device(device)
+    resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
+    settings = Settings(
+        seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved
+    )
     texts = [corpora.evaluation_text(name) for name in datasets or ["wikitext2"]]
-    subject = _subject(model, run, console)
+    subject = _subject(model, run, console, baseline=baseline)
     rows = []
     for text in texts:
         measured = _measure(subject, text, settings, console, cached=False)
@@ -79,8 +84,8 @@ def ppl(
     _show(subject, rows, console)
 
 
-def _subject(model: str | None, run: Path | None, console: Console) -> _Subject:
-    """What `--model` names; else the newest stage of the run directory; else the demo model."""
+def _subject(model: str | None, run: Path | None, console: Console, *, baseline: bool = True) -> _Subject:
+    """What `--model` names; else the newest stage of the run directory; else, where none was named, the demo model."""
     from besa_cli import checkpoint
 
     place = checkpoint.Run(run or options.DEFAULT_RUN)
@@ -88,26 +93,33 @@ def _subject(model: str | None, run: Path | None, console: Console) -> _Subject:
         found = models.resolve(model, notify=console.note)
         return _Subject(name=model, directory=found.directory, digest=None, results=place.evaluations if run else None)
     newest = place.newest()
+    if newest is None and run is not None:
+        raise BesaError(f"{run} has no stage", f"make one: besa prune --run {run}")
     if newest is None:
         console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
         found = models.resolve(models.DEMO, notify=console.note)
-        return _Subject(
-            name=models.DEMO, directory=found.directory, digest=None, results=place.evaluations if run else None
-        )
+        return _Subject(name=models.DEMO, directory=found.directory, digest=None)
     manifest = checkpoint.finished(newest)
-    origin, counts = manifest["model"], manifest["counts"]
-    parent = Path(origin["directory"])
-    if not parent.is_dir():
-        name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
-        pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
-        parent = models.resolve(pinned, notify=console.note).directory
+    counts = manifest["counts"]
     return _Subject(
         name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}",
         directory=newest,
         digest=manifest["digest"],
-        parent=_Subject(name="dense", directory=parent, digest=origin["digest"], results=place.evaluations),
+        parent=_parent(manifest, place.evaluations, console) if baseline else None,
         results=place.evaluations,
     )
+
+
+def _parent(manifest: dict[str, Any], results: Path, console: Console) -> _Subject:
+    """The model that a stage was made from; fetched again where it is gone."""
+    origin = manifest["model"]
+    directory = Path(origin["directory"])
+    if not directory.is_dir():
+        name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
+        pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
+        directory = models.resolve(pinned, notify=console.note).directory
+    label = "parent" if manifest.get("history") else "dense"
+    return _Subject(name=label, directory=directory, digest=origin["digest"], results=results)
 
 
 def _measure(subject: _Subject, text: Any, settings: "Settings", console: Console, *, cached: bool) -> "Perplexity":
@@ -117,13 +129,28 @@ def _measure(subject: _Subject, text: Any, settings: "Settings", console: Consol
     file = subject.results / job.file if subject.results else None
     found = evaluation.load(file) if cached and file else None
     if found is not None:
-        console.note(f"dense result taken from {file}")
+        console.note(f"{subject.name}: result taken from {file}")
         return found
+    if cached:
+        _refuse_changed(subject)
     with console.blocks(f"{text.name}, {subject.name}", job.blocks) as progress:
         result = job.measure(lambda index, blocks, seconds: progress.advance(index, seconds))
     if file is not None:
         evaluation.save(result, file, {"name": subject.name, "directory": str(subject.directory)})
     return result
+
+
+def _refuse_changed(parent: _Subject) -> None:
+    """A stage is compared with the model that it was made from, or with none."""
+    from besa_cli import weights
+
+    found = weights.check(weights.Weights(parent.directory))
+    if found != parent.digest:
+        raise BesaError(
+            f"the model in {parent.directory} has changed since the stage was made from it "
+            f"({str(parent.digest)[:12]} then, {found[:12]} now)",
+            "measure the stage alone with --no-baseline",
+        )
 
 
 def _job(subject: _Subject, text: Any, settings: "Settings") -> "Measurement":
@@ -142,7 +169,8 @@ def _job(subject: _Subject, text: Any, settings: "Settings") -> "Measurement":
 def _show(subject: _Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:
     cells: list[tuple[str | int, ...]] = []
     for measured, dense in rows:
-        for name, result in ((subject.name, measured), ("dense", dense)):
+        parent = subject.parent.name if subject.parent else "dense"
+        for name, result in ((subject.name, measured), (parent, dense)):
             if result is None:
                 continue
             against = f"{measured.perplexity - dense.perplexity:+.4f}" if dense and result is measured else ""

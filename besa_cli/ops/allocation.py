@@ -81,9 +81,7 @@ class _StraightThrough(torch.autograd.Function):
         return weight.masked_fill(ranks < counts.to(ranks.dtype).unsqueeze(1), 0.0)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         mixture, weight, order = ctx.saved_tensors  # type: ignore[attr-defined]
         return (
             _mixture_gradient(gradient, weight, order, mixture.shape[1] - 1, mixture.shape[0]),

@@ -71,6 +71,8 @@ def round_to_total(shares: Floats, total: int, lower: Integers, upper: Integers,
     -------
     integer array of shape (n,)
     """
+    if not np.isfinite(shares).all():
+        raise ValueError("shares must be finite")
     filled = fill(shares, float(total), lower.astype(np.float64), upper.astype(np.float64))
     counts = np.floor(filled + _TIE).astype(np.int64)
     remainders = np.round((filled - counts) / _TIE)

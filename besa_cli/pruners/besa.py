@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from besa_cli.errors import BesaError, UsageError
 from besa_cli.ops import allocation, budget, losses, masks
 from besa_cli.pruners import wanda
 from besa_cli.stream import Block, Pruned, batches
@@ -22,6 +23,7 @@ Target = Literal["block", "stream"]
 Loss = Literal["token", "channel", "frobenius"]
 
 _MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
+_EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of the block, and must not drown in it
 _COMPARED = 32  # samples on which the learned allocation has to beat the uniform one
 
 
@@ -56,6 +58,14 @@ class Options:
     candidates: int = 100
     loss: Loss = "token"
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "candidates"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
+        for name in ("lr", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)} is not a number from 0 up", "leave it out")
+
 
 class _Linear:
     """One linear while its allocation is learned."""
@@ -73,7 +83,7 @@ def prune(block: Block, options: Options) -> Pruned:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
     scores = wanda.scores(block)
     dtype = next(iter(block.linears.values())).weight.dtype
-    linears = {name: _Linear(weight, scores[name], dtype) for name, weight in block.weights.items()}
+    linears = {name: _Linear(weight, scores.pop(name), dtype) for name, weight in block.weights.items()}
     sizes = {name: linear.rows * linear.cols for name, linear in linears.items()}
     goal = block.budget / sum(sizes.values())
     uniform = _masks(linears, _uniform_shares(linears, block.budget), block.budget)
@@ -87,7 +97,11 @@ def prune(block: Block, options: Options) -> Pruned:
     before, after = (_errors(block, linears, kept, options.loss) for kept in (uniform, learned))
     better = after[0] < before[0]
     return Pruned(
-        masks=learned if better else uniform, error_before=before[1], learned_loss=learned_loss, kept_uniform=not better
+        masks=learned if better else uniform,
+        error_before=before[1],
+        error_after=after[1] if better else before[1],
+        learned_loss=learned_loss,
+        kept_uniform=not better,
     )
 
 
@@ -97,7 +111,7 @@ def _learn(
     """Minimise reconstruction + penalty; returns the mixture logits and the mean loss of the last tenth of steps."""
     groups = [linear.rows if options.granularity == "row" else 1 for linear in linears.values()]
     logits = [allocation.initial_logits(count, p, goal).requires_grad_() for count in groups]
-    optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0, eps=_EPSILON)
     samples = len(block.inputs)
     steps = options.epochs * math.ceil(samples / options.batch_size)
     generator = torch.Generator().manual_seed(block.seed)
@@ -110,15 +124,26 @@ def _learn(
             output = block.forward(block.inputs[chosen], weights)
             reconstruction = measure(output, block.target[chosen])
             penalty = losses.sparsity_penalty(expected / total, goal)
-            (reconstruction + options.penalty * penalty).backward()  # type: ignore[no-untyped-call]
+            scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
+            (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
             # not a scheduler of torch: that and its optimizer hold each other until a garbage collection finds them
             optimizer.param_groups[0]["lr"] = options.lr * (0.5 * (1 + math.cos(math.pi * len(history) / steps)))
             optimizer.step()
             optimizer.zero_grad()
-            history.append(float(reconstruction.detach()))
+            history.append(_finite(float(reconstruction.detach()), block.index))
             block.on_step(len(history), steps, "learning")
+    _finite(math.fsum(float(theta.detach().sum()) for theta in logits), block.index)
     last = history[-max(len(history) // 10, 1) :]
     return [theta.detach() for theta in logits], math.fsum(last) / len(last)
+
+
+def _finite(value: float, index: int) -> float:
+    if not math.isfinite(value):
+        raise BesaError(
+            f"learning in block {index} gave {value}",
+            "compute with --dtype float32, or give a smaller --lr or --penalty",
+        )
+    return value
 
 
 def _soft_weights(
