@@ -243,7 +243,7 @@ def _versions() -> dict[str, str]:
 
 
 def save(calibration_set: CalibrationSet, directory: Path) -> None:
-    """Write ``tokens.safetensors`` and ``besa.json`` beside the directory, then let them take its place.
+    """Write ``tokens.safetensors`` and then ``besa.json``; a set that is there serves until the new one is whole.
 
     Raises
     ------
@@ -251,17 +251,19 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
         The directory cannot be written.
     """
     tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
-    fresh = directory.with_name(f".{directory.name}.next")
+    replaced = (directory / _MANIFEST).exists()
+    target = directory.with_name(f".{directory.name}.next") if replaced else directory
+    aside = directory.with_name(f".{directory.name}.replaced")
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        publish(fresh / _TOKENS, lambda path: save_tensors(path, tensors))
-        write_json(fresh / _MANIFEST, calibration_set.manifest)
-        if directory.exists():
-            aside = directory.with_name(f".{directory.name}.replaced")
+        if replaced:
+            shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
+        publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
+        write_json(target / _MANIFEST, calibration_set.manifest)
+        if replaced:
             directory.rename(aside)
-        fresh.rename(directory)
-        shutil.rmtree(directory.with_name(f".{directory.name}.replaced"), ignore_errors=True)
+            target.rename(directory)
+            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise BesaError(
             f"cannot write {directory}: {error.strerror or error}", "name another directory with --run"

@@ -252,7 +252,9 @@ def refuse_foreign(directory: Path, model: Path) -> None:
     """
     if model.resolve() == directory.resolve():
         raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
-    if (directory / MANIFEST).exists() or not directory.is_dir():
+    if directory.exists() and not directory.is_dir():
+        raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
+    if (directory / MANIFEST).exists() or not directory.exists():
         return
     strangers = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
     if strangers:

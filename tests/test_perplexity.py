@@ -201,7 +201,7 @@ def test_the_command_measures_the_stage_and_its_parent(besa: Besa, model: Path, 
     assert len(list(Path("besa-run", "eval").iterdir())) == 2
     again = besa(*words)
     assert json.loads(again.out)["results"] == [row]
-    assert "dense result taken from besa-run/eval/" in again.err
+    assert "dense: result taken from besa-run/eval/" in again.err
     alone = besa(*words, "--no-baseline")
     assert json.loads(alone.out)["results"][0]["dense"] is None
     other = besa(*words, "--model", model)

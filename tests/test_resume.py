@@ -23,13 +23,14 @@ Besa = Callable[..., Any]  # conftest.Outcome
 
 SHARDS = [f"model-{number:05d}-of-00003" for number in (1, 2, 3)]
 WRITTEN = [  # every file of a run on two blocks, in the order in which it gets its name
+    "besa.json",
     "config.json",
     "generation_config.json",
-    "besa.json",
+    "besa.json again",
     f"{SHARDS[0]}.safetensors",
     *[f"{shard}{ending}" for shard in SHARDS[1:] for ending in (".json", ".safetensors")],
     "model.safetensors.index.json",
-    "besa.json again",
+    "besa.json finally",
 ]
 POINTS = [f"{when} {name}" for name in WRITTEN for when in ("before", "after")]
 
@@ -51,7 +52,8 @@ class Fate:
         patch.setattr(disk, "_remove", lambda path: None)  # a killed process tidies nothing
 
     def _around(self, act: Callable[[Path, Path], Path], path: Path, target: Path) -> Path:
-        name = target.name + (" again" if f"after {target.name}" in self.events else "")
+        seen = sum(event in (f"after {target.name}", f"after {target.name} again") for event in self.events)
+        name = target.name + ("", " again", " finally")[seen]
         self._meet(f"before {name}")
         result = act(path, target)
         self._meet(f"after {name}")
@@ -263,13 +265,13 @@ def test_a_finished_stage_is_not_made_again(model: Path, tmp_path: Path, fate: F
 
 RESTART_POINTS = [
     *[point for name in WRITTEN for point in (f"before {name}", f"after {name}")],
-    "before pruned.old",
-    "after pruned.old",
+    "before .pruned.replaced",
+    "after .pruned.replaced",
     "before pruned",
     "after pruned",
-    "before removing pruned.old",
-    "halfway removing pruned.old",
-    "after removing pruned.old",
+    "before removing .pruned.replaced",
+    "halfway removing .pruned.replaced",
+    "after removing .pruned.replaced",
 ]
 
 
@@ -281,7 +283,7 @@ def test_the_points_of_a_restart(fate: Fate, model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again", ["with --restart", "without it"])
-@pytest.mark.parametrize("point", [RESTART_POINTS[5], *RESTART_POINTS[9:]])
+@pytest.mark.parametrize("point", ["after besa.json again", *RESTART_POINTS[9:]])
 def test_killed_while_replacing_a_finished_stage(
     point: str, again: str, fate: Fate, model: Path, uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -316,12 +318,14 @@ def test_a_finished_stage_serves_until_its_replacement_is_finished(fate: Fate, m
     assert Run(tmp_path).newest() == tmp_path / "pruned"
 
 
-@pytest.mark.parametrize("point", ["before pruned.old", "before removing pruned.old", "halfway removing pruned.old"])
+@pytest.mark.parametrize(
+    "point", ["before .pruned.replaced", "before removing .pruned.replaced", "halfway removing .pruned.replaced"]
+)
 def test_killed_while_throwing_an_unfinished_stage_away(
     point: str, fate: Fate, model: Path, uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     expected = uninterrupted("wanda")
-    fate.at("before besa.json again")
+    fate.at("before besa.json finally")
     with pytest.raises(Killed):
         tiny.run(job(tmp_path, model, METHODS["sparsegpt"]))
     fate.at(point)
@@ -332,13 +336,36 @@ def test_killed_while_throwing_an_unfinished_stage_away(
     assert left_in(tmp_path) == expected
 
 
-def test_what_half_a_removal_leaves_is_not_taken_for_finished_blocks(
+def test_what_has_no_manifest_is_not_written_over(model: Path, tmp_path: Path) -> None:
+    tiny.run(job(tmp_path, model, METHODS["sparsegpt"]))
+    (tmp_path / "pruned" / "besa.json").unlink()
+    before = left_in(tmp_path)
+    with pytest.raises(BesaError, match=r"pruned was not made by besa: it holds config.json and no besa.json"):
+        job(tmp_path, model, METHODS["wanda"])
+    assert left_in(tmp_path) == before
+
+
+def test_the_model_itself_is_not_written_over(model: Path, tmp_path: Path) -> None:
+    tiny.run(job(tmp_path, model, METHODS["wanda"]))
+    before = left_in(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(BesaError, match="both the model to prune and the place to write to"):
+            job(tmp_path, tmp_path / "pruned", METHODS["wanda"], restart=restart)
+    assert left_in(tmp_path) == before
+
+
+def test_an_interrupted_restart_goes_on_with_the_same_command(
     fate: Fate, model: Path, uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     expected = uninterrupted("wanda")
     tiny.run(job(tmp_path, model, METHODS["sparsegpt"]))
-    (tmp_path / "pruned" / "besa.json").unlink()
-    tiny.run(job(tmp_path, model, METHODS["wanda"]))
+    fate.at(f"before {SHARDS[2]}.safetensors")
+    with pytest.raises(Killed):
+        tiny.run(job(tmp_path, model, METHODS["wanda"], restart=True))
+    fate.at(None)
+    again = job(tmp_path, model, METHODS["wanda"], restart=True)
+    assert [report.resumed for report in again.blocks()] == [True, False]
+    again.finish()
     assert left_in(tmp_path) == expected
 
 
@@ -347,7 +374,7 @@ def test_a_gap_is_filled(
 ) -> None:
     """A shard is lost: its block and all that follow are made again."""
     expected = uninterrupted("besa")
-    fate.at("before besa.json again")
+    fate.at("before besa.json finally")
     with pytest.raises(Killed):
         tiny.run(job(tmp_path, model, METHODS["besa"]))
     fate.at(None)
