@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from besa_cli.disk import read_json, write_json
+from besa_cli.disk import read_json, save_tensors, write_json
 from besa_cli.errors import BesaError
 from besa_cli.models import cache, gguf_header
 
@@ -97,7 +97,6 @@ def _dtype(kinds: set[str]) -> str:
 
 def _save_model(model: "PreTrainedModel", target: Path, dtype: "torch.dtype", source: Path) -> None:
     """Write weights and config by hand: transformers holds a model from GGUF for quantized and refuses to save it."""
-    import safetensors.torch
     import torch
 
     tied = set(model.all_tied_weights_keys)
@@ -107,7 +106,7 @@ def _save_model(model: "PreTrainedModel", target: Path, dtype: "torch.dtype", so
     for name, value in weights.items():
         if not bool(torch.isfinite(value).all()):
             raise BesaError(f"{name} in {source} holds values that {dtype} cannot", "fetch the file again")
-    safetensors.torch.save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(target / "model.safetensors", weights)
     config = _short_floats(model.config.to_diff_dict()) | {"architectures": [type(model).__name__]}
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
         config.pop(key, None)

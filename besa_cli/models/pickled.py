@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to catch it: nothing is ever unpickled but by torch with weights_only
 from typing import TYPE_CHECKING, Any
 
-from besa_cli.disk import read_json, write_json
+from besa_cli.disk import read_json, save_tensors, write_json
 from besa_cli.errors import BesaError
 from besa_cli.models import cache, files
 
@@ -70,14 +70,13 @@ def _pickles(path: Path) -> list[Path]:
 
 def _convert(pickles: list[Path], target: Path) -> None:
     """Write one safetensors shard for each pickled one; one shard at a time is in memory."""
-    import safetensors.torch
 
     weight_map: dict[str, str] = {}
     size = 0
     for number, file in enumerate(pickles, 1):
         name = files.SINGLE if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
         tensors = _load(file)
-        safetensors.torch.save_file(tensors, target / name, metadata={"format": "pt"})
+        save_tensors(target / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(pickles) > 1:
