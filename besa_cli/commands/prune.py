@@ -18,53 +18,64 @@ if TYPE_CHECKING:
     from besa_cli.models import Model
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
-_BESA = "BESA"
 
 
-def _number(name: str, text: str, default: str, **bounds: float) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel=_BESA, **bounds)  # type: ignore[arg-type]
+def _besa(name: str, text: str, default: str, **bounds: float) -> Any:
+    return typer.Option(name, help=text, show_default=default, rich_help_panel="BESA", **bounds)  # type: ignore[arg-type]
+
+
+SparsityOption = Annotated[
+    float | None,
+    typer.Option("--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"),
+]
+MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
+PatternOption = Annotated[
+    str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
+]
+GranularityOption = Annotated[
+    Literal["row", "layer"] | None, _besa("--granularity", "What gets a sparsity of its own.", "row")
+]
+TargetOption = Annotated[
+    Literal["block", "stream"] | None,
+    _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
+]
+LossOption = Annotated[
+    Literal["token", "channel", "frobenius"] | None,
+    _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+]
+EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1)]
+BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
+RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "0.1", min=0.0)]
+PenaltyOption = Annotated[float | None, _besa("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)]
+CandidatesOption = Annotated[
+    int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
+]
+DampingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+]
 
 
 def prune(
     model: options.ModelOption = options.DEFAULT_MODEL,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            "--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"
-        ),
-    ] = None,
-    method: Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")] = "besa",
-    nm: Annotated[
-        str | None,
-        typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa)."),
-    ] = None,
-    granularity: Annotated[
-        Literal["row", "layer"] | None, _number("--granularity", "What gets a sparsity of its own.", "row")
-    ] = None,
-    target: Annotated[
-        Literal["block", "stream"] | None,
-        _number("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
-    ] = None,
-    loss: Annotated[
-        Literal["token", "channel", "frobenius"] | None,
-        _number("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
-    ] = None,
-    epochs: Annotated[int | None, _number("--epochs", "Passes over the samples.", "1", min=1)] = None,
-    batch_size: Annotated[int | None, _number("--batch-size", "Samples in a learning step.", "1", min=1)] = None,
-    lr: Annotated[float | None, _number("--lr", "Learning rate.", "0.1", min=0.0)] = None,
-    penalty: Annotated[float | None, _number("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)] = None,
-    candidates: Annotated[
-        int | None, _number("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
-    ] = None,
-    damping: Annotated[
-        float | None,
-        typer.Option(
-            "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
-    ] = None,
+    sparsity: SparsityOption = None,
+    method: MethodOption = "besa",
+    nm: PatternOption = None,
+    granularity: GranularityOption = None,
+    target: TargetOption = None,
+    loss: LossOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    lr: RateOption = None,
+    penalty: PenaltyOption = None,
+    candidates: CandidatesOption = None,
+    damping: DampingOption = None,
+    calibration: CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,
     seqlen: options.SeqlenOption = None,
