@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import signal
 import sys
 import threading
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : sequence of str, optional
         The words after `besa`; those of the process if not given.
     """
+    # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
     settings = Settings()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -180,3 +180,20 @@ def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     for option, value in stated.items():
         assert f"[default: {value}]" in text.split(f" --{option} ")[1].split(" --")[0]
     assert f"[default: ({default.seqlen}, or" in text.split("--seqlen ")[1]
+
+
+def test_waiting_threads_do_not_spin_unless_asked_to(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    """torch's OpenMP reads the variable when it is loaded: it has to be set before any command imports torch."""
+    script = """
+import os, sys
+from besa_cli.app import main
+main(["--version"])
+print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
+        assert done.stdout.splitlines()[-1] == f"{expected} False"
