@@ -7,8 +7,8 @@ VENV ?= .venv
 JOBS ?= 2
 
 # The demo is limited on purpose: calibration of DEMO_SAMPLES x DEMO_SEQLEN tokens, perplexity on DEMO_WINDOWS windows.
-DEMO_SAMPLES ?= 64
-DEMO_SEQLEN ?= 256
+DEMO_SAMPLES ?= 32
+DEMO_SEQLEN ?= 512
 DEMO_SPARSITY ?= 0.5
 DEMO_WINDOWS ?= 8
 DEMO_PROMPT ?= The capital of France is
