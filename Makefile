@@ -18,8 +18,7 @@ BIN := $(abspath $(VENV))/bin
 .PHONY: demo test faults
 
 demo: $(VENV)/installed
-	rm -rf .demo
-	mkdir .demo
+	mkdir -p .demo
 	@echo "demo: $(DEMO_SAMPLES) x $(DEMO_SEQLEN) calibration tokens, the first $(DEMO_WINDOWS) windows of WikiText-2"
 	cd .demo && $(BIN)/besa prune --sparsity $(DEMO_SPARSITY) --data bundled --samples $(DEMO_SAMPLES) --seqlen $(DEMO_SEQLEN)
 	cd .demo && $(BIN)/besa eval ppl wikitext2 --limit $(DEMO_WINDOWS)

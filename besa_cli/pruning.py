@@ -65,6 +65,7 @@ class Request:
             raise UsageError(
                 f"--nm {self.nm[0]}:{self.nm[1]} prunes more than there is", "2:4 prunes 2 of every 4 columns"
             )
+        compute.device(self.device)
         self.method_options()
 
     def method_options(self) -> Any:
@@ -232,6 +233,15 @@ class Job:
         checkpoint.sweep(self._directory)
         if not self._stage.shard(-1).exists():
             self._stage.write_rest(source.read(self._decoder.rest_names()))
+
+    @property
+    def title(self) -> str:
+        """What is about to be done, in one line."""
+        settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
+        return (
+            f"pruning {self.model.name} with {self.request.method}: {self.number_of_blocks} blocks, "
+            f"{samples} x {seqlen} calibration tokens, {settings['dtype']} on {settings['device']}"
+        )
 
     @property
     def number_of_blocks(self) -> int:

@@ -119,6 +119,8 @@ def prune(
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
             console.note(f"{directory.stage('pruned')} is finished already, with the same options")
+        else:
+            console.note(job.title)
         with console.blocks("prune", job.number_of_blocks) as progress:
             for report in job.blocks(progress.step):
                 progress.finished(report)
