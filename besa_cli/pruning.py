@@ -17,7 +17,7 @@ from besa_cli.checkpoint import Run, Stage
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.models import Model
-from besa_cli.ops import budget
+from besa_cli.ops import budget, kernels
 from besa_cli.pruners import PRUNERS
 from besa_cli.reports import BlockReport
 from besa_cli.stream import Step
@@ -85,7 +85,10 @@ class Request:
                     f"--{name.replace('_', '-')} is no option of --method {self.method}",
                     f"methods with that option: {', '.join(having) or 'none'}",
                 )
-        return _module(self.method).Options(**given)
+        module = _module(self.method)
+        if given.get("preset") == "authors":
+            given = {**module.authors(given.get("granularity", "row")), **given}
+        return module.Options(**given)
 
     def record(self) -> dict[str, Any]:
         """All options with their values, under the names of the command line."""
@@ -197,6 +200,7 @@ class Job:
                 "dtype": compute.name_of(compute.dtype(request.dtype, device)),
                 "threads": torch.get_num_threads(),
                 "batch": max(_PASS_TOKENS // seqlen, 1),
+                "kernels": kernels.name(),
             },
             "model": {
                 "name": self.model.name,

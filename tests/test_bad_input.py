@@ -78,7 +78,7 @@ USAGE = [
     (("--method", "wanda", "--nm", "5:4"), ("--nm '5:4'", "2:4")),
     (("--method", "wanda", "--nm", "4"), ("--nm '4'", "2:4")),
     (("--method", "wanda", "--nm", "0:4"), ("--nm '0:4'", "2:4")),
-    (("--granularity", "rows"), ("'rows'", "--granularity", "'row', 'layer'")),
+    (("--granularity", "rows"), ("--granularity 'rows'", "neither row nor layer nor a number")),
     (("--epochs", "0"), ("--epochs", "0")),
     (("--samples", "0"), ("--samples 0",)),
     (("--seqlen", "1"), ("--seqlen 1",)),

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
 
-def _besa(name: str, text: str, default: str, **bounds: float) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel="BESA", **bounds)  # type: ignore[arg-type]
+def _besa(name: str, text: str, default: str, **settings: Any) -> Any:
+    return typer.Option(name, help=text, show_default=default, rich_help_panel="BESA", **settings)
 
 
 SparsityOption = Annotated[
@@ -32,8 +32,16 @@ MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_
 PatternOption = Annotated[
     str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
 ]
+PresetOption = Annotated[
+    Literal["authors"] | None,
+    _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
+]
 GranularityOption = Annotated[
-    Literal["row", "layer"] | None, _besa("--granularity", "What gets a sparsity of its own.", "row")
+    str | None,
+    _besa("--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"),
+]
+ImportanceOption = Annotated[
+    Literal["wanda", "magnitude", "sparsegpt"] | None, _besa("--importance", "What ranks a row's weights.", "wanda")
 ]
 TargetOption = Annotated[
     Literal["block", "stream"] | None,
@@ -45,7 +53,9 @@ LossOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1)]
 BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
-RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "0.1", min=0.0)]
+OptimizerOption = Annotated[Literal["adamw", "prodigy"] | None, _besa("--optimizer", "What learns.", "adamw")]
+RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "0.1, prodigy: 1", min=0.0)]
+FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
 PenaltyOption = Annotated[float | None, _besa("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)]
 CandidatesOption = Annotated[
     int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
@@ -66,12 +76,16 @@ def prune(
     sparsity: SparsityOption = None,
     method: MethodOption = "besa",
     nm: PatternOption = None,
+    preset: PresetOption = None,
     granularity: GranularityOption = None,
+    importance: ImportanceOption = None,
     target: TargetOption = None,
     loss: LossOption = None,
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = None,
+    optimizer: OptimizerOption = None,
     lr: RateOption = None,
+    d_coef: FactorOption = None,
     penalty: PenaltyOption = None,
     candidates: CandidatesOption = None,
     damping: DampingOption = None,
@@ -91,8 +105,9 @@ def prune(
 ) -> None:
     """Make a model sparse, block by block; run the same command again to go on after an interruption."""
     own = {
-        "granularity": granularity, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size,
-        "lr": lr, "penalty": penalty, "candidates": candidates, "damping": damping,
+        "preset": preset, "granularity": granularity, "importance": importance, "target": target, "loss": loss,
+        "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "d_coef": d_coef,
+        "penalty": penalty, "candidates": candidates, "damping": damping,
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)

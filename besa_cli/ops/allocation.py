@@ -1,15 +1,15 @@
 """BESA's learned allocation: mixtures over candidate sparsities, pruning probability, straight-through gradient.
 
 Letters as in the paper (arXiv 2402.16880, section 3.2): candidates p_d, mixture β = softmax(θ), sparsity α = Σ β_d p_d.
-A *group* is a set of rows that share one mixture: a row alone (row-wise) or all rows of a linear (layer-wise).
+A *group* is `size` consecutive rows that share one mixture: a row alone (row-wise), all rows of a linear (layer-wise),
+or some; the last group of a linear may be smaller.
 """
-
-import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
+
+from besa_cli.ops import kernels
 
 
 def candidates(count: int) -> Float[Tensor, " candidates"]:
@@ -29,8 +29,8 @@ def initial_logits(
     target : float
         Expected sparsity, strictly between 0 and 1.
     """
-    p = candidates.double()
-    tilt = _solve_tilt([torch.zeros_like(p).unsqueeze(0)], [1.0], p, target)
+    even = torch.zeros(1, len(candidates), dtype=torch.float64, device=candidates.device)
+    tilt = _solve_tilt(even, torch.ones_like(even[:, 0]), candidates.double(), target)
     return (tilt * candidates).repeat(groups, 1)
 
 
@@ -60,9 +60,18 @@ def _above(count: int, cols: int) -> list[list[int]]:
     return [[d for d in range(count + 1) if d * cols > rank * count] for rank in range(cols)]
 
 
-def cuts(count: int, cols: int) -> list[int]:
-    """How many ranks j satisfy j < p_d·C, for d = 0 … D: ⌈d·C/D⌉, by whole numbers."""
-    return [-(-d * cols // count) for d in range(count + 1)]
+def of_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "groups ..."]:
+    """Sums over each group of `size` rows."""
+    if size == 1:
+        return rows
+    short = -len(rows) % size
+    padded = torch.cat([rows, rows.new_zeros(short, *rows.shape[1:])]) if short else rows
+    return padded.reshape(-1, size, *rows.shape[1:]).sum(1)
+
+
+def of_rows(groups: Real[Tensor, " groups"], size: int, rows: int) -> Real[Tensor, " rows"]:
+    """Each group's value for each of its rows."""
+    return groups if size == 1 else groups.repeat_interleave(size)[:rows]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -73,109 +82,99 @@ class _StraightThrough(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx,
         mixture: Tensor,
         weight: Tensor,
-        order: Tensor,
         ranks: Tensor,
         counts: Tensor,
+        size: int,
+        out: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(mixture, weight, order)
-        return weight.masked_fill(ranks < counts.to(ranks.dtype).unsqueeze(1), 0.0)
+        ctx.save_for_backward(weight, ranks)
+        ctx.size, ctx.count = size, mixture.shape[1] - 1  # type: ignore[attr-defined]
+        kernels.mask(weight, ranks, of_rows(counts, size, len(weight)), out)
+        ctx.mark_dirty(out)
+        return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        mixture, weight, order = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (
-            _mixture_gradient(gradient, weight, order, mixture.shape[1] - 1, mixture.shape[0]),
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-_CHUNK = 1 << 22  # weights whose 64-bit indices exist at a time
-
-
-def _mixture_gradient(gradient: Tensor, weight: Tensor, order: Tensor, count: int, groups: int) -> Tensor:
-    """dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)·W in rank order: one cumulative sum a row, read at the cuts."""
-    rows, cols = weight.shape
-    ends = torch.tensor(cuts(count, cols), device=weight.device)
-    result = torch.empty(rows, count + 1, device=weight.device)
-    step = max(_CHUNK // cols, 1)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        product = gradient[part].float() * weight[part].float()
-        sums = product.gather(1, order[part].long()).cumsum(1)
-        result[part] = torch.nn.functional.pad(sums, (1, 0))[:, ends]
-    if groups == 1:
-        result = result.sum(0, keepdim=True)
-    return -result
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ranks = ctx.saved_tensors  # type: ignore[attr-defined]
+        sums = kernels.candidate_sums(gradient, weight, ranks, ctx.count)  # type: ignore[attr-defined]
+        return of_groups(sums, ctx.size), None, None, None, None, None  # type: ignore[attr-defined]
 
 
 def straight_through(
     mixture: Float[Tensor, "groups candidates"],
     weight: Float[Tensor, "rows cols"],
-    order: Int[Tensor, "rows cols"],
     ranks: Int[Tensor, "rows cols"],
-    counts: Real[Tensor, " rows"],
+    counts: Int[Tensor, " groups"],
+    size: int = 1,
+    out: Float[Tensor, "rows cols"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
-    """Ŵ: the weight without the `counts[r]` lowest ranks of row r; its gradient reaches the mixture through 1 − P.
+    """Ŵ: the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P (Eq. 6).
 
-    No gradient goes to the weight. No probability matrix is formed.
+    dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)∘W in rank order. No gradient goes to the weight, and no probability
+    matrix is formed.
 
     Parameters
     ----------
-    mixture : Tensor of shape (rows, candidates) or (1, candidates)
-    weight, order, ranks : Tensors of shape (rows, cols)
-        `order` and `ranks` as from `besa_cli.ops.masks`.
-    counts : Tensor of shape (rows,)
-        Weights pruned in each row: round(α·C), whole numbers of any type.
+    mixture : Tensor of shape (groups, candidates)
+    weight, ranks : Tensors of shape (rows, cols)
+        `ranks` as from `besa_cli.ops.kernels.ranks`.
+    counts : integer Tensor of shape (groups,)
+        Weights pruned in each row of a group: round(α·C).
+    size : int
+        Rows in a group.
+    out : Tensor of shape (rows, cols), optional
+        Written and returned; its dtype is the result's. It must not be needed by a backward pass that is still to come.
     """
-    result: Tensor = _StraightThrough.apply(mixture, weight, order, ranks, counts)  # type: ignore[no-untyped-call]
+    buffer = torch.empty_like(weight) if out is None else out.detach()
+    result: Tensor = _StraightThrough.apply(mixture, weight, ranks, counts, size, buffer)  # type: ignore[no-untyped-call]
     return result
 
 
 def project(
-    logits: Sequence[Float[Tensor, "_ candidates"]],
-    weights: Sequence[float],
+    logits: Float[Tensor, "groups candidates"],
+    weights: Float[Tensor, " groups"],
     candidates: Float[Tensor, " candidates"],
     target: float,
-) -> list[Float[Tensor, " _"]]:
+) -> Float[Tensor, " groups"]:
     """The groups' sparsities after one common tilt θ_d + t·p_d that brings their weighted mean to `target`.
 
     Parameters
     ----------
-    logits : one Tensor of shape (groups, candidates) a linear
-    weights : one number a linear
-        Weights in each of its groups.
+    logits : Tensor of shape (groups, candidates)
+    weights : Tensor of shape (groups,)
+        Weights (numbers in the linear) in each group.
     target : float
         Asked sparsity of the window, strictly between 0 and 1.
 
     Returns
     -------
-    one Tensor of shape (groups,) a linear, float64
+    Tensor of shape (groups,), float64
     """
-    doubles = [theta.double() for theta in logits]
-    p = candidates.double()
-    tilt = _solve_tilt(doubles, weights, p, target)
-    return [expected_sparsity(mixture(theta + tilt * p), p) for theta in doubles]
+    theta, p = logits.double(), candidates.double()
+    tilt = _solve_tilt(theta, weights.double(), p, target)
+    return expected_sparsity(mixture(theta + tilt * p), p)
 
 
-def _solve_tilt(logits: Sequence[Tensor], weights: Sequence[float], p: Tensor, target: float) -> float:
-    total = sum(weight * len(theta) for weight, theta in zip(weights, logits, strict=True))
+_STEPS = 200  # far more than Newton needs, and enough for halving alone
 
-    def mean(tilt: float) -> float:
-        sums = [
-            weight * float(expected_sparsity(mixture(theta + tilt * p), p).sum())
-            for weight, theta in zip(weights, logits, strict=True)
-        ]
-        return math.fsum(sums) / total
 
-    low, high = -1.0, 1.0
-    while mean(low) > target and low > -1e6:
-        low *= 2
-    while mean(high) < target and high < 1e6:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < target else (low, middle)
-    return (low + high) / 2
+def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:
+    """Newton's method on the mean sparsity, which rises with the tilt; halving wherever a step leaves the bracket."""
+    shares = weights / weights.sum()
+
+    def mean_and_slope(tilt: float) -> tuple[float, float]:
+        beta = mixture(theta + tilt * p)
+        first = beta @ p
+        variance = beta @ p.square() - first.square()
+        return float(shares @ first), float(shares @ variance)
+
+    low, high, tilt = -1e6, 1e6, 0.0
+    for _ in range(_STEPS):
+        mean, slope = mean_and_slope(tilt)
+        low, high = (tilt, high) if mean < target else (low, tilt)
+        step = tilt + (target - mean) / slope if slope > 0 else low
+        following = step if low < step < high else (low + high) / 2
+        if abs(mean - target) < 1e-13 or following in (low, high):
+            break
+        tilt = following
+    return tilt

@@ -31,3 +31,17 @@ def wanda(weight: Float[Tensor, "rows cols"], column_norms: Float[Tensor, " cols
         ‖X_:,c‖₂ of the linear's inputs over all calibration tokens. Only ratios between columns matter.
     """
     return weight.float().abs() * torch.as_tensor(column_norms, dtype=torch.float32)
+
+
+def sparsegpt(
+    weight: Float[Tensor, "rows cols"], inverse_diagonal: Float[Tensor, " cols"]
+) -> Float[Tensor, "rows cols"]:
+    """δ = W² / [(XᵀX + λI)⁻¹]_cc: the output error that SparseGPT can not make up for (arXiv 2301.00774, Eq. 3).
+
+    Parameters
+    ----------
+    weight : Tensor of shape (rows, cols)
+    inverse_diagonal : Tensor of shape (cols,)
+        See `besa_cli.ops.obs.inverse_diagonal`.
+    """
+    return weight.float().square() / inverse_diagonal

@@ -5,31 +5,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from besa_cli.ops import budget
+from besa_cli.ops import budget, kernels
 
 
 def zeros_first(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """The scores with −1 wherever the weight is zero already: existing zeros are the first to count as pruned."""
     return scores.masked_fill(weight == 0, -1.0)
-
-
-def order(scores: Float[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:
-    """Columns of each row from the least to the most important; ties by column (a stable sort).
-
-    16-bit numbers below 32,768 columns, 32-bit ones above.
-    """
-    return scores.argsort(dim=1, stable=True).to(_index_type(scores.shape[1]))
-
-
-def ranks(order: Int[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:
-    """The rank of each column within its row (0 = least important): the inverse of `order`, in its integer type."""
-    result = torch.empty_like(order)
-    places = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
-    return result.scatter_(1, order.long(), places.expand_as(order))
-
-
-def _index_type(cols: int) -> torch.dtype:
-    return torch.int16 if cols < 2**15 else torch.int32
 
 
 def keep_above(ranks: Int[Tensor, "rows cols"], counts: Int[Tensor, " rows"]) -> Bool[Tensor, "rows cols"]:
@@ -38,7 +19,7 @@ def keep_above(ranks: Int[Tensor, "rows cols"], counts: Int[Tensor, " rows"]) ->
 
 
 def row_counts(
-    shares: budget.Floats, total: int, scores: Float[Tensor, "rows cols"], order: Int[Tensor, "rows cols"]
+    shares: budget.Floats, total: int, scores: Float[Tensor, "rows cols"], ranks: Int[Tensor, "rows cols"]
 ) -> Int[Tensor, " rows"]:
     """How many weights each row prunes so that the linear prunes exactly `total`.
 
@@ -56,19 +37,18 @@ def row_counts(
     lower = (scores < 0).sum(1).cpu().numpy().astype(np.int64)
     upper = np.full(rows, cols, dtype=np.int64)
     filled = budget.fill(shares, float(total), lower.astype(np.float64), upper.astype(np.float64))
-    following = torch.from_numpy(np.clip(np.floor(filled), 0, cols - 1).astype(np.int64)).to(order.device)
-    next_column = order.gather(1, following.unsqueeze(1)).long()
-    tie = scores.gather(1, next_column).squeeze(1).double().cpu().numpy()
+    following = torch.from_numpy(np.clip(np.floor(filled), 0, cols - 1).astype(np.int64)).to(ranks.device)
+    is_next = ranks == following.to(ranks.dtype).unsqueeze(1)
+    tie = scores.masked_fill(~is_next, 0.0).sum(1).double().cpu().numpy()
     counts = budget.round_to_total(shares, total, lower, upper, tie)
-    return torch.from_numpy(counts).to(order.device)
+    return torch.from_numpy(counts).to(ranks.device)
 
 
 def row_wise(scores: Float[Tensor, "rows cols"], total: int) -> Bool[Tensor, "rows cols"]:
     """Prune exactly `total` weights of the linear, the same share in every row, the lowest scores of each row."""
     rows = scores.shape[0]
-    by_score = order(scores)
-    counts = row_counts(np.full(rows, total / rows), total, scores, by_score)
-    return keep_above(ranks(by_score), counts)
+    ranks = kernels.ranks(scores)
+    return keep_above(ranks, row_counts(np.full(rows, total / rows), total, scores, ranks))
 
 
 def n_of_m(scores: Float[Tensor, "rows cols"], n: int, m: int) -> Bool[Tensor, "rows cols"]:

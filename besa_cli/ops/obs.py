@@ -36,6 +36,11 @@ def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Te
     )
 
 
+def inverse_diagonal(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, " cols"]:
+    """The diagonal of the inverse that `inverse_factor` factors."""
+    return inverse_factor(gram, damping).square().sum(0)
+
+
 def prune(
     weight: Float[Tensor, "rows cols"],
     gram: Float[Tensor, "cols cols"],

@@ -5,26 +5,31 @@ the exact budget, and keep the uniform allocation where learning did not beat it
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from prodigyopt import Prodigy
 from torch import Tensor
 
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.ops import allocation, budget, losses, masks
+from besa_cli.ops import allocation, budget, importance, kernels, losses, masks, obs
 from besa_cli.pruners import wanda
 from besa_cli.stream import Block, Pruned, batches
 
-Granularity = Literal["row", "layer"]
+Importance = Literal["wanda", "magnitude", "sparsegpt"]
 Target = Literal["block", "stream"]
 Loss = Literal["token", "channel", "frobenius"]
+OptimizerName = Literal["adamw", "prodigy"]
+Preset = Literal["authors"]
 
 _MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
+_RATES = {"adamw": 0.1, "prodigy": 1.0}
 _EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of the block, and must not drown in it
-_COMPARED = 32  # samples on which the learned allocation has to beat the uniform one
+_DAMPING = 0.01
+_COMPARED = 16  # samples on which the learned allocation has to beat the uniform one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,68 +38,156 @@ class Options:
 
     Attributes
     ----------
-    granularity : {"row", "layer"}
-        What gets a sparsity of its own: every row, or every linear.
+    granularity : "row", "layer" or a number
+        What gets a sparsity of its own: every row, every linear, or every so many rows.
+    importance : {"wanda", "magnitude", "sparsegpt"}
+        What ranks the weights of a row.
     target : {"block", "stream"}
         What the block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
     epochs, batch_size : int
         Passes over the calibration samples, and samples in one step.
-    lr : float
-        Learning rate of the mixture logits (AdamW), decaying to 0 along a half cosine.
+    optimizer : {"adamw", "prodigy"}
+    lr : float, optional
+        Learning rate of the mixture logits, 0.1 for AdamW, decaying to 0 along a half cosine, and 1 for Prodigy.
+    d_coef : float
+        Prodigy's factor on its own estimate of the rate.
     penalty : float
         Weight of the sparsity penalty ((s − ŝ)/ŝ)².
     candidates : int
         D: candidate sparsities are 0, 1/D, …, 1.
     loss : {"token", "channel", "frobenius"}
         Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    preset : {"authors"}, optional
+        ``authors``: smoothed mixtures that start at 0.5, a rate that stays, rows that prune the floor of their learned
+        share, and neither projection onto the exact budget nor a comparison with the uniform masks.
     """
 
-    granularity: Granularity = "row"
+    granularity: str = "row"
+    importance: Importance = "wanda"
     target: Target = "block"
     epochs: int = 1
     batch_size: int = 1
-    lr: float = 0.1
+    optimizer: OptimizerName = "adamw"
+    lr: float | None = None
+    d_coef: float = 1.0
     penalty: float = 5.0
     candidates: int = 100
     loss: Loss = "token"
+    preset: Preset | None = None
 
     def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", _RATES[self.optimizer])
         for name in ("epochs", "batch_size", "candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
-        for name in ("lr", "penalty"):
+        for name in ("lr", "penalty", "d_coef"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)} is not a number from 0 up", "leave it out")
+                place = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UsageError(f"{place} is not a number from 0 up", "leave it out")
+        if self.granularity not in ("row", "layer") and not (self.granularity.isdecimal() and int(self.granularity)):
+            raise UsageError(
+                f"--granularity '{self.granularity}' is neither row nor layer nor a number of rows",
+                "row gives every row a sparsity of its own",
+            )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is used."""
+        return float(self.lr or 0)
+
+    def group(self, rows: int) -> int:
+        """Rows of a linear with `rows` rows that share one mixture."""
+        return {"row": 1, "layer": rows}.get(self.granularity) or min(int(self.granularity), rows)
+
+
+def authors(granularity: str = "row") -> dict[str, Any]:
+    """The released program's options: see docs/method.md, section 3."""
+    target = "stream" if granularity == "layer" else "block"
+    return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": 5.0}
 
 
 class _Linear:
-    """One linear while its allocation is learned."""
+    """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight."""
 
-    def __init__(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight.to(dtype)
-        self.scores = masks.zeros_first(scores, weight)
-        self.order = masks.order(self.scores)
-        self.ranks = masks.ranks(self.order)
+    def __init__(self, weight: Tensor, scores: Tensor, dtype: torch.dtype, group: int) -> None:
+        exact = weight.dtype in (dtype, torch.bfloat16) and dtype != torch.float16
+        self.weight = (weight if exact else weight.to(dtype)).contiguous()
+        self.ranks = kernels.ranks(scores)
+        self.masked = torch.empty_like(self.weight, dtype=dtype)
         self.rows, self.cols = weight.shape
-        self.zeros = (weight == 0).sum(1)
+        self.zeros = int((weight == 0).sum())
+        self.group = group
+        self.groups = math.ceil(self.rows / group)
+
+    @property
+    def size(self) -> int:
+        """Weights in the linear."""
+        return self.rows * self.cols
+
+    def group_sizes(self) -> Tensor:
+        """Weights in each group, fp32."""
+        ones = torch.ones(self.rows, device=self.weight.device)
+        return allocation.of_groups(ones, self.group) * self.cols
+
+
+class _Window:
+    """All linears of one reconstruction window, and the block that they belong to."""
+
+    def __init__(self, block: Block, options: Options) -> None:
+        self.block, self.options = block, options
+        self.scores = _scores(block, options.importance)
+        dtype = next(iter(block.linears.values())).weight.dtype
+        self.linears = {
+            name: _Linear(weight, self.score(name), dtype, options.group(len(weight)))
+            for name, weight in block.weights.items()
+        }
+        self.device = block.inputs.device
+        self.sizes = torch.cat([linear.group_sizes() for linear in self.linears.values()])
+        self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
+        self.p = allocation.candidates(options.candidates).to(self.device)
+        self.goal = block.budget / sum(linear.size for linear in self.linears.values())
+
+    def score(self, name: str) -> Tensor:
+        """The scores of one linear, below zero where a weight is zero already."""
+        weight = self.block.weights[name]
+        return masks.zeros_first(self.scores(name, weight), weight)
+
+    def split(self, groups: Tensor) -> list[Tensor]:
+        """The part of each linear in a tensor with one row a group."""
+        return list(torch.split(groups, [linear.groups for linear in self.linears.values()]))
+
+    def mixture(self, theta: Tensor) -> Tensor:
+        """β from the logits."""
+        return allocation.mixture(theta.sigmoid() if self.options.preset == "authors" else theta)
+
+    def whole(self, real: Tensor) -> Tensor:
+        """Whole numbers of weights from real ones."""
+        return (real.floor() if self.options.preset == "authors" else real.round()).to(torch.int32)
+
+    def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
+        """Real counts for each row from each group's sparsity."""
+        return {
+            name: (allocation.of_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
+            for (name, linear), alpha in zip(self.linears.items(), self.split(sparsities), strict=True)
+        }
+
+    def uniform_shares(self) -> dict[str, budget.Floats]:
+        """The same share for every row."""
+        return {name: np.full(linear.rows, self.goal * linear.cols) for name, linear in self.linears.items()}
 
 
 def prune(block: Block, options: Options) -> Pruned:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
-    scores = wanda.scores(block)
-    dtype = next(iter(block.linears.values())).weight.dtype
-    linears = {name: _Linear(weight, scores.pop(name), dtype) for name, weight in block.weights.items()}
-    sizes = {name: linear.rows * linear.cols for name, linear in linears.items()}
-    goal = block.budget / sum(sizes.values())
-    uniform = _masks(linears, _uniform_shares(linears, block.budget), block.budget)
-    if block.budget <= sum(int(linear.zeros.sum()) for linear in linears.values()):
-        return Pruned(masks=uniform)
-    p = allocation.candidates(options.candidates).to(block.inputs.device)
-    logits, learned_loss = _learn(block, linears, p, goal, options)
-    group_weights = [sizes[name] / len(theta) for name, theta in zip(linears, logits, strict=True)]
-    sparsities = allocation.project(logits, group_weights, p, goal)
-    learned = _masks(linears, _shares(linears, sparsities), block.budget)
-    before, after = (_errors(block, linears, kept, options.loss) for kept in (uniform, learned))
+    window = _Window(block, options)
+    if block.budget <= sum(linear.zeros for linear in window.linears.values()):
+        return Pruned(masks=_masks(window, window.uniform_shares()))
+    theta, learned_loss = _learn(window)
+    if options.preset == "authors":
+        return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
+    sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
+    uniform, learned = (_masks(window, shares) for shares in (window.uniform_shares(), window.shares(sparsities)))
+    before, after = (_errors(window, kept) for kept in (uniform, learned))
     better = after[0] < before[0]
     return Pruned(
         masks=learned if better else uniform,
@@ -105,36 +198,67 @@ def prune(block: Block, options: Options) -> Pruned:
     )
 
 
-def _learn(
-    block: Block, linears: Mapping[str, _Linear], p: Tensor, goal: float, options: Options
-) -> tuple[list[Tensor], float]:
+def _scores(block: Block, kind: Importance) -> Any:
+    """The function that scores a linear by its name and weight; what it needs to know is gathered now, and is small."""
+    if kind == "magnitude":
+        return lambda name, weight: importance.magnitude(weight)
+    if kind == "sparsegpt":
+        grams = block.observe(importance.gram)
+        diagonals: dict[int, Tensor] = {}
+        for gram in grams.values():
+            if id(gram) not in diagonals:
+                diagonals[id(gram)] = obs.inverse_diagonal(gram, _DAMPING)
+        columns = {name: diagonals[id(gram)] for name, gram in grams.items()}
+        return lambda name, weight: importance.sparsegpt(weight, columns[name])
+    norms = wanda.norms(block)
+    return lambda name, weight: importance.wanda(weight, norms[name])
+
+
+def _optimizer(theta: Tensor, options: Options) -> torch.optim.Optimizer:
+    if options.optimizer == "prodigy":
+        prodigy: torch.optim.Optimizer = Prodigy(
+            [theta], lr=options.rate, weight_decay=0.0, decouple=True, d_coef=options.d_coef
+        )
+        return prodigy
+    return torch.optim.AdamW([theta], lr=options.rate, weight_decay=0.0, eps=_EPSILON, fused=True)
+
+
+def _learn(window: _Window) -> tuple[Tensor, float]:
     """Minimise reconstruction + penalty; returns the mixture logits and the mean loss of the last tenth of steps."""
-    groups = [linear.rows if options.granularity == "row" else 1 for linear in linears.values()]
-    logits = [allocation.initial_logits(count, p, goal).requires_grad_() for count in groups]
-    optimizer = torch.optim.AdamW(logits, lr=options.lr, weight_decay=0.0, eps=_EPSILON)
+    block, options = window.block, window.options
+    theta = allocation.initial_logits(len(window.sizes), window.p, window.goal)
+    if options.preset == "authors":
+        theta = torch.zeros_like(theta)
+    theta.requires_grad_()
+    optimizer = _optimizer(theta, options)
     samples = len(block.inputs)
     steps = options.epochs * math.ceil(samples / options.batch_size)
     generator = torch.Generator().manual_seed(block.seed)
     measure = _MEASURES[options.loss]
-    total = sum(linear.rows * linear.cols for linear in linears.values())
     history: list[float] = []
     for _ in range(options.epochs):
         for chosen in torch.split(torch.randperm(samples, generator=generator), options.batch_size):
-            weights, expected = _soft_weights(linears, logits, p)
+            weights, sparsity = _soft_weights(window, theta)
             output = block.forward(block.inputs[chosen], weights)
             reconstruction = measure(output, block.target[chosen])
-            penalty = losses.sparsity_penalty(expected / total, goal)
+            penalty = losses.sparsity_penalty(sparsity, window.goal)
             scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
-            # not a scheduler of torch: that and its optimizer hold each other until a garbage collection finds them
-            optimizer.param_groups[0]["lr"] = options.lr * (0.5 * (1 + math.cos(math.pi * len(history) / steps)))
+            if options.preset != "authors":
+                # not a scheduler of torch: that and its optimizer hold each other until a garbage collection finds them
+                optimizer.param_groups[0]["lr"] = options.rate * _half_cosine(len(history) / steps)
             optimizer.step()
             optimizer.zero_grad()
             history.append(_finite(float(reconstruction.detach()), block.index))
             block.on_step(len(history), steps, "learning")
-    _finite(math.fsum(float(theta.detach().sum()) for theta in logits), block.index)
+    _finite(float(theta.detach().sum()), block.index)
     last = history[-max(len(history) // 10, 1) :]
-    return [theta.detach() for theta in logits], math.fsum(last) / len(last)
+    return theta.detach(), math.fsum(last) / len(last)
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 at the start to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _finite(value: float, index: int) -> float:
@@ -146,55 +270,51 @@ def _finite(value: float, index: int) -> float:
     return value
 
 
-def _soft_weights(
-    linears: Mapping[str, _Linear], logits: Sequence[Tensor], p: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The masked weights, differentiable in the logits, and the expected number of pruned weights."""
-    weights: dict[str, Tensor] = {}
-    expected = torch.zeros((), device=p.device)
-    for (name, linear), theta in zip(linears.items(), logits, strict=True):
-        mixture = allocation.mixture(theta)
-        alpha = allocation.expected_sparsity(mixture, p)
-        counts = (alpha.detach() * linear.cols).round().to(linear.order.dtype).expand(linear.rows)
-        weights[name] = allocation.straight_through(mixture, linear.weight, linear.order, linear.ranks, counts)
-        expected = expected + alpha.sum() * (linear.rows * linear.cols / len(theta))
-    return weights, expected
+def _soft_weights(window: _Window, theta: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The masked weights, differentiable in the logits, and the window's expected sparsity."""
+    mixture = window.mixture(theta)
+    alpha = allocation.expected_sparsity(mixture, window.p)
+    counts = window.split(window.whole(alpha.detach() * window.cols))
+    weights = {
+        name: allocation.straight_through(part, linear.weight, linear.ranks, count, linear.group, linear.masked)
+        for (name, linear), part, count in zip(window.linears.items(), window.split(mixture), counts, strict=True)
+    }
+    return weights, alpha @ (window.sizes / window.sizes.sum())
 
 
-def _uniform_shares(linears: Mapping[str, _Linear], total: int) -> dict[str, budget.Floats]:
-    share = total / sum(linear.rows * linear.cols for linear in linears.values())
-    return {name: np.full(linear.rows, share * linear.cols) for name, linear in linears.items()}
-
-
-def _shares(linears: Mapping[str, _Linear], sparsities: Sequence[Tensor]) -> dict[str, budget.Floats]:
-    """Real counts for each row from each group's sparsity."""
+def _learned_masks(window: _Window, theta: Tensor) -> dict[str, Tensor]:
+    """The masks of the last step, whatever their sparsity."""
+    alpha = allocation.expected_sparsity(window.mixture(theta), window.p)
+    counts = window.split(window.whole(alpha * window.cols))
     return {
-        name: (alpha.expand(linear.rows) * linear.cols).cpu().numpy()
-        for (name, linear), alpha in zip(linears.items(), sparsities, strict=True)
+        name: masks.keep_above(linear.ranks, allocation.of_rows(count, linear.group, linear.rows))
+        for (name, linear), count in zip(window.linears.items(), counts, strict=True)
     }
 
 
-def _masks(linears: Mapping[str, _Linear], shares: Mapping[str, budget.Floats], total: int) -> dict[str, Tensor]:
-    """Masks that prune exactly `total` weights, each row as near to its share as existing zeros allow."""
-    wished = np.array([shares[name].sum() for name in linears])
-    zeros = np.array([int(linear.zeros.sum()) for linear in linears.values()])
-    sizes = np.array([linear.rows * linear.cols for linear in linears.values()])
-    totals = budget.round_to_total(wished, total, zeros, sizes)
+def _masks(window: _Window, shares: Mapping[str, budget.Floats]) -> dict[str, Tensor]:
+    """Masks that prune exactly the budget, each row as near to its share as existing zeros allow."""
+    wished = np.array([shares[name].sum() for name in window.linears])
+    zeros = np.array([linear.zeros for linear in window.linears.values()])
+    sizes = np.array([linear.size for linear in window.linears.values()])
+    totals = budget.round_to_total(wished, window.block.budget, zeros, sizes)
     kept = {}
-    for (name, linear), count in zip(linears.items(), totals.tolist(), strict=True):
-        counts = masks.row_counts(shares[name], count, linear.scores, linear.order)
+    for (name, linear), count in zip(window.linears.items(), totals.tolist(), strict=True):
+        counts = masks.row_counts(shares[name], count, window.score(name), linear.ranks)
         kept[name] = masks.keep_above(linear.ranks, counts)
     return kept
 
 
-def _errors(
-    block: Block, linears: Mapping[str, _Linear], kept: Mapping[str, Tensor], loss: Loss
-) -> tuple[float, float]:
+def _errors(window: _Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token under fixed masks, over the first `_COMPARED` samples."""
-    weights = {name: linear.weight.masked_fill(~kept[name], 0.0) for name, linear in linears.items()}
+    block, measure = window.block, _MEASURES[window.options.loss]
+    weights = {
+        name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
+        for name, linear in window.linears.items()
+    }
     found: list[tuple[float, float]] = []
     with torch.no_grad():
         for sample in batches(min(len(block.inputs), _COMPARED), 1):
             output, target = block.forward(block.inputs[sample], weights), block.target[sample]
-            found.append((float(_MEASURES[loss](output, target)), float(losses.token(output, target))))
+            found.append((float(measure(output, target)), float(losses.token(output, target))))
     return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)

@@ -24,8 +24,13 @@ def prune(block: Block, options: Options) -> Pruned:
 
 def scores(block: Block) -> dict[str, Tensor]:
     """δ = |W| · ‖X_:,c‖₂ of every linear, over the block's calibration inputs."""
-    norms = {name: sums.sqrt() for name, sums in block.observe(importance.squared_sums).items()}
-    return {name: importance.wanda(weight, norms[name]) for name, weight in block.weights.items()}
+    columns = norms(block)
+    return {name: importance.wanda(weight, columns[name]) for name, weight in block.weights.items()}
+
+
+def norms(block: Block) -> dict[str, Tensor]:
+    """‖X_:,c‖₂ for each column of every linear, over the block's calibration inputs."""
+    return {name: sums.sqrt() for name, sums in block.observe(importance.squared_sums).items()}
 
 
 def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | None) -> dict[str, Tensor]:

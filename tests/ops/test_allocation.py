@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import few, fewer
 from torch import Tensor
 
-from besa_cli.ops import allocation, masks
+from besa_cli.ops import allocation, kernels
+from besa_cli.ops.kernels import plain
 
 SHAPES = [(1, 1), (1, 7), (6, 1), (3, 10), (4, 9), (2, 33), (7, 4)]
 COUNTS = [1, 3, 10, 100]
@@ -93,43 +94,41 @@ def test_prune_probability_is_equation_4_and_falls_with_the_rank(theta: Tensor, 
 @pytest.mark.parametrize("cols", [1, 2, 7, 10, 99, 100, 101, 257])
 def test_cuts_count_the_ranks_below_each_candidate(count: int, cols: int) -> None:
     expected = [sum(Fraction(d, count) * cols > rank for rank in range(cols)) for d in range(count + 1)]
-    assert allocation.cuts(count, cols) == expected
+    assert list(plain.cuts(count, cols)) == expected
 
 
 class Case:
-    """A weight with ranks, a mixture, counts, and a loss that is not linear in the masked weight."""
+    """A weight with ranks, a mixture for each group of `size` rows, and a loss not linear in the masked weight."""
 
-    def __init__(self, rows: int, cols: int, groups: int, count: int, seed: int = 0) -> None:
-        self.weight = random(rows, cols, seed=seed)
-        self.order = masks.order(self.weight.abs() * random(cols, seed=seed + 1).abs())
-        self.ranks = masks.ranks(self.order)
-        self.theta = random(groups, count + 1, seed=seed + 2)
+    def __init__(self, rows: int, cols: int, size: int, count: int, seed: int = 0) -> None:
+        self.weight, self.size = random(rows, cols, seed=seed), size
+        self.ranks = kernels.ranks(self.weight.abs() * random(cols, seed=seed + 1).abs())
+        self.group = [row // size for row in range(rows)]
+        self.theta = random(self.group[-1] + 1, count + 1, seed=seed + 2)
         self.inputs, self.wanted = random(cols, 3, seed=seed + 3), random(rows, 3, seed=seed + 4)
         alpha = allocation.expected_sparsity(allocation.mixture(self.theta), allocation.candidates(count))
-        self.counts = (alpha * cols).round().long().expand(rows)
-        self.keep = torch.ones(rows, cols, dtype=torch.bool)
-        for row in range(rows):
-            self.keep[row, self.order[row, : int(self.counts[row])].long()] = False
+        self.counts = (alpha * cols).round().to(torch.int32)
+        self.keep = self.ranks >= self.counts[self.group].unsqueeze(1)
 
     def loss(self, weight: Tensor) -> Tensor:
         return (weight @ self.inputs.to(weight.dtype) - self.wanted.to(weight.dtype)).square().sum()
 
     def found(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         beta = allocation.mixture(theta.requires_grad_())
-        masked = allocation.straight_through(beta, self.weight, self.order, self.ranks, self.counts)
+        masked = allocation.straight_through(beta, self.weight, self.ranks, self.counts, self.size)
         (gradient,) = torch.autograd.grad(self.loss(masked), beta)
         return masked.detach(), gradient
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The same through W ∘ (hard + (1 − P) − (1 − P).detach()), by autograd in float64."""
-        rows, cols = self.weight.shape
+        cols = self.weight.shape[1]
         beta = allocation.mixture(self.theta.double()).requires_grad_()
         count = beta.shape[1] - 1
         terms = [(Fraction(d, count) * cols > rank, d, rank) for rank in range(cols) for d in range(count + 1)]
         above = torch.zeros(count + 1, cols, dtype=torch.float64)
         for reaches, d, rank in terms:
             above[d, rank] = float(reaches)
-        keep_by_rank = 1 - (beta @ above).expand(rows, cols)
+        keep_by_rank = (1 - beta @ above)[self.group]
         soft = keep_by_rank.gather(1, self.ranks.long())
         weight = self.weight.double()
         masked = weight * (self.keep.double() + (soft - soft.detach()))
@@ -137,13 +136,15 @@ class Case:
         return masked.detach(), gradient
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["row", "layer"])
+@pytest.mark.parametrize("form", ["native", "plain"])
+@pytest.mark.parametrize("size", [1, 2, 100], ids=["row", "rows", "layer"])
 @pytest.mark.parametrize("count", [3, 10, 100])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_straight_through_is_the_hard_mask_with_the_probabilitys_gradient(
-    rows: int, cols: int, count: int, shared: bool
+    rows: int, cols: int, count: int, size: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = Case(rows, cols, 1 if shared else rows, count)
+    monkeypatch.setenv("BESA_KERNELS", form)
+    case = Case(rows, cols, min(size, rows), count)
     masked, gradient = case.found(case.theta)
     expected_masked, expected_gradient = case.dense()
     assert torch.equal(masked, case.weight.masked_fill(~case.keep, 0.0))
@@ -156,8 +157,9 @@ def test_straight_through_is_the_hard_mask_with_the_probabilitys_gradient(
 @fewer
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 10**6))
 def test_the_shared_gradient_is_the_sum_over_rows_of_the_separate_ones(rows: int, cols: int, seed: int) -> None:
-    case = Case(rows, cols, 1, 10, seed)
+    case = Case(rows, cols, rows, 10, seed)
     masked, shared = case.found(case.theta.clone())
+    case.size, case.counts = 1, case.counts.expand(rows)
     masked_alone, separate = case.found(case.theta.detach().expand(rows, -1).clone())
     assert torch.equal(masked, masked_alone)
     assert separate.shape == (rows, 11)
@@ -167,16 +169,17 @@ def test_the_shared_gradient_is_the_sum_over_rows_of_the_separate_ones(rows: int
 
 
 def test_a_matrix_that_is_summed_in_pieces_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(7, 9, 7, 10)
+    monkeypatch.setenv("BESA_KERNELS", "plain")
+    case = Case(7, 9, 1, 10)
     _, whole = case.found(case.theta.clone())
-    monkeypatch.setattr(allocation, "_CHUNK", 20)  # two rows at a time, and one that is left
+    monkeypatch.setattr(plain, "_CHUNK", 20)  # two rows at a time, and one that is left
     _, pieces = case.found(case.theta.clone())
     assert torch.equal(whole, pieces)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_weights_keep_their_bits_and_an_fp32_gradient(dtype: torch.dtype) -> None:
-    case = Case(4, 9, 4, 10)
+    case = Case(4, 9, 1, 10)
     case.weight = case.weight.to(dtype)
     masked, gradient = case.found(case.theta)
     assert masked.dtype == dtype
@@ -187,10 +190,10 @@ def test_low_precision_weights_keep_their_bits_and_an_fp32_gradient(dtype: torch
 
 
 def test_no_gradient_reaches_the_weight() -> None:
-    case = Case(3, 5, 3, 10)
+    case = Case(3, 5, 1, 10)
     case.weight.requires_grad_()
     beta = allocation.mixture(case.theta.requires_grad_())
-    allocation.straight_through(beta, case.weight, case.order, case.ranks, case.counts).square().sum().backward()
+    allocation.straight_through(beta, case.weight, case.ranks, case.counts).square().sum().backward()
     assert case.weight.grad is None
     assert case.theta.grad is not None
     assert bool(case.theta.grad.any())
@@ -199,10 +202,9 @@ def test_no_gradient_reaches_the_weight() -> None:
 def test_more_pruning_of_weights_that_serve_costs_loss() -> None:
     """The sign: where all weights lower the loss, the gradient pushes every mixture to smaller candidates."""
     weight = torch.ones(2, 8)
-    order = masks.order(weight)
     theta = torch.zeros(2, 11, requires_grad=True)
     beta = allocation.mixture(theta)
-    masked = allocation.straight_through(beta, weight, order, masks.ranks(order), torch.tensor([4, 4]))
+    masked = allocation.straight_through(beta, weight, kernels.ranks(weight), torch.tensor([4, 4]))
     (weight - masked).sum().backward()
     assert theta.grad is not None
     sparser = (theta.detach() - theta.grad).softmax(1) @ allocation.candidates(10)
@@ -216,23 +218,30 @@ def test_projection_hits_the_target_within_bounds(data: st.DataObject, target: f
     groups = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4), label="groups")
     sizes = [float(data.draw(st.integers(1, 10_000), label="weights in a group")) for _ in groups]
     seed, scale = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 0.5, 10.0]))
-    thetas = [scale * random(rows, count + 1, seed=seed + place) for place, rows in enumerate(groups)]
-    found = allocation.project(thetas, sizes, allocation.candidates(count), target)
-    assert [alpha.shape for alpha in found] == [(rows,) for rows in groups]
-    assert all(bool(((alpha >= 0) & (alpha <= 1)).all()) for alpha in found)
-    pruned = math.fsum(size * float(number) for size, alpha in zip(sizes, found, strict=True) for number in alpha)
-    weights = math.fsum(size * rows for size, rows in zip(sizes, groups, strict=True))
-    assert pruned / weights == pytest.approx(target, rel=1e-6, abs=1e-7)
+    theta = scale * random(sum(groups), count + 1, seed=seed)
+    weights = torch.tensor(sizes).repeat_interleave(torch.tensor(groups))
+    found = allocation.project(theta, weights, allocation.candidates(count), target)
+    assert found.shape == weights.shape
+    assert bool(((found >= 0) & (found <= 1)).all())
+    pruned = math.fsum(size * alpha for size, alpha in zip(weights.tolist(), found.tolist(), strict=True))
+    assert pruned / math.fsum(weights.tolist()) == pytest.approx(target, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("target", [1e-4, 0.5, 1 - 1e-4])
+def test_mixtures_that_have_run_to_the_ends_can_still_be_tilted(target: float) -> None:
+    theta = 300 * random(6, 101, seed=3) + 2000 * torch.tensor([-1.0, 1, -1, 1, -1, 1]).outer(
+        allocation.candidates(100)
+    )
+    found = allocation.project(theta, torch.ones(6), allocation.candidates(100), target)
+    assert float(found.mean()) == pytest.approx(target, rel=1e-6)
 
 
 def test_a_projection_onto_the_sparsity_that_is_there_changes_nothing() -> None:
-    p = allocation.candidates(100)
-    thetas = [random(3, 101, seed=1), random(1, 101, seed=2)]
-    alphas = [allocation.expected_sparsity(allocation.mixture(theta), p).double() for theta in thetas]
-    here = float((alphas[0].sum() * 5 + alphas[1].sum() * 60) / (3 * 5 + 60))
-    found = allocation.project(thetas, [5.0, 60.0], p, here)
-    for alpha, expected in zip(found, alphas, strict=True):
-        assert torch.allclose(alpha, expected, atol=1e-6)
+    p, theta = allocation.candidates(100), random(4, 101, seed=1)
+    alpha = allocation.expected_sparsity(allocation.mixture(theta), p).double()
+    weights = torch.tensor([5.0, 5, 5, 60])
+    here = float(alpha @ weights.double() / weights.sum())
+    assert torch.allclose(allocation.project(theta, weights, p, here), alpha, atol=1e-6)
 
 
 @fewer
@@ -245,7 +254,19 @@ def test_projection_keeps_the_order_of_a_group_that_leans_to_higher_sparsities(
     base = random(1, 51, seed=seed) + start * p
     steps = random(51, seed=seed + 1).abs()
     leaning = base + lean * steps.cumsum(0) / steps.sum()
-    first, second = allocation.project([base, leaning], [3.0, 2.0], p, target)
-    assert float(second) >= float(first) - 1e-9
-    same, twin = allocation.project([base, base.clone()], [3.0, 2.0], p, target)
-    assert float(same) == float(twin) == pytest.approx(target, abs=1e-7)
+    sizes = torch.tensor([3.0, 2.0])
+    first, second = allocation.project(torch.cat([base, leaning]), sizes, p, target).tolist()
+    assert second >= first - 1e-9
+    same, twin = allocation.project(torch.cat([base, base]), sizes, p, target).tolist()
+    assert same == twin == pytest.approx(target, abs=1e-7)
+
+
+@few
+@given(st.integers(1, 9), st.integers(1, 11))
+def test_groups_are_consecutive_rows_and_the_last_may_be_smaller(rows: int, size: int) -> None:
+    values = random(rows, 2, seed=rows)
+    sums = allocation.of_groups(values, size)
+    expected = [values[start : start + size].sum(0).tolist() for start in range(0, rows, size)]
+    assert sums.tolist() == [pytest.approx(line, abs=1e-6) for line in expected]
+    back = allocation.of_rows(torch.arange(len(sums)), size, rows)
+    assert back.tolist() == [row // size for row in range(rows)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from strategies import dead_columns, few, weights
 from torch import Tensor
 
-from besa_cli.ops import importance
+from besa_cli.ops import importance, obs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -58,3 +58,18 @@ def test_scores_are_computed_in_fp32(dtype: torch.dtype) -> None:
     assert scores.dtype == torch.float32
     for row, values in zip(scores.tolist(), expected, strict=True):
         assert row == pytest.approx(values, rel=1e-6)
+
+
+@few
+@given(weights())
+def test_sparsegpts_score_is_the_squared_weight_over_the_inverses_diagonal(weight: Tensor) -> None:
+    cols = weight.shape[1]
+    x = inputs(3 * cols, cols)
+    diagonal = obs.inverse_diagonal(importance.gram(x), 0.01)
+    hessian = (x.T @ x).double()
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(cols))
+    assert diagonal.tolist() == pytest.approx(inverse.diagonal().tolist(), rel=1e-3)
+    scores = importance.sparsegpt(weight, diagonal)
+    for row, line in zip(weight.tolist(), scores.tolist(), strict=True):
+        expected = [number**2 / float(diagonal[col]) for col, number in enumerate(row)]
+        assert line == pytest.approx(expected, rel=1e-5)

@@ -1,7 +1,6 @@
 """From scores to masks: ranks, exact counts, nesting, symmetries, n:m."""
 
 import oracles
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +16,7 @@ from strategies import (
 )
 from torch import Tensor
 
-from besa_cli.ops import importance, masks
+from besa_cli.ops import importance, kernels, masks
 
 
 def a_total(data: st.DataObject, matrix: Tensor) -> int:
@@ -25,35 +24,9 @@ def a_total(data: st.DataObject, matrix: Tensor) -> int:
 
 
 @few
-@given(marked_scores())
-def test_order_is_the_stable_sort_of_each_row_and_ranks_its_inverse(matrix: Tensor) -> None:
-    order = masks.order(matrix)
-    for row, found in zip(matrix.tolist(), order.tolist(), strict=True):
-        assert found == sorted(range(len(row)), key=lambda col: (row[col], col))
-    ranks = masks.ranks(order)
-    places = torch.arange(matrix.shape[1]).expand_as(matrix)
-    assert torch.equal(ranks.gather(1, order.long()).long(), places)
-    assert torch.equal(order.gather(1, ranks.long()).long(), places)
-
-
-@pytest.mark.parametrize(("cols", "dtype"), [(32_767, torch.int16), (32_768, torch.int32), (40_000, torch.int32)])
-def test_ranks_take_16_bits_where_they_suffice(cols: int, dtype: torch.dtype) -> None:
-    matrix = torch.arange(cols, 0, -1, dtype=torch.float32).unsqueeze(0)
-    order = masks.order(matrix)
-    ranks = masks.ranks(order)
-    assert (order.dtype, ranks.dtype) == (dtype, dtype)
-    assert ranks[0].tolist() == list(range(cols - 1, -1, -1))
-    for count in (0, 1, cols - 1, cols):
-        keep = masks.keep_above(ranks, torch.tensor([count]))
-        assert int((~keep).sum()) == count
-        assert bool(keep[0, : cols - count].all())
-
-
-@few
 @given(some_masks())
 def test_keep_above_finds_a_mask_again_from_ranks_that_put_its_pruned_columns_first(keep: Tensor) -> None:
-    ranks = masks.ranks(masks.order(keep.float()))
-    assert torch.equal(masks.keep_above(ranks, (~keep).sum(1)), keep)
+    assert torch.equal(masks.keep_above(kernels.ranks(keep.float()), (~keep).sum(1)), keep)
 
 
 @few

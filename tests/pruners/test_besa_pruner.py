@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import fewer
 
+from besa_cli.errors import UsageError
 from besa_cli.pruners import besa, wanda
 from besa_cli.stream import Block, Pruned
 
-GRANULARITIES: list[besa.Granularity] = ["row", "layer"]
+GRANULARITIES = ["row", "layer", "3"]
 
 
 def same(first: Pruned, second: Pruned) -> bool:
@@ -28,7 +29,7 @@ def same(first: Pruned, second: Pruned) -> bool:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("sparsity", ["0", "0.0024", "0.01", "0.1", "0.37", "0.5", "0.75", "0.9", "0.9976", "1"])
-def test_the_budget_is_met_to_the_weight(sparsity: str, granularity: besa.Granularity) -> None:
+def test_the_budget_is_met_to_the_weight(sparsity: str, granularity: str) -> None:
     weights = toy.source()
     budget = round(Fraction(sparsity) * toy.size(weights))
     result = besa.prune(toy.block(weights, budget), besa.Options(granularity=granularity))
@@ -46,7 +47,7 @@ def test_the_budget_is_met_to_the_weight(sparsity: str, granularity: besa.Granul
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_the_budget_is_met_in_every_dtype_with_zeros_there_already(
-    data: st.DataObject, granularity: besa.Granularity, zeros: float, dtype: torch.dtype
+    data: st.DataObject, granularity: str, zeros: float, dtype: torch.dtype
 ) -> None:
     hidden, inner = data.draw(st.integers(1, 7), label="hidden"), data.draw(st.integers(1, 9), label="inner")
     weights = toy.source(hidden=hidden, inner=inner, dtype=dtype, zeros=zeros)
@@ -66,14 +67,14 @@ def test_sparsity_zero_learns_nothing() -> None:
     assert (result.learned_loss, result.error_before, result.kept_uniform) == (None, None, False)
 
 
-def learner(made_for: besa.Granularity = "row", **changed: Any) -> besa.Options:
-    return besa.Options(**{"granularity": made_for, "lr": 0.1, "epochs": 4, "batch_size": 4, **changed})
+def learner(made_for: str = "row", **changed: Any) -> besa.Options:
+    return besa.Options(**{"granularity": made_for, "lr": 0.1, "epochs": 8, "batch_size": 4, **changed})
 
 
 def large(share: float = 0.5) -> Block:
     """A block on which there is something to learn."""
     weights = toy.source(hidden=16, inner=24)
-    return toy.block(weights, round(share * toy.size(weights)), samples=32)
+    return toy.block(weights, round(share * toy.size(weights)), samples=16)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
@@ -90,9 +91,7 @@ def test_layer_gives_the_rows_of_a_linear_one_sparsity_and_row_does_not(sparsity
 
 @pytest.mark.parametrize(("loss", "over"), [("token", (-1,)), ("channel", (0,)), ("frobenius", (0, 1))])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_what_was_learned_beats_the_uniform_masks(
-    granularity: besa.Granularity, loss: besa.Loss, over: tuple[int, ...]
-) -> None:
+def test_what_was_learned_beats_the_uniform_masks(granularity: str, loss: besa.Loss, over: tuple[int, ...]) -> None:
     made = large()
     uniform = wanda.prune(large(), wanda.Options()).masks
     result = besa.prune(made, learner(granularity, loss=loss))
@@ -103,7 +102,7 @@ def test_what_was_learned_beats_the_uniform_masks(
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("lr", [0.0, 30.0])  # no learning, and learning that runs away
-def test_the_uniform_masks_are_kept_where_learning_did_not_help(granularity: besa.Granularity, lr: float) -> None:
+def test_the_uniform_masks_are_kept_where_learning_did_not_help(granularity: str, lr: float) -> None:
     made = large()
     uniform = wanda.prune(large(), wanda.Options()).masks
     result = besa.prune(made, learner(granularity, lr=lr))
@@ -116,7 +115,7 @@ def test_the_uniform_masks_are_kept_where_learning_did_not_help(granularity: bes
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone(granularity: besa.Granularity) -> None:
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone(granularity: str) -> None:
     weights = toy.source()
     options = besa.Options(granularity=granularity, lr=0.5)
     results, states = [], []
@@ -192,3 +191,57 @@ def test_rising_sparsity_never_lowers_the_error_of_the_uniform_start() -> None:
     errors = [result.error_before for result in results if result.error_before is not None]
     assert len(errors) == 3
     assert all(low < high for low, high in pairwise(errors))
+
+
+@pytest.mark.parametrize(
+    ("importance", "optimizer"),
+    [("wanda", "adamw"), ("magnitude", "adamw"), ("sparsegpt", "adamw"), ("wanda", "prodigy")],
+)
+def test_every_importance_and_optimizer_learns_and_meets_the_budget(
+    importance: besa.Importance, optimizer: besa.OptimizerName
+) -> None:
+    made = large()
+    settings = {"lr": None, "epochs": 10} if optimizer == "prodigy" else {}
+    result = besa.prune(made, learner(importance=importance, optimizer=optimizer, **settings))
+    assert toy.pruned(result.masks) == made.budget
+    assert not result.kept_uniform
+    assert toy.error(made, result.masks) == pytest.approx(result.error_after, rel=1e-4)
+    lowest = {"magnitude": lambda weight: weight.abs()}.get(importance)
+    if lowest:  # within each row the weights that go are the smallest
+        for name, mask in result.masks.items():
+            scores = lowest(made.weights[name])
+            gone, kept = scores.masked_fill(mask, -1.0), scores.masked_fill(~mask, float("inf"))
+            assert bool((gone.max(1).values <= kept.min(1).values).all())
+
+
+def test_groups_of_rows_share_their_count() -> None:
+    made = large()
+    masks = besa.prune(made, learner("4")).masks
+    for name, mask in masks.items():
+        counts = (~mask).sum(1).tolist()
+        for start in range(0, len(counts), 4):
+            group = counts[start : start + 4]
+            assert max(group) - min(group) <= 1, name
+    whole = {name: (~mask).sum(1) for name, mask in masks.items()}
+    assert any(int(counts.max() - counts.min()) > 1 for counts in whole.values())
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.5, 0.6])
+def test_the_authors_preset_prunes_the_floor_of_what_it_learned_and_nothing_else(sparsity: float) -> None:
+    made = large(sparsity)
+    result = besa.prune(made, besa.Options(**besa.authors(), preset="authors", epochs=8))
+    assert not result.exact
+    assert not result.kept_uniform
+    assert result.error_before is None
+    for mask in result.masks.values():
+        shares = (~mask).sum(1) / mask.shape[1]
+        assert bool((shares <= 0.624).all())  # what softmax(sigmoid(θ)) can reach
+        assert bool((shares >= 0.376 - 1 / mask.shape[1]).all())
+    size = sum(mask.numel() for mask in result.masks.values())
+    assert toy.pruned(result.masks) / size == pytest.approx(sparsity, abs=0.08)
+
+
+@pytest.mark.parametrize("granularity", ["0", "-1", "2.5", "rows", ""])
+def test_a_granularity_that_is_none_is_refused(granularity: str) -> None:
+    with pytest.raises(UsageError, match="neither row nor layer nor a number"):
+        besa.Options(granularity=granularity)

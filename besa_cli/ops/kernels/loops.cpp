@@ -1,0 +1,171 @@
+// The inner loops of learning an allocation, for the CPU: ranks within rows, the hard mask, and the gradient of the
+// mixtures. No header of torch is used: `native.py` hands over plain pointers, the plain forms are in `plain.py`.
+//
+// Every row is computed by one thread in one order, so the results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MANY_PROCESSORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MANY_PROCESSORS
+#endif
+
+namespace {
+
+using Index = std::int64_t;
+
+// Calls body(first, last) on `threads` threads, each with its share of the rows.
+template <typename Body>
+void over_rows(Index rows, Index threads, const Body& body) {
+    threads = std::max<Index>(1, std::min(threads, rows));
+    std::vector<std::thread> others;
+    others.reserve(threads - 1);
+    for (Index t = 1; t < threads; ++t) {
+        others.emplace_back([=, &body] { body(rows * t / threads, rows * (t + 1) / threads); });
+    }
+    body(0, rows / threads);
+    for (auto& other : others) other.join();
+}
+
+inline float as_float(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+inline float widen(Bfloat16 value) { return as_float(std::uint32_t(value.bits) << 16); }
+
+// A weight's bits where `keep` is all ones, +0 where it is 0. Branch-free, so that compilers use vectors.
+inline void put(std::uint32_t weight, std::uint32_t keep, std::uint32_t& out) { out = weight & keep; }
+inline void put(std::uint16_t weight, std::uint32_t keep, std::uint32_t& out) {
+    out = (std::uint32_t(weight) << 16) & keep;
+}
+inline void put(std::uint16_t weight, std::uint32_t keep, std::uint16_t& out) { out = weight & std::uint16_t(keep); }
+
+template <typename Weight, typename Rank, typename Out>
+inline __attribute__((always_inline)) void mask_rows(
+    const Weight* __restrict weight, const Rank* __restrict ranks, const std::int32_t* counts, Out* __restrict out,
+    Index cols, Index first, Index last) {
+    for (Index row = first; row < last; ++row) {
+        const std::int32_t count = counts[row];
+        for (Index at = row * cols; at < (row + 1) * cols; ++at) {
+            put(weight[at], -std::uint32_t(ranks[at] >= count), out[at]);
+        }
+    }
+}
+
+// Sums of gradient·weight by the first candidate that prunes the weight's rank, then summed over the candidates.
+template <typename Gradient, typename Weight, typename Rank>
+inline __attribute__((always_inline)) void sum_rows(
+    const Gradient* gradient, const Weight* weight, const Rank* ranks, const std::uint16_t* first_pruned, float* out,
+    Index cols, Index candidates, Index first, Index last) {
+    constexpr Index width = 256;
+    float products[width];
+    for (Index row = first; row < last; ++row) {
+        const Gradient* g = gradient + row * cols;
+        const Weight* w = weight + row * cols;
+        const Rank* rank = ranks + row * cols;
+        float* sums = out + row * candidates;
+        std::fill(sums, sums + candidates, 0.0f);
+        for (Index start = 0; start < cols; start += width) {
+            const Index count = std::min(width, cols - start);
+            for (Index i = 0; i < count; ++i) products[i] = widen(g[start + i]) * widen(w[start + i]);
+            for (Index i = 0; i < count; ++i) sums[first_pruned[rank[start + i]]] += products[i];
+        }
+        float total = 0.0f;
+        for (Index d = 0; d < candidates; ++d) {
+            total += sums[d];
+            sums[d] = -total;
+        }
+    }
+}
+
+// Ranks by rising score, ties by column: a radix sort of the scores' bits, one byte at a time. Negative scores come
+// first, −0 equals 0.
+template <typename Rank>
+void rank_rows(const float* scores, Rank* ranks, Index cols, Index first, Index last) {
+    struct Item {
+        std::uint32_t key;
+        std::uint32_t col;
+    };
+    constexpr int bytes = 4, values = 256;
+    std::vector<Item> items(cols), sorted(cols);
+    for (Index row = first; row < last; ++row) {
+        std::uint32_t places[bytes][values] = {};
+        for (Index col = 0; col < cols; ++col) {
+            std::uint32_t bits;
+            std::memcpy(&bits, scores + row * cols + col, sizeof bits);
+            if (bits == 0x80000000u) bits = 0;
+            const std::uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+            items[col] = {key, std::uint32_t(col)};
+            for (int byte = 0; byte < bytes; ++byte) ++places[byte][(key >> (8 * byte)) & 0xff];
+        }
+        for (int byte = 0; byte < bytes; ++byte) {
+            std::uint32_t start = 0;
+            for (auto& place : places[byte]) {
+                const std::uint32_t count = place;
+                place = start;
+                start += count;
+            }
+            for (const Item& item : items) sorted[places[byte][(item.key >> (8 * byte)) & 0xff]++] = item;
+            items.swap(sorted);
+        }
+        for (Index place = 0; place < cols; ++place) ranks[row * cols + items[place].col] = static_cast<Rank>(place);
+    }
+}
+
+}  // namespace
+
+#define MASK(NAME, WEIGHT, RANK, OUT)                                                                              \
+    MANY_PROCESSORS static void NAME##_rows(const WEIGHT* weight, const RANK* ranks, const std::int32_t* counts,   \
+                                            OUT* out, Index cols, Index first, Index last) {                       \
+        mask_rows(weight, ranks, counts, out, cols, first, last);                                                  \
+    }                                                                                                              \
+    extern "C" void NAME(const WEIGHT* weight, const RANK* ranks, const std::int32_t* counts, OUT* out, Index rows, \
+                         Index cols, Index threads) {                                                              \
+        over_rows(rows, threads, [=](Index first, Index last) {                                                    \
+            NAME##_rows(weight, ranks, counts, out, cols, first, last);                                            \
+        });                                                                                                        \
+    }
+
+#define SUMS(NAME, GRADIENT, WEIGHT, RANK)                                                                         \
+    MANY_PROCESSORS static void NAME##_rows(const GRADIENT* gradient, const WEIGHT* weight, const RANK* ranks,     \
+                                            const std::uint16_t* first_pruned, float* out, Index cols,             \
+                                            Index candidates, Index first, Index last) {                           \
+        sum_rows(gradient, weight, ranks, first_pruned, out, cols, candidates, first, last);                       \
+    }                                                                                                              \
+    extern "C" void NAME(const GRADIENT* gradient, const WEIGHT* weight, const RANK* ranks,                        \
+                         const std::uint16_t* first_pruned, float* out, Index rows, Index cols, Index candidates,  \
+                         Index threads) {                                                                          \
+        over_rows(rows, threads, [=](Index first, Index last) {                                                    \
+            NAME##_rows(gradient, weight, ranks, first_pruned, out, cols, candidates, first, last);                \
+        });                                                                                                        \
+    }
+
+#define RANKS(NAME, RANK)                                                                                     \
+    extern "C" void NAME(const float* scores, RANK* ranks, Index rows, Index cols, Index threads) {           \
+        over_rows(rows, threads,                                                                              \
+                  [=](Index first, Index last) { rank_rows(scores, ranks, cols, first, last); });             \
+    }
+
+#define FOR_RANK(SUFFIX, RANK)                                                   \
+    MASK(mask_float_float_##SUFFIX, std::uint32_t, RANK, std::uint32_t)                          \
+    MASK(mask_bfloat16_float_##SUFFIX, std::uint16_t, RANK, std::uint32_t)                    \
+    MASK(mask_bfloat16_bfloat16_##SUFFIX, std::uint16_t, RANK, std::uint16_t)              \
+    SUMS(sums_float_float_##SUFFIX, float, float, RANK)                          \
+    SUMS(sums_float_bfloat16_##SUFFIX, float, Bfloat16, RANK)                    \
+    SUMS(sums_bfloat16_bfloat16_##SUFFIX, Bfloat16, Bfloat16, RANK)              \
+    RANKS(ranks_##SUFFIX, RANK)
+
+FOR_RANK(short, std::int16_t)
+FOR_RANK(int, std::int32_t)

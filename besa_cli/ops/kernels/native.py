@@ -1,0 +1,83 @@
+"""The inner loops of learning in C++ (`loops.cpp`), for tensors on the CPU; built when the package is installed."""
+
+import ctypes
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from besa_cli.ops.kernels import plain
+
+LIBRARY = Path(__file__).with_name("loops.so")
+_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "short", torch.int32: "int"}
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError:  # not built: there was no compiler
+        return None
+
+
+def _function(name: str, *types: torch.dtype) -> "ctypes._NamedFuncPointer | None":
+    library = _library()
+    if library is None or not all(dtype in _NAMES for dtype in types):
+        return None
+    return getattr(library, "_".join([name, *(_NAMES[dtype] for dtype in types)]), None)
+
+
+def available() -> bool:
+    """Whether the library was built for this machine."""
+    return _library() is not None
+
+
+def ranks(scores: Tensor) -> Tensor | None:
+    """See `besa_cli.ops.kernels.ranks`; None where the library does not serve these tensors, as in all of these."""
+    rows, cols = scores.shape
+    result = torch.empty(rows, cols, dtype=plain.index_type(cols))
+    function = _function("ranks", result.dtype)
+    if function is None or scores.dtype != torch.float32 or not _suited(scores):
+        return None
+    _call(function, scores, result, sizes=(rows, cols))
+    return result
+
+
+def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor | None:
+    """See `besa_cli.ops.kernels.mask`."""
+    function = _function("mask", weight.dtype, out.dtype, ranks.dtype)
+    if function is None or not _suited(weight, ranks, out):
+        return None
+    _call(function, weight, ranks, counts.to(torch.int32).contiguous(), out, sizes=weight.shape)
+    return out
+
+
+def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int) -> Tensor | None:
+    """See `besa_cli.ops.kernels.candidate_sums`."""
+    rows, cols = weight.shape
+    function = _function("sums", gradient.dtype, weight.dtype, ranks.dtype)
+    if function is None or not _suited(gradient, weight, ranks):
+        return None
+    result = torch.empty(rows, count + 1)
+    _call(function, gradient, weight, ranks, _first_pruned(count, cols), result, sizes=(rows, cols, count + 1))
+    return result
+
+
+def _suited(*tensors: Tensor) -> bool:
+    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+
+
+def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...]) -> None:
+    numbers = (*sizes, torch.get_num_threads())
+    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, numbers))
+
+
+@cache
+def _first_pruned(count: int, cols: int) -> Tensor:
+    """For every rank the first candidate that prunes it: uint16 numbers from 1 to `count`."""
+    table = torch.empty(cols, dtype=torch.uint16)
+    for d, (start, stop) in enumerate(pairwise(plain.cuts(count, cols)), 1):
+        table[start:stop] = d
+    return table

@@ -1,0 +1,53 @@
+"""The inner loops of learning in plain torch, on any device: the oracle of the faster forms."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # weights whose 64-bit indices exist at a time
+
+
+def index_type(cols: int) -> torch.dtype:
+    """16-bit numbers below 32,768 columns, 32-bit ones above."""
+    return torch.int16 if cols < 2**15 else torch.int32
+
+
+@cache
+def cuts(count: int, cols: int) -> tuple[int, ...]:
+    """How many ranks j satisfy j < p_d·C, for d = 0 … D: ⌈d·C/D⌉, by whole numbers."""
+    return tuple(-(-d * cols // count) for d in range(count + 1))
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """See `besa_cli.ops.kernels.ranks`."""
+    rows, cols = scores.shape
+    result = torch.empty(rows, cols, dtype=index_type(cols), device=scores.device)
+    places = torch.arange(cols, dtype=result.dtype, device=scores.device)
+    for part in _chunks(rows, cols):
+        order = scores[part].argsort(dim=1, stable=True)
+        result[part] = torch.empty_like(result[part]).scatter_(1, order, places.expand_as(order))
+    return result
+
+
+def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor:
+    """See `besa_cli.ops.kernels.mask`."""
+    pruned = ranks < counts.to(ranks.dtype).unsqueeze(1)
+    return out.copy_(weight).masked_fill_(pruned, 0.0)
+
+
+def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int) -> Tensor:
+    """See `besa_cli.ops.kernels.candidate_sums`."""
+    rows, cols = weight.shape
+    ends = torch.tensor(cuts(count, cols), device=weight.device)
+    result = torch.empty(rows, count + 1, device=weight.device)
+    for part in _chunks(rows, cols):
+        product = gradient[part].float() * weight[part].float()
+        sums = torch.empty_like(product).scatter_(1, ranks[part].long(), product).cumsum(1)
+        result[part] = torch.nn.functional.pad(sums, (1, 0))[:, ends]
+    return result.neg_()
+
+
+def _chunks(rows: int, cols: int) -> list[slice]:
+    step = max(_CHUNK // cols, 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,0 +1,124 @@
+"""Every form of the inner loops against plain Python."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import few, marked_scores
+from torch import Tensor
+
+from besa_cli.ops import kernels
+from besa_cli.ops.kernels import native, plain
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the C++ loops were not built: no compiler")
+FORMS = [pytest.param(plain, id="plain"), pytest.param(native, id="native", marks=needs_native)]
+SHAPES = [(1, 1), (1, 7), (6, 1), (5, 300), (33, 100), (3, 1000)]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def threads() -> "Callable[[int], None]":
+    """Sets the number of threads until the test is over."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@few
+@given(marked_scores(), st.sampled_from([plain, native]))
+def test_ranks_are_the_places_in_a_stable_sort(matrix: Tensor, form: ModuleType) -> None:
+    found = form.ranks(matrix)
+    if found is None:
+        assert not native.available()
+        return
+    for row, ranks in zip(matrix.tolist(), found.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda col: (row[col], col))
+        assert [order[rank] for rank in ranks] == list(range(len(row)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ranks_of_zeros_of_both_signs_infinities_and_tiny_numbers(form: ModuleType) -> None:
+    row = [0.0, -0.0, 1e-45, -1.0, float("inf"), 0.0, 1e-38, -1.0, 3.0]
+    assert form.ranks(torch.tensor([row])).tolist() == [[2, 3, 5, 0, 8, 4, 6, 1, 7]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("cols", "dtype"), [(32_767, torch.int16), (32_768, torch.int32), (40_000, torch.int32)])
+def test_ranks_take_16_bits_where_they_suffice(cols: int, dtype: torch.dtype, form: ModuleType) -> None:
+    weight = torch.arange(cols, 0, -1, dtype=torch.float32).unsqueeze(0)
+    ranks = form.ranks(weight)
+    assert ranks.dtype == dtype
+    assert ranks[0].tolist() == list(range(cols - 1, -1, -1))
+    for count in (0, 1, cols - 1, cols):
+        kept = form.mask(weight, ranks, torch.tensor([count]), torch.empty_like(weight))
+        assert int((kept == 0).sum()) == count
+        assert torch.equal(kept[0, : cols - count], weight[0, : cols - count])
+    sums = form.candidate_sums(torch.ones_like(weight), torch.ones_like(weight), ranks, 10)
+    assert sums[0].tolist() == [-cut for cut in plain.cuts(10, cols)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_mask_and_sums_are_those_of_a_loop(
+    rows: int, cols: int, stored: torch.dtype, computed: torch.dtype, form: ModuleType
+) -> None:
+    weight, gradient = random(rows, cols, dtype=stored), random(rows, cols, seed=1, dtype=computed)
+    ranks = plain.ranks(random(rows, cols, seed=2))
+    counts = torch.randint(0, cols + 1, (rows,), generator=torch.Generator().manual_seed(3))
+    masked = form.mask(weight, ranks, counts, torch.empty(rows, cols, dtype=computed))
+    sums = form.candidate_sums(gradient, weight, ranks, 7)
+    if form is native and torch.float16 in (stored, computed):
+        assert masked is None  # left to the plain form
+        assert sums is None
+        return
+    assert (masked.dtype, sums.dtype) == (computed, torch.float32)
+    for row in range(rows):
+        w, g, rank = weight[row].tolist(), gradient[row].tolist(), ranks[row].tolist()
+        assert masked[row].tolist() == [0.0 if rank[c] < counts[row] else w[c] for c in range(cols)]
+        for d, found in enumerate(sums[row].tolist()):
+            terms = [g[c] * w[c] for c in range(cols) if rank[c] * 7 < d * cols]
+            assert found == pytest.approx(-sum(terms), rel=1e-5, abs=1e-5 * sum(map(abs, terms)) + 1e-12)
+
+
+@needs_native
+def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(threads: "Callable[[int], None]") -> None:
+    weight, gradient, scores = random(37, 129), random(37, 129, seed=1), random(37, 129, seed=2)
+    counts = torch.arange(37)
+    found = []
+    for number in (1, 2, 3, 50):
+        threads(number)
+        ranks = native.ranks(scores)
+        masked = native.mask(weight, ranks, counts, torch.empty_like(weight))
+        found.append((ranks, masked, native.candidate_sums(gradient, weight, ranks, 100)))
+    for others in found[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(found[0], others, strict=True))
+
+
+@needs_native
+def test_tensors_that_are_not_contiguous_are_left_to_the_plain_form() -> None:
+    weight = random(6, 4).T
+    assert native.ranks(weight) is None
+    assert torch.equal(kernels.ranks(weight), plain.ranks(weight.contiguous()))
+
+
+def test_the_environment_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BESA_KERNELS", "plain")
+    assert kernels.name() == "plain"
+    monkeypatch.delenv("BESA_KERNELS")
+    assert kernels.name() == ("native" if native.available() else "plain")
