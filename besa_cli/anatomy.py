@@ -122,11 +122,6 @@ def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear
     return found
 
 
-def sizes(blocks: nn.ModuleList, config: "PretrainedConfig") -> list[int]:
-    """Weights in the linears of each block: what sparsity is counted over."""
-    return [sum(linear.weight.numel() for linear in linears(block, config).values()) for block in blocks]
-
-
 def maximum_length(config: "PretrainedConfig") -> int | None:
     """The longest sequence the model was made for, in tokens; None where its configuration does not say."""
     value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -23,7 +23,7 @@ _CHECK_TOKENS = 32  # length of the sample on which stream and whole model are c
 
 
 class _Caught(Exception):
-    """The hidden states that entered the first block."""
+    """The hidden states that entered the first block, or that a module inside a block was given or gave."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -255,8 +255,76 @@ class Decoder:
             output = block(hidden, *args, **kwargs)
         else:
             output = torch.func.functional_call(block, dict(weights), (hidden, *args), dict(kwargs))
-        states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return _states(output)
+
+    def forward_to(
+        self, index: int, part: str, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The output of the module `part` of block `index` for what enters the block; nothing after it is computed.
+
+        `hidden`, `tokens` and `weights` are as for `forward`.
+        """
+
+        def catch(_module: nn.Module, _args: object, output: Any) -> None:
+            raise _Caught(_states(output))
+
+        return self._caught(index, part, hidden, tokens, weights, "register_forward_hook", catch)
+
+    def inputs_of(self, index: int, part: str, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the module `part` of block `index` is given for what enters the block.
+
+        Raises
+        ------
+        BesaError
+            The module is given more than one tensor.
+        """
+
+        def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [*args, *kwargs.values()]
+            if len(given) != 1 or not isinstance(given[0], Tensor):
+                raise BesaError(
+                    f"{type(self.model).__name__} hands more than hidden states to {part} of block {index}",
+                    "--window block reconstructs the whole block",
+                )
+            raise _Caught(given[0])
+
+        return self._caught(index, part, hidden, tokens, None, "register_forward_pre_hook", catch, with_kwargs=True)
+
+    def _caught(
+        self,
+        index: int,
+        part: str,
+        hidden: Tensor,
+        tokens: Tensor,
+        weights: Mapping[str, Tensor] | None,
+        register: str,
+        catch: Callable[..., None],
+        **how: bool,
+    ) -> Tensor:
+        handle = getattr(self.blocks[index].get_submodule(part), register)(catch, **how)
+        try:
+            self.forward(index, hidden, tokens, weights)
+        except _Caught as caught:
+            return caught.hidden
+        finally:
+            handle.remove()
+        raise BesaError(f"block {index} does not call its {part}", "--window block reconstructs the whole block")
+
+    def forward_part(
+        self, index: int, part: str, inputs: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The output of the module `part` of block `index` alone, for its own inputs.
+
+        Parameters
+        ----------
+        inputs : Tensor of shape (samples, seqlen, hidden)
+            As from `inputs_of`.
+        weights : mapping, optional
+            As for `forward`, by name inside the block.
+        """
+        module = self.blocks[index].get_submodule(part)
+        named = {name.removeprefix(f"{part}."): weight for name, weight in (weights or {}).items()}
+        return _states(torch.func.functional_call(module, named, (inputs,)) if named else module(inputs))
 
     def verify(self, tokens: Tensor) -> None:
         """Compare stream and whole model on one short sample; the whole model's blocks are loaded as they are called.
@@ -298,6 +366,12 @@ class Decoder:
             finally:
                 for handle in handles:
                     handle.remove()
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states in what a block or one of its modules returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from besa_cli import anatomy, checkpoint, compute, stream, weights
+from besa_cli import checkpoint, compute, stream, weights, windows
 from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import Run, Stage
 from besa_cli.decoder import Decoder
@@ -224,7 +224,9 @@ class Job:
         device = compute.device(settings["device"])
         self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
         self._stage = Stage(self._directory, len(self._decoder))
-        sizes = anatomy.sizes(self._decoder.blocks, self._decoder.config)
+        width = getattr(self.request.method_options(), "window", windows.BLOCK)
+        self._segments = windows.segments(self._decoder, width)
+        sizes = list(windows.sizes(self._segments))
         self._budgets = None if self.request.nm else budget.window_counts(self.request.sparsity, sizes)
         if self.manifest["status"] == "new":
             checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
@@ -264,6 +266,7 @@ class Job:
             self._stage,
             self.calibration.tokens,
             lambda block: module.prune(block, options),
+            segments=self._segments,
             budgets=self._budgets,
             target=getattr(options, "target", "block"),
             batch=settings["batch"],

@@ -11,10 +11,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from besa_cli import compute
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
 from besa_cli.ops import losses
 from besa_cli.reports import BlockReport, LinearReport
+from besa_cli.windows import Segment, Window
 
 Step = Callable[[int, int, str], None]
 Target = Literal["block", "stream"]
@@ -58,15 +60,16 @@ class Store(Protocol):
 
 
 class Block:
-    """One loaded block with its calibration activations, as a pruner sees it.
+    """A loaded block with its calibration activations, as a pruner sees it; with `--window`, what is pruned together.
 
     Attributes
     ----------
     index : int
+        The (first) block's number.
     linears : dict of name to nn.Linear, weights in the compute dtype
     weights : dict of name to Tensor of shape (rows, cols), in the source's own dtype
     budget : int
-        Weights to prune in this block (see `besa_cli.ops.budget.window_counts`); 0 where a pattern N:M decides.
+        Weights to prune here (see `besa_cli.ops.budget.window_counts`); 0 where a pattern N:M decides.
     exact : bool
         Whether the budget is to be met.
     inputs : Tensor of shape (samples, seqlen, hidden)
@@ -77,9 +80,8 @@ class Block:
 
     def __init__(
         self,
-        decoder: Decoder,
-        index: int,
-        source: Mapping[str, Tensor],
+        window: Window,
+        weights: Mapping[str, Tensor],
         *,
         budget: int | None,
         inputs: Tensor,
@@ -89,15 +91,14 @@ class Block:
         seed: int = 0,
         on_step: Step = lambda done, total, phase: None,
     ) -> None:
-        self.index, self.inputs, self.tokens, self.batch = index, inputs, tokens, batch
+        self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
         self.exact = budget is not None
         self.budget = budget or 0
-        self.seed = (seed * 1_000_003 + index) % 2**63
+        self.seed = (seed * 1_000_003 + self.index) % 2**63
         self.on_step = on_step
-        self.linears: dict[str, nn.Linear] = decoder.linears(index)
-        names = decoder.block_names(index)
-        self.weights = {name: source[names[f"{name}.weight"]].to(decoder.device) for name in self.linears}
-        self._decoder = decoder
+        self.linears: dict[str, nn.Linear] = window.linears
+        self.weights = dict(weights)
+        self._window = window
         self._target = target
 
     def parts(self, batch: int | None = None) -> Iterator[slice]:
@@ -113,8 +114,7 @@ class Block:
         weights : one Tensor of shape (rows, cols) a linear, optional
             Used instead of the linears' own; gradients reach them.
         """
-        named = None if weights is None else {f"{name}.weight": weight for name, weight in weights.items()}
-        return self._decoder.forward(self.index, hidden, self.tokens[: len(hidden)], named)
+        return self._window.forward(hidden, self.tokens[: len(hidden)], weights)
 
     def observe(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Sum a statistic of each linear's inputs over all calibration samples, the block's weights untouched.
@@ -213,9 +213,7 @@ def advance(
             output = decoder.forward(index, hidden[part], tokens[part])
             if not bool(output.isfinite().all()):
                 raise BesaError(
-                    f"block {index} gives hidden states that are NaN or infinite in {decoder.dtype}".replace(
-                        "torch.", ""
-                    ),
+                    f"block {index} gives hidden states that are NaN or infinite in {compute.name_of(decoder.dtype)}",
                     "compute with --dtype float32",
                 )
             if on_part:
@@ -229,24 +227,27 @@ def compress(
     tokens: Tensor,
     change: Callable[[Block], Pruned],
     *,
-    budgets: list[int] | None,
+    segments: Sequence[Segment],
+    budgets: Sequence[int] | None,
     target: Target,
     batch: int,
     seed: int,
     on_step: Step = lambda done, total, phase: None,
 ) -> Iterator[BlockReport]:
-    """Walk the model, let `change` decide each block, store it and go on from what was stored.
+    """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
 
-    Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes.
+    Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes; where only some
+    blocks of a window are there, the window is pruned again.
 
     Parameters
     ----------
     tokens : Tensor of shape (samples, seqlen)
     change : function of a Block to what becomes of it
-    budgets : one number a block, or None
+    segments : the model's windows
+    budgets : one number a window, or None
         Weights to prune; None where a pattern N:M decides.
     target : {"block", "stream"}
-        What a block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+        What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
     batch : int
         Samples in a pass without gradients.
     """
@@ -254,70 +255,186 @@ def compress(
     if finished == len(decoder):
         yield from (store.report(index) for index in range(finished))
         return
-    inputs = embed(decoder, tokens, batch)
-    dense = inputs.clone() if target == "stream" else None
-    for index in range(len(decoder)):
+    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step)
+    counts = iter(budgets or [])
+    for segment in segments:
         start = time.perf_counter()
-        if dense is not None or index >= finished:
-            source = decoder.load(index)
-        if dense is not None:
-            advance(decoder, index, dense, tokens, batch)
-        if index < finished:
-            decoder.load(index, store.read(index))
-            advance(decoder, index, inputs, tokens, batch)
-            report = store.report(index)
-        else:
-            budget = budgets[index] if budgets else None
+        own = [next(counts, None) for _ in segment.windows]
+        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own)
+        for index in segment.blocks:
+            decoder.drop(index)
+        seconds = (time.perf_counter() - start) / len(reports)
+        for report in reports:
+            yield replace(report, seconds=seconds, peak_memory=peak_memory())
+
+
+class _Walk:
+    """The state of `compress`: the compressed stream, and the dense one where it is the target."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: Store,
+        tokens: Tensor,
+        change: Callable[[Block], Pruned],
+        dense: bool,
+        batch: int,
+        seed: int,
+        on_step: Step,
+    ) -> None:
+        self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
+        self._batch, self._seed, self._on_step = batch, seed, on_step
+        self._inputs = embed(decoder, tokens, batch)
+        self._dense = self._inputs.clone() if dense else None
+
+    def replay(self, segment: Segment) -> list[BlockReport]:
+        """Pass the streams through blocks that are finished."""
+        for index in segment.blocks:
+            if self._dense is not None:
+                self._decoder.load(index)
+                self._advance(index, self._dense)
+            self._decoder.load(index, self._store.read(index))
+            self._advance(index, self._inputs)
+        return [self._store.report(index) for index in segment.blocks]
+
+    def prune(self, segment: Segment, budgets: Sequence[int | None]) -> list[BlockReport]:
+        """Decide the segment's windows one after the other, then store its blocks."""
+        sources = {index: self._decoder.load(index) for index in segment.blocks}
+        targets = self._dense_targets(segment)
+        alone = len(segment.windows) == 1
+        whole = None if alone else self._whole_target(segment)
+        decided: list[tuple[Window, Pruned]] = []
+        for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
             block = Block(
-                decoder, index, source, budget=budget, inputs=inputs, tokens=tokens, batch=batch, target=dense,
-                seed=seed, on_step=on_step,
+                window, self._weights(window, sources), budget=budget,
+                inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
+                tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
             )  # fmt: skip
-            report = _settle(decoder, block, change(block), source, store)
-            del block, source
-        decoder.drop(index)
-        yield replace(report, seconds=time.perf_counter() - start, peak_memory=peak_memory())
+            pruned = self._change(block)
+            _check_counts(block, pruned)
+            decided.append((window, pruned))
+            if whole is None:
+                whole = block.target
+            if not alone:
+                self._put(window, _masked(block.weights, pruned))
+            del block
+        return self._settle(segment, sources, decided, whole)
+
+    def _advance(self, index: int, hidden: Tensor) -> None:
+        advance(self._decoder, index, hidden, self._tokens, self._batch)
+
+    def _collect(self, function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """`function` of the hidden states and their tokens, batch by batch."""
+        parts = batches(len(hidden), self._batch)
+        with torch.no_grad():
+            return torch.cat([function(hidden[part], self._tokens[part]) for part in parts])
+
+    def _dense_targets(self, segment: Segment) -> list[Tensor | None]:
+        """What each window should give in the dense stream, which is passed on."""
+        if self._dense is None:
+            return [None for _ in segment.windows]
+        alone = len(segment.windows) == 1
+        halves = [] if alone else [self._collect(window.reach, self._dense) for window in segment.windows]
+        for index in segment.blocks:
+            self._advance(index, self._dense)
+        return [self._dense] if alone else [*halves]
+
+    def _whole_target(self, segment: Segment) -> Tensor:
+        """What the block of several windows should give, for its report."""
+        if self._dense is not None:
+            return self._dense
+        (index,) = segment.blocks
+        return self._collect(lambda hidden, tokens: self._decoder.forward(index, hidden, tokens), self._inputs)
+
+    def _weights(self, window: Window, sources: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        origins = {index: self._decoder.block_names(index) for index in window.blocks}
+        return {
+            name: sources[index][origins[index][f"{inner}.weight"]].to(self._decoder.device)
+            for name, (index, inner) in window.places.items()
+        }
+
+    def _put(self, window: Window, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                window.linears[name].weight.copy_(weight)
+
+    def _settle(
+        self,
+        segment: Segment,
+        sources: Mapping[int, Mapping[str, Tensor]],
+        decided: Sequence[tuple[Window, Pruned]],
+        target: Tensor | None,
+    ) -> list[BlockReport]:
+        """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
+        tensors = {index: dict(source) for index, source in sources.items()}
+        linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
+        for window, pruned in decided:
+            for name, weight in _masked(self._weights(window, sources), pruned).items():
+                index, inner = window.places[name]
+                tensors[index][self._decoder.block_names(index)[f"{inner}.weight"]] = weight.cpu()
+                linears[index].append(_linear_report(inner, weight, pruned.masks[name]))
+        errors: list[float] = []
+
+        def compare(part: slice, output: Tensor) -> None:
+            if target is not None:
+                errors.append(float(losses.token(output, target[part])) * len(output))
+            self._on_step(part.stop, len(self._inputs), "propagation")
+
+        for index in segment.blocks:
+            self._decoder.load(index, tensors[index])
+            last = index == segment.blocks[-1]
+            advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
+        error = math.fsum(errors) / len(self._inputs)
+        reports = [
+            _block_report(index, len(self._decoder), linears[index], decided, error if last else None)
+            for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
+        ]
+        for report in reports:
+            self._store.write(report, tensors[report.index])
+        return reports
 
 
-def _settle(decoder: Decoder, block: Block, pruned: Pruned, source: Mapping[str, Tensor], store: Store) -> BlockReport:
-    """Round to the source's dtype, pass the activations through what will be stored, store it, and report."""
-    index, names = block.index, decoder.block_names(block.index)
-    target = block.target
-    tensors, linears = dict(source), []
-    for name, mask in pruned.masks.items():
-        origin = names[f"{name}.weight"]
-        weight = pruned.weights.get(name, block.weights[name]).to(source[origin].dtype)
-        tensors[origin] = weight.masked_fill(~mask, 0.0).cpu()
-        zeros = int((tensors[origin] == 0).sum())
-        rows, cols = mask.shape
-        linears.append(LinearReport(name=name, rows=rows, cols=cols, pruned=int((~mask).sum()), zeros=zeros))
-    _check_counts(block, pruned, linears)
-    decoder.load(index, tensors)
-    errors: list[float] = []
+def _masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:
+    """The weights as they will be stored: in the source's dtype, zero where the mask is false."""
+    return {
+        name: pruned.weights.get(name, weights[name]).to(weights[name].dtype).masked_fill(~mask, 0.0)
+        for name, mask in pruned.masks.items()
+    }
 
-    def compare(part: slice, output: Tensor) -> None:
-        errors.append(float(losses.token(output, target[part])) * len(output))
-        block.on_step(part.stop, len(block.inputs), "propagation")
 
-    advance(decoder, index, block.inputs, block.tokens, block.batch, compare)
-    report = BlockReport(
+def _linear_report(name: str, weight: Tensor, mask: Tensor) -> LinearReport:
+    rows, cols = mask.shape
+    zeros = int((weight == 0).sum())
+    return LinearReport(name=name, rows=rows, cols=cols, pruned=int((~mask).sum()), zeros=zeros)
+
+
+def _block_report(
+    index: int,
+    blocks: int,
+    linears: Sequence[LinearReport],
+    decided: Sequence[tuple[Window, Pruned]],
+    error: float | None,
+) -> BlockReport:
+    """The report of one block; errors are those of its window's end, so only the window's last block has them."""
+    alone = decided[0][1] if len(decided) == 1 and error is not None else None
+    learned = [pruned.learned_loss for _, pruned in decided if pruned.learned_loss is not None]
+    return BlockReport(
         index=index,
-        blocks=len(decoder),
+        blocks=blocks,
         linears=tuple(linears),
-        error_before=pruned.error_before,
-        error_after=math.fsum(errors) / len(target) if pruned.error_after is None else pruned.error_after,
-        learned_loss=pruned.learned_loss,
-        kept_uniform=pruned.kept_uniform,
+        error_before=alone.error_before if alone else None,
+        error_after=alone.error_after if alone and alone.error_after is not None else error,
+        learned_loss=math.fsum(learned) / len(learned) if learned else None,
+        kept_uniform=any(pruned.kept_uniform for _, pruned in decided),
     )
-    store.write(report, tensors)
-    return report
 
 
-def _check_counts(block: Block, pruned: Pruned, linears: Sequence[LinearReport]) -> None:
+def _check_counts(block: Block, pruned: Pruned) -> None:
     """No pruner gets away with another count than the one asked: it would be wrong in every table."""
     if set(pruned.masks) != set(block.linears):
         raise RuntimeError(f"the pruner gave masks for {sorted(pruned.masks)}, the block has {sorted(block.linears)}")
     existing = sum(int((weight == 0).sum()) for weight in block.weights.values())
-    count = sum(linear.pruned for linear in linears)
+    count = sum(int((~mask).sum()) for mask in pruned.masks.values())
     if block.exact and pruned.exact and count != max(block.budget, existing):
         raise RuntimeError(f"the pruner pruned {count} weights of block {block.index}, {block.budget} were asked")
 

@@ -22,6 +22,7 @@ LAYERS = (
     {"anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
     {"models", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder"},
+    {"windows"},
     {"calibration", "inspection", "stream"},
     {"evaluation", "preparation", "pruners"},
     {"pruning"},

@@ -1,12 +1,10 @@
-"""A block small enough to check by hand: a gated MLP behind what `besa_cli.stream.Block` asks a decoder for."""
+"""A block small enough to check by hand: a gated MLP behind the face of a window."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from besa_cli.decoder import Decoder
 from besa_cli.stream import Block
 
 
@@ -24,28 +22,28 @@ class GatedMLP(nn.Module):
         return result
 
 
-class ToyDecoder:
+class ToyWindow:
     """One block, always loaded; counts how often it is run."""
-
-    device = torch.device("cpu")
 
     def __init__(self, module: GatedMLP) -> None:
         self.module = module.requires_grad_(False)
+        self.blocks = range(1)
+        self.linears = {"gate": module.gate, "up": module.up, "down": module.down}
+        self.places = {name: (0, name) for name in self.linears}
         self.calls = 0
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        return {"gate": self.module.gate, "up": self.module.up, "down": self.module.down}
+    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return hidden
 
-    def block_names(self, index: int) -> dict[str, str]:
-        return {f"{name}.weight": f"layers.{index}.{name}.weight" for name in self.linears(index)}
-
-    def forward(
-        self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        assert tokens.shape == hidden.shape[:2]
+    def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        assert tokens.shape == inputs.shape[:2]
         self.calls += 1
-        result: Tensor = torch.func.functional_call(self.module, dict(weights or {}), (hidden,))
+        named = {f"{name}.weight": weight for name, weight in (weights or {}).items()}
+        result: Tensor = torch.func.functional_call(self.module, named, (inputs,))
         return result
+
+    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return self.forward(hidden, tokens)
 
 
 def source(
@@ -84,9 +82,8 @@ def block(
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(samples, seqlen, hidden, generator=generator) * torch.linspace(0.1, 3, hidden)
     return Block(
-        cast(Decoder, ToyDecoder(module)),
-        0,
-        {f"layers.0.{name}.weight": weight for name, weight in weights.items()},
+        ToyWindow(module),
+        weights,
         budget=budget,
         inputs=inputs,
         tokens=torch.zeros(samples, seqlen, dtype=torch.long),

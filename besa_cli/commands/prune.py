@@ -36,6 +36,12 @@ PresetOption = Annotated[
     Literal["authors"] | None,
     _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
 ]
+WindowOption = Annotated[
+    str | None,
+    _besa(
+        "--window", "What is reconstructed together: block, attn-mlp, or a number of blocks.", "block", metavar="WHAT"
+    ),
+]
 GranularityOption = Annotated[
     str | None,
     _besa("--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"),
@@ -77,6 +83,7 @@ def prune(
     method: MethodOption = "besa",
     nm: PatternOption = None,
     preset: PresetOption = None,
+    window: WindowOption = None,
     granularity: GranularityOption = None,
     importance: ImportanceOption = None,
     target: TargetOption = None,
@@ -105,9 +112,9 @@ def prune(
 ) -> None:
     """Make a model sparse, block by block; run the same command again to go on after an interruption."""
     own = {
-        "preset": preset, "granularity": granularity, "importance": importance, "target": target, "loss": loss,
-        "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "d_coef": d_coef,
-        "penalty": penalty, "candidates": candidates, "damping": damping,
+        "preset": preset, "window": window, "granularity": granularity, "importance": importance, "target": target,
+        "loss": loss, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
+        "d_coef": d_coef, "penalty": penalty, "candidates": candidates, "damping": damping,
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)

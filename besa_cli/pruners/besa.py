@@ -14,6 +14,7 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor
 
+from besa_cli import windows
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.ops import allocation, budget, importance, kernels, losses, masks, obs
 from besa_cli.pruners import wanda
@@ -38,6 +39,8 @@ class Options:
 
     Attributes
     ----------
+    window : "block", "attn-mlp" or a number
+        What is reconstructed together: a block, its halves one after the other, or so many blocks.
     granularity : "row", "layer" or a number
         What gets a sparsity of its own: every row, every linear, or every so many rows.
     importance : {"wanda", "magnitude", "sparsegpt"}
@@ -62,6 +65,7 @@ class Options:
         share, and neither projection onto the exact budget nor a comparison with the uniform masks.
     """
 
+    window: str = windows.BLOCK
     granularity: str = "row"
     importance: Importance = "wanda"
     target: Target = "block"
@@ -78,6 +82,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", _RATES[self.optimizer])
+        windows.check(self.window)
         for name in ("epochs", "batch_size", "candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")

@@ -73,9 +73,9 @@ def test_magnitude_runs_no_pass_over_the_block() -> None:
     weights = toy.source()
     made = toy.block(weights, toy.size(weights) // 2)
     run(magnitude, made)
-    assert made._decoder.calls == 0  # type: ignore[attr-defined]
+    assert made._window.calls == 0  # type: ignore[attr-defined]
     run(wanda, made)
-    assert made._decoder.calls > 0  # type: ignore[attr-defined]
+    assert made._window.calls > 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", METHODS)
