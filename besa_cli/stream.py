@@ -163,7 +163,7 @@ class Block:
         keep = self._target is None
         target = torch.empty_like(self.inputs) if keep else self._target
         total = len(self.inputs)
-        with torch.no_grad():
+        with torch.no_grad(), compute.repeated_passes():
             for part in self.parts():
                 output = self.forward(self.inputs[part])
                 if keep and target is not None:
@@ -208,7 +208,7 @@ def advance(
     BesaError
         The block gives NaN or infinity.
     """
-    with torch.no_grad():
+    with torch.no_grad(), compute.repeated_passes():
         for part in batches(len(hidden), batch):
             output = decoder.forward(index, hidden[part], tokens[part])
             if not bool(output.isfinite().all()):

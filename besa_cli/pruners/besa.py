@@ -14,7 +14,7 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor
 
-from besa_cli import windows
+from besa_cli import compute, windows
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.ops import allocation, budget, importance, kernels, losses, masks, obs
 from besa_cli.pruners import wanda
@@ -241,8 +241,9 @@ def _learn(window: _Window) -> tuple[Tensor, float]:
     generator = torch.Generator().manual_seed(block.seed)
     measure = _MEASURES[options.loss]
     history: list[float] = []
-    for _ in range(options.epochs):
-        for chosen in torch.split(torch.randperm(samples, generator=generator), options.batch_size):
+    order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
+    with compute.repeated_passes():
+        for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
             weights, sparsity = _soft_weights(window, theta)
             output = block.forward(block.inputs[chosen], weights)
             reconstruction = measure(output, block.target[chosen])
@@ -318,7 +319,7 @@ def _errors(window: _Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
         for name, linear in window.linears.items()
     }
     found: list[tuple[float, float]] = []
-    with torch.no_grad():
+    with torch.no_grad(), compute.repeated_passes():
         for sample in batches(min(len(block.inputs), _COMPARED), 1):
             output, target = block.forward(block.inputs[sample], weights), block.target[sample]
             found.append((float(measure(output, target)), float(losses.token(output, target))))
