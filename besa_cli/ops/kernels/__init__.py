@@ -1,4 +1,4 @@
-"""The inner loops of learning an allocation. `plain` is torch on any device; `native` is C++ for the CPU.
+"""The inner loops of learning an allocation: `plain` is torch on any device, `native` C++ for the CPU, `fused` Triton.
 
 All forms give the same ranks and masks, and the same sums up to the rounding of fp32. Which one is taken depends on the
 tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere.
@@ -9,7 +9,7 @@ import os
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from besa_cli.ops.kernels import native, plain
+from besa_cli.ops.kernels import fused, native, plain
 
 _CHOICE = "BESA_KERNELS"
 
@@ -39,7 +39,7 @@ def mask(
     out: Float[Tensor, "rows cols"],
 ) -> Float[Tensor, "rows cols"]:
     """Write the weight without the `counts[r]` lowest ranks of row r into `out`, in the dtype of `out`; returns it."""
-    found = native.mask(weight, ranks, counts, out) if _wanted() else None
+    found = (fused if weight.is_cuda else native).mask(weight, ranks, counts, out) if _wanted() else None
     return plain.mask(weight, ranks, counts, out) if found is None else found
 
 
@@ -63,5 +63,6 @@ def candidate_sums(
     -------
     Tensor of shape (rows, D + 1), fp32
     """
-    found = native.candidate_sums(gradient, weight, ranks, count) if _wanted() else None
+    form = fused if weight.is_cuda else native
+    found = form.candidate_sums(gradient, weight, ranks, count) if _wanted() else None
     return plain.candidate_sums(gradient, weight, ranks, count) if found is None else found

@@ -1,0 +1,203 @@
+"""What does learning an allocation cost, in plain passes over the same blocks?
+
+    python benchmarks/bench_prune.py                               # hidden sizes 576 and 2048, bf16
+    python benchmarks/bench_prune.py --hidden 576 --dtype float32 --only step
+
+Random LLaMA-shaped blocks: 576 has the shapes of the demo model's, 2048 those of a 1B model's. Prints JSON lines and
+adds them to bench_prune.jsonl:
+
+step    one learning step ÷ one plain forward and backward pass of the block (weights trainable, no mask, same batch)
+whole   all of `besa prune` ÷ one plain pass without gradients of all blocks over the calibration set, one sample a time
+state   bytes of ranks, mixtures, their gradients and the optimizer's moments ÷ weights
+
+All parts of one line are timed in one process, in turn, and the line holds the median of the turns' ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from besa_cli import calibration, compute, stream, windows
+from besa_cli.checkpoint import Run, versions
+from besa_cli.decoder import Decoder
+from besa_cli.models import Model
+from besa_cli.ops import kernels, losses
+from besa_cli.pruners import besa
+from besa_cli.pruning import Job, Request
+
+HERE = Path(__file__).parent
+LINES = HERE / "bench_prune.jsonl"
+CPU = torch.device("cpu")
+VOCABULARY = 512
+SHAPES = {  # hidden: intermediate, heads, key-value heads
+    576: (1536, 9, 3),
+    2048: (8192, 32, 8),
+    4096: (11008, 32, 32),
+}
+
+
+def checkpoint(directory: Path, hidden: int, blocks: int) -> Path:
+    """A random checkpoint in bf16."""
+    intermediate, heads, groups = SHAPES[hidden]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def first_block(decoder: Decoder, tokens: torch.Tensor) -> stream.Block:
+    """The first block with half of its weights to be pruned."""
+    window = windows.Span(decoder, range(1))
+    hidden = stream.embed(decoder, tokens, 8)
+    names, source = decoder.block_names(0), decoder.load(0)
+    weights = {name: source[names[f"{name}.weight"]] for name in window.linears}
+    budget = sum(weight.numel() for weight in weights.values()) // 2
+    return stream.Block(window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8)
+
+
+def plain_steps(block: stream.Block, batch: int) -> None:
+    """Forward and backward passes of the block with all linears' weights trainable."""
+    weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
+    with compute.repeated_passes():
+        for part in stream.batches(len(block.inputs), batch):
+            losses.token(block.forward(block.inputs[part]), block.target[part]).backward()
+            for weight in weights:
+                weight.grad = None
+    for weight in weights:
+        weight.requires_grad_(False)
+
+
+def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Tensor, turns: int) -> dict[str, float]:
+    """One learning step ÷ one plain forward and backward pass."""
+    decoder = Decoder(directory, CPU, dtype)
+    block = first_block(decoder, tokens)
+    window = besa._Window(block, besa.Options(batch_size=batch))
+    found = []
+    for turn in range(turns + 1):
+        plain = seconds(lambda: plain_steps(block, batch))
+        learning = seconds(lambda: besa._learn(window))
+        if turn:  # the first warms up
+            found.append((learning / plain, plain))
+    steps = -(-len(tokens) // batch)
+    return {
+        "ratio": statistics.median(ratio for ratio, _ in found),
+        "lowest": min(ratio for ratio, _ in found),
+        "highest": max(ratio for ratio, _ in found),
+        "plain_ms": 1e3 * statistics.median(plain for _, plain in found) / steps,
+    }
+
+
+def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> float:
+    """Seconds of one pass without gradients of all blocks, a sample at a time; loading is not counted."""
+    hidden, total = stream.embed(decoder, tokens, 8), 0.0
+    for index in range(len(decoder)):
+        decoder.load(index)
+        with torch.no_grad():
+            total += seconds(lambda index=index: [decoder.forward(index, row, tokens[:1]) for row in hidden.split(1)])
+        decoder.drop(index)
+    return total
+
+
+def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor) -> dict[str, float]:
+    """All of `besa prune` ÷ one plain pass."""
+    settings = {"options": {"data": [], "samples": len(tokens), "seqlen": tokens.shape[1], "seed": 0, "pack": None}}
+    drawn = {**settings, "sources": [], "tokens_digest": calibration.tokens_digest(tokens)}
+    model = Model(name="random", kind="local", directory=directory, revision=None)
+    request = Request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
+    decoder = Decoder(directory, CPU, dtype)
+    before = plain_pass(decoder, tokens)
+    with tempfile.TemporaryDirectory() as run:
+        job = Job(Run(Path(run)), model, calibration.CalibrationSet(tokens=tokens, manifest=drawn), request)
+        reports: list[Any] = []
+        took = seconds(lambda: (reports.extend(job.blocks()), job.finish()))
+    unit = (before + plain_pass(decoder, tokens)) / 2
+    return {"ratio": took / unit, "pass_seconds": unit, "kept_uniform": sum(report.kept_uniform for report in reports)}
+
+
+def state_bytes(directory: Path, tokens: torch.Tensor) -> dict[str, float]:
+    """Bytes of ranks and learned state of one block in bf16 ÷ its weights."""
+    block = first_block(Decoder(directory, CPU, torch.bfloat16), tokens)
+    window = besa._Window(block, besa.Options())
+    theta = torch.zeros(len(window.sizes), len(window.p), requires_grad=True)
+    optimizer = besa._optimizer(theta, window.options)
+    theta.grad = torch.zeros_like(theta)
+    optimizer.step()
+    moments = [value for value in optimizer.state[theta].values() if isinstance(value, torch.Tensor)]
+    learned = [theta, theta.grad, *moments, *(linear.ranks for linear in window.linears.values())]
+    weights = sum(linear.size for linear in window.linears.values())
+    return {"bytes_per_weight": sum(x.numel() * x.element_size() for x in learned) / weights, "weights": weights}
+
+
+def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure what is asked for, a line at a time."""
+    dtype = compute.DTYPES[arguments.dtype]
+    for hidden in arguments.hidden:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = checkpoint(Path(folder) / "model", hidden, arguments.blocks)
+            tokens = torch.randint(0, VOCABULARY, (arguments.samples, arguments.seqlen))
+            few = tokens[: arguments.step_samples]
+            if "step" in arguments.only:
+                for batch in arguments.batch:
+                    yield {"what": "step", "hidden": hidden, "batch": batch,
+                           **step_ratio(directory, dtype, batch, few, arguments.turns)}  # fmt: skip
+            if "whole" in arguments.only:
+                for target in ("block", "stream"):
+                    yield {"what": "whole", "hidden": hidden, "target": target, "samples": len(tokens),
+                           **whole_ratio(directory, dtype, target, tokens)}  # fmt: skip
+            if "state" in arguments.only:
+                yield {"what": "state", "hidden": hidden, **state_bytes(directory, tokens[:1, :16])}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[576, 2048], choices=sorted(SHAPES))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--only", nargs="+", default=["step", "whole", "state"], choices=("step", "whole", "state"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--step-samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--turns", type=int, default=5)
+    arguments = parser.parse_args(words)
+    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    made = {
+        "dtype": arguments.dtype, "seqlen": arguments.seqlen, "threads": torch.get_num_threads(),
+        "kernels": kernels.name(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "commit": commit.stdout.strip(), "versions": versions(),
+    }  # fmt: skip
+    for line in lines(arguments):
+        text = json.dumps({**line, **made})
+        with LINES.open("a") as file:
+            file.write(text + "\n")
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
