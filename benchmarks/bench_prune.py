@@ -16,10 +16,7 @@ All parts of one line are timed in one process, in turn, and the line holds the 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
 
 import torch
+from common import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_cli import calibration, compute, stream, windows
@@ -39,7 +37,6 @@ from besa_cli.ops import kernels, losses
 from besa_cli.pruners import besa
 from besa_cli.pruning import Job, Request
 
-HERE = Path(__file__).parent
 LINES = HERE / "bench_prune.jsonl"
 CPU = torch.device("cpu")
 VOCABULARY = 512
@@ -185,18 +182,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
     arguments = parser.parse_args(words)
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     made = {
         "dtype": arguments.dtype, "seqlen": arguments.seqlen, "threads": torch.get_num_threads(),
-        "kernels": kernels.name(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(), "versions": versions(),
+        "kernels": kernels.name(), "machine": machine(), "commit": commit(),
+        "versions": versions(),
     }  # fmt: skip
     for line in lines(arguments):
-        text = json.dumps({**line, **made})
-        with LINES.open("a") as file:
-            file.write(text + "\n")
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        append_line(LINES, {**line, **made})
+        print(json.dumps({**line, **made}), flush=True)
 
 
 if __name__ == "__main__":

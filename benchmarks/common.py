@@ -1,0 +1,58 @@
+"""What the measuring scripts share: running `besa`, and one JSON line for every finished cell."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def besa(*words: str) -> dict[str, Any]:
+    """Run one command and return the JSON object it prints.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        It failed; what it said stands on the terminal.
+    """
+    command = [sys.executable, "-m", "besa_cli", *words, "--json"]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
+
+
+def spent(run: Path) -> tuple[float, int]:
+    """Seconds of pruning, those of interrupted attempts included, and the peak resident memory in bytes."""
+    lines = read_lines(run / "pruned" / "timing.jsonl")
+    worked = [line for line in lines if not line["resumed"]]
+    return sum(line["seconds"] for line in worked), max((line["peak_memory"] for line in worked), default=0)
+
+
+def machine() -> str:
+    """Processor and cores."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit that is checked out, where there is one."""
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add one JSON object, and return when it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,352 @@
+"""The runner of the paper's ablations: what it plans, what it skips, what it writes. No model is run."""
+
+import importlib.util
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from besa_cli.app import app
+from besa_cli.pruners import besa
+from besa_cli.pruning import Request
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAPER = json.loads((BENCHMARKS / "paper.json").read_text())
+
+
+def load(name: str) -> ModuleType:
+    """A file of `benchmarks/`, which is no package, under the name by which the others there import it."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+common, plans, report, ablations = map(load, ("common", "ablation_plan", "ablation_report", "ablations"))
+
+SETUP = plans.Setup()
+EXPERIMENTS = plans.experiments(SETUP.samples)
+CELLS = plans.plan(EXPERIMENTS.values(), plans.SEEDS)
+BASE = plans.Setting(samples=SETUP.samples)
+
+
+def line(cell: Any, perplexity: float, setup: Any = SETUP) -> dict[str, Any]:
+    """What would be written of a cell."""
+    return {
+        "setup": setup.record(),
+        "setting": cell.setting.record(),
+        "seed": cell.seed,
+        "perplexity": {"wikitext2": perplexity},
+        "evaluation_seconds": 10.0,
+        "counts": {"sparsity": cell.setting.sparsity, "blocks_kept_uniform": 1, "blocks": 30},
+        "seconds": 64.0,
+        "peak_memory": 1_500_000_000,
+        "calibration": {"sources": [{"file": "c4.jsonl"}]},
+        "compute": {"device": "cpu", "dtype": "float32"},
+        "versions": {"besa": "0.1.0"},
+        "machine": "a machine",
+        "commit": "abc",
+    }
+
+
+def page(lines: Sequence[dict[str, Any]]) -> str:
+    """The report on lines, as they come back from a file."""
+    stored = [json.loads(json.dumps(each)) for each in lines]
+    return str(report.markdown(SETUP, plans.measured(stored, SETUP), PAPER))
+
+
+def row(text: str, title: str, point: str) -> list[str]:
+    """The cells of one row of the table under a title."""
+    table = text.split(f"## {title} (")[1].split("\n## ")[0]
+    found = next(each for each in table.splitlines() if each.startswith(f"| {point} |"))
+    return [cell.strip() for cell in found.split("|")[1:-1]]
+
+
+def test_the_base_is_what_besa_does_by_default() -> None:
+    default = {field.name: field.default for field in fields(besa.Options)}
+    own = {name: value for name, value in BASE.record().items() if name in default}
+    assert len(own) == 5
+    assert own == {name: default[name] for name in own}
+    assert BASE.sparsity == Request(options={}).sparsity
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_figure_of_the_paper_has_a_place_in_the_plan(name: str) -> None:
+    printed = PAPER["experiments"][name]["perplexity"]
+    assert "wikitext2" in printed
+    for series in printed.values():
+        for points in series.values():
+            assert set(points) <= set(EXPERIMENTS[name].points)
+
+
+def test_the_paper_has_all_experiments_and_no_other() -> None:
+    assert set(PAPER["experiments"]) == set(EXPERIMENTS)
+
+
+def test_every_cell_is_planned_once_however_many_experiments_it_serves() -> None:
+    assert len(CELLS) == len(set(CELLS)) == 3 * 72
+    serving = [name for name, each in EXPERIMENTS.items() if BASE in each.settings.values()]
+    assert serving == list(EXPERIMENTS)
+    wanted = {setting for each in EXPERIMENTS.values() for setting in each.settings.values()}
+    assert {(cell.setting, cell.seed) for cell in CELLS} == {(each, seed) for each in wanted for seed in plans.SEEDS}
+    assert len({cell.name for cell in CELLS}) == len(CELLS)
+
+
+def test_one_thing_differs_between_row_and_layer() -> None:
+    row_wise, layer_wise = EXPERIMENTS["granularity"].settings.values()
+    assert replace(row_wise, granularity="layer") == layer_wise != row_wise
+
+
+def test_the_steps_are_held_while_the_samples_grow() -> None:
+    held = [
+        setting for (series, _), setting in EXPERIMENTS["samples"].settings.items() if series == "BESA at 128 steps"
+    ]
+    assert [each.samples for each in held] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert {each.samples * each.epochs for each in held} == {128}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_besa_takes_the_options_of_every_setting(name: str) -> None:
+    prune = get_command(app).commands["prune"]  # type: ignore[attr-defined]
+    for setting in EXPERIMENTS[name].settings.values():
+        wanted = {**setting.record(), "samples": None}  # the calibration set has them already
+        parsed = prune.make_context("prune", setting.words()).params
+        assert {field: parsed[field] for field in wanted} == wanted
+        own = {field: wanted[field] for field in wanted if field not in ("method", "sparsity", "samples")}
+        assert Request(method=setting.method, sparsity=setting.sparsity, options=own).method_options()
+
+
+def test_what_is_there_is_not_measured_again() -> None:
+    there, rest = CELLS[::2], CELLS[1::2]
+    found = plans.measured([json.loads(json.dumps(line(cell, 1.0))) for cell in there], SETUP)
+    assert plans.left(CELLS, found, ["wikitext2"]) == rest
+    assert plans.left(CELLS, found, ["wikitext2", "c4"]) == CELLS
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "other"}, {"data": ("ptb",)}, {"seqlen": 64}, {"context": 64}, {"windows": None}]
+)
+def test_a_line_of_another_setup_counts_for_nothing(change: dict[str, Any]) -> None:
+    lines = [line(cell, 1.0, replace(SETUP, **change)) for cell in CELLS]
+    assert plans.measured(lines, SETUP) == {}
+
+
+def test_the_newest_line_of_a_cell_counts() -> None:
+    found = plans.measured([line(CELLS[0], 1.0), line(CELLS[0], 2.0)], SETUP)
+    assert found[CELLS[0]]["perplexity"] == {"wikitext2": 2.0}
+
+
+def test_a_line_names_no_directory_of_this_machine(tmp_path: Path) -> None:
+    setup = plans.Setup(model=str(tmp_path / "model"), data=(str(tmp_path / "text.txt"), "c4"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.txt").touch()
+    assert str(tmp_path) not in json.dumps(setup.record())
+    assert plans.label("org/model") == "org/model"
+
+
+@pytest.mark.parametrize("values", [[36.4, 36.9], [36.4, 36.9, 35.2], [1001.6, 3.0, 3.0, 77.25]])
+def test_mean_and_deviation_over_the_seeds(values: list[float]) -> None:
+    found = report.summary(values)
+    assert (found.mean, found.deviation) == (statistics.mean(values), statistics.stdev(values))
+    text = page([line(plans.Cell(setting=BASE, seed=seed), value) for seed, value in enumerate(values)])
+    shown = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n={len(values)})"
+    assert row(text, "Epochs", "1")[1] == shown
+    assert row(text, "What is reconstructed together", "block")[1] == shown
+
+
+def test_one_seed_has_no_deviation() -> None:
+    assert row(page([line(plans.Cell(setting=BASE, seed=0), 36.449)]), "Epochs", "1")[1] == "36.45 (n=1)"
+
+
+def test_what_is_missing_is_a_dash() -> None:
+    text = page([line(plans.Cell(setting=BASE, seed=0), 36.45)])
+    assert row(text, "Epochs", "3")[1:] == ["-", "6.85", "8.95", "67.37"]
+    assert row(text, "Sparsity", "0.8") == ["0.8", *["-"] * 7]
+    assert row(text, "Calibration samples", "256") == ["256", *["-"] * 4, "6.84", "7.24", "7.16"]
+    assert "36.45" not in page([])
+
+
+def test_every_evaluation_set_has_its_columns_before_those_of_the_paper() -> None:
+    one = line(plans.Cell(setting=BASE, seed=0), 36.45)
+    both = {**one, "perplexity": {"notes.txt": 4.0, "wikitext2": 36.45}}
+    text = page([both])
+    assert row(text, "Epochs", "1") == ["1", "36.45 (n=1)", "4.00 (n=1)", "6.86", "8.96", "66.96"]
+    assert row(text, "Epochs", "epochs")[1:3] == ["BESA, wikitext2", "BESA, notes.txt"]
+
+
+def test_every_perplexity_of_the_paper_is_on_the_page() -> None:
+    text = page([])
+    for name, each in PAPER["experiments"].items():
+        title = EXPERIMENTS[name].title
+        for series in each["perplexity"].values():
+            for points in series.values():
+                for point, value in points.items():
+                    assert f"{value:.2f}" in row(text, title, point)
+
+
+def test_the_page_says_what_made_its_figures() -> None:
+    text = page([line(plans.DENSE, 20.72), line(CELLS[0], 36.0)])
+    for word in ("smollm2-135m", "wikitext2 20.72", "128 × 512 tokens of c4", "windows of 2048", "the first 16", "abc"):
+        assert word in text.split("\n## ")[0]
+
+
+def test_the_same_lines_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [line(cell, 20.0 + number / 7) for number, cell in enumerate(CELLS)]
+    shuffled = random.Random(0).sample(lines, len(lines))
+    assert page(lines) == page(shuffled)
+    for name, these in (("a", lines), ("b", shuffled)):
+        report.draw(SETUP, plans.measured(these, SETUP), PAPER, tmp_path / name)
+    drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert drawn == ["samples.svg", "sparsity.svg"]
+    for name in drawn:
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        assert b"LLaMA-7B" in content
+        assert f"figures/{name}" in page(lines)
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert report.draw(SETUP, {}, PAPER, tmp_path) == []
+    assert "figures/" not in page([])
+
+
+def test_without_matplotlib_the_page_is_written_and_the_rest_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert ablations.main(["--report", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "ABLATIONS.md").read_text() == page([])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_the_time_left_follows_from_the_finished_cells() -> None:
+    small, large = (plans.Cell(setting=replace(BASE, samples=count), seed=0) for count in (2, 6))
+    found = {cell: line(cell, 1.0) for cell in (small, large, plans.DENSE)}  # (2 + 6) × 5 passes in 2 × 64 s
+    next_one = plans.Cell(setting=replace(BASE, samples=1, epochs=2), seed=0)  # 3 × 2 + 2 passes
+    other = plans.Cell(setting=replace(BASE, method="wanda"), seed=0)
+    seconds, unknown = ablations.estimate([next_one, other], found)
+    assert seconds == pytest.approx(8 * 128 / 40 + 10)
+    assert unknown == [other]
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+class Besa:
+    """Takes the place of `besa`: writes what it would write, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.refuses: Callable[[tuple[str, ...]], int] = lambda words: 0
+
+    def __call__(self, *words: str) -> dict[str, Any]:
+        self.calls.append(words)
+        if code := self.refuses(words):
+            raise subprocess.CalledProcessError(code, words)
+        if words[0] == "eval":
+            return {"results": [{"perplexity": 30.0}, {"perplexity": 40.0}][: len(words[2 : words.index("--limit")])]}
+        run = Path(words[words.index("--run") + 1])
+        if words[0] == "calibrate":
+            (run / "calibration").mkdir(parents=True)
+            (run / "calibration" / "besa.json").touch()
+            return {}
+        return self._pruned(run / "pruned")
+
+    def _pruned(self, stage: Path) -> dict[str, Any]:
+        stage.mkdir(parents=True)
+        (stage / "timing.jsonl").write_text(
+            '{"resumed": false, "seconds": 2.0, "peak_memory": 5}\n'
+            '{"resumed": true, "seconds": 1.0, "peak_memory": 9}\n'
+        )
+        for name in ("besa.json", SHARD, "model-00002-of-00002.json", "tokenizer.json"):
+            (stage / name).touch()
+        counts = {"sparsity": 0.5, "blocks_kept_uniform": 0}
+        rest = {"calibration": {"sources": []}, "compute": {"device": "cpu", "dtype": "float32"}, "versions": {}}
+        return {"counts": counts, "blocks": 1, "model": {"digest": "d"}, **rest}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Besa:
+    made = Besa()
+    monkeypatch.setattr(ablations, "besa", made)
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    return made
+
+
+def options(place: Path, *more: str) -> list[str]:
+    return ["--work", str(place / "work"), "--out", str(place / "out"), "--only", "granularity", *more]
+
+
+def test_a_second_run_measures_nothing(tmp_path: Path, fake: Besa) -> None:
+    assert ablations.main(options(tmp_path)) == 0
+    kinds = [words[0] for words in fake.calls]
+    assert (kinds.count("calibrate"), kinds.count("prune"), kinds.count("eval")) == (3, 6, 7)  # the dense model, too
+    stored = common.read_lines(tmp_path / "out" / "ablations.jsonl")
+    assert [each["seconds"] for each in stored[1:]] == [2.0] * 6
+    assert [each["peak_memory"] for each in stored[1:]] == [5] * 6
+    assert "30.00 ± 0.00 (n=3)" in (tmp_path / "out" / "ABLATIONS.md").read_text()
+    fake.calls.clear()
+    assert ablations.main(options(tmp_path)) == 0
+    assert fake.calls == []
+    assert ablations.main(options(tmp_path, "--sets", "wikitext2", "notes.txt")) == 0
+    assert [words[0] for words in fake.calls].count("prune") == 6
+
+
+def test_only_the_weights_go(tmp_path: Path, fake: Besa) -> None:
+    ablations.main(options(tmp_path, "--seeds", "0"))
+    kept = {path.name for path in (tmp_path / "work").rglob("report/*")}
+    assert kept == {"besa.json", "timing.jsonl", "model-00002-of-00002.json"}
+    assert not list((tmp_path / "work").rglob("pruned"))
+
+
+def test_weights_that_a_kill_has_left_go_the_next_time(tmp_path: Path, fake: Besa) -> None:
+    ablations.main(options(tmp_path, "--seeds", "0"))
+    kept = next((tmp_path / "work").rglob("report"))
+    (kept.rename(kept.with_name("pruned")) / SHARD).touch()
+    ablations.main(options(tmp_path, "--seeds", "0"))
+    assert not list((tmp_path / "work").rglob(SHARD))
+    assert kept.exists()
+
+
+def test_a_cell_that_besa_refuses_does_not_stop_the_others(tmp_path: Path, fake: Besa) -> None:
+    fake.refuses = lambda words: int(words[0] == "prune" and "layer" in words)
+    assert ablations.main(options(tmp_path, "--seeds", "0")) == 1
+    assert len(common.read_lines(tmp_path / "out" / "ablations.jsonl")) == 2  # the dense model and the row-wise one
+
+
+def test_a_besa_that_was_stopped_stops_the_runner(tmp_path: Path, fake: Besa) -> None:
+    fake.refuses = lambda words: 130 * (words[0] == "prune")
+    with pytest.raises(subprocess.CalledProcessError):
+        ablations.main(options(tmp_path))
+    assert [words[0] for words in fake.calls].count("prune") == 1
+
+
+def test_the_list_counts_shared_cells_once_and_runs_nothing(
+    tmp_path: Path, fake: Besa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common.append_line(tmp_path / "ablations.jsonl", line(plans.Cell(setting=BASE, seed=0), 1.0))
+    chosen = ["--only", "epochs", "granularity", "--seeds", "0"]
+    assert ablations.main(["--list", "--out", str(tmp_path), *chosen]) == 0
+    rows = {words[0]: words[1:4] for words in map(str.split, capsys.readouterr().out.splitlines())}
+    assert (rows["epochs"], rows["granularity"]) == (["4", "1", "3"], ["2", "1", "1"])
+    assert (rows["dense"], rows["together"]) == (["1", "0", "1"], ["6", "1", "5"])
+    assert fake.calls == []
+
+
+def test_measuring_needs_a_place_to_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ablations.main(["--out", str(tmp_path)])
+    assert "--work" in capsys.readouterr().err
