@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, sampling, token_rows
-from besa_cli.disk import publish, read_json, save_tensors, write_json
+from besa_cli.disk import MANIFEST, publish, read_json, save_tensors, write_json
 from besa_cli.errors import BesaError, UsageError
 
 FORMAT = 1
 SHORTEST = 2  # tokens: a window must hold at least one token and the one that it predicts
 _TOKENS = "tokens.safetensors"
-_MANIFEST = "besa.json"
 
 Notify = Callable[[str], None]
 
@@ -251,7 +250,7 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
         The directory cannot be written.
     """
     tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
-    replaced = (directory / _MANIFEST).exists()
+    replaced = (directory / MANIFEST).exists()
     target = directory.with_name(f".{directory.name}.next") if replaced else directory
     aside = directory.with_name(f".{directory.name}.replaced")
     try:
@@ -259,7 +258,7 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
         publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
-        write_json(target / _MANIFEST, calibration_set.manifest)
+        write_json(target / MANIFEST, calibration_set.manifest)
         if replaced:
             directory.rename(aside)
             target.rename(directory)
@@ -278,7 +277,7 @@ def load(directory: Path) -> CalibrationSet:
     BesaError
         There is none, it is of a newer besa, it is something else, or its tokens are not the ones the manifest names.
     """
-    path = directory / _MANIFEST
+    path = directory / MANIFEST
     anew = "make it anew with: besa calibrate"
     if not path.is_file():
         raise BesaError(f"no calibration set in {directory}", anew)
@@ -295,7 +294,7 @@ def load(directory: Path) -> CalibrationSet:
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise BesaError(f"cannot read {directory / _TOKENS}: {error}", anew) from error
     if list(tokens.shape) != [manifest.get("samples"), manifest.get("seqlen")] or tokens.dtype != torch.int64:
-        raise BesaError(f"{directory / _TOKENS} does not have the shape that {_MANIFEST} states", anew)
+        raise BesaError(f"{directory / _TOKENS} does not have the shape that {MANIFEST} states", anew)
     if tokens_digest(tokens) != manifest.get("tokens_digest"):
-        raise BesaError(f"{directory / _TOKENS} was changed: its digest is not the one in {_MANIFEST}", anew)
+        raise BesaError(f"{directory / _TOKENS} was changed: its digest is not the one in {MANIFEST}", anew)
     return CalibrationSet(tokens=tokens, manifest=manifest)

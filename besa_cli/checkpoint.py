@@ -17,7 +17,7 @@ from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
 
 FORMAT = 1
-MANIFEST = "besa.json"
+MANIFEST = disk.MANIFEST
 TIMING = "timing.jsonl"
 STAGES = ("pruned",)  # in the order in which they are made
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Json = Mapping[str, Any]
 
+MANIFEST = "besa.json"  # says of a directory what it is and what made it
+
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.

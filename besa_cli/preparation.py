@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from besa_cli import anatomy, calibration, corpora
-from besa_cli.disk import read_json, sha256_file
+from besa_cli.disk import MANIFEST, read_json, sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
 
@@ -126,7 +126,7 @@ def calibrate(
     BesaError
         A set made with other options is there, or the new one cannot be made or written.
     """
-    if (directory / "besa.json").exists() and not restart:
+    if (directory / MANIFEST).exists() and not restart:
         found = reuse(model, directory)
         _refuse_difference(found, options, directory)
         notify(f"the calibration set in {directory} was made with the same options: reused")

@@ -61,9 +61,9 @@ class Request:
             raise unknown("method", self.method, PRUNERS)
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
-        if self.nm and not 0 <= self.nm[0] <= self.nm[1]:
+        if self.nm and not 0 < self.nm[0] < self.nm[1]:
             raise UsageError(
-                f"--nm {self.nm[0]}:{self.nm[1]} prunes more than there is", "2:4 prunes 2 of every 4 columns"
+                f"--nm '{self.nm[0]}:{self.nm[1]}' is no pattern N:M with 0 < N < M", "2:4 prunes 2 of every 4 columns"
             )
         compute.device(self.device)
         self.method_options()

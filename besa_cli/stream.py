@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from besa_cli import compute
+from besa_cli.choices import Target
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
 from besa_cli.ops import losses
@@ -19,7 +20,6 @@ from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.windows import Segment, Window
 
 Step = Callable[[int, int, str], None]
-Target = Literal["block", "stream"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli import models
+from besa_cli import choices, models
 from besa_cli.commands import options
 from besa_cli.console import Console
+from besa_cli.disk import MANIFEST
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
@@ -33,7 +34,7 @@ PatternOption = Annotated[
     str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
 ]
 PresetOption = Annotated[
-    Literal["authors"] | None,
+    choices.Preset | None,
     _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
 ]
 WindowOption = Annotated[
@@ -46,20 +47,18 @@ GranularityOption = Annotated[
     str | None,
     _besa("--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"),
 ]
-ImportanceOption = Annotated[
-    Literal["wanda", "magnitude", "sparsegpt"] | None, _besa("--importance", "What ranks a row's weights.", "wanda")
-]
+ImportanceOption = Annotated[choices.Importance | None, _besa("--importance", "What ranks a row's weights.", "wanda")]
 TargetOption = Annotated[
-    Literal["block", "stream"] | None,
+    choices.Target | None,
     _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
 ]
 LossOption = Annotated[
-    Literal["token", "channel", "frobenius"] | None,
+    choices.Loss | None,
     _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
 ]
 EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1)]
 BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
-OptimizerOption = Annotated[Literal["adamw", "prodigy"] | None, _besa("--optimizer", "What learns.", "adamw")]
+OptimizerOption = Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")]
 RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "0.1, prodigy: 1", min=0.0)]
 FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
 PenaltyOption = Annotated[float | None, _besa("--penalty", "Weight of the sparsity penalty.", "5", min=0.0)]
@@ -155,8 +154,8 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
     if sparsity is not None:
         raise UsageError(f"--nm {nm} and --sparsity {sparsity} exclude each other", "give one of the two")
     found = re.fullmatch(r"(\d+):(\d+)", nm)
-    if not found or not 0 < int(found[1]) < int(found[2]):
-        raise UsageError(f"--nm '{nm}' is no pattern N:M with 0 < N < M", "2:4 prunes 2 of every 4 columns")
+    if not found:
+        raise UsageError(f"--nm '{nm}' is no pattern N:M", "2:4 prunes 2 of every 4 columns")
     return int(found[1]), int(found[2])
 
 
@@ -182,7 +181,7 @@ def _calibration(
                 "the set was drawn with options of its own",
             )
         return preparation.reuse(model, shared)
-    if not given and (run.calibration / "besa.json").exists():
+    if not given and (run.calibration / MANIFEST).exists():
         return preparation.reuse(model, run.calibration)
     drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
     return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)

@@ -7,7 +7,7 @@ the exact budget, and keep the uniform allocation where learning did not beat it
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,11 @@ from prodigyopt import Prodigy
 from torch import Tensor
 
 from besa_cli import compute, windows
+from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.ops import allocation, budget, importance, kernels, losses, masks, obs
 from besa_cli.pruners import wanda
 from besa_cli.stream import Block, Pruned, batches
-
-Importance = Literal["wanda", "magnitude", "sparsegpt"]
-Target = Literal["block", "stream"]
-Loss = Literal["token", "channel", "frobenius"]
-OptimizerName = Literal["adamw", "prodigy"]
-Preset = Literal["authors"]
 
 _MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
 _RATES = {"adamw": 0.1, "prodigy": 1.0}
@@ -71,7 +66,7 @@ class Options:
     target: Target = "block"
     epochs: int = 1
     batch_size: int = 1
-    optimizer: OptimizerName = "adamw"
+    optimizer: Optimizer = "adamw"
     lr: float | None = None
     d_coef: float = 1.0
     penalty: float = 5.0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import fewer
 
+from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
 from besa_cli.pruners import besa, wanda
 from besa_cli.stream import Block, Pruned
@@ -91,7 +92,7 @@ def test_layer_gives_the_rows_of_a_linear_one_sparsity_and_row_does_not(sparsity
 
 @pytest.mark.parametrize(("loss", "over"), [("token", (-1,)), ("channel", (0,)), ("frobenius", (0, 1))])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_what_was_learned_beats_the_uniform_masks(granularity: str, loss: besa.Loss, over: tuple[int, ...]) -> None:
+def test_what_was_learned_beats_the_uniform_masks(granularity: str, loss: Loss, over: tuple[int, ...]) -> None:
     made = large()
     uniform = wanda.prune(large(), wanda.Options()).masks
     result = besa.prune(made, learner(granularity, loss=loss))
@@ -198,7 +199,7 @@ def test_rising_sparsity_never_lowers_the_error_of_the_uniform_start() -> None:
     [("wanda", "adamw"), ("magnitude", "adamw"), ("sparsegpt", "adamw"), ("wanda", "prodigy")],
 )
 def test_every_importance_and_optimizer_learns_and_meets_the_budget(
-    importance: besa.Importance, optimizer: besa.OptimizerName
+    importance: Importance, optimizer: Optimizer
 ) -> None:
     made = large()
     settings = {"lr": None, "epochs": 10} if optimizer == "prodigy" else {}
