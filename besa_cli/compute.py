@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import functools
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -83,6 +86,20 @@ def give_back_memory() -> None:
     library = _c_library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; the highest so far where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_resident()
+    return pages * resource.getpagesize()
+
+
+def peak_resident() -> int:
+    """The most bytes of this process that were in memory at one time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @functools.cache

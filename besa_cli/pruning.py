@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from besa_cli import checkpoint, compute, stream, weights, windows
+from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import Run, Stage
 from besa_cli.decoder import Decoder
@@ -24,6 +25,11 @@ from besa_cli.stream import Step
 
 STAGE = "pruned"
 _PASS_TOKENS = 4096  # tokens in a pass without gradients
+_WINDOW_BYTES = (
+    9  # for each weight of a window, beside copies in the compute dtype: source, ranks, scores, what is learned
+)
+_WIDTH = 24  # numbers that a pass holds for each token and channel
+_ARRAYS = 2  # tensors of hidden states: inputs and targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Request:
     seed : int
     calibration : str, optional
         Directory of a calibration set that was named, for the record.
+    max_memory : int, optional
+        Bytes of memory that the process is to stay within; the hidden states go to files where they would not fit.
     """
 
     method: str = "besa"
@@ -55,6 +63,7 @@ class Request:
     dtype: str = "auto"
     seed: int = 0
     calibration: str | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in PRUNERS:
@@ -228,6 +237,7 @@ class Job:
         self._segments = windows.segments(self._decoder, width)
         sizes = list(windows.sizes(self._segments))
         self._budgets = None if self.request.nm else budget.window_counts(self.request.sparsity, sizes)
+        spilled = self._spills(max(sizes))
         if self.manifest["status"] == "new":
             checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
             self._decoder.verify(self.calibration.tokens)
@@ -237,8 +247,36 @@ class Job:
             done = self._stage.finished()
             notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
         checkpoint.sweep(self._directory)
+        self._shelf = Shelf(self._directory if spilled else None)
+        if spilled:
+            notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
         if not self._stage.shard(-1).exists():
             self._stage.write_rest(source.read(self._decoder.rest_names()))
+
+    def _spills(self, largest: int) -> bool:
+        """Whether the hidden states have to go to files, for windows of up to `largest` weights.
+
+        Raises
+        ------
+        UsageError
+            A window alone would not fit.
+        """
+        limit = self.request.max_memory
+        if limit is None:
+            return False
+        dtype = self._decoder.dtype
+        hidden = int(self._decoder.config.get_text_config().hidden_size)
+        tokens = self.calibration.tokens.numel()
+        passing = min(tokens, self.manifest["compute"]["batch"] * self.calibration.tokens.shape[1])
+        window = largest * (_WINDOW_BYTES + 3 * dtype.itemsize) + passing * hidden * _WIDTH * dtype.itemsize
+        needed: int = compute.resident() + window
+        if needed > limit:
+            raise UsageError(
+                f"--max-memory {limit / 1e9:.1f}GB is too little: with one window of the model the process needs "
+                f"about {needed / 1e9:.1f} GB",
+                f"give at least {needed / 1e9 + 0.1:.1f}GB, a narrower --window or a shorter --seqlen",
+            )
+        return needed + _ARRAYS * tokens * hidden * dtype.itemsize > limit
 
     @property
     def title(self) -> str:
@@ -272,6 +310,7 @@ class Job:
             batch=settings["batch"],
             seed=self.request.seed,
             on_step=on_step,
+            shelf=self._shelf,
         )
         for report in reports:
             self._note_time(report)

@@ -1,10 +1,8 @@
 """The one loop over the model: load a block, let one function change it, store it, pass the activations on, drop it."""
 
 import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from besa_cli import compute
+from besa_cli.activations import Shelf
 from besa_cli.choices import Target
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
@@ -90,16 +89,23 @@ class Block:
         target: Tensor | None = None,
         seed: int = 0,
         on_step: Step = lambda done, total, phase: None,
+        shelf: Shelf | None = None,
     ) -> None:
+        self._shelf = shelf or Shelf()
         self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
         self.exact = budget is not None
         self.budget = budget or 0
         self.seed = (seed * 1_000_003 + self.index) % 2**63
-        self.on_step = on_step
+        self._on_step = on_step
         self.linears: dict[str, nn.Linear] = window.linears
         self.weights = dict(weights)
         self._window = window
         self._target = target
+
+    def on_step(self, done: int, total: int, phase: str) -> None:
+        """Say how far the work on this block is; to be called after every batch."""
+        self._shelf.release()
+        self._on_step(done, total, phase)
 
     def parts(self, batch: int | None = None) -> Iterator[slice]:
         """The samples in batches of `batch`, by default the batches that all passes without gradients use."""
@@ -114,7 +120,8 @@ class Block:
         weights : one Tensor of shape (rows, cols) a linear, optional
             Used instead of the linears' own; gradients reach them.
         """
-        return self._window.forward(hidden, self.tokens[: len(hidden)], weights)
+        device = next(iter(self.linears.values())).weight.device
+        return self._window.forward(hidden.to(device), self.tokens[: len(hidden)], weights)
 
     def observe(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Sum a statistic of each linear's inputs over all calibration samples, the block's weights untouched.
@@ -161,7 +168,7 @@ class Block:
 
     def _pass(self, after_batch: Callable[[], None], phase: str) -> None:
         keep = self._target is None
-        target = torch.empty_like(self.inputs) if keep else self._target
+        target = self._shelf.empty(self.inputs.shape, self.inputs.dtype) if keep else self._target
         total = len(self.inputs)
         with torch.no_grad(), compute.repeated_passes():
             for part in self.parts():
@@ -188,9 +195,25 @@ def batches(samples: int, batch: int) -> Iterator[slice]:
         yield slice(start, min(start + batch, samples))
 
 
-def embed(decoder: Decoder, tokens: Tensor, batch: int) -> Tensor:
-    """What enters the first block: Tensor of shape (samples, seqlen, hidden)."""
-    return torch.cat([decoder.embed(tokens[part]) for part in batches(len(tokens), batch)])
+def embed(decoder: Decoder, tokens: Tensor, batch: int, shelf: Shelf | None = None) -> Tensor:
+    """What enters the first block: Tensor of shape (samples, seqlen, hidden), from the shelf if there is one."""
+    return _collected((decoder.embed(tokens[part]) for part in batches(len(tokens), batch)), len(tokens), shelf)
+
+
+def _collected(parts: Iterable[Tensor], samples: int, shelf: Shelf | None) -> Tensor:
+    """The parts one after the other in one tensor."""
+    if shelf is None:
+        return torch.cat(list(parts))
+    whole, done = None, 0
+    for part in parts:
+        if whole is None:
+            whole = shelf.empty((samples, *part.shape[1:]), part.dtype)
+        whole[done : done + len(part)] = part
+        done += len(part)
+        shelf.release()
+    if whole is None:
+        raise ValueError("nothing to collect")
+    return whole
 
 
 def advance(
@@ -203,6 +226,8 @@ def advance(
 ) -> None:
     """Replace the hidden states by the output of the loaded block `index`, in place, batch by batch.
 
+    The hidden states may lie on another device than the block.
+
     Raises
     ------
     BesaError
@@ -210,7 +235,7 @@ def advance(
     """
     with torch.no_grad(), compute.repeated_passes():
         for part in batches(len(hidden), batch):
-            output = decoder.forward(index, hidden[part], tokens[part])
+            output = decoder.forward(index, hidden[part].to(decoder.device), tokens[part])
             if not bool(output.isfinite().all()):
                 raise BesaError(
                     f"block {index} gives hidden states that are NaN or infinite in {compute.name_of(decoder.dtype)}",
@@ -233,6 +258,7 @@ def compress(
     batch: int,
     seed: int,
     on_step: Step = lambda done, total, phase: None,
+    shelf: Shelf | None = None,
 ) -> Iterator[BlockReport]:
     """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
 
@@ -250,12 +276,14 @@ def compress(
         What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
     batch : int
         Samples in a pass without gradients.
+    shelf : Shelf, optional
+        Where the hidden states lie; in memory by default.
     """
     finished = store.finished()
     if finished == len(decoder):
         yield from (store.report(index) for index in range(finished))
         return
-    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step)
+    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
     counts = iter(budgets or [])
     for segment in segments:
         start = time.perf_counter()
@@ -281,11 +309,13 @@ class _Walk:
         batch: int,
         seed: int,
         on_step: Step,
+        shelf: Shelf,
     ) -> None:
+        self._shelf = shelf
         self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
-        self._inputs = embed(decoder, tokens, batch)
-        self._dense = self._inputs.clone() if dense else None
+        self._inputs = embed(decoder, tokens, batch, shelf)
+        self._dense = embed(decoder, tokens, batch, shelf) if dense else None
 
     def replay(self, segment: Segment) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
@@ -309,6 +339,7 @@ class _Walk:
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
+                shelf=self._shelf,
             )  # fmt: skip
             pruned = self._change(block)
             _check_counts(block, pruned)
@@ -321,13 +352,15 @@ class _Walk:
         return self._settle(segment, sources, decided, whole)
 
     def _advance(self, index: int, hidden: Tensor) -> None:
-        advance(self._decoder, index, hidden, self._tokens, self._batch)
+        advance(self._decoder, index, hidden, self._tokens, self._batch, lambda part, output: self._shelf.release())
 
     def _collect(self, function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
         """`function` of the hidden states and their tokens, batch by batch."""
+        device = self._decoder.device
         parts = batches(len(hidden), self._batch)
         with torch.no_grad():
-            return torch.cat([function(hidden[part], self._tokens[part]) for part in parts])
+            outputs = (function(hidden[part].to(device), self._tokens[part]) for part in parts)
+            return _collected(outputs, len(hidden), self._shelf)
 
     def _dense_targets(self, segment: Segment) -> list[Tensor | None]:
         """What each window should give in the dense stream, which is passed on."""
@@ -377,7 +410,8 @@ class _Walk:
 
         def compare(part: slice, output: Tensor) -> None:
             if target is not None:
-                errors.append(float(losses.token(output, target[part])) * len(output))
+                errors.append(float(losses.token(output, target[part].to(output.device))) * len(output))
+            self._shelf.release()
             self._on_step(part.stop, len(self._inputs), "propagation")
 
         for index in segment.blocks:
@@ -441,6 +475,4 @@ def _check_counts(block: Block, pruned: Pruned) -> None:
 
 def peak_memory() -> int:
     """The process's peak resident memory so far, in bytes; on CUDA the device's peak where that is more."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return max(resident, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return max(compute.peak_resident(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each imports only from the layers above its own line; a folder's own files may import each other.
 LAYERS = (
     {"choices", "errors", "reports"},
-    {"anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
+    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
     {"models", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder"},
     {"windows"},

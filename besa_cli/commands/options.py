@@ -1,11 +1,13 @@
 """The options that several verbs share, each with its help text written once."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from besa_cli.commands import config_file
+from besa_cli.errors import UsageError
 from besa_cli.models import DEMO
 
 DEFAULT_MODEL = DEMO
@@ -30,6 +32,15 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute
 DtypeOption = Annotated[
     Dtype,
     typer.Option("--dtype", help="What to compute in; auto is bfloat16 where the machine multiplies it fast."),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Memory that the process is to stay within, e.g. 4GB; hidden states go to files if need be.",
+        show_default="none",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of every random choice.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -85,3 +96,23 @@ DataDirOption = Annotated[
         help="Where local copies of the named data sets are looked for first.",
     ),
 ]
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
+
+
+def size_of(text: str | None) -> int | None:
+    """Bytes of ``4GB``, ``512 MiB`` or ``1.5g``.
+
+    Raises
+    ------
+    UsageError
+        It is no size.
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"--max-memory '{text}' is no size", "4GB and 512MiB are sizes")
+    power = "KMGT".index(found[2].upper()) + 1
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

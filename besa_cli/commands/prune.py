@@ -103,6 +103,7 @@ def prune(
     data_dir: options.DataDirOption = None,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
+    max_memory: options.MemoryOption = None,
     seed: options.SeedOption = 0,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
@@ -131,6 +132,7 @@ def prune(
         dtype=dtype,
         seed=seed,
         calibration=tokens_from,
+        max_memory=options.size_of(max_memory),
     )
     source = models.resolve(model, notify=console.note)
     directory = Run(run)

@@ -142,7 +142,7 @@ class _Window:
             name: _Linear(weight, self.score(name), dtype, options.group(len(weight)))
             for name, weight in block.weights.items()
         }
-        self.device = block.inputs.device
+        self.device = next(iter(block.linears.values())).weight.device
         self.sizes = torch.cat([linear.group_sizes() for linear in self.linears.values()])
         self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
         self.p = allocation.candidates(options.candidates).to(self.device)
@@ -241,7 +241,7 @@ def _learn(window: _Window) -> tuple[Tensor, float]:
         for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
             weights, sparsity = _soft_weights(window, theta)
             output = block.forward(block.inputs[chosen], weights)
-            reconstruction = measure(output, block.target[chosen])
+            reconstruction = measure(output, block.target[chosen].to(output.device))
             penalty = losses.sparsity_penalty(sparsity, window.goal)
             scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
@@ -316,6 +316,7 @@ def _errors(window: _Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
     found: list[tuple[float, float]] = []
     with torch.no_grad(), compute.repeated_passes():
         for sample in batches(min(len(block.inputs), _COMPARED), 1):
-            output, target = block.forward(block.inputs[sample], weights), block.target[sample]
+            output = block.forward(block.inputs[sample], weights)
+            target = block.target[sample].to(output.device)
             found.append((float(measure(output, target)), float(losses.token(output, target))))
     return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)
