@@ -45,7 +45,7 @@ class Shelf:
         size = torch.Size(shape).numel() * dtype.itemsize
         with tempfile.TemporaryFile(dir=self._directory) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file.fileno(), size)
             except OSError as error:
                 reason = error.strerror or error
                 raise BesaError(
@@ -60,3 +60,11 @@ class Shelf:
         """Let the system take back the memory of what was read and written; the files keep it."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Make a file this long, its room on the disk taken now where the system can do that."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
