@@ -23,7 +23,7 @@ from besa_cli.commands.config_file import origin
 from besa_cli.commands.prune import prune
 from besa_cli.commands.show import show
 from besa_cli.console import show_error
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, Interrupted
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
     settings = Settings()
+    way_on = "everything finished is kept; run the same command again to go on from there"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
@@ -89,11 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except Interrupted as error:
+            code, way_on = INTERRUPTED, error.hint
         except (BesaError, typer.TyperException, typer.Abort, OSError, MemoryError, RuntimeError) as error:
             code = _report(error, settings)
     if code != INTERRUPTED:
         return code
-    show_error("interrupted", "everything finished is kept; run the same command again to go on from there")
+    show_error("interrupted", way_on)
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 

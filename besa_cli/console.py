@@ -124,12 +124,13 @@ class BlockProgress:
             ]
         )
 
-    def advance(self, index: int, seconds: float) -> None:
-        """A block is done of which there is nothing to say but its time (evaluation); `index` counts from 0."""
+    def advance(self, index: int, seconds: float, phase: str = "") -> None:
+        """A step is done of which there is nothing to say but its time (evaluation); `index` counts from 0."""
         self._advance(index, seconds)
         if self._live is None:
             position = f"{index + 1}/{self._blocks}"
-            self._show([("block", position), ("time", human_seconds(seconds)), ("left", self._time_left(0.0) or "-")])
+            step = ("step", f"{position} ({phase})") if phase else ("block", position)
+            self._show([step, ("time", human_seconds(seconds)), ("left", self._time_left(0.0) or "-")])
 
     def _advance(self, index: int, seconds: float | None) -> None:
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""What the names of ``--data`` and of ``besa eval ppl`` stand for: bundled text, named data sets, files."""
+"""What the names of ``--data`` stand for: bundled text, named data sets, files."""
 
 import functools
 import gzip
@@ -62,31 +62,6 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationText:
-    """One text to measure perplexity on.
-
-    Parameters
-    ----------
-    name : str
-        The data set's name, or the file's name without its directory.
-    split : str or None
-        The data set's split; None for a file.
-    text : str
-        The whole text, joined as the authors join it.
-    digest : str
-        SHA-256 of the bytes of the file that it is from.
-    source : {"bundled", "file"}
-        Where that file is.
-    """
-
-    name: str
-    split: str | None
-    text: str
-    digest: str
-    source: Literal["bundled", "file"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Named:
     """A data set's training split: its official local file, its file on the hub, and how its rows become documents."""
 
@@ -132,7 +107,7 @@ def wikitext_rows(text: str) -> list[str]:
     return [row if row.strip() else "" for row in _lines(text)]
 
 
-def _ptb_rows(text: str) -> list[str]:
+def ptb_rows(text: str) -> list[str]:
     """The rows of a Mikolov Penn Treebank file as the hub yields them: without the white space around them."""
     return [row.strip() for row in _lines(text)]
 
@@ -167,12 +142,11 @@ _NAMED = {
             revision="refs/convert/parquet",
         ),
         column="sentence",
-        rows=_ptb_rows,
+        rows=ptb_rows,
         joint=" ",
     ),
 }
 SOURCES = (*_NAMED, "bundled")  # what --data takes beside files
-EVALUATION_SETS = ("wikitext2",)
 
 
 def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]:
@@ -193,15 +167,20 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
     """
     if not names:
         raise UsageError("no --data given", f"known: {', '.join(SOURCES)}, or {documents.FILE_KINDS}")
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the data sets' files")
-    files = [_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
+    check_directory(data_dir)
+    files = [named_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
     rows = [path for path in files if token_rows.holds_rows(path)]
     if rows and len(rows) < len(names):
         raise UsageError(
             f"--data {rows[0]} holds token rows, other sources hold text", "give one of the two kinds only"
         )
     return rows
+
+
+def check_directory(data_dir: Path | None) -> None:
+    """Refuse a ``--data-dir`` that is none."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the data sets' files")
 
 
 def open_source(name: str, *, data_dir: Path | None, hub: datahub.Hub, notify: Notify) -> Corpus:
@@ -227,7 +206,7 @@ def open_source(name: str, *, data_dir: Path | None, hub: datahub.Hub, notify: N
     if name == "bundled":
         return bundled(name)
     if name not in _NAMED:
-        path = _file(name, "data source", SOURCES)
+        path = named_file(name, "data source", SOURCES)
         texts = documents.read_documents(path)
         return Corpus(asked=name, source="file", file=path.name, digest=sha256_file(path), documents=texts)
     try:
@@ -264,35 +243,18 @@ def _joined(rows: Sequence[str], joint: str | None) -> Sequence[str]:
     return rows if joint is None else [joint.join(rows)]
 
 
-def _file(name: str, kind: str, known: Sequence[str]) -> Path:
-    """The file that `name` must mean, checked; or the error for a name that is neither known nor a file."""
+def named_file(name: str, kind: str, known: Sequence[str]) -> Path:
+    """The file that `name` must mean, checked; or the error for a name that is neither known nor a file.
+
+    Raises
+    ------
+    UsageError
+        It is no path and none of the `known` names (the nearest is named), or a file of an unknown kind.
+    BesaError
+        The file is missing or empty.
+    """
     if not documents.looks_like_file(name):
         raise unknown(kind, name, (*known, documents.FILE_KINDS))
     path = Path(name).expanduser()
     documents.check_file(path)
     return path
-
-
-def evaluation_text(name: str) -> EvaluationText:
-    """The text that perplexity is measured on.
-
-    Parameters
-    ----------
-    name : str
-        ``wikitext2``: the official raw test split, which ships with besa: 4,358 rows as the hub yields them, joined by
-        blank lines. Or a file: a ``.txt`` exactly as it is, the documents of other kinds joined by blank lines.
-
-    Raises
-    ------
-    UsageError
-        An unknown name (with the nearest known one), or a file of an unknown kind.
-    BesaError
-        The file is missing, empty, binary, or not what its suffix says.
-    """
-    if name == "wikitext2":
-        text = "\n\n".join(wikitext_rows(bundled_bytes("wiki.test.raw").decode("utf-8")))
-        digest = BUNDLED["wiki.test.raw"]
-        return EvaluationText(name=name, split="test", text=text, digest=digest, source="bundled")
-    path = _file(name, "data set", EVALUATION_SETS)
-    text = "\n\n".join(documents.read_documents(path))
-    return EvaluationText(name=path.name, split=None, text=text, digest=sha256_file(path), source="file")

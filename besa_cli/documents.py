@@ -1,6 +1,7 @@
 """Text files as sequences of documents: ``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.parquet``."""
 
 import gzip
+import itertools
 import json
 import tempfile
 import zlib
@@ -97,17 +98,17 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_json_lines(path: Path, column: str = "text") -> Sequence[str]:
+def read_json_lines(path: Path, column: str = "text", *, first: int | None = None) -> Sequence[str]:
     """The `column` of every object of a JSON-lines file (plain, or gzip where the name ends in ``.gz``).
 
     `datasets` reads it. Where that cannot make one column of text of it, the lines are looked at one by one: either
     the faulty line is named, or (other fields of mixed types, texts that look like dates) the texts are taken as they
-    are.
+    are. With `first`, only so many documents are read, and nothing after them.
     """
     if next(json_lines(path), None) is None:
         raise _empty(path)
-    documents = _load("json", path, column)
-    return _scan(path, column) if documents is None else documents
+    documents = _load("json", path, column) if first is None else None
+    return _scan(path, column, first) if documents is None else documents
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -142,9 +143,9 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return value
 
 
-def _scan(path: Path, column: str) -> list[str]:
+def _scan(path: Path, column: str, first: int | None) -> list[str]:
     texts = []
-    for number, value in json_lines(path):
+    for number, value in itertools.islice(json_lines(path), first):
         text = value.get(column)
         if not isinstance(text, str) or not _is_unicode(text):
             kind = "a string" if not isinstance(text, str) else "Unicode text"

@@ -29,6 +29,21 @@ class UsageError(BesaError):
     exit_code = 2
 
 
+class Interrupted(BesaError):
+    """The command was interrupted, and there is more to say than that everything finished is kept (exit code 130).
+
+    Parameters
+    ----------
+    hint : str
+        What was kept, and how to go on.
+    """
+
+    exit_code = 130
+
+    def __init__(self, hint: str) -> None:
+        super().__init__("interrupted", hint)
+
+
 def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not among `known`, with the nearest one as a suggestion.
 

@@ -1,27 +1,25 @@
-"""Perplexity over the block stream, so that a model larger than memory can be measured; and continuations."""
+"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity; and continuations."""
 
 import hashlib
-import inspect
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from besa_cli import checkpoint, compute, disk, stream
-from besa_cli.corpora import EvaluationText
+from besa_cli import compute
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.texts import EvaluationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[int, int, float], None]
+Loss = tuple[float, int]  # of a window: the sum of −log p over its counted tokens, and how many they are
 _HEAD_TOKENS = 512  # positions whose logits exist at a time
 
 
@@ -66,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """One measured perplexity with all that made it."""
+    """One measured perplexity with all that made it; the last six fields say where the text is from."""
 
     dataset: str
     split: str | None
@@ -82,17 +80,25 @@ class Perplexity:
     dtype: str
     nll: float
     perplexity: float
+    source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    records: int | None = None
+    official: bool | None = None
+    note: str | None = None
 
 
 def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
     """The text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
+
+    A text that has a length to be cut to is cut.
 
     Raises
     ------
     BesaError
         The tokenizer gives ids that the model does not know.
     """
-    ids = torch.tensor(tokenizer(text.text, verbose=False)["input_ids"], dtype=torch.long)
+    ids = torch.tensor(tokenizer(text.text, verbose=False)["input_ids"][: text.longest], dtype=torch.long)
     if len(ids) and int(ids.max()) >= vocabulary:
         raise BesaError(
             f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
@@ -120,7 +126,7 @@ def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
 
 
 class Measurement:
-    """Perplexity of one checkpoint on one text.
+    """One text to be measured on one checkpoint.
 
     Parameters
     ----------
@@ -132,6 +138,15 @@ class Measurement:
     tokenizer, tokenizer_digest
         Those of the model.
     settings : Settings
+
+    Attributes
+    ----------
+    directory, settings
+        As given.
+    windows : Tensor of shape (windows, seqlen)
+        The token ids to measure on.
+    device, dtype : torch.device, torch.dtype
+        Where and in what to compute.
 
     Raises
     ------
@@ -157,12 +172,11 @@ class Measurement:
                 f"--seqlen {settings.seqlen} is more than the {longest} tokens that {directory} takes",
                 f"give --seqlen {longest} or less",
             )
-        self._directory, self._settings = directory, settings
+        self.directory, self.settings = directory, settings
         ids = tokenize(text, tokenizer, config.get_text_config().vocab_size)
-        self._windows, self._in_text = windows(ids, settings, text.name)
-        self.blocks = int(config.get_text_config().num_hidden_layers)
-        self._device = compute.device(settings.device)
-        self._dtype = compute.dtype(settings.dtype, self._device)
+        self.windows, in_text = windows(ids, settings, text.name)
+        self.device = compute.device(settings.device)
+        self.dtype = compute.dtype(settings.dtype, self.device)
         self._facts: dict[str, Any] = {
             "dataset": text.name,
             "split": text.split,
@@ -170,43 +184,41 @@ class Measurement:
             "tokenizer_digest": tokenizer_digest,
             "model_digest": digest,
             "tokens": len(ids),
-            "windows": len(self._windows),
-            "windows_in_text": self._in_text,
+            "windows": len(self.windows),
+            "windows_in_text": in_text,
             "seqlen": settings.seqlen,
             "stride": settings.stride,
-            "device": self._device.type,
-            "dtype": compute.name_of(self._dtype),
+            "device": self.device.type,
+            "dtype": compute.name_of(self.dtype),
         }
+        self._origin: dict[str, Any] = {
+            name: getattr(text, name) for name in ("source", "file", "revision", "records", "official", "note")
+        }
+
+    @property
+    def dataset(self) -> str:
+        """The name of the text."""
+        return str(self._facts["dataset"])
 
     @property
     def file(self) -> str:
         """A name for the result that differs wherever anything that made it does."""
         key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
-        stem = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in str(self._facts["dataset"]))
+        stem = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in self.dataset)
         return f"ppl-{stem}-{key}.json"
 
-    def measure(self, progress: Progress = lambda block, blocks, seconds: None) -> Perplexity:
-        """Walk the model once and measure; `progress` is told each block, their number and its seconds."""
-        decoder = Decoder(self._directory, self._device, self._dtype)
-        tokens, batch = self._windows, self._settings.batch_size
-        hidden = stream.embed(decoder, tokens, batch)
-        for index in range(len(decoder)):
-            start = time.perf_counter()
-            decoder.load(index)
-            stream.advance(decoder, index, hidden, tokens, batch)
-            decoder.drop(index)
-            progress(index, len(decoder), time.perf_counter() - start)
-        nll = _mean(list(self._window_losses(decoder, hidden)))
-        return Perplexity(**self._facts, nll=nll, perplexity=math.exp(min(nll, 700.0)))
+    def counted(self, number: int) -> int:
+        """How many of the last tokens of a window count: those that no window before it has predicted."""
+        seqlen, stride = self.settings.seqlen, self.settings.stride
+        return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
 
-    def _window_losses(self, decoder: Decoder, hidden: Tensor) -> Iterator[tuple[float, int]]:
-        """(sum of −log p, number of counted tokens) of each window."""
-        seqlen, stride = self._settings.seqlen, self._settings.stride
-        for number in range(len(self._windows)):
-            counted = seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
-            part = slice(number, number + 1)
-            losses = token_losses(decoder, hidden[part], self._windows[part])[0]
-            yield float(losses[seqlen - 1 - counted :].double().sum()), counted
+    def result(self, losses: Sequence[Loss]) -> Perplexity:
+        """The perplexity, from the losses of all windows.
+
+        The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
+        """
+        nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
+        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=math.exp(min(nll, 700.0)))
 
 
 def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -230,34 +242,6 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
         targets = tokens[:, start + 1 : stop + 1].to(logits.device)
         parts.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
     return torch.cat(parts, dim=1)
-
-
-def _mean(losses: list[tuple[float, int]]) -> float:
-    """Mean −log p: over tokens, which for windows of equal length is the authors' mean over windows."""
-    return math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
-
-
-def save(result: Perplexity, file: Path, model: dict[str, Any]) -> None:
-    """Write one result with what it belongs to."""
-    record = {
-        "format": checkpoint.FORMAT,
-        "kind": "perplexity",
-        "model": model,
-        **asdict(result),
-        "versions": checkpoint.versions(),
-    }
-    disk.write_json(file, record)
-
-
-def load(file: Path) -> Perplexity | None:
-    """A result that was saved, or None where there is none."""
-    if not file.exists():
-        return None
-    record = disk.read_json(file)
-    names = inspect.signature(Perplexity).parameters
-    if record.get("versions") != checkpoint.versions() or not all(name in record for name in names):
-        return None
-    return Perplexity(**{name: record[name] for name in names})
 
 
 def continuation(

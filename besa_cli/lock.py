@@ -42,6 +42,34 @@ def held(run: Path, command: str) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def moment(run: Path) -> Iterator[None]:
+    """Hold what guards the results of a run directory, waiting for others who hold it; for the time of one write.
+
+    Who prunes holds another lock, for hours: neither waits for the other.
+
+    Raises
+    ------
+    BesaError
+        The directory cannot be written, or somebody holds the lock for a minute.
+    """
+    file = run / ".eval.lock"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=60)
+        lock.acquire()
+    except Timeout as error:
+        raise BesaError(f"{file} is held by another process", "end it, or name another directory with --run") from error
+    except OSError as error:
+        raise BesaError(
+            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _named(holder: Path) -> str:
     try:
         facts = json.loads(holder.read_text())

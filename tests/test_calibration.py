@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from besa_cli import calibration, corpora, datahub, sampling
+from besa_cli import calibration, corpora, datahub, sampling, texts
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import cache
 
@@ -385,7 +385,7 @@ def demo(tmp_path: Path) -> calibration.Tokenizer:
 
 
 def test_wikitext2_has_the_published_number_of_tokens(demo: calibration.Tokenizer) -> None:
-    text = corpora.evaluation_text("wikitext2").text
+    text = texts.evaluation_text("wikitext2", data_dir=None, hub=datahub.from_environment(), notify=pytest.fail).text
     assert len(demo(text, verbose=False)["input_ids"]) == 304_986
 
 

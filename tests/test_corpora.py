@@ -181,45 +181,9 @@ def test_a_home_directory_may_be_written_short(own_home: Path) -> None:
     assert opened("~/mine.txt").documents == ["my text"]
 
 
-# --- evaluation
-
-
-def test_wikitext2_is_the_official_test_split_joined_by_blank_lines() -> None:
-    text = corpora.evaluation_text("wikitext2")
-    assert (text.name, text.split, text.source) == ("wikitext2", "test", "bundled")
-    assert text.digest == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-    raw = corpora.bundled_bytes("wiki.test.raw").decode()
-    lines = ["" if line == " " else line + "\n" for line in raw.removesuffix("\n").split("\n")]
-    assert len(lines) == 4358
-    assert sum(line != "" for line in lines) == 2891
-    assert text.text == "\n\n".join(lines)
-    assert text.text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
-
-
 def test_rows_are_parted_at_line_ends_alone() -> None:
     assert corpora.wikitext_rows(" a\u2028b \n\t\n c") == [" a\u2028b \n", "", " c"]
     assert corpora.wikitext_rows("") == []
-
-
-def test_a_text_file_is_measured_as_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "mine.txt"
-    path.write_bytes(b" a\r\n\n b")
-    text = corpora.evaluation_text(str(path))
-    assert (text.name, text.split, text.text, text.source) == ("mine.txt", None, " a\r\n\n b", "file")
-    assert text.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_documents_are_joined_by_blank_lines(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"text": "a"}\n{"text": "b\\n"}\n')
-    assert corpora.evaluation_text(str(path)).text == "a\n\nb\n"
-
-
-@pytest.mark.parametrize("name", ["c4", "ptb", "bundled", "wikitext"])
-def test_other_data_sets_are_not_measured(name: str) -> None:
-    with pytest.raises(UsageError, match=f"unknown data set '{name}'") as caught:
-        corpora.evaluation_text(name)
-    assert "wikitext2" in caught.value.hint
 
 
 def test_importing_is_cheap() -> None:

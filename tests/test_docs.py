@@ -21,7 +21,7 @@ import torch
 from typer.main import get_command
 
 import besa_cli
-from besa_cli import calibration, corpora, documents, preparation, pruners
+from besa_cli import calibration, corpora, documents, preparation, pruners, texts
 from besa_cli.app import app
 from besa_cli.checkpoint import Run
 from besa_cli.evaluation import Perplexity
@@ -212,7 +212,7 @@ def test_the_data_page_lists_the_names_and_the_kinds_of_files() -> None:
     names = [quoted(row[0])[0] for row in table(DOCS / "data.md", "| name |")]
     assert sorted(names) == sorted(corpora.SOURCES)
     evaluated = [quoted(row[0]) for row in table(DOCS / "data.md", "| data set |")]
-    assert [name for cell in evaluated for name in cell] == list(corpora.EVALUATION_SETS)
+    assert [name for cell in evaluated for name in cell] == list(texts.EVALUATION_SETS)
     kinds = {kind for row in table(DOCS / "data.md", "| suffix |") for kind in quoted(row[0]) if kind.startswith(".")}
     assert kinds == set(documents.SUFFIXES)
 

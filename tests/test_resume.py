@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from besa_cli import checkpoint, compute, disk, evaluation
+from besa_cli import checkpoint, compute, disk, results
 from besa_cli.checkpoint import Run
 from besa_cli.errors import BesaError
 from besa_cli.pruning import Job, Request
@@ -458,4 +458,4 @@ def test_a_damaged_finished_shard_is_named(model: Path, fate: Fate, tmp_path: Pa
 def test_a_cached_result_is_whole_or_absent(fate: Fate, tmp_path: Path) -> None:
     """A result file that another version wrote is not used; a temporary one is none."""
     (tmp_path / ".ppl.json.partial").write_text("{")
-    assert evaluation.load(tmp_path / "ppl.json") is None
+    assert results.load(tmp_path / "ppl.json") is None

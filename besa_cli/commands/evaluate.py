@@ -1,53 +1,37 @@
 """`besa eval`: what was lost, as perplexity and as a look at what the models say."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa_cli import models
 from besa_cli.commands import options
-from besa_cli.console import Console, human_perplexity, human_share
-from besa_cli.errors import BesaError
+from besa_cli.commands import subject as subjects
+from besa_cli.commands.compare import compare
+from besa_cli.commands.subject import Subject
+from besa_cli.console import Console, human_perplexity
+from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
     from besa_cli.evaluation import Measurement, Perplexity, Settings
+    from besa_cli.results import Results
+    from besa_cli.texts import EvaluationText
 
 app = typer.Typer(no_args_is_help=True, help="Measure what was lost.", rich_markup_mode=None)
+app.command()(compare)
 
 _PROMPT = "The capital of France is"
-
-RunOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run", metavar="DIR", envvar="BESA_RUN", help="The run directory.", show_default=str(options.DEFAULT_RUN)
-    ),
-]
-NoBaselineOption = Annotated[
-    bool, typer.Option("--baseline/--no-baseline", help="Measure the dense parent, too, or take its stored result.")
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """A checkpoint to look at, and the dense one it was made from."""
-
-    name: str
-    directory: Path
-    digest: str | None
-    parent: "_Subject | None" = None
-    results: Path | None = None
 
 
 @app.command()
 def ppl(
     datasets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATASET", help="wikitext2 or a text file.", show_default="wikitext2"),
+        typer.Argument(metavar="DATASET", help="wikitext2, ptb, c4 or a text file.", show_default="wikitext2"),
     ] = None,
     model: options.OtherModelOption = None,
+    data_dir: options.DataDirOption = None,
     seqlen: Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a window.")] = 2048,
     stride: Annotated[
         int | None,
@@ -57,16 +41,16 @@ def ppl(
         int | None, typer.Option("--limit", metavar="N", help="Windows to measure.", show_default="all")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Windows in a pass.")] = 1,
-    baseline: NoBaselineOption = True,
+    baseline: subjects.BaselineOption = True,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
-    run: RunOption = None,
+    run: subjects.RunOption = None,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
     console = Console(json=as_json)
-    from besa_cli import compute, corpora
+    from besa_cli import compute, corpora, datahub, texts
     from besa_cli.evaluation import Settings
 
     where = compute.device(device)
@@ -74,99 +58,99 @@ def ppl(
     settings = Settings(
         seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved
     )
-    texts = [corpora.evaluation_text(name) for name in datasets or ["wikitext2"]]
-    subject = _subject(model, run, console, baseline=baseline)
-    rows = []
-    for text in texts:
-        measured = _measure(subject, text, settings, console, cached=False)
-        dense = _measure(subject.parent, text, settings, console, cached=True) if baseline and subject.parent else None
-        rows.append((measured, dense))
-    _show(subject, rows, console)
+    corpora.check_directory(data_dir)
+    hub = datahub.from_environment()
+    wanted = [
+        texts.evaluation_text(name, data_dir=data_dir, hub=hub, notify=console.note)
+        for name in dict.fromkeys(datasets or ["wikitext2"])
+    ]
+    subject = subjects.find(model, run, console, baseline=baseline)
+    measured = _measure(subject, wanted, settings, console)
+    dense: Sequence[Perplexity | None] = [None] * len(measured)
+    if subject.parent is not None:
+        dense = _measure(subject.parent, wanted, settings, console, parent=True)
+    _show(subject, list(zip(measured, dense, strict=True)), console)
 
 
-def _subject(model: str | None, run: Path | None, console: Console, *, baseline: bool = True) -> _Subject:
-    """What `--model` names; else the newest stage of the run directory; else, where none was named, the demo model."""
-    from besa_cli import checkpoint
+def _measure(
+    subject: Subject,
+    texts: "Sequence[EvaluationText]",
+    settings: "Settings",
+    console: Console,
+    *,
+    parent: bool = False,
+) -> "list[Perplexity]":
+    """The perplexity on each text: results of the run where they are there, one walk through the model for all others.
 
-    place = checkpoint.Run(run or options.DEFAULT_RUN)
-    if model is not None:
-        found = models.resolve(model, notify=console.note)
-        return _Subject(name=model, directory=found.directory, digest=None, results=place.evaluations if run else None)
-    newest = place.newest()
-    if newest is None and run is not None:
-        raise BesaError(f"{run} has no stage", f"make one: besa prune --run {run}")
-    if newest is None:
-        console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
-        found = models.resolve(models.DEMO, notify=console.note)
-        return _Subject(name=models.DEMO, directory=found.directory, digest=None)
-    manifest = checkpoint.finished(newest)
-    counts = manifest["counts"]
-    return _Subject(
-        name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}",
-        directory=newest,
-        digest=manifest["digest"],
-        parent=_parent(manifest, place.evaluations, console) if baseline else None,
-        results=place.evaluations,
-    )
+    A stage is looked at before its results are taken; of its parent they are taken as they are.
+    """
+    from besa_cli.results import Results
 
-
-def _parent(manifest: dict[str, Any], results: Path, console: Console) -> _Subject:
-    """The model that a stage was made from; fetched again where it is gone."""
-    origin = manifest["model"]
-    directory = Path(origin["directory"])
-    if not directory.is_dir():
-        name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
-        pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
-        directory = models.resolve(pinned, notify=console.note).directory
-    label = "parent" if manifest.get("history") else "dense"
-    return _Subject(name=label, directory=directory, digest=origin["digest"], results=results)
+    results = Results(subject.results) if subject.results else None
+    digest = str(subject.digest) if parent else subjects.digest(subject, console)
+    jobs = _jobs(subject, digest, texts, settings)
+    found = {number: results.load(job) for number, job in enumerate(jobs)} if results else {}
+    for number, job in enumerate(jobs):
+        if results and found[number]:
+            console.note(f"{subject.name}: result taken from {results.file(job)}")
+    left = [number for number in range(len(jobs)) if not found.get(number)]
+    if left and parent:
+        subjects.refuse_changed(subject)
+    if left:
+        made = _walk(subject, [jobs[number] for number in left], results, console)
+        found.update(zip(left, made, strict=True))
+    return [result for number in range(len(jobs)) if (result := found[number])]
 
 
-def _measure(subject: _Subject, text: Any, settings: "Settings", console: Console, *, cached: bool) -> "Perplexity":
-    from besa_cli import evaluation
+def _walk(
+    subject: Subject, jobs: "Sequence[Measurement]", results: "Results | None", console: Console
+) -> "list[Perplexity]":
+    from besa_cli.perplexity import Walk
 
-    job = _job(subject, text, settings)
-    file = subject.results / job.file if subject.results else None
-    found = evaluation.load(file) if cached and file else None
-    if found is not None:
-        console.note(f"{subject.name}: result taken from {file}")
-        return found
-    if cached:
-        _refuse_changed(subject)
-    with console.blocks(f"{text.name}, {subject.name}", job.blocks) as progress:
-        result = job.measure(lambda index, blocks, seconds: progress.advance(index, seconds))
-    if file is not None:
-        evaluation.save(result, file, {"name": subject.name, "directory": str(subject.directory)})
-    return result
-
-
-def _refuse_changed(parent: _Subject) -> None:
-    """A stage is compared with the model that it was made from, or with none."""
-    from besa_cli import weights
-
-    found = weights.check(weights.Weights(parent.directory))
-    if found != parent.digest:
-        raise BesaError(
-            f"the model in {parent.directory} has changed since the stage was made from it "
-            f"({str(parent.digest)[:12]} then, {found[:12]} now)",
-            "measure the stage alone with --no-baseline",
-        )
+    known = [results.known(job) if results else [] for job in jobs]
+    for job, losses in zip(jobs, known, strict=True):
+        if losses:
+            console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
+    walk = Walk(jobs, known)
+    try:
+        with console.blocks(f"{', '.join(job.dataset for job in jobs)}, {subject.name}", walk.steps) as progress:
+            for step in walk:
+                progress.advance(step.index, step.seconds, step.phase)
+                if results:
+                    for number in step.measured:
+                        results.keep(jobs[number], walk.losses[number])
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_way_on(results, jobs)) from interrupt
+    made = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
+    if results:
+        for job, result in zip(jobs, made, strict=True):
+            results.save(job, result, {"name": subject.name, "directory": str(subject.directory)})
+    return made
 
 
-def _job(subject: _Subject, text: Any, settings: "Settings") -> "Measurement":
-    from besa_cli import preparation, weights
+def _way_on(results: "Results | None", jobs: "Sequence[Measurement]") -> str:
+    """What is true of an interrupted evaluation."""
+    if results is None:
+        return "nothing was kept; with --run DIR what is measured goes there, and the same command goes on from it"
+    count = sum(len(results.known(job)) for job in jobs)
+    return f"{count} windows are measured and kept; run the same command again to go on from there"
+
+
+def _jobs(
+    subject: Subject, digest: str, texts: "Sequence[EvaluationText]", settings: "Settings"
+) -> "list[Measurement]":
+    from besa_cli import preparation
     from besa_cli.evaluation import Measurement
     from besa_cli.models import Model
 
     tokenizer = preparation.tokenizer_of(
         Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
     )
-    digest = subject.digest or weights.check(weights.Weights(subject.directory))
     made_of = preparation.tokenizer_digest(subject.directory)
-    return Measurement(subject.directory, digest, text, tokenizer, made_of, settings)
+    return [Measurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
 
 
-def _show(subject: _Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:
+def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:
     cells: list[tuple[str | int, ...]] = []
     for measured, dense in rows:
         parent = subject.parent.name if subject.parent else "dense"
@@ -204,7 +188,7 @@ def sample(
     model: options.OtherModelOption = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens to add.")] = 40,
     dtype: options.DtypeOption = "auto",
-    run: RunOption = None,
+    run: subjects.RunOption = None,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -214,7 +198,7 @@ def sample(
     from besa_cli.models import Model
 
     computed = compute.dtype(dtype, compute.device("cpu"))
-    subject = _subject(model, run, console)
+    subject = subjects.find(model, run, console)
     said = {}
     for each in (subject.parent, subject):
         if each is not None:

@@ -1,0 +1,90 @@
+"""Where a run keeps its perplexities: one file a result; while one is measured, the losses of its windows so far."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from besa_cli import checkpoint, disk, lock
+from besa_cli.evaluation import Loss, Measurement, Perplexity
+
+
+class Results:
+    """The results of one run directory, which is locked for every write, and only then.
+
+    Parameters
+    ----------
+    directory : Path
+        ``eval`` in the run directory.
+
+    Raises
+    ------
+    BesaError
+        Nothing can be written there; found out now, not after measuring.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        with lock.moment(directory.parent):
+            pass
+
+    def file(self, job: Measurement) -> Path:
+        """Where a result is, or will be."""
+        return self._directory / job.file
+
+    def _windows_file(self, job: Measurement) -> Path:
+        return self.file(job).with_suffix(".windows")
+
+    def load(self, job: Measurement) -> Perplexity | None:
+        """The result of the same measurement, or None where there is none."""
+        return load(self.file(job))
+
+    def known(self, job: Measurement) -> list[Loss]:
+        """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
+        file = self._windows_file(job)
+        record = disk.read_json(file) if file.exists() else {}
+        same = record.get("versions") == checkpoint.versions() and record.get("batch_size") == job.settings.batch_size
+        return [(float(total), int(count)) for total, count in record["losses"]] if same else []
+
+    def keep(self, job: Measurement, losses: Sequence[Loss]) -> None:
+        """Put the losses of the first windows on disk."""
+        record = {
+            "format": checkpoint.FORMAT,
+            "kind": "windows",
+            "batch_size": job.settings.batch_size,
+            "versions": checkpoint.versions(),
+            "losses": losses,
+        }
+        with lock.moment(self._directory.parent):
+            disk.write_json(self._windows_file(job), record)
+
+    def save(self, job: Measurement, result: Perplexity, model: Mapping[str, Any]) -> None:
+        """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
+        with lock.moment(self._directory.parent):
+            save(result, self.file(job), model)
+            self._windows_file(job).unlink(missing_ok=True)
+
+
+def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
+    """Write one result with what it belongs to."""
+    record = {
+        "format": checkpoint.FORMAT,
+        "kind": "perplexity",
+        "model": model,
+        **asdict(result),
+        "versions": checkpoint.versions(),
+    }
+    disk.write_json(file, record)
+
+
+def load(file: Path) -> Perplexity | None:
+    """A result that was saved, or None where there is none of the same versions."""
+    if not file.exists():
+        return None
+    record = disk.read_json(file)
+    fields = inspect.signature(Perplexity).parameters
+    needed = [name for name, field in fields.items() if field.default is field.empty]
+    if record.get("versions") != checkpoint.versions() or not all(name in record for name in needed):
+        return None
+    return Perplexity(**{name: record[name] for name in fields if name in record})
