@@ -24,7 +24,7 @@ LAYERS = (
     {"checkpoint", "corpora", "decoder"},
     {"texts", "windows"},
     {"calibration", "inspection", "stream"},
-    {"comparison", "evaluation", "preparation", "pruners"},
+    {"comparison", "evaluation", "preparation", "pruners", "zeroshot"},
     {"perplexity", "pruning", "results"},
     {"console"},
     {"commands"},
@@ -32,7 +32,19 @@ LAYERS = (
     {"__main__"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
-HEAVY = ("datasets", "gguf", "huggingface_hub", "numpy", "pyarrow", "rich", "safetensors", "torch", "transformers")
+HEAVY = (
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "lm_eval",
+    "numpy",
+    "psutil",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "torch",
+    "transformers",
+)
 
 
 def part_of(path: Path) -> str:

@@ -10,6 +10,7 @@ from besa_cli.commands import options
 from besa_cli.commands import subject as subjects
 from besa_cli.commands.compare import compare
 from besa_cli.commands.subject import Subject
+from besa_cli.commands.tasks import tasks
 from besa_cli.console import Console, human_perplexity
 from besa_cli.errors import Interrupted
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from besa_cli.texts import EvaluationText
 
 app = typer.Typer(no_args_is_help=True, help="Measure what was lost.", rich_markup_mode=None)
+app.command()(tasks)
 app.command()(compare)
 
 _PROMPT = "The capital of France is"
