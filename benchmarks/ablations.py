@@ -26,7 +26,7 @@ from typing import Any
 
 import ablation_report
 from ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
-from common import HERE, append_line, besa, commit, machine, read_lines, spent
+from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
 LINES, PAGE, FIGURES = "ablations.jsonl", "ABLATIONS.md", "figures"
 _KEPT = ("besa.json", "timing.jsonl", "model-*.json")  # of a pruned model, once it is measured

@@ -26,7 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
 
 import torch
-from common import HERE, append_line, commit, machine
+from besa_runs import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from besa_cli import calibration, compute, stream, windows

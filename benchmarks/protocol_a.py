@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import HERE, append_line, besa, commit, machine, read_lines, spent
+from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
 LINES = HERE / "protocol_a.jsonl"
 METHODS = {

@@ -17,6 +17,11 @@ Json = Mapping[str, Any]
 MANIFEST = "besa.json"  # says of a directory what it is and what made it
 
 
+def safe_name(name: str) -> str:
+    """The name with a hyphen for every character that a file's name had better not hold."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
+
+
 def publish(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it to `path`.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_cli import compute
+from besa_cli import compute, disk
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.texts import EvaluationText
@@ -204,8 +204,7 @@ class Measurement:
     def file(self) -> str:
         """A name for the result that differs wherever anything that made it does."""
         key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
-        stem = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in self.dataset)
-        return f"ppl-{stem}-{key}.json"
+        return f"ppl-{disk.safe_name(self.dataset)}-{key}.json"
 
     def counted(self, number: int) -> int:
         """How many of the last tokens of a window count: those that no window before it has predicted."""

@@ -70,6 +70,18 @@ def moment(run: Path) -> Iterator[None]:
         lock.release()
 
 
+def require_writable(run: Path) -> None:
+    """Find out now, not after measuring, whether results can be written in a run directory.
+
+    Raises
+    ------
+    BesaError
+        See `moment`.
+    """
+    with moment(run):
+        pass
+
+
 def _named(holder: Path) -> str:
     try:
         facts = json.loads(holder.read_text())

@@ -26,8 +26,7 @@ class Results:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        with lock.moment(directory.parent):
-            pass
+        lock.require_writable(directory.parent)
 
     def file(self, job: Measurement) -> Path:
         """Where a result is, or will be."""

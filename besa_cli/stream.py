@@ -333,7 +333,7 @@ class _Walk:
         targets = self._dense_targets(segment)
         alone = len(segment.windows) == 1
         whole = None if alone else self._whole_target(segment)
-        decided: list[tuple[Window, Pruned]] = []
+        decided: list[_Decided] = []
         for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
             block = Block(
                 window, self._weights(window, sources), budget=budget,
@@ -343,11 +343,11 @@ class _Walk:
             )  # fmt: skip
             pruned = self._change(block)
             _check_counts(block, pruned)
-            decided.append((window, pruned))
+            decided.append(_Decided(window=window, pruned=pruned, stored=_masked(block.weights, pruned)))
             if whole is None:
                 whole = block.target
             if not alone:
-                self._put(window, _masked(block.weights, pruned))
+                self._put(decided[-1])
             del block
         return self._settle(segment, sources, decided, whole)
 
@@ -386,26 +386,27 @@ class _Walk:
             for name, (index, inner) in window.places.items()
         }
 
-    def _put(self, window: Window, weights: Mapping[str, Tensor]) -> None:
+    def _put(self, decided: "_Decided") -> None:
+        """Let the windows that follow in the same block see what was decided."""
         with torch.no_grad():
-            for name, weight in weights.items():
-                window.linears[name].weight.copy_(weight)
+            for name, weight in decided.stored.items():
+                decided.window.linears[name].weight.copy_(weight)
 
     def _settle(
         self,
         segment: Segment,
         sources: Mapping[int, Mapping[str, Tensor]],
-        decided: Sequence[tuple[Window, Pruned]],
+        decided: Sequence["_Decided"],
         target: Tensor | None,
     ) -> list[BlockReport]:
         """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
         tensors = {index: dict(source) for index, source in sources.items()}
         linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
-        for window, pruned in decided:
-            for name, weight in _masked(self._weights(window, sources), pruned).items():
-                index, inner = window.places[name]
+        for each in decided:
+            for name, weight in each.stored.items():
+                index, inner = each.window.places[name]
                 tensors[index][self._decoder.block_names(index)[f"{inner}.weight"]] = weight.cpu()
-                linears[index].append(_linear_report(inner, weight, pruned.masks[name]))
+                linears[index].append(_linear_report(inner, weight, each.pruned.masks[name]))
         errors: list[float] = []
 
         def compare(part: slice, output: Tensor) -> None:
@@ -428,6 +429,15 @@ class _Walk:
         return reports
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Decided:
+    """What became of a window; `stored` are its weights as they will be stored, by the names of its linears."""
+
+    window: Window
+    pruned: Pruned
+    stored: Mapping[str, Tensor]
+
+
 def _masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:
     """The weights as they will be stored: in the source's dtype, zero where the mask is false."""
     return {
@@ -446,12 +456,12 @@ def _block_report(
     index: int,
     blocks: int,
     linears: Sequence[LinearReport],
-    decided: Sequence[tuple[Window, Pruned]],
+    decided: Sequence[_Decided],
     error: float | None,
 ) -> BlockReport:
     """The report of one block; errors are those of its window's end, so only the window's last block has them."""
-    alone = decided[0][1] if len(decided) == 1 and error is not None else None
-    learned = [pruned.learned_loss for _, pruned in decided if pruned.learned_loss is not None]
+    alone = decided[0].pruned if len(decided) == 1 and error is not None else None
+    learned = [each.pruned.learned_loss for each in decided if each.pruned.learned_loss is not None]
     return BlockReport(
         index=index,
         blocks=blocks,
@@ -459,7 +469,7 @@ def _block_report(
         error_before=alone.error_before if alone else None,
         error_after=alone.error_after if alone and alone.error_after is not None else error,
         learned_loss=math.fsum(learned) / len(learned) if learned else None,
-        kept_uniform=any(pruned.kept_uniform for _, pruned in decided),
+        kept_uniform=any(each.pruned.kept_uniform for each in decided),
     )
 
 

@@ -81,13 +81,24 @@ class Span:
         return self.forward(hidden, tokens)
 
 
-class Attention:
-    """The first half of a block: up to the output of the module `part`."""
+class _Half:
+    """Half a block, which ends with the output of the module `part`."""
 
     def __init__(self, decoder: Decoder, index: int, part: str) -> None:
         self._decoder, self._index, self._part, self.blocks = decoder, index, part, range(index, index + 1)
-        self.places = _places(decoder, index, part)
+        self.places = {name: (index, name) for name in decoder.linears(index) if name.startswith(f"{part}.")}
         self.linears = _linears(decoder, self.places)
+
+    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """See `Window`."""
+        return self._decoder.forward_to(self._index, self._part, hidden, tokens)
+
+    def _inside(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        return _inside(weights, self.places, self._index)
+
+
+class Attention(_Half):
+    """The first half of a block: up to the output of the module `part`."""
 
     def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: the hidden states themselves."""
@@ -95,21 +106,11 @@ class Attention:
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """See `Window`."""
-        named = _inside(weights, self.places, self._index)
-        return self._decoder.forward_to(self._index, self._part, inputs, tokens, named)
-
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`."""
-        return self.forward(hidden, tokens)
+        return self._decoder.forward_to(self._index, self._part, inputs, tokens, self._inside(weights))
 
 
-class MLP:
+class MLP(_Half):
     """The second half of a block: the module `part` alone."""
-
-    def __init__(self, decoder: Decoder, index: int, part: str) -> None:
-        self._decoder, self._index, self._part, self.blocks = decoder, index, part, range(index, index + 1)
-        self.places = _places(decoder, index, part)
-        self.linears = _linears(decoder, self.places)
 
     def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: what the block hands to the module."""
@@ -117,12 +118,7 @@ class MLP:
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """See `Window`."""
-        named = _inside(weights, self.places, self._index)
-        return self._decoder.forward_part(self._index, self._part, inputs, named)
-
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`."""
-        return self._decoder.forward_to(self._index, self._part, hidden, tokens)
+        return self._decoder.forward_part(self._index, self._part, inputs, self._inside(weights))
 
 
 def check(option: str) -> None:
@@ -175,10 +171,6 @@ def _halves(decoder: Decoder, index: int) -> Segment:
     first, second = names
     windows = (Attention(decoder, index, first), MLP(decoder, index, second))
     return Segment(blocks=range(index, index + 1), windows=windows)
-
-
-def _places(decoder: Decoder, index: int, part: str) -> dict[str, tuple[int, str]]:
-    return {name: (index, name) for name in decoder.linears(index) if name.startswith(f"{part}.")}
 
 
 def _linears(decoder: Decoder, places: Mapping[str, tuple[int, str]]) -> dict[str, nn.Linear]:

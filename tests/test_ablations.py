@@ -33,7 +33,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-common, plans, report, ablations = map(load, ("common", "ablation_plan", "ablation_report", "ablations"))
+besa_runs, plans, report, ablations = map(load, ("besa_runs", "ablation_plan", "ablation_report", "ablations"))
 
 SETUP = plans.Setup()
 EXPERIMENTS = plans.experiments(SETUP.samples)
@@ -294,7 +294,7 @@ def test_a_second_run_measures_nothing(tmp_path: Path, fake: Besa) -> None:
     assert ablations.main(options(tmp_path)) == 0
     kinds = [words[0] for words in fake.calls]
     assert (kinds.count("calibrate"), kinds.count("prune"), kinds.count("eval")) == (3, 6, 7)  # the dense model, too
-    stored = common.read_lines(tmp_path / "out" / "ablations.jsonl")
+    stored = besa_runs.read_lines(tmp_path / "out" / "ablations.jsonl")
     assert [each["seconds"] for each in stored[1:]] == [2.0] * 6
     assert [each["peak_memory"] for each in stored[1:]] == [5] * 6
     assert "30.00 ± 0.00 (n=3)" in (tmp_path / "out" / "ABLATIONS.md").read_text()
@@ -324,7 +324,7 @@ def test_weights_that_a_kill_has_left_go_the_next_time(tmp_path: Path, fake: Bes
 def test_a_cell_that_besa_refuses_does_not_stop_the_others(tmp_path: Path, fake: Besa) -> None:
     fake.refuses = lambda words: int(words[0] == "prune" and "layer" in words)
     assert ablations.main(options(tmp_path, "--seeds", "0")) == 1
-    assert len(common.read_lines(tmp_path / "out" / "ablations.jsonl")) == 2  # the dense model and the row-wise one
+    assert len(besa_runs.read_lines(tmp_path / "out" / "ablations.jsonl")) == 2  # the dense model and the row-wise one
 
 
 def test_a_besa_that_was_stopped_stops_the_runner(tmp_path: Path, fake: Besa) -> None:
@@ -337,7 +337,7 @@ def test_a_besa_that_was_stopped_stops_the_runner(tmp_path: Path, fake: Besa) ->
 def test_the_list_counts_shared_cells_once_and_runs_nothing(
     tmp_path: Path, fake: Besa, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common.append_line(tmp_path / "ablations.jsonl", line(plans.Cell(setting=BASE, seed=0), 1.0))
+    besa_runs.append_line(tmp_path / "ablations.jsonl", line(plans.Cell(setting=BASE, seed=0), 1.0))
     chosen = ["--only", "epochs", "granularity", "--seeds", "0"]
     assert ablations.main(["--list", "--out", str(tmp_path), *chosen]) == 0
     rows = {words[0]: words[1:4] for words in map(str.split, capsys.readouterr().out.splitlines())}

@@ -143,11 +143,8 @@ def _jobs(
 ) -> "list[Measurement]":
     from besa_cli import preparation
     from besa_cli.evaluation import Measurement
-    from besa_cli.models import Model
 
-    tokenizer = preparation.tokenizer_of(
-        Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
-    )
+    tokenizer = subjects.tokenizer(subject)
     made_of = preparation.tokenizer_digest(subject.directory)
     return [Measurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
 
@@ -196,16 +193,14 @@ def sample(
 ) -> None:
     """What the dense and the pruned model continue a prompt with (greedy), side by side."""
     console = Console(json=as_json)
-    from besa_cli import compute, evaluation, preparation
-    from besa_cli.models import Model
+    from besa_cli import compute, evaluation
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
     said = {}
     for each in (subject.parent, subject):
         if each is not None:
-            source = Model(name=each.name, kind="local", directory=each.directory, revision=None)
-            tokenizer = preparation.tokenizer_of(source)
+            tokenizer = subjects.tokenizer(each)
             said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, computed)
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from besa_cli import models
 from besa_cli.commands import options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RunOption = Annotated[
     Path | None,
@@ -104,3 +107,12 @@ def refuse_changed(parent: Subject) -> None:
             f"({str(parent.digest)[:12]} then, {found[:12]} now)",
             "measure the stage alone with --no-baseline",
         )
+
+
+def tokenizer(subject: Subject) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with the checkpoint."""
+    from besa_cli import preparation
+
+    return preparation.tokenizer_of(
+        models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
+    )

@@ -135,7 +135,7 @@ def _measure(
 
     A stage is looked at before its results are taken; of its parent they are taken as they are.
     """
-    from besa_cli.zeroshot.results import require_writable
+    from besa_cli import lock
 
     digest = str(measured.digest) if parent else subject.digest(measured, console)
     job, kept = _job(measured, digest, ready, settings), measured.results
@@ -143,7 +143,7 @@ def _measure(
     if parent and not all(found.values()):
         subject.refuse_changed(measured)
     if kept and not all(found.values()):
-        require_writable(kept)
+        lock.require_writable(kept.parent)
     about = {"name": measured.name, "directory": str(measured.directory)}
     try:
         for name, result in found.items():
@@ -164,11 +164,9 @@ def _way_on(kept: Path | None, count: int) -> str:
 
 def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "Settings") -> "Measurement":
     from besa_cli import preparation
-    from besa_cli.models import Model
     from besa_cli.zeroshot.run import Measurement
 
-    source = Model(name=measured.name, kind="local", directory=measured.directory, revision=None)
-    tokenizer = preparation.tokenizer_of(source)
+    tokenizer = subject.tokenizer(measured)
     made_of = preparation.tokenizer_digest(measured.directory)
     return Measurement(measured.directory, digest, tokenizer, made_of, ready, settings)
 

@@ -5,7 +5,7 @@ the exact budget, and keep the uniform allocation where learning did not beat it
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,9 +161,10 @@ class _Window:
         """β from the logits."""
         return allocation.mixture(theta.sigmoid() if self.options.preset == "authors" else theta)
 
-    def whole(self, real: Tensor) -> Tensor:
-        """Whole numbers of weights from real ones."""
-        return (real.floor() if self.options.preset == "authors" else real.round()).to(torch.int32)
+    def counts(self, alpha: Tensor) -> list[Tensor]:
+        """Weights that each row of a group prunes while learning, from the groups' sparsities; one tensor a linear."""
+        real = alpha.detach() * self.cols
+        return self.split((real.floor() if self.options.preset == "authors" else real.round()).to(torch.int32))
 
     def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
         """Real counts for each row from each group's sparsity."""
@@ -198,7 +199,7 @@ def prune(block: Block, options: Options) -> Pruned:
     )
 
 
-def _scores(block: Block, kind: Importance) -> Any:
+def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
     """The function that scores a linear by its name and weight; what it needs to know is gathered now, and is small."""
     if kind == "magnitude":
         return lambda name, weight: importance.magnitude(weight)
@@ -275,10 +276,11 @@ def _soft_weights(window: _Window, theta: Tensor) -> tuple[dict[str, Tensor], Te
     """The masked weights, differentiable in the logits, and the window's expected sparsity."""
     mixture = window.mixture(theta)
     alpha = allocation.expected_sparsity(mixture, window.p)
-    counts = window.split(window.whole(alpha.detach() * window.cols))
     weights = {
         name: allocation.straight_through(part, linear.weight, linear.ranks, count, linear.group, linear.masked)
-        for (name, linear), part, count in zip(window.linears.items(), window.split(mixture), counts, strict=True)
+        for (name, linear), part, count in zip(
+            window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
+        )
     }
     return weights, alpha @ (window.sizes / window.sizes.sum())
 
@@ -286,10 +288,9 @@ def _soft_weights(window: _Window, theta: Tensor) -> tuple[dict[str, Tensor], Te
 def _learned_masks(window: _Window, theta: Tensor) -> dict[str, Tensor]:
     """The masks of the last step, whatever their sparsity."""
     alpha = allocation.expected_sparsity(window.mixture(theta), window.p)
-    counts = window.split(window.whole(alpha * window.cols))
     return {
         name: masks.keep_above(linear.ranks, allocation.of_rows(count, linear.group, linear.rows))
-        for (name, linear), count in zip(window.linears.items(), counts, strict=True)
+        for (name, linear), count in zip(window.linears.items(), window.counts(alpha), strict=True)
     }
 
 

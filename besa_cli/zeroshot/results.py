@@ -149,8 +149,7 @@ def file_name(facts: Mapping[str, Any]) -> str:
     key = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
     shots = "own" if facts["num_fewshot"] is None else facts["num_fewshot"]
     part = "all" if facts["limit"] is None else f"first{facts['limit']}"
-    task = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in facts["task"])
-    return f"tasks-{task}-{shots}shot-{part}-{facts['model_digest'][:8]}-{key}.json"
+    return f"tasks-{disk.safe_name(facts['task'])}-{shots}shot-{part}-{facts['model_digest'][:8]}-{key}.json"
 
 
 def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
@@ -164,17 +163,6 @@ def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
     }
     with lock.moment(file.parent.parent):
         disk.write_json(file, record)
-
-
-def require_writable(directory: Path) -> None:
-    """Find out now, not after measuring, whether results can be written.
-
-    Raises
-    ------
-    BesaError
-    """
-    with lock.moment(directory.parent):
-        pass
 
 
 def load(file: Path) -> Result | None:
