@@ -19,7 +19,8 @@ class Hub:
 
     `refusal` is (status, error code) for listings, `file_refusal` the same for files. After `cut_after` bytes of a
     large file's body the line is cut (once `stall` is set, if there is one); if it `dies` of that, it is `dead` and
-    answers nothing any more.
+    answers nothing any more. If it is `tired`, it leaves a connection after a large file, without a word, when the next
+    question comes.
     """
 
     files: dict[str, bytes]
@@ -31,6 +32,7 @@ class Hub:
     stall: threading.Event | None = None
     dies: bool = False
     dead: bool = False
+    tired: bool = False
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
     endpoint: str = ""
 
@@ -60,6 +62,7 @@ def tag(name: str, content: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    asleep = False
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -74,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.log.append((self.command, path, self.headers.get("Range")))
-        if self.hub.dead:
+        if self.hub.dead or self.asleep:
             self.close_connection = True
             return
         if path.startswith("/api/models/"):
@@ -124,7 +127,8 @@ class Handler(BaseHTTPRequestHandler):
             self.body(name, content[start:])
 
     def body(self, name: str, content: bytes) -> None:
-        if self.hub.cut_after is None or not name.endswith(LARGE):
+        self.asleep = self.hub.tired and name.endswith(LARGE)
+        if self.hub.cut_after is None or len(content) <= self.hub.cut_after or not name.endswith(LARGE):
             self.wfile.write(content)
             return
         self.wfile.write(content[: self.hub.cut_after])

@@ -94,11 +94,11 @@ def test_a_closed_port_is_noticed_at_once(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_does_not_answer_is_given_up_in_time(tmp_path: Path) -> None:
-    with serving(FakeHub(delay=1)) as fake:
+    with serving(FakeHub(delay=10)) as fake:
         began = time.monotonic()
         with pytest.raises(datahub.Unreachable) as caught:
             datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path, timeout=0.2), notify=pytest.fail)
-        assert time.monotonic() - began < 0.9
+        assert time.monotonic() - began < 9
         assert fake.endpoint in caught.value.reason
 
 

@@ -23,6 +23,13 @@ def transport() -> tuple[type[Exception], ...]:
     return (HfHubHTTPError.__bases__[0],)  # the base class of httpx, under whatever name that goes this year
 
 
+def broken() -> tuple[type[Exception], ...]:
+    """The exceptions of a line that broke; some of them are answers (`is_answer`)."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return (*transport(), LocalEntryNotFoundError)  # what the hub's library makes of a question without an answer
+
+
 def kinds() -> tuple[type[Exception], ...]:
     """All exceptions by which a transfer fails."""
     from huggingface_hub.errors import HFValidationError
@@ -34,7 +41,7 @@ def is_answer(error: Exception) -> bool:
     """Whether the hub did answer, with a refusal."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, HfHubHTTPError)
+    return isinstance(error, HfHubHTTPError) or isinstance(error.__cause__, HfHubHTTPError)
 
 
 def offline(repo: str) -> BesaError:

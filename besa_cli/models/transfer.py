@@ -134,7 +134,19 @@ class Download:
         return hub_errors.cut_off(self.repo, hub_errors.reason(error), min(self._have(names), total), total)
 
     def _file(self, name: str) -> None:
-        """Put one file into the hub's cache."""
+        """Put one file into the hub's cache; a line that breaks is taken up again as long as anything comes."""
+        tries = 0
+        while True:
+            before = self._have([name])
+            try:
+                return self._once(name)
+            except hub_errors.broken() as error:
+                tries = 1 if self._have([name]) > before else tries + 1
+                if tries >= TRIES or hub_errors.is_answer(error):
+                    raise
+                time.sleep(tries)
+
+    def _once(self, name: str) -> None:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         url = hf_hub_url(self.repo, name, revision=self.commit)
@@ -156,25 +168,11 @@ class Download:
             if blob.exists():
                 return
             partial = blob.with_name(f"{blob.name}{_PARTIAL}")
-            self._insist(url, partial, size)
+            _append(url, partial, size)
             if sha256_file(partial) != blob.name:
                 partial.unlink()
                 raise BesaError(f"a file of {self.repo} arrived damaged", "run the same command again")
             partial.replace(blob)
-
-    def _insist(self, url: str, partial: Path, size: int) -> None:
-        tries = 0
-        while True:
-            before = partial.stat().st_size if partial.exists() else 0
-            try:
-                _append(url, partial, size)
-                return
-            except hub_errors.transport() as error:
-                after = partial.stat().st_size if partial.exists() else 0
-                tries = 1 if after > before else tries + 1
-                if tries >= TRIES or hub_errors.is_answer(error):
-                    raise
-                time.sleep(tries)
 
 
 def _append(url: str, partial: Path, size: int) -> None:

@@ -196,7 +196,7 @@ def test_a_hub_out_of_reach_is_noticed_and_the_cache_stands_in(
     nowhere = request.getfixturevalue(kind)
     begun = time.monotonic()
     answer = Client(tmp_path / "empty", nowhere)("org/tiny")
-    assert time.monotonic() - begun < (14 if kind == "silent" else 6)  # with the start of a process on a busy machine
+    assert time.monotonic() - begun < 20  # with the start of a process on a busy machine; three tries would be 24
     assert f"cannot reach the hub at {nowhere} for org/tiny" in str(answer["message"])
     if kind == "closed":
         whole = client("org/tiny")["directory"]
@@ -241,11 +241,19 @@ def test_a_line_that_is_cut_now_and_then_is_taken_up_again(hub: Hub, client: Cli
     assert spans == [f"bytes={start}-" for start in range(0, size, 50_000)]
 
 
+def test_a_hub_that_leaves_without_a_word_is_asked_again(hub: Hub, client: Client, tiny: Path) -> None:
+    hub.tired = True
+    answer = client("org/tiny")
+    assert "directory" in answer, answer
+    assert same_weights(answer["directory"], tiny)
+    assert [name for name, _ in hub.bodies()].count("model.safetensors") == 1
+
+
 def test_a_transfer_that_stands_still_is_given_up(hub: Hub, client: Client, tiny: Path) -> None:
     hub.cut_after, hub.stall = 50_000, threading.Event()
     begun = time.monotonic()
     answer = client("org/tiny", stall=2)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 30  # the transfer alone would wait for 60
     assert "nothing came for 2 s" in str(answer["message"])
     hub.stall.set()
     hub.cut_after = None
