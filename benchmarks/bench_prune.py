@@ -32,10 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from besa_cli import calibration, compute, stream, windows
 from besa_cli.checkpoint import Run, versions
 from besa_cli.decoder import Decoder
+from besa_cli.jobs import Job
 from besa_cli.models import Model
 from besa_cli.ops import kernels, losses
 from besa_cli.pruners import besa
-from besa_cli.pruning import Job, Request
+from besa_cli.pruning import Request
 
 LINES = HERE / "bench_prune.jsonl"
 CPU = torch.device("cpu")

@@ -21,6 +21,7 @@ from besa_cli.commands import evaluate
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.config_file import origin
 from besa_cli.commands.prune import prune
+from besa_cli.commands.quantize import quantize
 from besa_cli.commands.show import show
 from besa_cli.console import show_error
 from besa_cli.errors import BesaError, Interrupted
@@ -61,6 +62,7 @@ def besa(
 
 app.command()(calibrate)
 app.command()(prune)
+app.command()(quantize)
 app.add_typer(evaluate.app, name="eval")
 app.command()(show)
 

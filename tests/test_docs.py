@@ -25,7 +25,7 @@ from besa_cli import calibration, corpora, documents, preparation, pruners, text
 from besa_cli.app import app
 from besa_cli.checkpoint import Run
 from besa_cli.evaluation import Perplexity
-from besa_cli.pruning import Job
+from besa_cli.jobs import Job
 
 PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent

@@ -13,7 +13,7 @@ from besa_cli import stream, windows
 from besa_cli.checkpoint import Run, Stage
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.pruning import Job
+from besa_cli.jobs import Job
 from besa_cli.reports import BlockReport
 
 HALVED = [family for family in tiny.FAMILIES if family != "opt"]

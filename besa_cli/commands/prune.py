@@ -1,22 +1,18 @@
 """`besa prune`: checkpoint + calibration set → pruned checkpoint."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import options
+from besa_cli.commands import calibrating, options
 from besa_cli.console import Console
-from besa_cli.disk import MANIFEST
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
-    from besa_cli.calibration import CalibrationSet
     from besa_cli.checkpoint import Run
-    from besa_cli.models import Model
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
@@ -71,9 +67,6 @@ DampingOption = Annotated[
         "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
     ),
 ]
-CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
-]
 
 
 def prune(
@@ -95,7 +88,7 @@ def prune(
     penalty: PenaltyOption = None,
     candidates: CandidatesOption = None,
     damping: DampingOption = None,
-    calibration: CalibrationOption = None,
+    calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,
     seqlen: options.SeqlenOption = None,
@@ -120,7 +113,8 @@ def prune(
     console = Console(json=as_json)
     from besa_cli import lock
     from besa_cli.checkpoint import Run
-    from besa_cli.pruning import Job, Request
+    from besa_cli.jobs import Job
+    from besa_cli.pruning import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())
     request = Request(
@@ -138,7 +132,9 @@ def prune(
     directory = Run(run)
     with lock.held(run, f"besa prune --run {run}"):
         wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-        tokens = _calibration(source, directory, calibration, wanted, seed, data_dir, console, restart=restart)
+        tokens = calibrating.calibration(
+            source, directory, calibration, wanted, seed, data_dir, console, restart=restart
+        )
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
             console.note(f"{directory.stage('pruned')} is finished already, with the same options")
@@ -159,34 +155,6 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
     if not found:
         raise UsageError(f"--nm '{nm}' is no pattern N:M", "2:4 prunes 2 of every 4 columns")
     return int(found[1]), int(found[2])
-
-
-def _calibration(
-    model: "Model",
-    run: "Run",
-    shared: Path | None,
-    wanted: dict[str, Any],
-    seed: int,
-    data_dir: Path | None,
-    console: Console,
-    *,
-    restart: bool,
-) -> "CalibrationSet":
-    """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
-    from besa_cli import preparation
-
-    given = [name for name, value in wanted.items() if value is not None]
-    if shared is not None:
-        if given:
-            raise UsageError(
-                f"--calibration {shared} and --{given[0]} exclude each other",
-                "the set was drawn with options of its own",
-            )
-        return preparation.reuse(model, shared)
-    if not given and (run.calibration / MANIFEST).exists():
-        return preparation.reuse(model, run.calibration)
-    drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
-    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)
 
 
 def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:

@@ -1,0 +1,8 @@
+"""Methods: one file each, offering `Options` (a frozen dataclass) and `quantize(block, grid, options) -> Pruned`.
+
+A new method is a file in this folder and a line in `QUANTIZERS`.
+"""
+
+QUANTIZERS: dict[str, str] = {
+    "rtn": "round to nearest",
+}
