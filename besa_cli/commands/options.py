@@ -101,6 +101,12 @@ DataDirOption = Annotated[
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
 ]
+DampingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--damping", min=0.0, help="SparseGPT, GPTQ: share of the mean Hessian diagonal added.", show_default="0.01"
+    ),
+]
 GroupOption = Annotated[
     str | None,
     typer.Option(

@@ -61,12 +61,6 @@ PenaltyOption = Annotated[float | None, _besa("--penalty", "Weight of the sparsi
 CandidatesOption = Annotated[
     int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
 ]
-DampingOption = Annotated[
-    float | None,
-    typer.Option(
-        "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
-    ),
-]
 
 
 def prune(
@@ -87,7 +81,7 @@ def prune(
     d_coef: FactorOption = None,
     penalty: PenaltyOption = None,
     candidates: CandidatesOption = None,
-    damping: DampingOption = None,
+    damping: options.DampingOption = None,
     calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,

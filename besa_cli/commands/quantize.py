@@ -35,6 +35,7 @@ def quantize(
     group_size: options.GroupOption = None,
     symmetric: options.SymmetricOption = None,
     method: MethodOption = "rtn",
+    damping: options.DampingOption = None,
     calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,
@@ -51,7 +52,7 @@ def quantize(
     as_json: options.JsonOption = False,
 ) -> None:
     """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"damping": damping}
     console = Console(json=as_json)
     from besa_cli import lock
     from besa_cli.checkpoint import Run
