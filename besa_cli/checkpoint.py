@@ -295,7 +295,7 @@ def refuse_foreign(directory: Path, model: Path) -> None:
         The directory holds files but no manifest, or it is the model's.
     """
     if model.resolve() == directory.resolve():
-        raise BesaError(f"{directory} is both the model to read and the place to write to", "name another --run")
+        raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
     if directory.exists() and not directory.is_dir():
         raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
     if (directory / MANIFEST).exists() or not directory.exists():
