@@ -73,6 +73,10 @@ class Plan(Protocol):
     def grid(self) -> Grid | None:
         """The grid that weights are put on."""
 
+    @property
+    def observes(self) -> bool:
+        """Whether anything is decided from calibration samples; where not, none pass through the model."""
+
     def record(self) -> dict[str, Any]:
         """All options with their values, under the names of the command line."""
 
@@ -280,7 +284,7 @@ class Job:
         reports = stream.compress(
             self._decoder,
             self._stage,
-            self.calibration.tokens,
+            self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
             self.request.change,
             segments=self._segments,
             budgets=self._budgets,

@@ -61,46 +61,51 @@ class Request:
 
     @property
     def grid(self) -> Grid | None:
-        """See `Plan`: where pruning and quantizing are learned together."""
+        """See `besa_cli.jobs.Plan`: where pruning and quantizing are learned together."""
         grid: Grid | None = getattr(self.method_options(), "grid", None)
         return grid
 
     @property
     def stage(self) -> str:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         return "quantized" if self.grid else "pruned"
 
     @property
     def command(self) -> str:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         return "prune"
 
     @property
     def window(self) -> str:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         return str(getattr(self.method_options(), "window", windows.BLOCK))
 
     @property
     def target(self) -> Target:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
+    @property
+    def observes(self) -> bool:
+        """See `besa_cli.jobs.Plan`."""
+        return True
+
     def facts(self) -> dict[str, Any]:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         return {"quantization": asdict(self.grid)} if self.grid else {}
 
     def doing(self, model: str) -> str:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         bits = f" to {self.grid}" if self.grid else ""
         return f"pruning {model} with {self.method}{bits}"
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         return None if self.nm else budget.window_counts(self.sparsity, sizes)
 
     def change(self, block: Block) -> Pruned:
-        """See `Plan`."""
+        """See `besa_cli.jobs.Plan`."""
         pruned: Pruned = _module(self.method).prune(block, self.method_options())
         return pruned
 

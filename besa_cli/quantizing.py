@@ -81,6 +81,11 @@ class Request:
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
+    @property
+    def observes(self) -> bool:
+        """See `besa_cli.jobs.Plan`."""
+        return bool(_module(self.method).OBSERVES)
+
     def facts(self) -> dict[str, Any]:
         """See `besa_cli.jobs.Plan`."""
         return {"quantization": asdict(self.grid)}

@@ -271,6 +271,7 @@ def compress(
     Parameters
     ----------
     tokens : Tensor of shape (samples, seqlen)
+        Without any samples nothing passes through the blocks, and `change` sees their weights alone.
     change : function of a Block to what becomes of it
     segments : the model's windows
     budgets : one number a window, or None
@@ -317,8 +318,8 @@ class _Walk:
         self._shelf = shelf
         self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
-        self._inputs = embed(decoder, tokens, batch, shelf)
-        self._dense = embed(decoder, tokens, batch, shelf) if dense else None
+        self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._dense = embed(decoder, tokens, batch, shelf) if dense and len(tokens) else None
 
     def replay(self, segment: Segment) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
@@ -426,7 +427,7 @@ class _Walk:
             self._decoder.load(index, tensors[index])
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
-        error = math.fsum(errors) / len(self._inputs)
+        error = math.fsum(errors) / len(self._inputs) if errors else None
         reports = [
             _block_report(index, len(self._decoder), linears[index], decided, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)

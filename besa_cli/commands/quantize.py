@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli import models
+from besa_cli import choices, models
 from besa_cli.commands import calibrating, options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
@@ -29,6 +29,23 @@ MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_
 BitsOption = Annotated[int, typer.Option("--bits", help="Bits of a weight: 2, 3, 4 or 8.")]
 
 
+def _clip(name: str, text: str, default: str, **settings: Any) -> Any:
+    return typer.Option(name, help=text, show_default=default, rich_help_panel="Learned clipping", **settings)
+
+
+TargetOption = Annotated[
+    choices.Target | None,
+    _clip("--target", "What a block should keep: its own output, or the uncompressed model's hidden states.", "block"),
+]
+LossOption = Annotated[
+    choices.Loss | None,
+    _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+]
+EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1)]
+BatchSizeOption = Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)]
+RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.01", min=0.0)]
+
+
 def quantize(
     model: ModelOption = None,
     bits: BitsOption = 4,
@@ -36,6 +53,11 @@ def quantize(
     symmetric: options.SymmetricOption = None,
     method: MethodOption = "rtn",
     damping: options.DampingOption = None,
+    target: TargetOption = None,
+    loss: LossOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    lr: RateOption = None,
     calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,
@@ -52,7 +74,9 @@ def quantize(
     as_json: options.JsonOption = False,
 ) -> None:
     """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
-    own: dict[str, Any] = {"damping": damping}
+    own: dict[str, Any] = {
+        "damping": damping, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+    }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli import lock
     from besa_cli.checkpoint import Run

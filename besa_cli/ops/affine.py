@@ -144,6 +144,11 @@ def extremes(
     return low, high
 
 
+def representable(steps: Float[Tensor, "rows groups"]) -> Float16[Tensor, "rows groups"]:
+    """The nearest fp16 numbers above zero; 1 for a step of 0, which is that of a group of zeros alone."""
+    return steps.half().clamp_min(_SMALLEST).masked_fill(steps == 0, 1.0)
+
+
 def fit(
     low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], grid: Grid
 ) -> tuple[Float16[Tensor, "rows groups"], UInt8[Tensor, "rows groups"]]:
@@ -159,14 +164,12 @@ def fit(
     BesaError
         A scale is beyond fp16.
     """
-    step = (high - low) / grid.top
-    scales = step.half()
+    scales = representable((high - low) / grid.top)
     if not bool(scales.isfinite().all()):
         raise BesaError(
             f"weights as large as {float(torch.maximum(high, -low).max()):.3g} need a scale beyond fp16",
             "this model cannot be quantized; is one of its weights damaged?",
         )
-    scales = scales.clamp_min(_SMALLEST).masked_fill(step == 0, 1.0)
     if grid.symmetric:
         return scales, torch.full_like(scales, grid.middle, dtype=torch.uint8)
     return scales, zero_points(low, scales.float(), grid).to(torch.uint8)

@@ -11,6 +11,8 @@ from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
 from besa_cli.stream import Block, Pruned
 
+OBSERVES = True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

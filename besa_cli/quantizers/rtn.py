@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.stream import Block, Pruned
+
+OBSERVES = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +26,11 @@ def nearest(block: Block, grid: Grid) -> dict[str, Quantized]:
     return {name: affine.nearest(weight, grid) for name, weight in block.weights.items()}
 
 
-def decided(block: Block, quantized: Mapping[str, Quantized]) -> Pruned:
-    """The linears on their grid; what was zero counts as pruned."""
+def decided(block: Block, quantized: Mapping[str, Quantized], **facts: Any) -> Pruned:
+    """The linears on their grid; what was zero counts as pruned. `facts` are further fields of `Pruned`."""
     return Pruned(
         masks={name: weight != 0 for name, weight in block.weights.items()},
         weights={name: affine.dequantize(each) for name, each in quantized.items()},
         quantized=quantized,
+        **facts,
     )
