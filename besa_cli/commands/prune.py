@@ -7,6 +7,7 @@ import typer
 
 from besa_cli import choices, models
 from besa_cli.commands import calibrating, options
+from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -62,6 +63,13 @@ CandidatesOption = Annotated[
     int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
 ]
 
+BitsOption = Annotated[
+    int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
+]
+ClipRateOption = Annotated[
+    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.01", min=0.0)
+]
+
 
 def prune(
     model: options.ModelOption = options.DEFAULT_MODEL,
@@ -81,6 +89,10 @@ def prune(
     d_coef: FactorOption = None,
     penalty: PenaltyOption = None,
     candidates: CandidatesOption = None,
+    bits: BitsOption = None,
+    group_size: options.GroupOption = None,
+    symmetric: options.SymmetricOption = None,
+    clip_lr: ClipRateOption = None,
     damping: options.DampingOption = None,
     calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
@@ -102,6 +114,7 @@ def prune(
         "preset": preset, "window": window, "granularity": granularity, "importance": importance, "target": target,
         "loss": loss, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
         "d_coef": d_coef, "penalty": penalty, "candidates": candidates, "damping": damping,
+        "bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_lr": clip_lr,
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
@@ -131,7 +144,7 @@ def prune(
         )
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
-            console.note(f"{directory.stage('pruned')} is finished already, with the same options")
+            console.note(f"{directory.stage(request.stage)} is finished already, with the same options")
         else:
             console.note(job.title)
         with console.blocks("prune", job.number_of_blocks) as progress:
@@ -153,11 +166,13 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
 
 def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     counts, chosen = manifest["counts"], manifest["options"]
-    directory = run.stage("pruned")
+    directory = run.stage(manifest["stage"])
     console.line(
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
+    if "quantization" in manifest:
+        console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if counts["blocks_kept_uniform"]:
         console.line(
             f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"

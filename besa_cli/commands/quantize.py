@@ -81,12 +81,13 @@ def quantize(
     from besa_cli import lock
     from besa_cli.checkpoint import Run
     from besa_cli.jobs import Job
+    from besa_cli.ops import affine
     from besa_cli.quantizing import Request
 
     request = Request(
         method=method,
         bits=bits,
-        group_size=group_size or "128",
+        group_size=group_size or affine.GROUP,
         symmetric=symmetric is not False,
         options={name: value for name, value in own.items() if value is not None},
         device=device,

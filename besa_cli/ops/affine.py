@@ -8,16 +8,17 @@ greatest weight taken together with 0, so that z is a code and a zero weight sta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float16, Real, UInt8
+from jaxtyping import Bool, Float, Float16, Real, UInt8
 from torch import Tensor
 
 from besa_cli.errors import BesaError, UsageError
 
 BITS = (2, 3, 4, 8)
 CHANNEL = "channel"
+GROUP = "128"  # columns that share a scale where nothing else is said
 _SMALLEST = 2.0**-24  # of the fp16 numbers above zero
 
 
@@ -205,6 +206,13 @@ def nearest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Quantized:
     """Round to nearest on the grid between the least and the greatest weight of every group."""
     scales, zeros = fit(*extremes(weight, grid), grid)
     return Quantized(codes=encode(weight, scales, zeros, grid), scales=scales, zeros=zeros, grid=grid)
+
+
+def pruned(quantized: Quantized, keep: Bool[Tensor, "rows cols"]) -> Quantized:
+    """The same with the zero point as the code of all that is not kept."""
+    grid, cols = quantized.grid, quantized.codes.shape[1]
+    zeros = spread(quantized.zeros, grid, cols)
+    return replace(quantized, codes=torch.where(keep, quantized.codes, zeros))
 
 
 def bits_needed(rows: int, cols: int, nonzero: int, grid: Grid) -> int:

@@ -102,7 +102,11 @@ class Clipped:
             zeros = _Round.apply(-low / scales, self.grid.top)  # type: ignore[no-untyped-call]
         parts: Tensor = _OnGrid.apply(self._parts, scales, zeros, self.grid.top)  # type: ignore[no-untyped-call]
         rows, cols = self.weight.shape
-        return parts.reshape(rows, -1)[:, :cols]
+        return parts.reshape(rows, -1)[:, :cols].contiguous()
+
+    def nearest(self) -> Float[Tensor, "rows cols"]:
+        """Ŵ on the grid between the extremes."""
+        return affine.dequantize(affine.nearest(self.weight, self.grid))
 
     def quantized(self, logits: Float[Tensor, "rows groups ends"]) -> Quantized:
         """The codes at these logits."""
