@@ -143,6 +143,7 @@ class Stage:
     def __init__(self, directory: Path, blocks: int) -> None:
         self.directory = directory
         self.blocks = blocks
+        self._seen: set[int] = set()  # blocks that were written or read whole in this process
 
     def shard(self, index: int) -> Path:
         """The shard of block `index`; −1 is what belongs to no block."""
@@ -153,8 +154,25 @@ class Stage:
         return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by checkpoint name."""
-        return weights.read_file(self.shard(index))
+        """The tensors of a finished block, by checkpoint name.
+
+        Raises
+        ------
+        BesaError
+            They are not those that were written.
+        """
+        tensors = weights.read_file(self.shard(index))
+        written = disk.read_json(self._report(index)).get("digest")
+        if written not in (None, weights.digest(tensors)):
+            raise BesaError(
+                f"{self.shard(index)} is damaged: it does not hold what was written",
+                "delete this file and run the same command again: its block is made anew",
+            )
+        self._seen.add(index)
+        return tensors
+
+    def _report(self, index: int) -> Path:
+        return self.shard(index).with_suffix(".json")
 
     def codes(self, index: int) -> dict[str, Tensor]:
         """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""
@@ -166,7 +184,9 @@ class Stage:
 
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
-        return BlockReport.from_record(disk.read_json(self.shard(index).with_suffix(".json")))
+        record = disk.read_json(self._report(index))
+        record.pop("digest", None)
+        return BlockReport.from_record(record)
 
     def reports(self) -> Iterator[BlockReport]:
         """The reports of all finished blocks."""
@@ -174,11 +194,12 @@ class Stage:
 
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """Put a block's report, codes and tensors on disk, the shard last."""
-        disk.write_json(self.shard(report.index).with_suffix(".json"), report.record())
+        disk.write_json(self._report(report.index), {**report.record(), "digest": weights.digest(tensors)})
         if codes:
             self._codes(report.index).parent.mkdir(exist_ok=True)
             self._save(self._codes(report.index), codes)
         self._save(self.shard(report.index), tensors)
+        self._seen.add(report.index)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the tensors that belong to no block on disk."""
@@ -202,7 +223,15 @@ class Stage:
         disk.write_json(self.directory / MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
 
     def finish(self) -> dict[str, Any]:
-        """Write the index, then the manifest with what was reached; returns the manifest."""
+        """Write the index, then the manifest with what was reached; returns the manifest.
+
+        Raises
+        ------
+        BesaError
+            A block that another process wrote is not what it was.
+        """
+        for index in set(range(self.blocks)) - self._seen:
+            self.read(index)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)
@@ -308,6 +337,31 @@ def refuse_foreign(directory: Path, model: Path) -> None:
         )
 
 
+def refuse_damaged(directory: Path, found: str) -> None:
+    """Refuse a finished stage whose tensors are not those that were written.
+
+    Parameters
+    ----------
+    directory : Path
+        A model; what is no stage has no digest to compare with.
+    found : str
+        The digest of what lies there now.
+
+    Raises
+    ------
+    BesaError
+        The digests differ.
+    """
+    if not (directory / MANIFEST).exists():
+        return
+    written = read_manifest(directory).get("digest")
+    if written not in (None, found):
+        raise BesaError(
+            f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
+            "restore its files, or make it anew with --restart",
+        )
+
+
 def require_space(directory: Path, needed: int) -> None:
     """Refuse early what the disk cannot hold.
 
@@ -318,10 +372,7 @@ def require_space(directory: Path, needed: int) -> None:
     needed : int
         Bytes.
     """
-    place = directory
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = disk.free(directory)
     if free < needed:
         raise BesaError(
             f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free",

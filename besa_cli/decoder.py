@@ -129,13 +129,29 @@ class Decoder:
         names = [name for name in self.model.state_dict() if not name.startswith(inside)]
         wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
-        tensors = self.weights.read(list(wanted.values()))
+        head = self.model.get_output_embeddings()
+        own = {name for name, module in self.model.named_modules() if module is head}
+        self._head = {name: origin for name, origin in wanted.items() if name.rpartition(".")[0] in own}
+        now = {name: origin for name, origin in wanted.items() if name not in self._head}
+        tensors = self.weights.read(list(now.values()))
         for module in _outside(self.model, self.blocks):
-            _to_empty(module, self.device)
+            if module is not head:
+                _to_empty(module, self.device)
         self._restore_buffers(self.model, skip=self.blocks)
-        self._fill(self.model.state_dict(), wanted, tensors)
+        self._fill(self.model.state_dict(), now, tensors)
         self.model.tie_weights()
         self.model.requires_grad_(False)
+
+    def head_bytes(self) -> int:
+        """Bytes that the head will take in memory, where it has weights of its own that are not loaded yet."""
+        return sum(self.model.get_parameter(name).numel() * self.dtype.itemsize for name in self._head)
+
+    def load_head(self) -> None:
+        """Give the head its weights, where it has any of its own; only logits need them."""
+        if self._head:
+            _to_empty(self.model.get_output_embeddings(), self.device)
+            self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
+            self._head = {}
 
     def _restore_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
         """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
@@ -225,6 +241,7 @@ class Decoder:
         -------
         Tensor of shape (samples, positions, vocabulary)
         """
+        self.load_head()
         last = len(self) - 1
 
         def inject(number: int, states: Tensor, *args: Any, **kwargs: Any) -> Any:

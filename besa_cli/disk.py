@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,29 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:  # the directory itself may be the problem; the caller's error says so
         return
+
+
+def free(path: Path) -> int:
+    """Bytes that are free where `path` is or would be made."""
+    return shutil.disk_usage(_nearest(path)).free
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a place where nothing may be written, without writing anything.
+
+    Raises
+    ------
+    BesaError
+        The nearest directory that exists is not writable.
+    """
+    place = _nearest(path)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise BesaError(f"cannot write {path}: {place} is not writable", "name another directory with --run")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first directory above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def flush_directory(directory: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from besa_cli import checkpoint, compute, manifests, stream, weights, windows
+from besa_cli import checkpoint, compute, disk, footprint, forecast, manifests, stream, weights, windows
 from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import Run, Stage
 from besa_cli.choices import Target
 from besa_cli.decoder import Decoder
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.errors import BesaError
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
@@ -23,11 +23,6 @@ from besa_cli.reports import BlockReport
 from besa_cli.stream import Block, Pruned, Step
 
 _PASS_TOKENS = 4096  # tokens in a pass without gradients
-_WINDOW_BYTES = (
-    9  # for each weight of a window, beside copies in the compute dtype: source, ranks, scores, what is learned
-)
-_WIDTH = 24  # numbers that a pass holds for each token and channel
-_ARRAYS = 2  # tensors of hidden states: inputs and targets
 
 
 class Plan(Protocol):
@@ -92,6 +87,13 @@ class Plan(Protocol):
     def change(self, block: Block) -> Pruned:
         """What becomes of a block."""
 
+    @property
+    def method(self) -> str:
+        """The method's name."""
+
+    def method_options(self) -> Any:
+        """The method's `Options`."""
+
 
 class Job:
     """One command that makes a stage of a run directory: everything is checked when it is made, `blocks` does the work.
@@ -105,6 +107,8 @@ class Job:
     request : Plan
     restart : bool
         Begin anew; a finished stage is replaced when the new one is finished.
+    dry : bool
+        Only check; nothing is written. For `forecast`.
     notify : callable
         Takes one-line notes.
 
@@ -122,16 +126,21 @@ class Job:
         request: Plan,
         *,
         restart: bool = False,
+        dry: bool = False,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._began, self._dry = time.perf_counter(), dry
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._final = run.stage(request.stage)
         self._beside = run.next_stage(request.stage)
-        checkpoint.recover(self._final, self._beside)
+        if not dry:
+            checkpoint.recover(self._final, self._beside)
         for place in (self._final, self._beside):
             checkpoint.refuse_foreign(place, model.directory)
         source = weights.Weights(model.directory)
         self._digest = weights.check(source)
+        self._checking = time.perf_counter() - self._began
+        checkpoint.refuse_damaged(model.directory, self._digest)
         self._directory, self.manifest = self._place(restart=restart)
         if not self.done and self.manifest["versions"] != checkpoint.versions():
             notify(
@@ -219,11 +228,21 @@ class Job:
         self._segments = windows.segments(self._decoder, self.request.window)
         sizes = list(windows.sizes(self._segments))
         self._budgets = self.request.budgets(sizes)
-        spilled = self._spills(max(sizes))
+        self._decoder.weights.refuse_change(source)
+        placing = self._place_in_memory()
         if self.manifest["status"] == "new":
-            codes = sum(sizes) if self.request.grid else 0
-            checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02) + codes)
+            settings["batch"] = placing.batch
+            self._to_write = int(source.nbytes(source.names) * 1.02) + (sum(sizes) if self.request.grid else 0)
+            checkpoint.require_space(self._directory, self._to_write)
             self._decoder.verify(self.calibration.tokens)
+        if self._dry:
+            disk.require_writable(self._directory)
+            self._placing, self._checked = placing, time.perf_counter() - self._began
+        else:
+            self._begin(source, notify, spilled=placing.in_files)
+
+    def _begin(self, source: weights.Weights, notify: Callable[[str], None], *, spilled: bool) -> None:
+        if self.manifest["status"] == "new":
             checkpoint.discard(self._directory, self._final)
             self._stage.begin(self.manifest, self.model.directory)
         else:
@@ -236,30 +255,59 @@ class Job:
         if not self._stage.shard(-1).exists():
             self._stage.write_rest(source.read(self._decoder.rest_names()))
 
-    def _spills(self, largest: int) -> bool:
-        """Whether the hidden states have to go to files, for windows of up to `largest` weights.
+    def _place_in_memory(self) -> footprint.Placing:
+        """How to stay within --max-memory; the batch of a stage that was begun stays as it is.
 
         Raises
         ------
         UsageError
-            A window alone would not fit.
+            It cannot be done.
         """
-        limit = self.request.max_memory
-        if limit is None:
-            return False
-        dtype = self._decoder.dtype
-        hidden = int(self._decoder.config.get_text_config().hidden_size)
-        tokens = self.calibration.tokens.numel()
-        passing = min(tokens, self.manifest["compute"]["batch"] * self.calibration.tokens.shape[1])
-        window = largest * (_WINDOW_BYTES + 3 * dtype.itemsize) + passing * hidden * _WIDTH * dtype.itemsize
-        needed: int = compute.resident() + window
-        if needed > limit:
-            raise UsageError(
-                f"--max-memory {limit / 1e9:.1f}GB is too little: with one window of the model the process needs "
-                f"about {needed / 1e9:.1f} GB",
-                f"give at least {needed / 1e9 + 0.1:.1f}GB, a narrower --window or a shorter --seqlen",
-            )
-        return needed + _ARRAYS * tokens * hidden * dtype.itemsize > limit
+        most = self.manifest["compute"]["batch"]
+        limit, new = self.request.max_memory, self.manifest["status"] == "new"
+        return footprint.place(limit, compute.resident(), most, self._demand, fixed=not new)
+
+    def _demand(self, batch: int) -> footprint.Demand:
+        own, (samples, seqlen) = self.request.method_options(), self.calibration.tokens.shape
+        observed = samples if self.request.observes else 0
+        return footprint.compressing(
+            footprint.shape(self._decoder, self._segments),
+            self.request.method,
+            tokens=observed * seqlen,
+            passing=min(observed, batch) * seqlen,
+            learning=min(samples, getattr(own, "batch_size", 1)) * seqlen,
+            candidates=getattr(own, "candidates", 0),
+            grid=self.request.grid is not None,
+        )
+
+    def forecast(self) -> forecast.Forecast:
+        """What the command will take, from the model of memory and a trial of the first window; for a dry job."""
+        finished = self._stage.finished() if self.manifest["status"] != "new" else 0
+        batch = self.manifest["compute"]["batch"]
+        working = forecast.seconds(
+            self._decoder,
+            self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
+            self.request.change,
+            segments=self._segments,
+            budgets=self._budgets,
+            target=self.request.target,
+            batch=batch,
+            seed=self.request.seed,
+            finished=finished,
+        )
+        hidden = self._demand(batch).hidden if self._placing.in_files else 0
+        left = len(self._decoder) - finished
+        return forecast.Forecast(
+            memory=max(self._placing.peak, compute.peak_resident() if finished else 0),
+            phase=self._placing.phase,
+            in_files=self._placing.in_files,
+            batch=batch,
+            disk=hidden + (self._to_write if not finished else 0),
+            free=disk.free(self._directory),
+            seconds=self._checked + working + self._checking,  # what is written is read and digested at the end
+            blocks=len(self._decoder),
+            left=left,
+        )
 
     @property
     def title(self) -> str:

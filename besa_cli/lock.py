@@ -43,6 +43,34 @@ def held(run: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def free(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, where there is one, without leaving anything in it: to look, not to write.
+
+    Raises
+    ------
+    BesaError
+        Another process writes there (named).
+    """
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        if (run / ".lock").exists():
+            lock.acquire()
+    except Timeout as error:
+        raise BesaError(
+            f"{run} is in use by {_named(run / '.holder.json')}",
+            "wait for it to end, or name another directory with --run",
+        ) from error
+    except OSError as error:
+        raise BesaError(
+            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def moment(run: Path) -> Iterator[None]:
     """Hold what guards the results of a run directory, waiting for others who hold it; for the time of one write.
 

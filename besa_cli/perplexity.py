@@ -3,12 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
-from besa_cli import stream
+from besa_cli import compute, disk, footprint, stream
 from besa_cli.decoder import Decoder
 from besa_cli.evaluation import Loss, Measurement, Perplexity, token_losses
+from besa_cli.forecast import Forecast
+from besa_cli.windows import BLOCK, segments
 
 _BYTES = 1 << 30  # of hidden states that are held at a time
 _CPU_TOKENS = 32_768  # that a CPU takes through the model at a time
@@ -94,6 +97,46 @@ class Walk:
                 self.losses[part.text] += list(self._window_losses(part, hidden))
             yield self._step(index, f"head{place}", start, *(part.text for part in portion))
             index += 1
+
+    def forecast(self, place: Path) -> Forecast:
+        """What the walk will take, from the model of memory and a trial of the first windows; nothing is measured.
+
+        Parameters
+        ----------
+        place : Path
+            Where results go.
+        """
+        seqlen, blocks = self._jobs[0].settings.seqlen, len(self._decoder)
+        sizes = [sum(part.stop - part.start for part in portion) for portion in self.portions]
+        shape = footprint.shape(self._decoder, segments(self._decoder, BLOCK))
+        demand = footprint.measuring(shape, tokens=max(sizes) * seqlen, passing=min(self._batch, max(sizes)) * seqlen)
+        memory = compute.resident() + self._decoder.head_bytes() + demand.peak()
+        first = self.portions[0][0]
+        part = Part(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))
+        began = time.perf_counter()
+        hidden = stream.embed(self._decoder, self._tokens(part), self._batch)
+        embedded = time.perf_counter()
+        self._decoder.load(0)
+        loaded = time.perf_counter()
+        stream.advance(self._decoder, 0, hidden, self._tokens(part), self._batch)
+        passed = time.perf_counter()
+        self._decoder.drop(0)
+        self._decoder.load_head()
+        ready = time.perf_counter()
+        _ = list(self._window_losses(part, hidden))
+        each = (embedded - began) + blocks * (passed - loaded) + (time.perf_counter() - ready)
+        seconds = each * sum(sizes) / (part.stop - part.start) + blocks * len(sizes) * (loaded - embedded)
+        return Forecast(
+            memory=max(memory, compute.peak_resident()),
+            phase=demand.phase,
+            in_files=False,
+            batch=self._batch,
+            disk=0,
+            free=disk.free(place),
+            seconds=seconds,
+            blocks=blocks,
+            left=blocks,
+        )
 
     def _step(self, index: int, phase: str, start: float, *measured: int) -> Step:
         seconds = time.perf_counter() - start

@@ -104,6 +104,7 @@ def calibrate(
     notify: Notify,
     *,
     restart: bool = False,
+    keep: bool = True,
 ) -> calibration.CalibrationSet:
     """Make the calibration set of `directory`, or take the one that is there if it was made with the same options.
 
@@ -120,6 +121,8 @@ def calibrate(
         Takes one-line notes.
     restart : bool, default=False
         Replace a set that is there.
+    keep : bool, default=True
+        Write the set into `directory`.
 
     Raises
     ------
@@ -146,7 +149,8 @@ def calibrate(
     )
     origin = {"name": model.name, "kind": model.kind, "revision": model.revision}
     made = replace(made, manifest={**made.manifest, "command": "calibrate", "model": origin})
-    calibration.save(made, directory)
+    if keep:
+        calibration.save(made, directory)
     return made
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,11 +42,13 @@ class Weights:
         self.directory = directory
         self._file: dict[str, Path] = {}
         self._bytes: dict[str, int] = {}
+        self._stamps: dict[Path, tuple[int, ...]] = {}
         listed = _listed(directory)
         for path in sorted({directory / name for name in listed.values()} or {directory / SINGLE}):
             for name, size in header(path).items():
                 self._file[name] = path
                 self._bytes[name] = size
+            self._stamps[path] = _stamp(path)
         missing = sorted(set(listed) - set(self._file))
         if missing:
             raise BesaError(f"{directory / listed[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
@@ -63,6 +65,24 @@ class Weights:
         """Bytes that these tensors take on disk."""
         return sum(self._bytes[name] for name in names)
 
+    def refuse_change(self, other: "Weights") -> None:
+        """Refuse files that were written after `other` looked at the same directory.
+
+        Raises
+        ------
+        BesaError
+            A file has changed.
+        """
+        for path, stamp in other._stamps.items():
+            self._refuse(path, stamp)
+
+    def _refuse(self, path: Path, stamp: tuple[int, ...]) -> None:
+        if path.exists() and _stamp(path) != stamp:
+            raise BesaError(
+                f"{path} was written to while it was in use",
+                "let nothing change a model that is read; put it back as it was, and run the same command again",
+            )
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Read tensors into memory of their own; the files are closed again.
 
@@ -76,12 +96,19 @@ class Weights:
             by_file[self._file[name]].append(name)
         found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
+            self._refuse(path, self._stamps[path])
             try:
                 with safe_open(path, framework="pt") as file:
                     found.update({name: file.get_tensor(name).clone() for name in wanted})
             except (SafetensorError, OSError) as error:
                 raise BesaError(f"cannot read {wanted[0]} from {path}: {error}", _REMEDY) from error
         return {name: found[name] for name in names}
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 class Names:
@@ -185,11 +212,23 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
                     f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
                     "fetch the model again, or use another one: these weights cannot be pruned",
                 )
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            _add(digest, name, tensor)
         del tensor
         compute.give_back_memory()
     return digest.hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The digest of these tensors, as `check` gives it for a checkpoint that holds them and no others."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        _add(found, name, tensors[name])
+    return found.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 _PORTION = 16 << 20  # bytes of tensors in memory at a time

@@ -3,13 +3,14 @@
 import errno
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from besa_cli import compute, jobs
+from besa_cli import compute, footprint
 from besa_cli.activations import Shelf
 from besa_cli.checkpoint import Run
 from besa_cli.commands import options
@@ -68,8 +69,9 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     calibration = tiny.calibration_set(tiny.tokens(6, 12))
     chosen = {"target": target, "window": window}
     found = {}
-    for name, arrays in (("memory", 2), ("files", 10**9)):
-        monkeypatch.setattr(jobs, "_ARRAYS", arrays)
+    demand = footprint.compressing
+    for name, hidden in (("memory", 1 << 20), ("files", 1 << 40)):
+        monkeypatch.setattr(footprint, "compressing", lambda *a, n=hidden, **k: replace(demand(*a, **k), hidden=n))
         request = Request(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
         job = Job(Run(tmp_path / name), tiny.local(model), calibration, request, notify=notes.append)

@@ -23,8 +23,9 @@ def calibration(
     console: Console,
     *,
     restart: bool,
+    keep: bool = True,
 ) -> "CalibrationSet":
-    """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
+    """The set of `--calibration`, or of the run directory; made now where there is none, and kept there."""
     from besa_cli import preparation
 
     given = [name for name, value in wanted.items() if value is not None]
@@ -38,4 +39,4 @@ def calibration(
     if not given and (run.calibration / MANIFEST).exists():
         return preparation.reuse(model, run.calibration)
     drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
-    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)
+    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart, keep=keep)

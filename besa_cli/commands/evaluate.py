@@ -1,12 +1,13 @@
 """`besa eval`: what was lost, as perplexity and as a look at what the models say."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa_cli.commands import options
+from besa_cli.commands import forecasting, options
 from besa_cli.commands import subject as subjects
 from besa_cli.commands.compare import compare
 from besa_cli.commands.subject import Subject
@@ -16,6 +17,7 @@ from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
     from besa_cli.evaluation import Measurement, Perplexity, Settings
+    from besa_cli.forecast import Forecast
     from besa_cli.results import Results
     from besa_cli.texts import EvaluationText
 
@@ -47,12 +49,13 @@ def ppl(
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
+    dry_run: options.DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
     """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
     console = Console(json=as_json)
-    from besa_cli import compute, corpora, datahub, texts
+    from besa_cli import compute, corpora, datahub, forecast, texts
     from besa_cli.evaluation import Settings
 
     where = compute.device(device)
@@ -67,6 +70,10 @@ def ppl(
         for name in dict.fromkeys(datasets or ["wikitext2"])
     ]
     subject = subjects.find(model, run, console, baseline=baseline)
+    if dry_run:
+        both = [each for each in (subject, subject.parent) if each is not None]
+        forecasting.show(forecast.together([_forecast(each, wanted, settings, console) for each in both]), console)
+        return
     measured = _measure(subject, wanted, settings, console)
     dense: Sequence[Perplexity | None] = [None] * len(measured)
     if subject.parent is not None:
@@ -89,7 +96,7 @@ def _measure(
     from besa_cli.results import Results
 
     results = Results(subject.results) if subject.results else None
-    digest = str(subject.digest) if parent else subjects.digest(subject, console)
+    digest = str(subject.digest) if parent else subjects.digest(subject)
     jobs = _jobs(subject, digest, texts, settings)
     found = {number: results.load(job) for number, job in enumerate(jobs)} if results else {}
     for number, job in enumerate(jobs):
@@ -102,6 +109,24 @@ def _measure(
         made = _walk(subject, [jobs[number] for number in left], results, console)
         found.update(zip(left, made, strict=True))
     return [result for number in range(len(jobs)) if (result := found[number])]
+
+
+def _forecast(
+    subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings", console: Console
+) -> "Forecast":
+    """What measuring one model would take, all checks included."""
+    from besa_cli import disk, results
+    from besa_cli.perplexity import Walk
+
+    began = time.perf_counter()
+    jobs = _jobs(subject, subjects.digest(subject), texts, settings)
+    if subject.results:
+        disk.require_writable(subject.results)
+    left = [job for job in jobs if not (subject.results and results.load(subject.results / job.file))]
+    walk = Walk(left or jobs)
+    checks = time.perf_counter() - began
+    found = walk.forecast(subject.results or subject.directory)
+    return replace(found, seconds=(found.seconds if left else 0.0) + checks, left=found.left if left else 0)
 
 
 def _walk(

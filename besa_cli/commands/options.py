@@ -47,6 +47,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Begin anew; what was there is replaced when the new is finished.")
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only check everything, and say what memory, disk and time it would take; writes nothing."
+    ),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

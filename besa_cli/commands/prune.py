@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import calibrating, options
+from besa_cli.commands import calibrating, forecasting, options
 from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
@@ -106,6 +106,7 @@ def prune(
     seed: options.SeedOption = 0,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
+    dry_run: options.DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -137,11 +138,14 @@ def prune(
     )
     source = models.resolve(model, notify=console.note)
     directory = Run(run)
-    with lock.held(run, f"besa prune --run {run}"):
+    with lock.free(run) if dry_run else lock.held(run, f"besa prune --run {run}"):
         wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
         tokens = calibrating.calibration(
-            source, directory, calibration, wanted, seed, data_dir, console, restart=restart
+            source, directory, calibration, wanted, seed, data_dir, console, restart=restart, keep=not dry_run
         )
+        if dry_run:
+            forecasting.job(Job(directory, source, tokens, request, restart=restart, dry=True), console)
+            return
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
             console.note(f"{directory.stage(request.stage)} is finished already, with the same options")

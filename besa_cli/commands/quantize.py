@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import calibrating, options
+from besa_cli.commands import calibrating, forecasting, options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -70,6 +70,7 @@ def quantize(
     seed: options.SeedOption = 0,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
+    dry_run: options.DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -98,11 +99,14 @@ def quantize(
     )
     directory = Run(run)
     source = _source(model, directory, console)
-    with lock.held(run, f"besa quantize --run {run}"):
+    with lock.free(run) if dry_run else lock.held(run, f"besa quantize --run {run}"):
         wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
         tokens = calibrating.calibration(
-            source, directory, calibration, wanted, seed, data_dir, console, restart=restart
+            source, directory, calibration, wanted, seed, data_dir, console, restart=restart, keep=not dry_run
         )
+        if dry_run:
+            forecasting.job(Job(directory, source, tokens, request, restart=restart, dry=True), console)
+            return
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
             console.note(f"{directory.stage(request.stage)} is finished already, with the same options")

@@ -80,13 +80,19 @@ def _parent(manifest: dict[str, Any], results: Path, console: Console) -> Subjec
     return Subject(name=label, directory=directory, digest=origin["digest"], results=results)
 
 
-def digest(subject: Subject, console: Console) -> str:
-    """The content digest of what lies in the directory now."""
-    from besa_cli import weights
+def digest(subject: Subject) -> str:
+    """The content digest of what lies in the directory now.
+
+    Raises
+    ------
+    BesaError
+        It is a stage that is not what was written.
+    """
+    from besa_cli import checkpoint, weights
 
     found = weights.check(weights.Weights(subject.directory))
-    if subject.digest not in (None, found):
-        console.note(f"{subject.directory} has changed since it was made: it is measured as it is")
+    if subject.digest is not None:
+        checkpoint.refuse_damaged(subject.directory, found)
     return found
 
 

@@ -1,0 +1,281 @@
+"""The one model of memory: what is held at a time while a window is compressed or a text measured, in bytes.
+
+`besa prune --dry-run` shows what it says, and a real run refuses by it what cannot fit. `docs/scale.md` has the same in
+words, beside measured points.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from besa_cli import windows
+from besa_cli.decoder import Decoder
+from besa_cli.errors import UsageError
+from besa_cli.windows import Segment
+
+_NARROW, _WIDE = 8, 4  # tensors of the hidden width, and of the widest linear, that a pass over a block holds
+_KEPT = 2.5  # times as many are held for the backward pass
+_MIXTURES = 7  # tensors of one number a candidate and group: logits, gradient, two moments, and three that come and go
+_SCRATCH = 12  # bytes for each weight of the linear in work: scores, ranks, their order
+_SHORT = 1 << 15  # columns up to which a rank takes two bytes
+_LOGITS = 512  # positions whose logits exist at a time
+_ROOM = 80 << 20  # the allocator's holes, buffers of the matrix products, what libraries load on first use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes that a method holds for each weight of a window, beside the block and its source.
+
+    Attributes
+    ----------
+    state : float
+        In fp32 or whole bytes, whatever the dtype of computation.
+    copies : int
+        In the dtype of computation.
+    ranks : bool
+        Whether it holds the order of every row's weights.
+    grams : bool
+        Whether it holds the second-order statistics of every input.
+    learns : bool
+        Whether it passes gradients through the block.
+    changes : bool
+        Whether it changes weights: they are held in fp32 until they are stored.
+    """
+
+    state: float
+    copies: int = 0
+    ranks: bool = False
+    grams: bool = False
+    learns: bool = False
+    changes: bool = False
+
+
+_WANDA = Held(state=9)  # scores (4), the same with zeros marked (4), masks (1)
+METHODS: Mapping[str, Held] = {
+    "besa": Held(state=2, copies=1, ranks=True, learns=True),  # two masks (1 each) when they are compared
+    "wanda": _WANDA,
+    "magnitude": _WANDA,
+    "sparsegpt": Held(state=5, grams=True, changes=True),  # updated weights (4), masks (1)
+    "rtn": Held(state=6, changes=True),  # codes (1), what they stand for (4), masks (1)
+    "gptq": Held(state=6, grams=True, changes=True),
+    "clip": Held(state=11, learns=True, changes=True),  # weights (4), on the grid (4), two lots of codes, masks
+}
+_GRID = Held(state=13, copies=1, ranks=True, learns=True, changes=True)  # BESA on a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What memory depends on, of a model's largest window.
+
+    Attributes
+    ----------
+    loaded : int
+        Parameters of the blocks that the window lies in.
+    weights : int
+        Weights of its linears.
+    largest : int
+        Weights of the largest linear.
+    rows, columns : tuple of int
+        Of each linear.
+    hidden, widest : int
+        Width of the hidden states, and of the widest input or output of a linear.
+    source : float
+        Bytes that a parameter takes on disk.
+    rest : int
+        Bytes on disk of what belongs to no block.
+    vocabulary : int
+    dtype : torch.dtype
+        Of computation.
+    streams : int
+        Tensors of hidden states of all samples.
+    """
+
+    loaded: int
+    weights: int
+    largest: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    hidden: int
+    widest: int
+    source: float
+    rest: int
+    vocabulary: int
+    dtype: torch.dtype
+    streams: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Bytes beside what the process holds already.
+
+    Attributes
+    ----------
+    phases : mapping of name to bytes
+        What each phase holds; no two of them hold it at the same time.
+    hidden : int
+        Hidden states of all samples, in memory or in files.
+    """
+
+    phases: Mapping[str, int]
+    hidden: int
+
+    @property
+    def phase(self) -> str:
+        """The phase that holds most."""
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    def peak(self, *, in_files: bool = False) -> int:
+        """The most that is held at a time."""
+        return self.phases[self.phase] + _ROOM + (0 if in_files else self.hidden)
+
+
+def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
+    """The sizes of the window with most weights, of a decoder whose blocks are not loaded."""
+    sized = [(segment, window) for segment in segments for window in segment.windows]
+    counts = list(windows.sizes(segments))
+    segment, window = sized[counts.index(max(counts))]
+    linears = [(int(each.out_features), int(each.in_features)) for each in window.linears.values()]
+    loaded = sum(parameter.numel() for index in segment.blocks for parameter in decoder.blocks[index].parameters())
+    stored = sum(decoder.weights.nbytes(decoder.source_names(index)) for index in segment.blocks)
+    text = decoder.config.get_text_config()
+    return Shape(
+        loaded=loaded,
+        weights=max(counts),
+        largest=max(rows * cols for rows, cols in linears),
+        rows=tuple(rows for rows, _ in linears),
+        columns=tuple(cols for _, cols in linears),
+        hidden=int(text.hidden_size),
+        widest=max(max(each) for each in linears),
+        source=stored / loaded,
+        rest=decoder.weights.nbytes(decoder.rest_names()),
+        vocabulary=int(text.vocab_size),
+        dtype=decoder.dtype,
+        streams=2 if len(segment.windows) == 1 else 4,
+    )
+
+
+def compressing(
+    shape: Shape, method: str, *, tokens: int, passing: int, learning: int = 0, candidates: int = 0, grid: bool = False
+) -> Demand:
+    """What a prune or quantize command holds.
+
+    Parameters
+    ----------
+    shape : Shape
+    method : str
+        A key of `METHODS`; one that is not there counts as one that learns.
+    tokens : int
+        Of all calibration samples.
+    passing, learning : int
+        Tokens in a pass without gradients, and in a learning step.
+    candidates : int
+        Candidate sparsities of the mixtures, as for a mixture of every row.
+    grid : bool
+        Whether pruning and quantizing are learned together.
+    """
+    held = _GRID if method == "besa" and grid else METHODS.get(method, _GRID)
+    compute = shape.dtype.itemsize
+    block = round(shape.loaded * (compute + shape.source))
+    state = round(shape.weights * (held.state + held.copies * compute))
+    stored = round(shape.weights * (shape.source + 1))  # as they will be stored, and the masks
+    if held.ranks:
+        state += sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
+        state += _MIXTURES * 4 * candidates * sum(shape.rows)
+    grams = 4 * sum(cols * cols for cols in _inputs(shape)) if held.grams else 0
+    factors = 4 * 4 * max(shape.columns) ** 2 if held.grams else 0
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    passes = passing * widths * compute + passing * shape.widest * 4
+    changed = 4 * shape.weights if held.changes else 0
+    phases = {
+        "embeddings": shape.rest,
+        "statistics": block + grams + passes,
+        "deciding": block + grams + state + factors + _SCRATCH * shape.largest,
+        "propagation": block + stored + changed + passes,
+    }
+    if held.learns:
+        phases["learning"] = block + state + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
+    return Demand(phases=phases, hidden=shape.streams * tokens * shape.hidden * compute)
+
+
+def measuring(shape: Shape, *, tokens: int, passing: int) -> Demand:
+    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass."""
+    compute = shape.dtype.itemsize
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    logits = _LOGITS * shape.vocabulary * (compute + 4 + 4)
+    return Demand(
+        phases={
+            "blocks": round(shape.loaded * (compute + shape.source)) + passing * widths * compute,
+            "head": logits,
+        },
+        hidden=tokens * shape.hidden * compute,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placing:
+    """How a command keeps within `--max-memory`.
+
+    Attributes
+    ----------
+    batch : int
+        Samples in a pass without gradients.
+    in_files : bool
+        Whether the hidden states lie in files.
+    peak : int
+        Bytes that the process will hold.
+    phase : str
+        Where it holds most.
+    """
+
+    batch: int
+    in_files: bool
+    peak: int
+    phase: str
+
+
+def place(
+    limit: int | None, resident: int, batch: int, demand: Callable[[int], Demand], *, fixed: bool = False
+) -> Placing:
+    """The first way that fits: as it is, the hidden states in files, then also fewer samples in a pass.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Bytes that the process is to stay within.
+    resident : int
+        Bytes that it holds already.
+    batch : int
+        Samples in a pass, the most.
+    demand : function of a batch to a Demand
+    fixed : bool
+        The batch has to stay as it is: it decides in which order sums are taken.
+
+    Raises
+    ------
+    UsageError
+        Nothing fits; the hint names what would.
+    """
+    ways = [(batch, False), (batch, True)]
+    while batch > 1 and not fixed:
+        batch = (batch + 1) // 2
+        ways.append((batch, True))
+    for samples, in_files in ways:
+        found = demand(samples)
+        peak = resident + found.peak(in_files=in_files)
+        if limit is None or peak <= limit:
+            return Placing(batch=samples, in_files=in_files, peak=peak, phase=found.phase)
+    raise UsageError(
+        f"--max-memory {(limit or 0) / 1e9:.1f}GB is too little: with one window of the model the process needs "
+        f"about {peak / 1e9:.1f} GB",
+        f"give at least {peak / 1e9 + 0.1:.1f}GB, a narrower --window or a shorter --seqlen",
+    )
+
+
+def _pairs(shape: Shape) -> list[tuple[int, int]]:
+    return list(zip(shape.rows, shape.columns, strict=True))
+
+
+def _inputs(shape: Shape) -> list[int]:
+    """Columns of the inputs, those of neighbours with equally many counted once: q, k and v share theirs."""
+    return [cols for number, cols in enumerate(shape.columns) if not number or cols != shape.columns[number - 1]]

@@ -1,0 +1,148 @@
+"""What a command will take, before it does any work: memory, disk, and time from a short trial of one block."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from besa_cli import stream, windows
+from besa_cli.choices import Target
+from besa_cli.decoder import Decoder
+from besa_cli.reports import BlockReport
+from besa_cli.stream import Block, Pruned
+from besa_cli.windows import Segment
+
+_FIXED = ("update",)  # phases whose length does not depend on the number of samples
+_BATCHES = 2  # that the trial passes through the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a command will take.
+
+    Attributes
+    ----------
+    memory : int
+        Peak resident bytes of the process.
+    phase : str
+        Where that peak is.
+    in_files : bool
+        Whether the hidden states lie in files.
+    batch : int
+        Samples in a pass without gradients.
+    disk : int
+        Bytes that it writes, files of hidden states included.
+    free : int
+        Bytes that the disk has.
+    seconds : float
+        For what is left to do.
+    blocks, left : int
+        Blocks of the model, and those that are not done yet.
+    """
+
+    memory: int
+    phase: str
+    in_files: bool
+    batch: int
+    disk: int
+    free: int
+    seconds: float
+    blocks: int
+    left: int
+
+
+class Meter:
+    """Listens to the steps of a window's work and says how long it would take with more samples."""
+
+    def __init__(self) -> None:
+        self._phase, self._done, self._last = "", 0, 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._units: dict[str, int] = defaultdict(int)
+        self._total: dict[str, int] = {}
+
+    def step(self, done: int, total: int, phase: str) -> None:
+        """See `besa_cli.stream.Step`; the first step of a phase only starts its clock."""
+        now = time.perf_counter()
+        if phase == self._phase and done > self._done:
+            self._seconds[phase] += now - self._last
+            self._units[phase] += done - self._done
+        self._total[phase] = total
+        self._phase, self._done, self._last = phase, done, now
+
+    def extrapolated(self, seconds: float, factor: float) -> float:
+        """What took `seconds` in the trial, with `factor` times as many samples."""
+        more = sum(self._rate(phase) * total for phase, total in self._total.items() if phase not in _FIXED)
+        return seconds + (factor - 1) * more
+
+    def replayed(self, factor: float) -> float:
+        """The time of one pass over all samples."""
+        return factor * self._rate("propagation") * self._total.get("propagation", 0)
+
+    def _rate(self, phase: str) -> float:
+        units = self._units[phase]
+        return self._seconds[phase] / units if units else 0.0
+
+
+class _Nowhere:
+    """A store that keeps nothing: see `besa_cli.stream.Store`."""
+
+    def finished(self) -> int:
+        return 0
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def report(self, index: int) -> BlockReport:
+        raise NotImplementedError
+
+    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+        """Keep nothing."""
+
+
+def seconds(
+    decoder: Decoder,
+    tokens: Tensor,
+    change: Callable[[Block], Pruned],
+    *,
+    segments: Sequence[Segment],
+    budgets: Sequence[int] | None,
+    target: Target,
+    batch: int,
+    seed: int,
+    finished: int,
+) -> float:
+    """Seconds that `stream.compress` will need with the same arguments, from a trial of its first windows.
+
+    The trial passes two batches through them, learning included, and keeps nothing.
+
+    Parameters
+    ----------
+    finished : int
+        Blocks that are done; they are only replayed.
+    """
+    few = tokens[: _BATCHES * batch]
+    factor = len(tokens) / max(len(few), 1)
+    first, meter = segments[0], Meter()
+    began = time.perf_counter()
+    stream.embed(decoder, few[:batch], batch) if len(few) else None
+    embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
+    began = time.perf_counter()
+    walk = stream.compress(
+        decoder, _Nowhere(), few, change,
+        segments=[first], budgets=budgets[: len(first.windows)] if budgets else None,
+        target=target, batch=batch, seed=seed, on_step=meter.step,
+    )  # fmt: skip
+    for _ in walk:
+        pass
+    of_first = meter.extrapolated(time.perf_counter() - began, factor)
+    sizes = [sum(windows.sizes([segment])) for segment in segments]
+    left = sum(size for size, segment in zip(sizes, segments, strict=True) if segment.blocks.stop > finished)
+    return embedding + of_first * left / sizes[0] + finished * meter.replayed(factor)
+
+
+def together(forecasts: Sequence[Forecast]) -> Forecast:
+    """Several commands one after the other in one process."""
+    highest = max(forecasts, key=lambda each: each.memory)
+    return replace(highest, disk=sum(each.disk for each in forecasts), seconds=sum(each.seconds for each in forecasts))

@@ -1,0 +1,94 @@
+"""`--dry-run` on prune, quantize and eval ppl: every check, a forecast, and not a byte written."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from besa_cli import forecast
+
+Besa = Callable[..., Any]  # conftest.Outcome
+
+
+@pytest.fixture
+def words(workplace: Path) -> list[str]:
+    model = tiny.add_tokenizer(tiny.checkpoint(workplace / "model", blocks=3, dtype=torch.bfloat16))
+    rows = tiny.rows_file(workplace / "rows.jsonl", tiny.tokens(5, 12))
+    (workplace / "text.txt").write_text("w3 w4 w5 w9 " * 60)
+    drawn = ["--data", str(rows), "--samples", "5", "--seqlen", "12"]
+    return ["prune", "--model", str(model), "--dtype", "float32", *drawn]
+
+
+@pytest.mark.parametrize("method", ["besa", "wanda", "sparsegpt"])
+def test_prune_says_what_it_would_take_and_writes_nothing(
+    method: str, besa: Besa, words: list[str], workplace: Path
+) -> None:
+    before = tiny.files(workplace, without=())
+    found = besa(*words, "--method", method, "--dry-run", "--json")
+    assert found.code == 0, found.err
+    said = json.loads(found.out)
+    assert tiny.files(workplace, without=()) == before
+    assert (said["blocks"], said["left"], said["in_files"], said["batch"]) == (3, 3, False, 341)
+    assert said["memory"] > 50_000_000  # a process with torch is more
+    assert said["seconds"] > 0
+    weights = sum(path.stat().st_size for path in (workplace / "model").glob("*.safetensors"))
+    assert weights <= said["disk"] < 1.2 * weights
+    assert besa(*words, "--method", method).code == 0
+    again = besa(*words, "--method", method, "--dry-run", "--json")
+    assert json.loads(again.out) == {"done": True}
+
+
+def test_what_would_be_refused_is_refused(besa: Besa, words: list[str], workplace: Path) -> None:
+    for more, code, line in (
+        (["--max-memory", "100MB"], 2, "--max-memory 0.1GB is too little"),
+        (["--run", "text.txt"], 1, "text.txt"),
+    ):
+        found = besa(*words, *more, "--dry-run")
+        assert (found.code, line in found.err) == (code, True), found.err
+    assert besa(*words, "--sparsity", "0.4").code == 0
+    found = besa(*words, "--dry-run")
+    assert found.code == 1
+    assert "holds a finished stage made with other options: sparsity 0.4 there, 0.5 asked" in found.err
+
+
+def test_quantize_and_eval(besa: Besa, words: list[str], workplace: Path) -> None:
+    assert besa(*words, "--method", "wanda").code == 0
+    before = tiny.files(workplace, without=())
+    quantized = besa("quantize", "--method", "gptq", "--group-size", "8", "--dtype", "float32", "--dry-run", "--json")
+    assert quantized.code == 0, quantized.err
+    assert json.loads(quantized.out)["left"] == 3
+    measured = besa("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--dry-run", "--json")
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["disk"] == 0
+    assert tiny.files(workplace, without=()) == before
+    table = besa("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--dry-run")
+    assert "memory" in table.out
+    assert "3 of 3 blocks are left" in table.out
+
+
+def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk with 2 seconds of other work, 0.5 s a sample of statistics, 3 s a learning step and 4 updates of 1 s."""
+    now = [0.0]
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
+
+    def walk(samples: int) -> Iterator[tuple[float, int, int, str]]:
+        yield from ((0.5, done, samples, "statistics") for done in range(1, samples + 1))
+        yield from ((3.0, done, samples, "learning") for done in range(1, samples + 1))
+        yield from ((1.0, done, 4, "update") for done in range(1, 5))
+
+    def seconds(samples: int) -> tuple[float, forecast.Meter]:
+        meter, began = forecast.Meter(), now[0]
+        for spent, done, total, phase in walk(samples):
+            now[0] += spent
+            meter.step(done, total, phase)
+        now[0] += 2.0
+        return now[0] - began, meter
+
+    few, meter = seconds(4)
+    many, _ = seconds(40)
+    assert meter.extrapolated(few, 10) == pytest.approx(many)
+    assert meter.replayed(10) == 0

@@ -1,0 +1,187 @@
+"""Harm at named points: nothing is lost, one clear line is said, and the same command goes on (`make faults`: at random)."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faults
+import harm
+import pytest
+import tiny
+import torch
+
+from besa_cli import disk
+from besa_cli.checkpoint import Run, Stage
+from besa_cli.errors import BesaError
+from besa_cli.jobs import Job
+from besa_cli.weights import Weights
+
+Besa = Callable[..., Any]  # conftest.Outcome
+
+ROWS = tiny.tokens(3, 12)
+REQUEST = tiny.request("wanda")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    return tiny.add_tokenizer(tiny.checkpoint(place, blocks=3, dtype=torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    run = tmp_path_factory.mktemp("whole")
+    tiny.run(job(run, model))
+    return tiny.files(run)
+
+
+def job(run: Path, model: Path) -> Job:
+    return Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), REQUEST)
+
+
+def half_done(run: Path, model: Path) -> Stage:
+    """A stage of which one block is finished."""
+    next(iter(job(run, model).blocks()))
+    return Stage(run / "pruned", 3)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "bit flipped"])
+def test_a_damaged_block_of_a_half_done_stage_is_named_and_made_again(
+    kind: str, model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    shard = half_done(tmp_path, model).shard(0)
+    random.seed(0)
+    harm.KINDS[kind](shard)
+    with pytest.raises(BesaError, match=shard.name):
+        tiny.run(job(tmp_path, model))
+    shard.unlink()  # what the hint says
+    tiny.run(job(tmp_path, model))
+    assert tiny.files(tmp_path) == whole
+
+
+def test_a_block_damaged_after_the_last_one_was_made_is_found_too(model: Path, tmp_path: Path) -> None:
+    made = job(tmp_path, model)
+    list(made.blocks())  # killed before `finish`
+    harm.flip_a_bit(Stage(tmp_path / "pruned", 3).shard(1))
+    with pytest.raises(BesaError, match="does not hold what was written"):
+        tiny.run(job(tmp_path, model))
+
+
+def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
+    besa: Besa, model: Path, workplace: Path
+) -> None:
+    tiny.run(job(workplace / "run", model))
+    shard = Stage(workplace / "run" / "pruned", 3).shard(2)
+    content = shard.read_bytes()
+    (workplace / "text.txt").write_text("w3 w4 w5 " * 30)
+    harm.flip_a_bit(shard)
+    rows = tiny.rows_file(workplace / "rows.jsonl", ROWS)
+    drawn = ["--data", rows, "--samples", "3", "--seqlen", "12"]
+    for words in (
+        ["quantize", "--run", "run", *drawn],
+        ["eval", "ppl", "text.txt", "--seqlen", "12", "--run", "run", "--no-baseline"],
+    ):
+        found = besa(*words)
+        assert found.code == 1
+        assert "error: run/pruned is damaged or was changed since it was made: digest " in found.err
+    shard.write_bytes(content)
+    assert besa("quantize", "--run", "run", *drawn).code == 0
+
+
+@pytest.mark.parametrize("state", ["half-done", "finished"])
+def test_a_manifest_of_a_newer_format_is_left_alone(
+    state: str, model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    if state == "finished":
+        tiny.run(job(tmp_path, model))
+    else:
+        half_done(tmp_path, model)
+    manifest = tmp_path / "pruned" / "besa.json"
+    content = manifest.read_bytes()
+    harm.newer_format(manifest)
+    before = tiny.files(tmp_path, without=())
+    with pytest.raises(BesaError, match="has format 2, this besa .* knows 1"):
+        job(tmp_path, model)
+    assert tiny.files(tmp_path, without=()) == before
+    manifest.write_bytes(content)
+    tiny.run(job(tmp_path, model))
+    assert tiny.files(tmp_path) == whole
+
+
+def test_a_disk_that_is_full_from_any_file_on(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = 0
+    for number in range(1, len(whole) + 3):
+        run = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            for name in ("save_tensors", "_write_text"):
+                patch.setattr(disk, name, getattr(disk, name))  # put back at the end
+            harm.full_disk(number)
+            try:
+                tiny.run(job(run, model))
+            except BesaError as error:
+                stopped += 1
+                assert error.message.startswith("cannot write ")  # noqa: PT017 - whether it comes is what is counted
+                assert "No space left on device" in error.message
+        tiny.run(job(run, model))
+        assert tiny.files(run) == whole
+    assert stopped > 8
+
+
+def test_a_clock_that_jumps_changes_the_timing_file_alone(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("time", "gmtime"):
+        monkeypatch.setattr(time, name, getattr(time, name))
+    harm.jumping_clock(3)
+    half_done(tmp_path, model)
+    tiny.run(job(tmp_path, model))
+    assert tiny.files(tmp_path) == whole
+
+
+def test_a_source_that_changes_between_two_runs_is_refused(
+    model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    source = tiny.checkpoint(tmp_path / "source", blocks=3, dtype=torch.bfloat16)
+    shard = source / "model.safetensors"
+    content = shard.read_bytes()
+    half_done(tmp_path / "run", source)
+    harm.flip_a_bit(shard)
+    with pytest.raises(BesaError, match=r"made with other options: model [0-9a-f]{12} there, [0-9a-f]{12} asked"):
+        job(tmp_path / "run", source)
+    shard.write_bytes(content)
+    tiny.run(job(tmp_path / "run", source))
+    weights = {name: data for name, data in tiny.files(tmp_path / "run").items() if name.endswith("safetensors")}
+    assert weights == {name: whole[name] for name in weights}
+
+
+def test_a_source_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
+    source = tiny.checkpoint(tmp_path / "source", blocks=3, dtype=torch.bfloat16)
+    blocks = iter(job(tmp_path / "run", source).blocks())
+    next(blocks)
+    harm.flip_a_bit(source / "model.safetensors")
+    with pytest.raises(BesaError, match=r"model.safetensors was written to while it was in use"):
+        list(blocks)
+    assert Stage(tmp_path / "run" / "pruned", 3).finished() == 1
+
+
+def test_a_file_replaced_by_an_equal_one_is_another_file(tmp_path: Path) -> None:
+    source = tiny.checkpoint(tmp_path / "source")
+    before = Weights(source)
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(BesaError, match="was written to"):
+        Weights(source).refuse_change(before)
+
+
+def test_signals_and_damage_at_random_lose_nothing(tmp_path: Path) -> None:
+    """A few injections of the campaign that `make faults` runs at length."""
+    random.seed(1)
+    harm.warm_up()
+    tally = faults.Tally()
+    subjects = faults.tiny_subjects(tmp_path)
+    faults.campaign([subjects[1], *subjects[-2:]], 8, tmp_path, tally, damages=True)
+    assert tally.lost == 0, tally.table()
+    assert sum(sum(found.values()) for found in tally.counts.values()) >= 8

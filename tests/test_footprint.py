@@ -1,0 +1,93 @@
+"""The model of memory: against tensors counted by hand, and how a command is placed within a limit."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from besa_cli import footprint, windows
+from besa_cli.decoder import Decoder
+from besa_cli.errors import UsageError
+from besa_cli.footprint import Demand, Shape
+
+SHAPE = Shape(
+    loaded=1_100,
+    weights=1_000,
+    largest=400,
+    rows=(20, 30),
+    columns=(20, 20),
+    hidden=20,
+    widest=30,
+    source=2.0,
+    rest=500,
+    vocabulary=64,
+    dtype=torch.float32,
+)
+
+
+@pytest.mark.parametrize(("option", "blocks"), [("block", 1), ("2", 2), ("attn-mlp", 1)])
+def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: Path) -> None:
+    directory = tiny.checkpoint(tmp_path, "llama", blocks=3, dtype=torch.bfloat16)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    found = footprint.shape(decoder, windows.segments(decoder, option))
+    tensors = tiny.weights(directory)
+    inside = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
+    assert found.loaded == sum(tensor.numel() for tensor in inside.values()) * blocks // 3
+    assert found.source == 2.0
+    assert found.rest == sum(tensor.nbytes for name, tensor in tensors.items() if name not in inside)
+    matrices = [tensor for name, tensor in inside.items() if ".layers.0." in name and tensor.dim() == 2]
+    if option != "attn-mlp":
+        assert found.weights == blocks * sum(tensor.numel() for tensor in matrices)
+    assert found.largest == max(tensor.numel() for tensor in matrices)
+    assert found.widest == 54
+    assert found.streams == (4 if option == "attn-mlp" else 2)
+
+
+@pytest.mark.parametrize("method", footprint.METHODS)
+def test_what_must_be_there_is_counted(method: str) -> None:
+    found = footprint.compressing(SHAPE, method, tokens=70, passing=7, learning=7, candidates=10)
+    inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
+    assert found.hidden == inputs.nbytes + targets.nbytes
+    block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
+    assert found.peak() - found.hidden > block.nbytes + source.nbytes + masks.nbytes
+
+
+@given(
+    tokens=st.integers(1, 10**6),
+    passing=st.integers(1, 10**5),
+    more=st.integers(1, 10**5),
+    method=st.sampled_from(sorted(footprint.METHODS)),
+)
+def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, method: str) -> None:
+    few = footprint.compressing(SHAPE, method, tokens=tokens, passing=passing)
+    many = footprint.compressing(SHAPE, method, tokens=tokens + more, passing=passing + more)
+    assert many.peak() >= few.peak()
+    assert many.peak() - many.hidden == many.peak(in_files=True)
+    measured = [footprint.measuring(SHAPE, tokens=each, passing=passing).peak() for each in (tokens, tokens + more)]
+    assert measured[1] > measured[0]
+
+
+def demand(batch: int) -> Demand:
+    return Demand(phases={"statistics": 100 * batch, "deciding": 250}, hidden=1_000)
+
+
+def test_the_first_way_that_fits_is_taken() -> None:
+    own = demand(8).peak()
+    resident = 10**6
+    asked = [(None, 8, False), (own, 8, False), (own - 1, 8, True), (own - 1_000, 8, True), (own - 1_001, 4, True)]
+    for limit, batch, in_files in [*asked, (own - 1_000 - 550, 2, True)]:
+        found = footprint.place(limit and limit + resident, resident, 8, demand)
+        assert (found.batch, found.in_files) == (batch, in_files)
+        assert limit is None or found.peak <= limit + resident
+    assert found.phase == "deciding"
+
+
+def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
+    with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little.* about 0.2 GB") as caught:
+        footprint.place(10**8, 10**8, 8, demand)
+    assert "--window" in caught.value.hint
+    with pytest.raises(UsageError):  # a stage that was begun keeps its batch
+        footprint.place(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)
