@@ -1,6 +1,6 @@
 # make demo     from nothing to a pruned model, its perplexity beside that of the dense one, and a sample of both
 # make test     all checks: style, types, tests
-# make faults   kill `besa prune` at random moments and compare what it makes when run again (takes a while)
+# make faults   signals, full disks, damaged files at random; nothing may be lost (takes a while)
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -4,7 +4,8 @@
     python benchmarks/random_checkpoint.py DIR --shape 70b --blocks 3
 
 The numbers are drawn block by block from generators of their own, so that a cut checkpoint holds the first blocks of
-the whole one. There is no tokenizer: calibrate on rows of token ids (`--data rows.jsonl`, written beside the shards).
+the whole one. A tokenizer of made-up words, rows of token ids to calibrate on (`rows.jsonl`) and a text to measure
+(`text.txt`) lie beside the shards.
 """
 
 import argparse
@@ -116,12 +117,18 @@ def _shard(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[st
     return dict.fromkeys(tensors, name)
 
 
-def rows_file(path: Path, vocabulary: int, samples: int, seqlen: int) -> Path:
-    """Random token ids as rows that `--data` takes."""
+def texts(directory: Path, vocabulary: int, samples: int, seqlen: int) -> None:
+    """Write a tokenizer of the words w0, w1, …, random rows of token ids, and a text of `samples` windows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocabulary, (samples, seqlen), generator=generator).tolist()
-    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    return path
+    (directory / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    (directory / "text.txt").write_text(" ".join(f"w{number}" for row in rows for number in row))
+    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(directory)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     whole = SHAPES[options.shape]
     shape = Shape(**{**vars(whole), "blocks": options.blocks or whole.blocks})
     checkpoint(options.directory, shape, getattr(torch, options.dtype))
-    rows_file(options.directory / "rows.jsonl", shape.vocabulary, options.samples, options.seqlen)
+    texts(options.directory, shape.vocabulary, options.samples, options.seqlen)
 
 
 if __name__ == "__main__":

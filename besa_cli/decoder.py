@@ -129,7 +129,7 @@ class Decoder:
         names = [name for name in self.model.state_dict() if not name.startswith(inside)]
         wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
-        head = self.model.get_output_embeddings()
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         own = {name for name, module in self.model.named_modules() if module is head}
         self._head = {name: origin for name, origin in wanted.items() if name.rpartition(".")[0] in own}
         now = {name: origin for name, origin in wanted.items() if name not in self._head}
@@ -149,7 +149,7 @@ class Decoder:
     def load_head(self) -> None:
         """Give the head its weights, where it has any of its own; only logits need them."""
         if self._head:
-            _to_empty(self.model.get_output_embeddings(), self.device)
+            _to_empty(self.model.get_output_embeddings(), self.device)  # type: ignore[no-untyped-call]
             self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
             self._head = {}
 

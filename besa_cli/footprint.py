@@ -30,38 +30,35 @@ class Held:
     Attributes
     ----------
     state : float
-        In fp32 or whole bytes, whatever the dtype of computation.
-    copies : int
-        In the dtype of computation.
+        When it has decided, whatever the dtype of computation.
+    learned : float, optional
+        While it learns; None where it passes no gradients through the block.
     ranks : bool
         Whether it holds the order of every row's weights.
     grams : bool
         Whether it holds the second-order statistics of every input.
-    learns : bool
-        Whether it passes gradients through the block.
     changes : bool
         Whether it changes weights: they are held in fp32 until they are stored.
     """
 
     state: float
-    copies: int = 0
+    learned: float | None = None
     ranks: bool = False
     grams: bool = False
-    learns: bool = False
     changes: bool = False
 
 
 _WANDA = Held(state=9)  # scores (4), the same with zeros marked (4), masks (1)
 METHODS: Mapping[str, Held] = {
-    "besa": Held(state=2, copies=1, ranks=True, learns=True),  # two masks (1 each) when they are compared
+    "besa": Held(state=2, learned=0, ranks=True),  # two masks (1 each) when they are compared
     "wanda": _WANDA,
     "magnitude": _WANDA,
     "sparsegpt": Held(state=5, grams=True, changes=True),  # updated weights (4), masks (1)
     "rtn": Held(state=6, changes=True),  # codes (1), what they stand for (4), masks (1)
     "gptq": Held(state=6, grams=True, changes=True),
-    "clip": Held(state=11, learns=True, changes=True),  # weights (4), on the grid (4), two lots of codes, masks
+    "clip": Held(state=11, learned=9, changes=True),  # weights (4), on the grid (4), two lots of codes, masks
 }
-_GRID = Held(state=13, copies=1, ranks=True, learns=True, changes=True)  # BESA on a grid
+_GRID = Held(state=15, learned=8, ranks=True, changes=True)  # BESA on a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +174,11 @@ def compressing(
     held = _GRID if method == "besa" and grid else METHODS.get(method, _GRID)
     compute = shape.dtype.itemsize
     block = round(shape.loaded * (compute + shape.source))
-    state = round(shape.weights * (held.state + held.copies * compute))
+    state, learned = round(shape.weights * held.state), round(shape.weights * (held.learned or 0))
     stored = round(shape.weights * (shape.source + 1))  # as they will be stored, and the masks
     if held.ranks:
-        state += sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
-        state += _MIXTURES * 4 * candidates * sum(shape.rows)
+        ranks = sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
+        state, learned = state + ranks, learned + ranks + _MIXTURES * 4 * candidates * sum(shape.rows)
     grams = 4 * sum(cols * cols for cols in _inputs(shape)) if held.grams else 0
     factors = 4 * 4 * max(shape.columns) ** 2 if held.grams else 0
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
@@ -193,8 +190,8 @@ def compressing(
         "deciding": block + grams + state + factors + _SCRATCH * shape.largest,
         "propagation": block + stored + changed + passes,
     }
-    if held.learns:
-        phases["learning"] = block + state + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
+    if held.learned is not None:
+        phases["learning"] = block + learned + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
     return Demand(phases=phases, hidden=shape.streams * tokens * shape.hidden * compute)
 
 

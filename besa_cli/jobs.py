@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,7 +238,8 @@ class Job:
             self._decoder.verify(self.calibration.tokens)
         if self._dry:
             disk.require_writable(self._directory)
-            self._placing, self._checked = placing, time.perf_counter() - self._began
+            self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
+            self._checked = time.perf_counter() - self._began
         else:
             self._begin(source, notify, spilled=placing.in_files)
 
@@ -298,7 +300,7 @@ class Job:
         hidden = self._demand(batch).hidden if self._placing.in_files else 0
         left = len(self._decoder) - finished
         return forecast.Forecast(
-            memory=max(self._placing.peak, compute.peak_resident() if finished else 0),
+            memory=self._placing.peak,
             phase=self._placing.phase,
             in_files=self._placing.in_files,
             batch=batch,

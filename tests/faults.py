@@ -83,11 +83,12 @@ class Subject:
         if not self.forks:
             command = [sys.executable, "-m", "besa_cli", *words]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment).pid
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment).pid
+            os.close(log)
+            return process
         process = os.fork()
         if process == 0:
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
             code = 70
             try:
                 before()
@@ -197,10 +198,10 @@ def _own(place: Path, run: Path, before: bytes) -> dict[str, bytes]:
 
 
 def campaign(subjects: Sequence[Subject], injections: int, place: Path, tally: Tally, *, damages: bool) -> None:
-    """Injections in turn over the subjects, each compared with one undisturbed run of its subject."""
+    """Injections in turn over the subjects, each compared with one undisturbed run of its subject in the same place."""
     references: list[tuple[float, dict[str, bytes]]] = []
-    for number, subject in enumerate(subjects):
-        run = place / f"whole-{number}"
+    run = place / "run"
+    for subject in subjects:
         subject.begin(run)
         began = time.perf_counter()
         code, said = subject.run(run)
@@ -213,7 +214,6 @@ def campaign(subjects: Sequence[Subject], injections: int, place: Path, tally: T
     while (done := sum(sum(found.values()) for found in tally.counts.values())) < goal:
         index = number % len(subjects)
         seconds, whole = references[index]
-        run = place / f"run-{number}"
         act = damage if damages and random.random() < 1 / 3 else interruptions
         act(subjects[index], run, whole, seconds, tally)
         shutil.rmtree(run)

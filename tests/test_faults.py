@@ -1,4 +1,4 @@
-"""Harm at named points: nothing is lost, one clear line is said, and the same command goes on (`make faults`: at random)."""
+"""Harm at named points: nothing is lost, one clear line, and the same command goes on (`make faults`: at random)."""
 
 import random
 import time
@@ -102,7 +102,7 @@ def test_a_manifest_of_a_newer_format_is_left_alone(
     content = manifest.read_bytes()
     harm.newer_format(manifest)
     before = tiny.files(tmp_path, without=())
-    with pytest.raises(BesaError, match="has format 2, this besa .* knows 1"):
+    with pytest.raises(BesaError, match=r"has format 2, this besa .* knows 1"):
         job(tmp_path, model)
     assert tiny.files(tmp_path, without=()) == before
     manifest.write_bytes(content)
@@ -113,7 +113,7 @@ def test_a_manifest_of_a_newer_format_is_left_alone(
 def test_a_disk_that_is_full_from_any_file_on(
     model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = 0
+    said: list[str] = []
     for number in range(1, len(whole) + 3):
         run = tmp_path / str(number)
         with monkeypatch.context() as patch:
@@ -123,12 +123,11 @@ def test_a_disk_that_is_full_from_any_file_on(
             try:
                 tiny.run(job(run, model))
             except BesaError as error:
-                stopped += 1
-                assert error.message.startswith("cannot write ")  # noqa: PT017 - whether it comes is what is counted
-                assert "No space left on device" in error.message
+                said.append(error.message)
         tiny.run(job(run, model))
         assert tiny.files(run) == whole
-    assert stopped > 8
+    assert len(said) > 8
+    assert all(line.startswith("cannot write ") and line.endswith("No space left on device") for line in said)
 
 
 def test_a_clock_that_jumps_changes_the_timing_file_alone(
@@ -142,9 +141,7 @@ def test_a_clock_that_jumps_changes_the_timing_file_alone(
     assert tiny.files(tmp_path) == whole
 
 
-def test_a_source_that_changes_between_two_runs_is_refused(
-    model: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_source_that_changes_between_two_runs_is_refused(whole: dict[str, bytes], tmp_path: Path) -> None:
     source = tiny.checkpoint(tmp_path / "source", blocks=3, dtype=torch.bfloat16)
     shard = source / "model.safetensors"
     content = shard.read_bytes()
@@ -182,6 +179,6 @@ def test_signals_and_damage_at_random_lose_nothing(tmp_path: Path) -> None:
     harm.warm_up()
     tally = faults.Tally()
     subjects = faults.tiny_subjects(tmp_path)
-    faults.campaign([subjects[1], *subjects[-2:]], 8, tmp_path, tally, damages=True)
+    faults.campaign([subjects[1], *subjects[-2:]], 5, tmp_path, tally, damages=True)
     assert tally.lost == 0, tally.table()
-    assert sum(sum(found.values()) for found in tally.counts.values()) >= 8
+    assert sum(sum(found.values()) for found in tally.counts.values()) >= 5

@@ -137,7 +137,7 @@ def _measure(
     """
     from besa_cli import lock
 
-    digest = str(measured.digest) if parent else subject.digest(measured, console)
+    digest = str(measured.digest) if parent else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
     found = {name: job.stored(name, kept) if kept and not restart else None for name in ready.names}
     if parent and not all(found.values()):

@@ -146,20 +146,29 @@ def authors(granularity: str = "row") -> dict[str, Any]:
 
 
 class _Linear:
-    """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight."""
+    """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight.
+
+    Its masked weights are written into `room`, the block's own weights in the dtype of computation: nobody needs those
+    between the target and the end, and a copy of them would be a third of all that is held.
+    """
 
     def __init__(
-        self, weight: Tensor, scores: Tensor, dtype: torch.dtype, group: int, clipped: Clipped | None = None
+        self, weight: Tensor, scores: Tensor, room: Tensor, group: int, clipped: Clipped | None = None
     ) -> None:
+        dtype = room.dtype
         exact = weight.dtype in (dtype, torch.bfloat16) and dtype != torch.float16
         self.weight = (weight if exact else weight.to(dtype)).contiguous()
         self.ranks = kernels.ranks(scores)
-        self.masked = torch.empty_like(self.weight, dtype=dtype)
+        self.masked = room
         self.rows, self.cols = weight.shape
         self.zeros = int((weight == 0).sum())
         self.group = group
         self.groups = math.ceil(self.rows / group)
         self.clipped = clipped
+
+    def restore(self, weight: Tensor) -> None:
+        """Give the block its own weights back."""
+        self.masked.copy_(weight)
 
     def put(self, quantized: Quantized) -> None:
         """Take the weights of a grid that is settled."""
@@ -182,11 +191,17 @@ class _Window:
     def __init__(self, block: Block, options: Options) -> None:
         self.block, self.options = block, options
         self.scores = _scores(block, options.importance)
-        dtype = next(iter(block.linears.values())).weight.dtype
+        _ = block.target  # before the block's weights are written over
         grid = options.grid
         self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
         self.linears = {
-            name: _Linear(weight, self.score(name), dtype, options.group(len(weight)), self.clipped.get(name))
+            name: _Linear(
+                weight,
+                self.score(name),
+                block.linears[name].weight.data,
+                options.group(len(weight)),
+                self.clipped.get(name),
+            )
             for name, weight in block.weights.items()
         }
         self.device = next(iter(block.linears.values())).weight.device
@@ -231,6 +246,15 @@ class _Window:
 def prune(block: Block, options: Options) -> Pruned:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
     window = _Window(block, options)
+    try:
+        return _decide(window)
+    finally:
+        for name, linear in window.linears.items():
+            linear.restore(block.weights[name])
+
+
+def _decide(window: _Window) -> Pruned:
+    block, options = window.block, window.options
     if block.budget <= sum(linear.zeros for linear in window.linears.values()):
         kept = _masks(window, window.uniform_shares())
         nearest = {name: affine.nearest(clipped.weight, clipped.grid) for name, clipped in window.clipped.items()}

@@ -1,0 +1,99 @@
+"""Is what `--dry-run` says true? Ask it, run the command, and compare: peak resident memory, disk, seconds.
+
+    python benchmarks/bench_scale.py --shape 7b --blocks 2 --work DIR                      # a random checkpoint, kept
+    python benchmarks/bench_scale.py --shape 7b --blocks 2 --work DIR --max-memory 4GB --seqlen 256
+    python benchmarks/bench_scale.py --model smollm2-135m --samples 32 --seqlen 512 --work DIR --methods besa wanda
+
+One JSON line a command: `prune` with each method, then `eval ppl` of two windows of the last one. The peak is the
+process's own (`ru_maxrss`), imports included. Run directories are removed again.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import besa_runs
+import random_checkpoint
+import torch
+
+
+def spent(words: Sequence[str], place: Path) -> dict[str, float]:
+    """Run one command; returns its peak resident bytes, the bytes that it left in `place`, and its seconds."""
+    before, began = _size(place), time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "besa_cli", *words], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"besa {' '.join(words)} ended with {process.returncode}")
+    return {
+        "memory": used.ru_maxrss * 1024,
+        "disk": _size(place) - before,
+        "seconds": seconds,
+        "cpu": used.ru_utime + used.ru_stime,
+    }
+
+
+def compare(words: Sequence[str], place: Path) -> dict[str, Any]:
+    """What was said before, what was measured, and the ratio of the two."""
+    said = besa_runs.besa(*words, "--dry-run")
+    found = spent(words, place)
+    ratios = {name: round(said[name] / found[name], 3) for name in ("memory", "disk", "seconds") if found[name]}
+    return {"words": list(words), "said": said, "measured": found, "said_by_measured": ratios}
+
+
+def model_of(options: argparse.Namespace) -> tuple[str, list[str], str]:
+    """The model, the options that calibrate on it, and what to measure; a random one is made where there is none."""
+    drawn = ["--samples", str(options.samples), "--seqlen", str(options.seqlen)]
+    if options.model:
+        return options.model, ["--data", "bundled", *drawn], "wikitext2"
+    directory = options.work / f"{options.shape}-{options.blocks}"
+    if not (directory / "tokenizer.json").exists():
+        whole = random_checkpoint.SHAPES[options.shape]
+        shape = random_checkpoint.Shape(**{**vars(whole), "blocks": options.blocks})
+        random_checkpoint.checkpoint(directory, shape, torch.bfloat16)
+        random_checkpoint.texts(directory, shape.vocabulary, options.samples, options.seqlen)
+    return str(directory), ["--data", str(directory / "rows.jsonl"), *drawn], str(directory / "text.txt")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--model", help="instead of a random checkpoint")
+    parser.add_argument("--shape", choices=random_checkpoint.SHAPES, default="7b")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=["besa"])
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--max-memory")
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    model, drawn, text = model_of(options)
+    limit = ["--max-memory", options.max_memory] if options.max_memory else []
+    made = {"commit": besa_runs.commit(), "machine": besa_runs.machine(), "threads": torch.get_num_threads()}
+    for method in options.methods:
+        run = options.work / f"run-{method}"
+        common = ["--dtype", options.dtype, "--run", str(run)]
+        words = ["prune", "--model", model, "--method", method, *drawn, *limit, *common]
+        print(json.dumps({**compare(words, options.work), **made}), flush=True)
+        if method == options.methods[-1]:
+            windows = ["--limit", "2", "--seqlen", str(options.seqlen), "--no-baseline"]
+            print(json.dumps({**compare(["eval", "ppl", text, *windows, *common], options.work), **made}), flush=True)
+        shutil.rmtree(run)
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()
