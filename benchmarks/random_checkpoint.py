@@ -60,7 +60,8 @@ class Shape:
         }
 
 
-SHAPES = {  # of the LLaMA-2 models (arXiv 2307.09288) as their config.json give them
+SHAPES = {  # of TinyLlama-1.1B and the LLaMA-2 models (arXiv 2307.09288) as their config.json give them
+    "1b": Shape(hidden=2048, intermediate=5632, heads=32, key_heads=4, blocks=22, longest=2048),
     "7b": Shape(hidden=4096, intermediate=11_008, heads=32, key_heads=32, blocks=32),
     "13b": Shape(hidden=5120, intermediate=13_824, heads=40, key_heads=40, blocks=40),
     "70b": Shape(hidden=8192, intermediate=28_672, heads=64, key_heads=8, blocks=80),

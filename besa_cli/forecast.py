@@ -60,7 +60,7 @@ class Meter:
         self._phase, self._done, self._last = "", 0, 0.0
         self._seconds: dict[str, float] = defaultdict(float)
         self._units: dict[str, int] = defaultdict(int)
-        self._total: dict[str, int] = {}
+        self._total: dict[str, int] = defaultdict(int)
 
     def step(self, done: int, total: int, phase: str) -> None:
         """See `besa_cli.stream.Step`; the first step of a phase only starts its clock."""
@@ -68,7 +68,8 @@ class Meter:
         if phase == self._phase and done > self._done:
             self._seconds[phase] += now - self._last
             self._units[phase] += done - self._done
-        self._total[phase] = total
+        else:
+            self._total[phase] += total
         self._phase, self._done, self._last = phase, done, now
 
     def extrapolated(self, seconds: float, factor: float) -> float:

@@ -130,7 +130,7 @@ class Job:
         dry: bool = False,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._began, self._dry = time.perf_counter(), dry
+        began, self._dry = time.perf_counter(), dry
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._final = run.stage(request.stage)
         self._beside = run.next_stage(request.stage)
@@ -140,7 +140,7 @@ class Job:
             checkpoint.refuse_foreign(place, model.directory)
         source = weights.Weights(model.directory)
         self._digest = weights.check(source)
-        self._checking = time.perf_counter() - self._began
+        self._checking = time.perf_counter() - began
         checkpoint.refuse_damaged(model.directory, self._digest)
         self._directory, self.manifest = self._place(restart=restart)
         if not self.done and self.manifest["versions"] != checkpoint.versions():
@@ -239,7 +239,7 @@ class Job:
         if self._dry:
             disk.require_writable(self._directory)
             self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
-            self._checked = time.perf_counter() - self._began
+            self._checked = compute.age()
         else:
             self._begin(source, notify, spilled=placing.in_files)
 

@@ -71,7 +71,7 @@ def test_quantize_and_eval(besa: Besa, words: list[str], workplace: Path) -> Non
 
 
 def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A walk with 2 seconds of other work, 0.5 s a sample of statistics, 3 s a learning step and 4 updates of 1 s."""
+    """A walk with 2 s of other work, twice 0.5 s a sample of statistics, 3 s a learning step, 4 updates of 1 s."""
     now = [0.0]
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
 
@@ -79,6 +79,7 @@ def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.Mo
         yield from ((0.5, done, samples, "statistics") for done in range(1, samples + 1))
         yield from ((3.0, done, samples, "learning") for done in range(1, samples + 1))
         yield from ((1.0, done, 4, "update") for done in range(1, 5))
+        yield from ((0.5, done, samples, "statistics") for done in range(1, samples + 1))
 
     def seconds(samples: int) -> tuple[float, forecast.Meter]:
         meter, began = forecast.Meter(), now[0]

@@ -71,8 +71,10 @@ def ppl(
     ]
     subject = subjects.find(model, run, console, baseline=baseline)
     if dry_run:
+        started = compute.age()
         both = [each for each in (subject, subject.parent) if each is not None]
-        forecasting.show(forecast.together([_forecast(each, wanted, settings, console) for each in both]), console)
+        found = forecast.together([_forecast(each, wanted, settings) for each in both])
+        forecasting.show(replace(found, seconds=started + found.seconds), console)
         return
     measured = _measure(subject, wanted, settings, console)
     dense: Sequence[Perplexity | None] = [None] * len(measured)
@@ -111,9 +113,7 @@ def _measure(
     return [result for number in range(len(jobs)) if (result := found[number])]
 
 
-def _forecast(
-    subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings", console: Console
-) -> "Forecast":
+def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings") -> "Forecast":
     """What measuring one model would take, all checks included."""
     from besa_cli import disk, results
     from besa_cli.perplexity import Walk
