@@ -161,14 +161,19 @@ class Stage:
         BesaError
             They are not those that were written.
         """
-        tensors = weights.read_file(self.shard(index))
-        written = disk.read_json(self._report(index)).get("digest")
+        tensors = self._checked(self.shard(index), index, "digest")
+        self._seen.add(index)
+        return tensors
+
+    def _checked(self, path: Path, index: int, key: str) -> dict[str, Tensor]:
+        """What a file holds, compared with the digest in the report of its block; older reports have none."""
+        tensors = weights.read_file(path)
+        written = disk.read_json(self._report(index)).get(key)
         if written not in (None, weights.digest(tensors)):
             raise BesaError(
-                f"{self.shard(index)} is damaged: it does not hold what was written",
-                "delete this file and run the same command again: its block is made anew",
+                f"{path} is damaged: it does not hold what was written",
+                "delete this file; in an unfinished stage the same command makes its block anew, else give --restart",
             )
-        self._seen.add(index)
         return tensors
 
     def _report(self, index: int) -> Path:
@@ -177,7 +182,7 @@ class Stage:
     def codes(self, index: int) -> dict[str, Tensor]:
         """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""
         path = self._codes(index)
-        return weights.read_file(path) if path.exists() else {}
+        return self._checked(path, index, "codes_digest") if path.exists() else {}
 
     def _codes(self, index: int) -> Path:
         return self.directory / _CODES / self.shard(index).name
@@ -185,7 +190,8 @@ class Stage:
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
         record = disk.read_json(self._report(index))
-        record.pop("digest", None)
+        for key in ("digest", "codes_digest"):
+            record.pop(key, None)
         return BlockReport.from_record(record)
 
     def reports(self) -> Iterator[BlockReport]:
@@ -194,7 +200,8 @@ class Stage:
 
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """Put a block's report, codes and tensors on disk, the shard last."""
-        disk.write_json(self._report(report.index), {**report.record(), "digest": weights.digest(tensors)})
+        digests = {"digest": weights.digest(tensors)} | ({"codes_digest": weights.digest(codes)} if codes else {})
+        disk.write_json(self._report(report.index), {**report.record(), **digests})
         if codes:
             self._codes(report.index).parent.mkdir(exist_ok=True)
             self._save(self._codes(report.index), codes)

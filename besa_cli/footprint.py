@@ -195,11 +195,11 @@ def compressing(
     return Demand(phases=phases, hidden=shape.streams * tokens * shape.hidden * compute)
 
 
-def measuring(shape: Shape, *, tokens: int, passing: int) -> Demand:
-    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass."""
+def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int) -> Demand:
+    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass, in windows of `seqlen`."""
     compute = shape.dtype.itemsize
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
-    logits = _LOGITS * shape.vocabulary * (compute + 4 + 4)
+    logits = min(_LOGITS, seqlen) * shape.vocabulary * (compute + 4 + 4)
     return Demand(
         phases={
             "blocks": round(shape.loaded * (compute + shape.source)) + passing * widths * compute,

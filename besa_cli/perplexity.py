@@ -109,7 +109,10 @@ class Walk:
         seqlen, blocks = self._jobs[0].settings.seqlen, len(self._decoder)
         sizes = [sum(part.stop - part.start for part in portion) for portion in self.portions]
         shape = footprint.shape(self._decoder, segments(self._decoder, BLOCK))
-        demand = footprint.measuring(shape, tokens=max(sizes) * seqlen, passing=min(self._batch, max(sizes)) * seqlen)
+        most = max(sizes)
+        demand = footprint.measuring(
+            shape, tokens=most * seqlen, passing=min(self._batch, most) * seqlen, seqlen=seqlen
+        )
         memory = compute.resident() + self._decoder.head_bytes() + demand.peak()
         first = self.portions[0][0]
         part = Part(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))

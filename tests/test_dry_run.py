@@ -1,15 +1,17 @@
 """`--dry-run` on prune, quantize and eval ppl: every check, a forecast, and not a byte written."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
 
-from besa_cli import forecast
+from besa_cli import compute, forecast
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -68,6 +70,11 @@ def test_quantize_and_eval(besa: Besa, words: list[str], workplace: Path) -> Non
     table = besa("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--dry-run")
     assert "memory" in table.out
     assert "3 of 3 blocks are left" in table.out
+
+
+def test_the_age_of_a_process_is_what_the_system_says() -> None:
+    began = psutil.Process().create_time()
+    assert compute.age() == pytest.approx(time.time() - began, abs=1.0)
 
 
 def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:

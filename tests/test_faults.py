@@ -88,6 +88,11 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
         assert "error: run/pruned is damaged or was changed since it was made: digest " in found.err
     shard.write_bytes(content)
     assert besa("quantize", "--run", "run", *drawn).code == 0
+    stage = Stage(workplace / "run" / "quantized", 3)
+    assert stage.codes(1)
+    harm.flip_a_bit(workplace / "run" / "quantized" / "codes" / stage.shard(1).name)
+    with pytest.raises(BesaError, match=r"codes/model-00003-of-00004.safetensors is damaged"):
+        stage.codes(1)
 
 
 @pytest.mark.parametrize("state", ["half-done", "finished"])

@@ -46,6 +46,26 @@ def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: 
     assert found.streams == (4 if option == "attn-mlp" else 2)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_there_when_logits_are_wanted_and_not_before(tied: bool, tmp_path: Path) -> None:
+    directory = tiny.checkpoint(tmp_path, "llama", tied=tied)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    head = tiny.weights(directory).get("lm_head.weight", torch.empty(0))
+    assert decoder.head_bytes() == head.nbytes
+    assert tied or decoder.model.get_output_embeddings().weight.is_meta  # type: ignore[no-untyped-call]
+    whole = tiny.built(tiny.config("llama", tied=tied))
+    tokens = tiny.tokens(2, 9)
+    with torch.no_grad():
+        expected = whole(tokens)
+        hidden = whole(tokens, output_hidden_states=True).hidden_states[0]
+        for index in range(len(decoder)):
+            decoder.load(index)
+            hidden = decoder.forward(index, hidden, tokens)
+            decoder.drop(index)
+        torch.testing.assert_close(decoder.finish(hidden, tokens), expected.logits)
+    assert decoder.head_bytes() == 0
+
+
 @pytest.mark.parametrize("method", footprint.METHODS)
 def test_what_must_be_there_is_counted(method: str) -> None:
     found = footprint.compressing(SHAPE, method, tokens=70, passing=7, learning=7, candidates=10)
@@ -66,7 +86,9 @@ def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, metho
     many = footprint.compressing(SHAPE, method, tokens=tokens + more, passing=passing + more)
     assert many.peak() >= few.peak()
     assert many.peak() - many.hidden == many.peak(in_files=True)
-    measured = [footprint.measuring(SHAPE, tokens=each, passing=passing).peak() for each in (tokens, tokens + more)]
+    measured = [
+        footprint.measuring(SHAPE, tokens=each, passing=passing, seqlen=9).peak() for each in (tokens, tokens + more)
+    ]
     assert measured[1] > measured[0]
 
 

@@ -32,7 +32,7 @@ def show(forecast: "Forecast", console: Console) -> None:
         ("disk", human_bytes(forecast.disk), human_bytes(forecast.free), ""),
         ("time", human_seconds(forecast.seconds), "", f"{forecast.left} of {forecast.blocks} blocks are left"),
     ]
-    console.table("", ("", "takes", "there is", "")[:4], rows)
+    console.table("", ("", "takes", "there is", ""), rows)
     if forecast.memory > available:
         console.note("this is more memory than there is: give --max-memory, a shorter --seqlen or a narrower --window")
     console.emit_json({"done": False, **asdict(forecast), "available": available})
