@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, sampling, token_rows
-from besa_cli.disk import MANIFEST, publish, read_json, save_tensors, write_json
+from besa_cli.disk import MANIFEST, publish, read_json, save_tensors, sweep, write_json
 from besa_cli.errors import BesaError, UsageError
 
 FORMAT = 1
@@ -257,6 +257,8 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
         if replaced:
             shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
+        for name in (_TOKENS, MANIFEST):
+            sweep(target / name)
         publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
         write_json(target / MANIFEST, calibration_set.manifest)
         if replaced:

@@ -1,5 +1,6 @@
 """Files that are either whole or absent: everything that `besa` writes goes through here."""
 
+import glob
 import hashlib
 import json
 import os
@@ -48,6 +49,12 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         ) from error
     finally:
         _remove(temporary)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of `path`; the caller holds the lock that its writers need."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        _remove(left)
 
 
 def _remove(path: Path) -> None:

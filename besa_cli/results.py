@@ -37,7 +37,11 @@ class Results:
 
     def load(self, job: Measurement) -> Perplexity | None:
         """The result of the same measurement, or None where there is none."""
-        return load(self.file(job))
+        found = load(self.file(job))
+        if found and self._windows_file(job).exists():  # killed between the two steps of `save`
+            with lock.moment(self._directory.parent):
+                self._windows_file(job).unlink(missing_ok=True)
+        return found
 
     def known(self, job: Measurement) -> list[Loss]:
         """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
@@ -62,6 +66,8 @@ class Results:
         """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
         with lock.moment(self._directory.parent):
             save(result, self.file(job), model)
+            for file in (self.file(job), self._windows_file(job)):
+                disk.sweep(file)
             self._windows_file(job).unlink(missing_ok=True)
 
 

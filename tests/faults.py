@@ -161,16 +161,27 @@ def interruptions(subject: Subject, run: Path, whole: dict[str, bytes], seconds:
     kinds = random.choices([*SIGNALS, "disk full", "clock jumps"], [4, 3, 3, 3, 1], k=random.randint(1, MOST_IN_A_ROW))
     done = [kind for kind in kinds if interrupted(subject, run, seconds, kind)]
     code, said = subject.run(run)
-    same = code == 0 and tiny.files(run, without=TRANSIENT) == whole
+    differ = different(run, whole)
     for kind in done:
-        tally.add(f"{kind}, {subject.name}", "identical" if same else "lost", f"exit {code}: {said[-300:]}")
+        outcome = "lost" if code or differ else "identical"
+        tally.add(f"{kind}, {subject.name}", outcome, f"exit {code}, {', '.join(differ)}: {said[-300:]}")
+
+
+def different(run: Path, whole: dict[str, bytes]) -> list[str]:
+    """The files of a run directory that are not those of an undisturbed run."""
+    found = tiny.files(run, without=TRANSIENT)
+    return sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
 
 
 def damage(subject: Subject, run: Path, whole: dict[str, bytes], seconds: float, tally: Tally) -> None:
     """Stop half-way, damage one file, expect a refusal; put it right and run to the end."""
     subject.begin(run)
     interrupted(subject, run, seconds, "SIGKILL")
-    kind, place = random.choice(harm.targets(run, subject.model))
+    begun = (run / "pruned" / "besa.json").exists()  # before, nothing says which source was meant
+    targets = harm.targets(run, subject.model if begun else None)
+    if not targets:
+        return
+    kind, place = random.choice(targets)
     before, stamp = place.read_bytes(), place.stat()
     harm.KINDS[kind](place)
     code, said = subject.run(run)
@@ -186,8 +197,8 @@ def damage(subject: Subject, run: Path, whole: dict[str, bytes], seconds: float,
     place.write_bytes(before)
     os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     code, again = subject.run(run)
-    if code or tiny.files(run, without=TRANSIENT) != whole:
-        outcome, said = "lost", again
+    if code or different(run, whole):
+        outcome, said = "lost", f"{', '.join(different(run, whole))}: {again}"
     where = "source" if subject.model and place.is_relative_to(subject.model) else "run"
     tally.add(f"{kind}, {where}", outcome, f"{subject.name}, {place.name}, exit {code}: {said[-300:]}")
 
