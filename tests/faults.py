@@ -15,6 +15,7 @@ Not collected by pytest: `tests/test_faults.py` and `tests/test_resume.py` do it
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -259,7 +260,7 @@ def tiny_subjects(place: Path) -> list[Subject]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaigns and print the table; 1 if anything was lost."""
+    """Run the campaigns and print the table, of what was done where it is interrupted; 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", type=int, default=320, help="injections on a tiny model")
     parser.add_argument("--demo", type=int, default=6, help="interruptions on the demo model")
@@ -267,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     random.seed(options.seed)
     tally = Tally()
-    with tempfile.TemporaryDirectory(prefix="besa-faults-") as name:
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell in the background has them ignored
+        signal.signal(number, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="besa-faults-") as name, contextlib.suppress(KeyboardInterrupt):
         place = Path(name)
         if options.tiny:
             harm.warm_up()
