@@ -231,9 +231,12 @@ class Job:
         self._budgets = self.request.budgets(sizes)
         self._decoder.weights.refuse_change(source)
         placing = self._place_in_memory()
+        hidden = self._demand(placing.batch).hidden if placing.in_files else 0
+        whole = int(source.nbytes(source.names) * 1.02) + (sum(sizes) if self.request.grid else 0)
+        self._to_write = whole * (len(self._decoder) - self._stage.finished()) // len(self._decoder) + hidden
         if self.manifest["status"] == "new":
             settings["batch"] = placing.batch
-            self._to_write = int(source.nbytes(source.names) * 1.02) + (sum(sizes) if self.request.grid else 0)
+            self._to_write = whole + hidden
             checkpoint.require_space(self._directory, self._to_write)
             self._decoder.verify(self.calibration.tokens)
         if self._dry:
@@ -297,14 +300,13 @@ class Job:
             seed=self.request.seed,
             finished=finished,
         )
-        hidden = self._demand(batch).hidden if self._placing.in_files else 0
         left = len(self._decoder) - finished
         return forecast.Forecast(
             memory=self._placing.peak,
             phase=self._placing.phase,
             in_files=self._placing.in_files,
             batch=batch,
-            disk=hidden + (self._to_write if not finished else 0),
+            disk=self._to_write,
             free=disk.free(self._directory),
             seconds=self._checked + working + self._checking,  # what is written is read and digested at the end
             blocks=len(self._decoder),

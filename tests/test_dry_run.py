@@ -12,6 +12,8 @@ import tiny
 import torch
 
 from besa_cli import compute, forecast
+from besa_cli.checkpoint import Run
+from besa_cli.jobs import Job
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -70,6 +72,21 @@ def test_quantize_and_eval(besa: Besa, words: list[str], workplace: Path) -> Non
     table = besa("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--dry-run")
     assert "memory" in table.out
     assert "3 of 3 blocks are left" in table.out
+
+
+def test_a_half_done_stage_is_forecast_from_where_it_is(tmp_path: Path) -> None:
+    model = tiny.local(tiny.checkpoint(tmp_path / "model", blocks=3))
+    calibration, request = tiny.calibration_set(tiny.tokens(5, 12)), tiny.request("besa")
+    found = []
+    for done in (0, 2):
+        blocks = Job(Run(tmp_path / "run"), model, calibration, request).blocks()
+        for _ in range(done):
+            next(blocks)
+        before = tiny.files(tmp_path, without=())
+        found.append(Job(Run(tmp_path / "run"), model, calibration, request, dry=True).forecast())
+        assert tiny.files(tmp_path, without=()) == before
+    assert [each.left for each in found] == [3, 1]
+    assert found[1].disk < 0.5 * found[0].disk
 
 
 def test_the_age_of_a_process_is_what_the_system_says() -> None:
