@@ -228,7 +228,7 @@ def campaign(subjects: Sequence[Subject], injections: int, place: Path, tally: T
         seconds, whole = references[index]
         act = damage if damages and random.random() < 1 / 3 else interruptions
         act(subjects[index], run, whole, seconds, tally)
-        shutil.rmtree(run)
+        shutil.rmtree(run, ignore_errors=True)  # killed early enough, there is none
         number += 1
         if number % 10 == 0:
             sys.stderr.write(f"{done} injections, {tally.lost} lost\n")

@@ -69,9 +69,10 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     calibration = tiny.calibration_set(tiny.tokens(6, 12))
     chosen = {"target": target, "window": window}
     found = {}
-    demand = footprint.compressing
-    for name, hidden in (("memory", 1 << 20), ("files", 1 << 40)):
-        monkeypatch.setattr(footprint, "compressing", lambda *a, n=hidden, **k: replace(demand(*a, **k), hidden=n))
+    place = footprint.place
+    for name in ("memory", "files"):
+        files = name == "files"
+        monkeypatch.setattr(footprint, "place", lambda *a, f=files, **k: replace(place(*a, **k), in_files=f))
         request = Request(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
         job = Job(Run(tmp_path / name), tiny.local(model), calibration, request, notify=notes.append)
