@@ -20,6 +20,8 @@ from besa_cli import __version__
 from besa_cli.commands import evaluate
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.config_file import origin
+from besa_cli.commands.export import export
+from besa_cli.commands.import_ import import_
 from besa_cli.commands.prune import prune
 from besa_cli.commands.show import show
 from besa_cli.console import show_error
@@ -62,6 +64,8 @@ def besa(
 app.command()(calibrate)
 app.command()(prune)
 app.add_typer(evaluate.app, name="eval")
+app.command()(export)
+app.command("import")(import_)
 app.command()(show)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from besa_cli import checkpoint, disk, weights
-from besa_cli.checkpoint import MANIFEST, STAGES, Run, Stage
+from besa_cli.checkpoint import EXPORT, MANIFEST, STAGES, Run, Stage
 from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
 
-Kind = Literal["run", "calibration", "stage", "checkpoint"]
+Kind = Literal["run", "calibration", "stage", "export", "checkpoint"]
 
 _IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d+)\.(?P<linear>.+)\.weight")
 _ROUTERS = ("router", "gate")  # they decide between experts and are never pruned
@@ -54,6 +54,8 @@ def kind_of(directory: Path) -> Kind:
     if not directory.is_dir():
         state = "is not a directory" if directory.exists() else "does not exist"
         raise BesaError(f"{directory} {state}", "name a run directory, a stage or a checkpoint: besa show DIR")
+    if (directory / EXPORT).exists():
+        return "export"
     if (directory / MANIFEST).exists():
         return "calibration" if checkpoint.read_manifest(directory).get("stage") == "calibration" else "stage"
     if (directory / "config.json").exists():
@@ -71,6 +73,11 @@ def kind_of(directory: Path) -> Kind:
 def stage_directories(run: Run) -> list[Path]:
     """Where a run's stages are, whether there or not: the newest last, each before the one that will replace it."""
     return [directory for name in STAGES for directory in (run.stage(name), run.next_stage(name))]
+
+
+def exports(run: Run) -> list[Path]:
+    """The finished exports of a run."""
+    return sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}") if not path.parent.name.startswith("."))
 
 
 def number_of_blocks(directory: Path) -> int:

@@ -6,7 +6,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +58,13 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file
+
+    def shards(self) -> dict[Path, list[str]]:
+        """The checkpoint's files, sorted, each with the names of its tensors."""
+        found: dict[Path, list[str]] = defaultdict(list)
+        for name in self.names:
+            found[self._file[name]].append(name)
+        return dict(sorted(found.items()))
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take on disk."""
@@ -135,6 +142,17 @@ def _listed(directory: Path) -> dict[str, str]:
 
 def header(path: Path) -> dict[str, int]:
     """Bytes of each tensor in one file, after checking that the file is as long as its header says."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries(path).items()}
+
+
+def entries(path: Path) -> dict[str, dict[str, Any]]:
+    """What the header of one file says of each tensor (`dtype`, `shape`, `data_offsets`), checked against its length.
+
+    Raises
+    ------
+    BesaError
+        The file is missing, cut short or not safetensors.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -142,17 +160,16 @@ def header(path: Path) -> dict[str, int]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= size - 8:
                 raise BesaError(f"{path} is cut short or not a safetensors file ({size} bytes)", _REMEDY)
-            header = json.loads(file.read(length))
+            found: dict[str, dict[str, Any]] = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise BesaError(f"{path} is missing", _REMEDY) from error
     except (OSError, ValueError) as error:
         raise BesaError(f"{path} is not a safetensors file: {error}", _REMEDY) from error
-    header.pop("__metadata__", None)
-    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    expected = 8 + length + sum(sizes.values())
+    found.pop("__metadata__", None)
+    expected = 8 + length + sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in found.values())
     if size != expected:
         raise BesaError(f"{path} is cut short: {size} bytes where its header promises {expected}", _REMEDY)
-    return sizes
+    return found
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

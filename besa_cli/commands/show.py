@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import options
-from besa_cli.console import Console, human_share, short_names
+from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def show(
         facts |= _show_run(checkpoint.Run(place), console)
     elif kind == "calibration":
         facts |= _show_calibration(place, console)
+    elif kind == "export":
+        facts |= _show_export(place, console)
     else:
         facts |= _show_model(place, console)
     console.emit_json(facts)
@@ -90,6 +92,9 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
         if (directory / MANIFEST).exists():
             console.line("")
             facts["stages"].append({"directory": str(directory), **_show_model(directory, console)})
+    facts["exports"] = []
+    for directory in inspection.exports(run):
+        facts["exports"].append({"directory": str(directory), **_show_export(directory, console)})
     facts["evaluations"] = inspection.evaluations(run)
     if facts["evaluations"]:
         console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
@@ -108,6 +113,18 @@ def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
     if "command" in manifest:
         line = inspection.command_line(manifest["command"], inspection.options_to_repeat(manifest), _run_of(directory))
         console.line(f"  made by: {line}")
+    return {"manifest": manifest}
+
+
+def _show_export(directory: Path, console: Console) -> dict[str, Any]:
+    from besa_cli import checkpoint
+
+    manifest = checkpoint.read_manifest(directory, checkpoint.EXPORT)
+    sizes, source = manifest["sizes"], manifest["source"]
+    console.line(
+        f"{directory}: {manifest['options']['format']} export of the {source['stage']} stage {source['digest'][:12]}, "
+        f"{human_bytes(sizes['weights'])} ({human_share(sizes['weights'] / sizes['weights_dense'])} of dense bf16)"
+    )
     return {"manifest": manifest}
 
 
