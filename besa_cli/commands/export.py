@@ -23,6 +23,10 @@ ShardOption = Annotated[
     str | None,
     typer.Option("--shard-size", metavar="SIZE", help="hf: bytes a file may have, e.g. 2GB.", show_default="5GB"),
 ]
+TypeOption = Annotated[
+    options.GgufType | None,
+    typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
+]
 CompressOption = Annotated[
     options.Compression | None,
     typer.Option("--compress", help="sparse: smaller files for a download.", show_default="none"),
@@ -33,6 +37,7 @@ def export(
     format: FormatOption = "hf",
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
+    type: TypeOption = None,
     compress: CompressOption = None,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
@@ -45,7 +50,9 @@ def export(
     from besa_cli.checkpoint import Run
     from besa_cli.exporting import Job, Request
 
-    own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "compress": compress}
+    own = {
+        "dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type, "compress": compress,
+    }  # fmt: skip
     request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     with lock.held(run, f"besa export --run {run}"):

@@ -4,4 +4,5 @@
 EXPORTERS = {
     "hf": "dense safetensors with exact zeros, for any program",
     "sparse": "a smaller safetensors checkpoint, for transformers with besa_cli.hf",
+    "gguf": "one file for llama.cpp (LLaMA-architecture models)",
 }
