@@ -20,7 +20,7 @@ FORMAT = 1
 MANIFEST = disk.MANIFEST
 EXPORT = "export.json"  # the manifest of an export, written last; an export is no stage
 TIMING = "timing.jsonl"
-STAGES = ("pruned",)  # in the order in which they are made
+STAGES = ("pruned", "quantized")  # in the order in which they are made
 
 _LIBRARIES = ("torch", "transformers", "safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")

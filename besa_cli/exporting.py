@@ -56,7 +56,7 @@ class Request:
     @property
     def directory(self) -> str:
         """The name of the export's directory: the format, and what was chosen of how weights are stored."""
-        chosen = [str(self.options[name]) for name in ("dtype", "type", "compress") if name in self.options]
+        chosen = [str(self.options[name]) for name in ("dtype", "type") if name in self.options]
         return disk.safe_name("-".join([self.format, *chosen]))
 
 
@@ -133,7 +133,7 @@ class Job:
         self._finish(linear_bytes, rounded)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
-        weights = _sizes(self._partial, ".safetensors", ".zst", ".gguf")
+        weights = _sizes(self._partial, ".safetensors", ".gguf")
         dense_linears, dense = self.source.dense_bytes
         sizes = {
             "linears": linear_bytes,

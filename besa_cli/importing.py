@@ -9,6 +9,7 @@ from besa_cli import checkpoint, disk, sparse, weights
 from besa_cli.checkpoint import MANIFEST, STAGES, Run
 from besa_cli.errors import BesaError
 from besa_cli.exporters.sparse import STAGE_FILES, shard_name
+from besa_cli.exporters.stage import CODES
 from besa_cli.sparse import INDEX
 
 
@@ -84,6 +85,9 @@ class Job:
         stored = weights.read_file(source)
         if disk.sha256_file(source) != self._digests[source.name]:
             raise BesaError(f"{source} is damaged: its SHA-256 is not the one in {INDEX}", "fetch the file again")
+        codes = sparse.codes(stored, str(source))
+        if codes:
+            disk.publish(target.parent / CODES / target.name, lambda temporary: disk.save_tensors(temporary, codes))
         tensors = sparse.decoded(stored, str(source))
         disk.publish(target, lambda temporary: disk.save_tensors(temporary, tensors))
 

@@ -59,6 +59,10 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._file
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._file[name]
+
     def shards(self) -> dict[Path, list[str]]:
         """The checkpoint's files, sorted, each with the names of its tensors."""
         found: dict[Path, list[str]] = defaultdict(list)

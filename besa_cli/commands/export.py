@@ -27,10 +27,6 @@ TypeOption = Annotated[
     options.GgufType | None,
     typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
 ]
-CompressOption = Annotated[
-    options.Compression | None,
-    typer.Option("--compress", help="sparse: smaller files for a download.", show_default="none"),
-]
 
 
 def export(
@@ -38,7 +34,6 @@ def export(
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
     type: TypeOption = None,
-    compress: CompressOption = None,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,
@@ -50,9 +45,7 @@ def export(
     from besa_cli.checkpoint import Run
     from besa_cli.exporting import Job, Request
 
-    own = {
-        "dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type, "compress": compress,
-    }  # fmt: skip
+    own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type}
     request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     with lock.held(run, f"besa export --run {run}"):

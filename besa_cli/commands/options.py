@@ -19,8 +19,7 @@ _MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO}
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
-Compression = Literal["zstd"]
-GgufType = Literal["F16", "BF16", "Q8_0"]
+GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
 OtherModelOption = Annotated[

@@ -4,5 +4,6 @@
 EXPORTERS = {
     "hf": "dense safetensors with exact zeros, for any program",
     "sparse": "a smaller safetensors checkpoint, for transformers with besa_cli.hf",
+    "compressed-tensors": "the codes of a quantized stage, for transformers and vLLM",
     "gguf": "one file for llama.cpp (LLaMA-architecture models)",
 }

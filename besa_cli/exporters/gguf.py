@@ -1,11 +1,12 @@
 """`gguf`: one file for llama.cpp and what is built on it, tokenizer included; LLaMA-architecture models.
 
 GGUF has no sparse type: zeros are stored. Matrices are stored in the type asked for, all else in fp32; a matrix whose
-columns do not divide into blocks of that type is stored in bf16.
+columns do not divide into blocks of that type is stored in bf16. Q4_0 is for stages on a symmetric 4-bit grid, whose
+codes it carries; embeddings and head are then Q8_0.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, quant_shape_to_byt
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from besa_cli.exporters import gguf_llama, gguf_tokenizer
+from besa_cli.exporters import gguf_codes, gguf_llama, gguf_tokenizer
 from besa_cli.exporters.stage import Piece, Source, narrowed
+from besa_cli.sparse import Coded
 
 _DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # the rest is computed from fp32
 
@@ -31,7 +33,7 @@ class Options:
         What matrices are stored in.
     """
 
-    type: Literal["F16", "BF16", "Q8_0"] = "BF16"
+    type: Literal["F16", "BF16", "Q8_0", "Q4_0"] = "BF16"
 
 
 def pieces(source: Source, options: Options) -> int:
@@ -43,6 +45,8 @@ def pieces(source: Source, options: Options) -> int:
         The model or its tokenizer cannot be written as GGUF; found out before any work.
     """
     gguf_llama.check(source)
+    if Kind[options.type] is Kind.Q4_0:
+        gguf_codes.check(source)
     gguf_tokenizer.read(source.directory, int(source.config["vocab_size"]))
     return len(source.weights.shards())
 
@@ -72,10 +76,14 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
         writer.write_tensor_data(factors)
     for names in source.weights.shards().values():  # the order of `source.names`
         linear_bytes = rounded = 0
+        coded = source.coded(names) if gguf_codes.carries(source, Kind[options.type]) else {}
         for name in names:
             tensor = gguf_llama.arranged(source, name, source.read(name))
             kind = stored_as(source, name, options)
-            data = encoded(name, tensor, kind)
+            if name in coded and kind is Kind[options.type]:
+                data = gguf_codes.blocks(arranged(source, name, coded[name]))
+            else:
+                data = encoded(name, tensor, kind)
             writer.write_tensor_data(data)
             if name in source.linears:
                 linear_bytes += data.nbytes
@@ -89,7 +97,15 @@ def stored_as(source: Source, name: str, options: Options) -> Kind:
     shape, kind = source.shape(name), Kind[options.type]
     if len(shape) < 2:
         return Kind.F32
+    if kind is Kind.Q4_0 and name not in source.linears:
+        kind = Kind.Q8_0
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.BF16
+
+
+def arranged(source: Source, name: str, coded: Coded) -> Coded:
+    """Codes with their rows in llama.cpp's order."""
+    codes, scales = (gguf_llama.arranged(source, name, part) for part in (coded.codes, coded.scales))
+    return replace(coded, codes=codes, scales=scales)
 
 
 def encoded(name: str, tensor: Tensor, kind: Kind) -> "np.ndarray[Any, Any]":

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from besa_cli import checkpoint, disk, sparse
 from besa_cli.exporters.stage import Piece, Source
@@ -15,15 +14,7 @@ STAGE_FILES = "stage"  # the directory in which the stage's own small files lie 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What may be chosen of a sparse export.
-
-    Attributes
-    ----------
-    compress : str, optional
-        ``zstd``: smaller files for a download, which `besa import` reads.
-    """
-
-    compress: Literal["zstd"] | None = None
+    """Nothing may be chosen."""
 
 
 def pieces(source: Source, options: Options) -> int:
@@ -43,7 +34,14 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     for path, names in source.weights.shards().items():
         file = target / shard_name(path.name)
         tensors = source.weights.read(names)
-        parts = {name: sparse.encoded(name, tensors.pop(name)) for name in names if name in source.linears}
+        coded = source.coded(names)
+        parts = {
+            name: sparse.encoded_codes(name, tensors.pop(name), coded[name])
+            if name in coded
+            else sparse.encoded(name, tensors.pop(name))
+            for name in names
+            if name in source.linears
+        }
         stored = tensors | {part: value for own in parts.values() for part, value in own.items()}
         disk.publish(file, lambda temporary, stored=stored: disk.save_tensors(temporary, stored))  # type: ignore[misc]
         table |= dict.fromkeys(stored, file.name)

@@ -1,6 +1,6 @@
 """The stage that is exported: its tensors, read a few at a time, and which of them are pruned linears."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from torch import Tensor
 from besa_cli import checkpoint, disk
 from besa_cli.checkpoint import Stage
 from besa_cli.errors import BesaError
-from besa_cli.weights import Weights, entries
+from besa_cli.sparse import Coded
+from besa_cli.weights import Weights, entries, read_file
 
+CODES = "codes"  # the directory of a quantized stage that holds the codes its weights were made from
 DENSE_BITS = 16  # of a weight in the dense model that sizes are compared with
 
 
@@ -87,6 +89,32 @@ class Source:
     def dtype(self, name: str) -> str:
         """The dtype of a tensor in the words of safetensors: ``BF16``."""
         return self._dtype[name]
+
+    @property
+    def grid(self) -> dict[str, Any] | None:
+        """Of a quantized stage `bits`, `group_size` (None: all columns) and `symmetric`; else None."""
+        found: dict[str, Any] | None = self.manifest.get("quantization")
+        return found
+
+    def coded(self, names: Sequence[str]) -> dict[str, Coded]:
+        """The codes of those among `names`, tensors of one file, that were quantized."""
+        path = self.directory / CODES / self.weights.file(names[0]).name
+        if self.grid is None or not path.exists():
+            return {}
+        stored = read_file(path)
+        found = {}
+        for name in names:
+            prefix = name.removesuffix(".weight")
+            if name in self.linears and f"{prefix}.codes" in stored:
+                codes = stored[f"{prefix}.codes"]
+                found[name] = Coded(
+                    codes=codes,
+                    scales=stored[f"{prefix}.scales"],
+                    zeros=stored.get(f"{prefix}.zeros"),
+                    bits=int(self.grid["bits"]),
+                    width=min(self.grid["group_size"] or codes.shape[1], codes.shape[1]),
+                )
+        return found
 
     @property
     def linear_weights(self) -> int:
