@@ -161,6 +161,11 @@ class Stage:
         path = self._codes(index)
         return weights.read_file(path) if path.exists() else {}
 
+    def code_names(self, index: int) -> list[str]:
+        """The names of the tensors that `codes` reads."""
+        path = self._codes(index)
+        return list(weights.header(path)) if path.exists() else []
+
     def _codes(self, index: int) -> Path:
         return self.directory / _CODES / self.shard(index).name
 

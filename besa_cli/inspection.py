@@ -12,6 +12,8 @@ from besa_cli.checkpoint import MANIFEST, STAGES, Run, Stage
 from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
 
+_OPPOSITES = {"--symmetric": "--asymmetric"}
+
 Kind = Literal["run", "calibration", "stage", "checkpoint"]
 
 _IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d+)\.(?P<linear>.+)\.weight")
@@ -94,6 +96,19 @@ def blocks(directory: Path) -> Iterator[BlockCount]:
     return _plain_blocks(weights.Weights(directory))
 
 
+def size(directory: Path) -> int:
+    """Bytes of all files of a stage or a checkpoint."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a finished quantized stage if its linears were stored in the bits that they need."""
+    source, stage = weights.Weights(directory), _stage(directory)
+    codes = [name for index in range(stage.blocks) for name in stage.code_names(index) if name.endswith(".codes")]
+    wide = source.nbytes(f"{name.removesuffix('.codes')}.weight" for name in codes)
+    return source.nbytes(source.names) - wide + -(-int(counts["bits"]) // 8)
+
+
 def _stage(directory: Path) -> Stage:
     return Stage(directory, int(checkpoint.read_manifest(directory).get("blocks", 0)))
 
@@ -159,7 +174,7 @@ def command_line(command: str, options: Mapping[str, Any], run: Path | None = No
         if value is None:
             continue
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(flag if value else _OPPOSITES.get(flag, flag.replace("--", "--no-", 1)))
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, str(item))]
         else:

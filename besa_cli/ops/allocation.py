@@ -75,7 +75,7 @@ def of_rows(groups: Real[Tensor, " groups"], size: int, rows: int) -> Real[Tenso
 
 
 class _StraightThrough(torch.autograd.Function):
-    """W with its lowest ranks zeroed; the gradient goes to the mixture as if each weight were W·(1 − P), and to W where kept."""
+    """W with its lowest ranks zeroed; the gradient goes to the mixture as if each weight were W·(1 − P)."""
 
     @staticmethod
     def forward(
