@@ -21,7 +21,7 @@ import torch
 from typer.main import get_command
 
 import besa_cli
-from besa_cli import calibration, corpora, documents, preparation, pruners, texts
+from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, texts
 from besa_cli.app import app
 from besa_cli.checkpoint import Run
 from besa_cli.evaluation import Perplexity
@@ -266,6 +266,8 @@ def finished(tmp_path: Path) -> Run:
     options = calibration.Options(data=(str(file),), samples=4, seqlen=16)
     rows = preparation.calibrate(model, options, made.calibration, None, lambda _: None)
     tiny.run(Job(made, model, rows, tiny.request("besa")))
+    few = quantizing.Request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
+    tiny.run(Job(made, tiny.local(made.stage("pruned")), rows, few))
     return made
 
 
@@ -273,17 +275,19 @@ def test_every_field_on_the_disk_is_in_the_specification(finished: Run) -> None:
     page = text(DOCS / "checkpoint.md")
     stage_part, rest = page.split("## The calibration set")
     calibration_part, result_part = rest.split("## Evaluation results")
-    stage = finished.stage("pruned")
-    manifest = json.loads(text(stage / "besa.json"))
-    reports = [
-        json.loads(text(path)) for path in stage.glob("model-*.json") if path.name != "model.safetensors.index.json"
-    ]
-    timing = json.loads(text(stage / "timing.jsonl").splitlines()[0])
-    said = quoted(stage_part)
-    for each in (manifest, manifest["compute"], manifest["model"], manifest["calibration"], manifest["counts"], timing):
-        assert set(each) <= set(said), set(each) - set(said)
-    for report in reports:
-        assert set(report) | set(report["linears"][0]) <= set(said)
+    said = set(quoted(stage_part))
+    for stage in (finished.stage("pruned"), finished.stage("quantized")):
+        manifest = json.loads(text(stage / "besa.json"))
+        timing = json.loads(text(stage / "timing.jsonl").splitlines()[0])
+        parts = [
+            manifest[name] for name in ("compute", "model", "calibration", "counts", "quantization") if name in manifest
+        ]
+        for each in (manifest, timing, *parts):
+            assert set(each) <= said, set(each) - said
+        for path in stage.glob("model-*.json"):
+            report = json.loads(text(path))
+            assert set(report) | set(report["linears"][0]) <= said
+    assert "quantization" in manifest
     drawn: Mapping[str, Any] = json.loads(text(finished.calibration / "besa.json"))
     for each in (drawn, drawn["options"], drawn["model"], drawn["sources"][0]):
         assert set(each) <= set(quoted(calibration_part)), set(each) - set(quoted(calibration_part))
