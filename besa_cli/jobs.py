@@ -26,6 +26,7 @@ _PASS_TOKENS = 4096  # tokens in a pass without gradients
 _WINDOW_BYTES = (
     9  # for each weight of a window, beside copies in the compute dtype: source, ranks, scores, what is learned
 )
+_GRID_BYTES = 20  # more for each weight whose grid is learned: itself in fp32, what it becomes, and their gradients
 _WIDTH = 24  # numbers that a pass holds for each token and channel
 _ARRAYS = 2  # tensors of hidden states: inputs and targets
 
@@ -251,7 +252,8 @@ class Job:
         hidden = int(self._decoder.config.get_text_config().hidden_size)
         tokens = self.calibration.tokens.numel()
         passing = min(tokens, self.manifest["compute"]["batch"] * self.calibration.tokens.shape[1])
-        window = largest * (_WINDOW_BYTES + 3 * dtype.itemsize) + passing * hidden * _WIDTH * dtype.itemsize
+        each = _WINDOW_BYTES + 3 * dtype.itemsize + (_GRID_BYTES if self.request.grid else 0)
+        window = largest * each + passing * hidden * _WIDTH * dtype.itemsize
         needed: int = compute.resident() + window
         if needed > limit:
             raise UsageError(
