@@ -89,6 +89,7 @@ def test_every_command_line_in_the_documents_parses(line: str, workplace: Path) 
     words = words[: words.index(">")] if ">" in words else words
     for word in words:
         if word.endswith(".yaml"):
+            (workplace / word).parent.mkdir(parents=True, exist_ok=True)
             (workplace / word).write_text("")
     program = get_command(app)
     called: list[str] = []
