@@ -23,6 +23,7 @@ from besa_cli.commands.config_file import origin
 from besa_cli.commands.prune import prune
 from besa_cli.commands.run import run
 from besa_cli.commands.show import show
+from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
 from besa_cli.errors import BesaError, Interrupted
 
@@ -63,6 +64,7 @@ def besa(
 app.command()(calibrate)
 app.command()(prune)
 app.add_typer(evaluate.app, name="eval")
+app.command()(simulate)
 app.command()(show)
 app.command()(run)
 

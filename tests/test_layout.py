@@ -19,12 +19,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each imports only from the layers above its own line; a folder's own files may import each other.
 LAYERS = (
     {"choices", "errors", "reports"},
-    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
+    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling", "sim"},
     {"models", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder"},
     {"texts", "windows"},
     {"calibration", "inspection", "stream"},
-    {"comparison", "evaluation", "preparation", "pruners", "zeroshot"},
+    {"comparison", "evaluation", "preparation", "pruners", "simulation", "zeroshot"},
     {"perplexity", "pruning", "results"},
     {"console"},
     {"commands"},
