@@ -16,6 +16,8 @@ class Settings:
     ----------
     threshold : float
         A column is denser if it keeps more than this share of its rows.
+    search : bool
+        Move the threshold as the released program does (`search`); that formula always does.
     batch : int
         Input vectors that go through the linear together.
     weight_bits : int or None
@@ -23,6 +25,7 @@ class Settings:
     """
 
     threshold: float = 0.5
+    search: bool = False
     batch: int = 1
     weight_bits: int | None = None
 
@@ -58,6 +61,11 @@ class Split:
     lanes: tuple[int, ...]
     denser_cycles: int
     sparser_cycles: int
+
+    @property
+    def slower(self) -> int:
+        """Cycles of the slower engine, of a linear in one patch."""
+        return max(self.denser_cycles, self.sparser_cycles)
 
 
 @dataclass(frozen=True, kw_only=True)

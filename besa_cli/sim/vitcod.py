@@ -5,10 +5,13 @@ and needs no index. What is kept in the other columns goes to the sparser engine
 cycle. The slower engine sets the time. Memory is not counted (`roofline` does that).
 """
 
+from functools import partial
+
 from besa_cli.sim.accelerator import Accelerator
 from besa_cli.sim.cost import Cost, Settings, Split
 from besa_cli.sim.dense import cycles
 from besa_cli.sim.reorder import denser
+from besa_cli.sim.search import searched
 from besa_cli.sim.workload import Workload
 
 
@@ -18,17 +21,22 @@ def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -
     denser: ⌈rows · G · batch / (w · H)⌉, sparser: ⌈kept outside · batch / ((W − w) · H)⌉, with G denser columns and w
     of the W lanes of H processing elements each.
     """
-    front = denser(workload.kept_by_column, workload.rows, settings.threshold)
-    columns, inside = int(front.sum()), int(workload.kept_by_column[front].sum())
-    work = (workload.rows * columns * settings.batch, (workload.kept - inside) * settings.batch)
-    lanes, taken = shared(work, accelerator)
+    split = partial(_split, workload, accelerator, settings.batch)
+    found = searched(split, workload.kept, settings.threshold) if settings.search else split(settings.threshold)
     return Cost(
         dense_cycles=cycles(workload.weights * settings.batch, accelerator.pes),
-        cycles=max(taken),
+        cycles=found.slower,
         useful=workload.kept * settings.batch,
         pes=accelerator.pes,
-        split=Split(columns=columns, kept=inside, lanes=(lanes,), denser_cycles=taken[0], sparser_cycles=taken[1]),
+        split=found,
     )
+
+
+def _split(workload: Workload, accelerator: Accelerator, batch: int, threshold: float) -> Split:
+    front = denser(workload.kept_by_column, workload.rows, threshold)
+    columns, inside = int(front.sum()), int(workload.kept_by_column[front].sum())
+    lanes, taken = shared((workload.rows * columns * batch, (workload.kept - inside) * batch), accelerator)
+    return Split(columns=columns, kept=inside, lanes=(lanes,), denser_cycles=taken[0], sparser_cycles=taken[1])
 
 
 def shared(work: tuple[int, int], accelerator: Accelerator) -> tuple[int, tuple[int, int]]:

@@ -2,31 +2,33 @@
 
 The dense part is counted as cols · G in place of rows · G, which is right for square linears only; it costs nothing
 where its lanes round down to none. `down` is cut into patches of as many columns as it has rows, one after the other.
-The threshold moves until 40 to 60 % of the kept weights lie in denser columns, and the least cycles of at most five
-tries count. Left out is the program's relabelling, which merges column 200 with another. See docs/simulate.md.
+The threshold is searched for (`search`). Left out is the program's relabelling, which merges column 200 with another.
+See docs/simulate.md.
 """
 
-import numpy as np
+from functools import partial
 
 from besa_cli.sim.accelerator import Accelerator
 from besa_cli.sim.cost import Cost, Settings, Split
 from besa_cli.sim.dense import cycles
 from besa_cli.sim.reorder import denser
+from besa_cli.sim.search import searched
 from besa_cli.sim.workload import Counts, Workload
-
-_TRIES = 5
-_STEP = 0.1
-_FEW, _MANY = 0.4, 0.6  # shares of the kept weights in denser columns between which the search ends
 
 
 def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -> Cost:
     """The released program's cycles; `dense_cycles` are those that the paper prints (see `dense_cycles`)."""
     size = workload.rows if workload.role == "down" and workload.cols > workload.rows else max(workload.cols, 1)
     patches = [workload.kept_by_column[start : start + size] for start in range(0, workload.cols, size)]
-    splits = [_searched(patch, workload.rows, accelerator, settings) for patch in patches]
+    splits = [
+        searched(
+            partial(_split, patch, workload.rows, accelerator, settings.batch), int(patch.sum()), settings.threshold
+        )
+        for patch in patches
+    ]
     return Cost(
         dense_cycles=dense_cycles(workload, accelerator, settings),
-        cycles=sum(max(split.denser_cycles, split.sparser_cycles) for split in splits),
+        cycles=sum(split.slower for split in splits),
         useful=workload.kept * settings.batch,
         pes=accelerator.pes,
         split=Split(
@@ -53,24 +55,9 @@ def dense_cycles(workload: Workload, accelerator: Accelerator, settings: Setting
     return sum(cycles(width * width * settings.batch, accelerator.pes) for width in widths)
 
 
-def _searched(kept_by_column: Counts, rows: int, accelerator: Accelerator, settings: Settings) -> Split:
-    """The best of the splits that the moving threshold comes to."""
-    kept = int(kept_by_column.sum())
-    threshold, tried = settings.threshold, []
-    for _ in range(_TRIES):
-        tried.append(_split(kept_by_column, kept, rows, threshold, accelerator, settings.batch))
-        share = tried[-1].kept / kept if kept else 0.5
-        if _FEW < share < _MANY:
-            break
-        threshold += _STEP if share >= _MANY else -_STEP
-    return min(tried, key=lambda split: max(split.denser_cycles, split.sparser_cycles))
-
-
-def _split(
-    kept_by_column: Counts, kept: int, rows: int, threshold: float, accelerator: Accelerator, batch: int
-) -> Split:
+def _split(kept_by_column: Counts, rows: int, accelerator: Accelerator, batch: int, threshold: float) -> Split:
     front = denser(kept_by_column, rows, threshold)
-    columns, inside = int(front.sum()), int(np.sum(kept_by_column[front]))
+    columns, inside, kept = int(front.sum()), int(kept_by_column[front].sum()), int(kept_by_column.sum())
     work = rows * columns
     share = work / (kept - inside + work) if kept - inside + work else 0.0
     lanes = int(accelerator.lanes * share)

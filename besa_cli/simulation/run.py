@@ -163,9 +163,7 @@ def _mlps(block: BlockMatrices, masks: Mapping[str, Mask], request: Request) -> 
             block=block.index,
             name=place,
             dead=dead.count(own, silent),
-            cycles=_saved(own, dead.without(own, silent), request)
-            if silent.any()
-            else dict.fromkeys(request.dataflows, 0),
+            cycles=_saved(own, dead.without(own, silent), request) if silent.any() else nothing,
         )
 
 
