@@ -77,9 +77,9 @@ class Roof:
     compute_cycles, memory_cycles : int
         What the array and the memory take; the larger one is the cost.
     value_bytes, mask_bytes, scale_bytes : int
-        The stored weights, read once for each part of the batch that fits on the chip.
+        The stored weights, as often as they are read.
     input_bytes, output_bytes : int
-        Activations.
+        Activations, inputs as often as they are read.
     dense_bytes : int
         All bytes of the dense linear.
     """
@@ -91,7 +91,7 @@ class Roof:
     scale_bytes: int
     input_bytes: int
     output_bytes: int
-    dense_bytes: int
+    dense_bytes: int = 0
 
     @property
     def bytes(self) -> int:

@@ -5,9 +5,11 @@ a cycle as the lane has processing elements. Zeros are skipped; lanes that are d
 tile. Each input vector of the batch takes its own turn.
 
 *Memory.* Weights are stored as the kept values and one bit a weight that says which these are, or densely where that
-is smaller, with a scale for every group of columns where they have fewer than 16 bits. They are read once for every
-part of the batch whose inputs and sums fit in the buffers; inputs and outputs go over the bus as well.
+is smaller, with a scale for every group of columns where they have fewer than 16 bits. Inputs and outputs go over the
+bus as well. Where a batch does not fit in the buffers, weights or inputs are read again, whichever is less.
 """
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,7 +29,7 @@ def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -
         cycles=max(sparse.compute_cycles, sparse.memory_cycles),
         useful=workload.kept * settings.batch,
         pes=accelerator.pes,
-        roof=sparse,
+        roof=replace(sparse, dense_bytes=dense.bytes),
     )
 
 
@@ -43,22 +45,25 @@ def compute_cycles(kept_by_row: Counts, accelerator: Accelerator) -> int:
 def _roof(workload: Workload, accelerator: Accelerator, settings: Settings) -> Roof:
     bits = settings.weight_bits or accelerator.weight_bits
     activation_bits = max(bits, accelerator.activation_bits)
-    passes, reads = _passes(workload, accelerator, settings.batch, activation_bits)
     values, mask = _stored(workload, bits)
     groups = workload.rows * -(-workload.cols // accelerator.scale_group) if bits < 16 else 0
     scales = _bytes(groups * accelerator.scale_bits)
-    inputs = settings.batch * reads * _bytes(workload.cols * activation_bits)
+    vector = _bytes(workload.cols * activation_bits)
     outputs = settings.batch * _bytes(workload.rows * activation_bits)
-    total = passes * (values + mask + scales) + inputs + outputs
+
+    def total(reads: tuple[int, int]) -> int:
+        return reads[0] * (values + mask + scales) + reads[1] * settings.batch * vector + outputs
+
+    ways = _ways(workload.rows, vector, accelerator, settings.batch)
+    weight_reads, input_reads = min(ways, key=total)
     return Roof(
         compute_cycles=settings.batch * compute_cycles(workload.kept_by_row, accelerator),
-        memory_cycles=accelerator.transfer_cycles(total),
-        value_bytes=passes * values,
-        mask_bytes=passes * mask,
-        scale_bytes=passes * scales,
-        input_bytes=inputs,
+        memory_cycles=accelerator.transfer_cycles(total((weight_reads, input_reads))),
+        value_bytes=weight_reads * values,
+        mask_bytes=weight_reads * mask,
+        scale_bytes=weight_reads * scales,
+        input_bytes=input_reads * settings.batch * vector,
         output_bytes=outputs,
-        dense_bytes=passes * (_bytes(workload.weights * bits) + scales) + inputs + outputs,
     )
 
 
@@ -69,14 +74,23 @@ def _stored(workload: Workload, bits: int) -> tuple[int, int]:
     return (values, mask) if values + mask < dense else (dense, 0)
 
 
-def _passes(workload: Workload, accelerator: Accelerator, batch: int, activation_bits: int) -> tuple[int, int]:
-    """How often the weights are read, and how often each input vector is."""
-    vector = _bytes(workload.cols * activation_bits)
+def _ways(rows: int, vector: int, accelerator: Accelerator, batch: int) -> list[tuple[int, int]]:
+    """How often the weights and how often each input is read: by the inputs that stay on the chip, or by the weights.
+
+    Inputs stay, as many as fit, and all weights pass by; or the weights of a tile of rows stay, and all inputs pass
+    by, once for every tile. Either way there are no more inputs at a time than there is room for their sums.
+
+    Parameters
+    ----------
+    vector : int
+        Bytes of one input.
+    """
+    sums = max(1, accelerator.output_bytes // (accelerator.lanes * _bytes(accelerator.sum_bits)))
     fitting = accelerator.input_bytes // vector if vector else batch
-    sums = accelerator.output_bytes // (accelerator.lanes * _bytes(accelerator.sum_bits))
-    part = max(1, min(fitting, sums))
-    tiles = -(-workload.rows // accelerator.lanes)
-    return -(-batch // part), 1 if fitting else tiles
+    ways = [(-(-batch // sums), -(-rows // accelerator.lanes))]
+    if fitting:
+        ways.append((-(-batch // min(fitting, sums)), 1))
+    return ways
 
 
 def _bytes(bits: int) -> int:

@@ -119,21 +119,20 @@ def test_roofline_by_hand() -> None:
     assert (fast.cycles, fast.dense_cycles, fast.roof.bound) == (3, 4, "compute")
 
 
-def test_roofline_reads_the_weights_again_for_every_part_of_the_batch_that_fits() -> None:
-    small = machine(2, 2, input_bytes=9)  # two inputs of 4 bytes
-    made = cost("roofline", HAND, small, batch=5, weight_bits=16)
-    assert made.roof is not None
-    assert made.roof.value_bytes == 1 * 5 * 18  # inputs of 16 bits take 8 bytes: one fits
-    made = cost("roofline", HAND, small, batch=5)
-    assert made.roof is not None
-    assert (made.roof.value_bytes, made.roof.mask_bytes, made.roof.scale_bytes) == (27, 6, 24)
-    assert (made.roof.input_bytes, made.roof.output_bytes, made.roof.compute_cycles) == (20, 20, 15)
-    sums = cost("roofline", HAND, machine(2, 2, output_bytes=16), batch=5)  # 2 lanes of 4 bytes: two vectors at once
-    assert sums.roof is not None
-    assert sums.roof.value_bytes == 27
-    none = cost("roofline", HAND, machine(2, 2, input_bytes=3), batch=2)  # read for each of the two tiles of rows
-    assert none.roof is not None
-    assert (none.roof.value_bytes, none.roof.input_bytes) == (18, 16)
+def test_roofline_reads_weights_or_inputs_again_where_the_batch_does_not_fit() -> None:
+    """The weights take 9 + 2 + 8 bytes, an input 4, an output 4."""
+
+    def parts(on: Accelerator, batch: int) -> tuple[int, ...]:
+        roof = cost("roofline", HAND, on, batch=batch).roof
+        assert roof is not None
+        assert roof.compute_cycles == batch * lock_step(HAND, on.lanes, on.pes_per_lane)
+        return roof.value_bytes, roof.mask_bytes, roof.scale_bytes, roof.input_bytes, roof.output_bytes
+
+    assert parts(machine(2, 2, input_bytes=20), 5) == (9, 2, 8, 20, 20)  # all five inputs stay
+    assert parts(machine(2, 2, input_bytes=9), 5) == (9, 2, 8, 40, 20)  # weights stay: two tiles, 19 + 2·20 < 3·19 + 20
+    assert parts(machine(1, 2, input_bytes=4), 2) == (18, 4, 16, 8, 8)  # inputs stay: 2·19 + 8 < 19 + 4 tiles · 8
+    assert parts(machine(2, 2, output_bytes=16), 5) == (27, 6, 24, 20, 20)  # sums of 2 lanes · 4 bytes: two at a time
+    assert parts(machine(1, 2, input_bytes=3), 2) == (9, 2, 8, 32, 8)  # no input fits: each is read for each tile
 
 
 def test_roofline_stores_densely_what_is_hardly_sparse() -> None:
