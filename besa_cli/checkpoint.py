@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,11 @@ class Run:
     def evaluations(self) -> Path:
         """Where evaluation results go, one file a result."""
         return self.path / "eval"
+
+    @property
+    def simulations(self) -> Path:
+        """Where simulation results go, one file a result."""
+        return self.path / "simulate"
 
     def stage(self, name: str) -> Path:
         """Where a stage is: ``pruned``, ``quantized``."""
@@ -152,9 +157,9 @@ class Stage:
         """How many blocks are on disk, from the first on without a gap."""
         return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by checkpoint name."""
-        return weights.read_file(self.shard(index))
+    def read(self, index: int, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+        """The tensors of a finished block whose names are wanted, by checkpoint name."""
+        return weights.read_file(self.shard(index), wanted)
 
     def codes(self, index: int) -> dict[str, Tensor]:
         """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""

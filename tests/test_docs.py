@@ -21,11 +21,12 @@ import torch
 from typer.main import get_command
 
 import besa_cli
-from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, texts
+from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, sim, texts
 from besa_cli.app import app
 from besa_cli.checkpoint import Run
 from besa_cli.evaluation import Perplexity
 from besa_cli.jobs import Job
+from besa_cli.sim import accelerator
 
 PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent
@@ -89,6 +90,7 @@ def test_every_command_line_in_the_documents_parses(line: str, workplace: Path) 
     words = words[: words.index(">")] if ">" in words else words
     for word in words:
         if word.endswith(".yaml"):
+            (workplace / word).parent.mkdir(parents=True, exist_ok=True)
             (workplace / word).write_text("")
     program = get_command(app)
     called: list[str] = []
@@ -217,6 +219,15 @@ def test_the_data_page_lists_the_names_and_the_kinds_of_files() -> None:
     assert kinds == set(documents.SUFFIXES)
 
 
+def test_the_simulation_page_lists_the_dataflows_the_accelerators_and_the_defaults() -> None:
+    page = text(DOCS / "simulate.md")
+    assert set(re.findall(r"^\*\*`([\w-]+)`\*\*", page, re.MULTILINE)) == set(sim.DATAFLOWS)
+    rows = [quoted(row[0])[0] for row in table(DOCS / "simulate.md", "| `--accelerator` |")]
+    assert sorted(rows) == accelerator.names()
+    files = {path.stem for path in (PACKAGE / "sim").glob("*.py")}
+    assert {name.replace("-", "_") for name in sim.DATAFLOWS} <= files
+
+
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The method in docs/add-a-pruner.md, written to a file and added by its one line."""
@@ -274,7 +285,8 @@ def finished(tmp_path: Path) -> Run:
 def test_every_field_on_the_disk_is_in_the_specification(finished: Run) -> None:
     page = text(DOCS / "checkpoint.md")
     stage_part, rest = page.split("## The calibration set")
-    calibration_part, result_part = rest.split("## Evaluation results")
+    calibration_part, rest = rest.split("## Evaluation results")
+    result_part, _ = rest.split("## Simulation results")
     said = set(quoted(stage_part))
     for stage in (finished.stage("pruned"), finished.stage("quantized")):
         manifest = json.loads(text(stage / "besa.json"))

@@ -19,12 +19,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each imports only from the layers above its own line; a folder's own files may import each other.
 LAYERS = (
     {"choices", "errors", "reports"},
-    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling"},
+    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling", "sim"},
     {"models", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder"},
     {"texts", "windows"},
     {"calibration", "inspection", "stream"},
-    {"comparison", "evaluation", "manifests", "preparation", "pruners", "quantizers", "zeroshot"},
+    {"comparison", "evaluation", "manifests", "preparation", "pruners", "quantizers", "simulation", "zeroshot"},
     {"jobs", "perplexity", "results"},
     {"pruning", "quantizing"},
     {"console"},

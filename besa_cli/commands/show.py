@@ -93,6 +93,9 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
     facts["evaluations"] = inspection.evaluations(run)
     if facts["evaluations"]:
         console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
+    facts["simulations"] = inspection.simulations(run)
+    if facts["simulations"]:
+        console.line(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
     return facts
 
 
