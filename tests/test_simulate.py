@@ -21,7 +21,7 @@ from torch import Tensor
 import besa_cli
 from besa_cli import sim
 from besa_cli.checkpoint import Run
-from besa_cli.pruning import Job
+from besa_cli.jobs import Job
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
