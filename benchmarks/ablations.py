@@ -48,7 +48,7 @@ def measure(cell: Cell, setup: Setup, sets: Sequence[str], work: Path) -> dict[s
     words = [*cell.setting.words(), "--seed", str(cell.seed), "--calibration", str(calibration), "--run", str(run)]
     stage = besa("prune", "--model", setup.model, *words)
     evaluated = _evaluated(["--no-baseline", "--run", str(run)], setup, sets)
-    seconds, peak_memory = spent(run)
+    seconds, peak_memory = spent(run / "pruned")
     return {
         **_asked(cell, setup),
         **evaluated,

@@ -25,9 +25,9 @@ def besa(*words: str) -> dict[str, Any]:
     return result
 
 
-def spent(run: Path) -> tuple[float, int]:
-    """Seconds of pruning, those of interrupted attempts included, and the peak resident memory in bytes."""
-    lines = read_lines(run / "pruned" / "timing.jsonl")
+def spent(stage: Path) -> tuple[float, int]:
+    """Seconds of making a stage, those of interrupted attempts included, and the peak resident memory in bytes."""
+    lines = read_lines(stage / "timing.jsonl")
     worked = [line for line in lines if not line["resumed"]]
     return sum(line["seconds"] for line in worked), max((line["peak_memory"] for line in worked), default=0)
 

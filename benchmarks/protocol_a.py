@@ -39,7 +39,7 @@ def measure(cell: str, tokens: Path, work: Path) -> dict[str, Any]:
     chosen = [*METHODS[method], "--sparsity", f"0.{sparsity}", "--calibration", str(calibration), "--run", str(run)]
     stage = besa("prune", *chosen)
     evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))
-    seconds, peak_memory = spent(run)
+    seconds, peak_memory = spent(run / "pruned")
     return {
         "cell": cell,
         "perplexity": evaluated["results"][0]["perplexity"],

@@ -1,6 +1,7 @@
 """The model card of an export: what was done to the model, what it cost, how to load it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from besa_cli import disk
@@ -49,7 +50,7 @@ def _done(manifest: Mapping[str, Any]) -> str:
     lines = [
         f"# {model['name'].rstrip('/').rpartition('/')[2]}, {100 * counts['sparsity']:.4g} % pruned",
         "",
-        f"Made from `{model['name']}`{revision} with `besa` {manifest['versions']['besa']}: {counts['pruned']:,} of "
+        f"Made from `{_public(model['name'])}`{revision} with `besa` {manifest['versions']['besa']}: {counts['pruned']:,} of "
         f"the {counts['weights']:,} weights of the linears in its blocks were pruned, {counts['zeros']:,} are zero. "
         "Embeddings and head are untouched.",
         "",
@@ -98,6 +99,12 @@ def _measured(results: Sequence[tuple[str, Result]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _public(value: object) -> str:
+    """A value as others may read it: of a path on this machine only the last part."""
+    text = str(value)
+    return Path(text).name if Path(text).is_absolute() else text
+
+
 def _cell(value: object) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(_public, value)) if isinstance(value, list) else _public(value)
     return text.replace("|", "\\|")

@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from besa_cli import __version__, disk, weights
 from besa_cli.errors import BesaError
-from besa_cli.reports import BlockReport
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
+from besa_cli.reports import BlockReport, LinearReport
 
 FORMAT = 1
 MANIFEST = disk.MANIFEST
@@ -22,6 +24,7 @@ EXPORT = "export.json"  # the manifest of an export, written last; an export is 
 TIMING = "timing.jsonl"
 STAGES = ("pruned", "quantized")  # in the order in which they are made
 
+_CODES = "codes"  # the folder of a quantized stage that holds what its weights were made from
 _LIBRARIES = ("torch", "transformers", "safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
@@ -48,16 +51,25 @@ class Run:
         """Where exports go, one directory each."""
         return self.path / "export"
 
+    @property
+    def simulations(self) -> Path:
+        """Where simulation results go, one file a result."""
+        return self.path / "simulate"
+
     def stage(self, name: str) -> Path:
-        """Where a stage is: ``pruned``, …."""
+        """Where a stage is: ``pruned``, ``quantized``."""
         return self.path / name
+
+    def stage_at(self, directory: Path) -> str | None:
+        """The name of this run's stage in a directory; None where that is none of its stages."""
+        return next((name for name in STAGES if self.stage(name).resolve() == directory.resolve()), None)
 
     def next_stage(self, name: str) -> Path:
         """Where a stage is written that will take the place of a finished one."""
         return self.path / f"{name}.next"
 
     def newest(self) -> Path | None:
-        """The newest stage, or None where there is none.
+        """The newest stage, or None where there is none; not one whose parent was made anew since.
 
         Raises
         ------
@@ -65,13 +77,24 @@ class Run:
             It is unfinished.
         """
         for name in reversed(STAGES):
-            directory, beside = self.stage(name), self.next_stage(name)
-            if not directory.exists() and is_complete(beside):  # a crash in the middle of an exchange
-                directory = beside
-            if (directory / MANIFEST).exists():
+            directory = self.whole(name)
+            if (directory / MANIFEST).exists() and not self.stale(name):
                 finished(directory)
                 return directory
         return None
+
+    def whole(self, name: str) -> Path:
+        """Where a stage is, also after a crash in the middle of an exchange."""
+        directory, beside = self.stage(name), self.next_stage(name)
+        return beside if not directory.exists() and is_complete(beside) else directory
+
+    def stale(self, name: str) -> bool:
+        """Whether a stage was made from another stage of this run that is not the same any more."""
+        model = read_manifest(self.whole(name)).get("model", {})
+        if "stage" not in model:
+            return False
+        parent = self.whole(model["stage"])
+        return not is_complete(parent) or read_manifest(parent)["digest"] != model["digest"]
 
 
 def versions() -> dict[str, str]:
@@ -140,9 +163,22 @@ class Stage:
         """How many blocks are on disk, from the first on without a gap."""
         return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by checkpoint name."""
-        return weights.read_file(self.shard(index))
+    def read(self, index: int, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+        """The tensors of a finished block whose names are wanted, by checkpoint name."""
+        return weights.read_file(self.shard(index), wanted)
+
+    def codes(self, index: int) -> dict[str, Tensor]:
+        """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""
+        path = self._codes(index)
+        return weights.read_file(path) if path.exists() else {}
+
+    def code_names(self, index: int) -> list[str]:
+        """The names of the tensors that `codes` reads."""
+        path = self._codes(index)
+        return list(weights.header(path)) if path.exists() else []
+
+    def _codes(self, index: int) -> Path:
+        return self.directory / _CODES / self.shard(index).name
 
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
@@ -152,9 +188,12 @@ class Stage:
         """The reports of all finished blocks."""
         return (self.report(index) for index in range(self.finished()))
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor]) -> None:
-        """Put a block's report and tensors on disk, the shard last."""
+    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+        """Put a block's report, codes and tensors on disk, the shard last."""
         disk.write_json(self.shard(report.index).with_suffix(".json"), report.record())
+        if codes:
+            self._codes(report.index).parent.mkdir(exist_ok=True)
+            self._save(self._codes(report.index), codes)
         self._save(self.shard(report.index), tensors)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
@@ -196,9 +235,23 @@ class Stage:
         counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
         manifest = disk.read_json(self.directory / MANIFEST)
         manifest.pop("restart", None)
+        if "quantization" in manifest:
+            counts |= _grid_counts(linears, Grid(**manifest["quantization"]))
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / MANIFEST, manifest)
         return manifest
+
+
+def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float]:
+    """What a grid adds to a stage's counts."""
+    weights = sum(linear.rows * linear.cols for linear in linears)
+    needed = sum(affine.bits_needed(each.rows, each.cols, each.rows * each.cols - each.zeros, grid) for each in linears)
+    return {
+        "rounded_to_zero": sum(linear.zeros - linear.pruned for linear in linears),
+        "groups": sum(linear.rows * grid.groups(linear.cols) for linear in linears),
+        "bits": needed,
+        "bits_per_weight": needed / max(weights, 1),
+    }
 
 
 def replace_stage(old: Path, new: Path) -> None:
@@ -242,8 +295,9 @@ def is_complete(directory: Path) -> bool:
 
 def sweep(directory: Path) -> None:
     """Remove what a killed process left of files that it had not finished."""
-    for left in directory.glob(".*.partial"):
-        left.unlink(missing_ok=True)
+    for pattern in (".*.partial", f"{_CODES}/.*.partial"):
+        for left in directory.glob(pattern):
+            left.unlink(missing_ok=True)
 
 
 def refuse_foreign(directory: Path, model: Path) -> None:

@@ -1,35 +1,17 @@
-"""Pruning a model from its checkpoint to a stage of a run directory, resumable at every block."""
+"""What is asked of `besa prune`, and what it does to a block."""
 
 import importlib
-import json
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
-from besa_cli import checkpoint, compute, stream, weights, windows
-from besa_cli.activations import Shelf
-from besa_cli.calibration import CalibrationSet
-from besa_cli.checkpoint import Run, Stage
-from besa_cli.decoder import Decoder
-from besa_cli.errors import BesaError, UsageError, unknown
-from besa_cli.models import Model
-from besa_cli.ops import budget, kernels
+from besa_cli import compute, windows
+from besa_cli.choices import Target
+from besa_cli.errors import UsageError, unknown
+from besa_cli.ops import budget
+from besa_cli.ops.affine import Grid
 from besa_cli.pruners import PRUNERS
-from besa_cli.reports import BlockReport
-from besa_cli.stream import Step
-
-STAGE = "pruned"
-_PASS_TOKENS = 4096  # tokens in a pass without gradients
-_WINDOW_BYTES = (
-    9  # for each weight of a window, beside copies in the compute dtype: source, ranks, scores, what is learned
-)
-_WIDTH = 24  # numbers that a pass holds for each token and channel
-_ARRAYS = 2  # tensors of hidden states: inputs and targets
+from besa_cli.stream import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +59,56 @@ class Request:
         compute.device(self.device)
         self.method_options()
 
+    @property
+    def grid(self) -> Grid | None:
+        """See `besa_cli.jobs.Plan`: where pruning and quantizing are learned together."""
+        grid: Grid | None = getattr(self.method_options(), "grid", None)
+        return grid
+
+    @property
+    def stage(self) -> str:
+        """See `besa_cli.jobs.Plan`."""
+        return "quantized" if self.grid else "pruned"
+
+    @property
+    def command(self) -> str:
+        """See `besa_cli.jobs.Plan`."""
+        return "prune"
+
+    @property
+    def window(self) -> str:
+        """See `besa_cli.jobs.Plan`."""
+        return str(getattr(self.method_options(), "window", windows.BLOCK))
+
+    @property
+    def target(self) -> Target:
+        """See `besa_cli.jobs.Plan`."""
+        target: Target = getattr(self.method_options(), "target", "block")
+        return target
+
+    @property
+    def observes(self) -> bool:
+        """See `besa_cli.jobs.Plan`."""
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """See `besa_cli.jobs.Plan`."""
+        return {"quantization": asdict(self.grid)} if self.grid else {}
+
+    def doing(self, model: str) -> str:
+        """See `besa_cli.jobs.Plan`."""
+        bits = f" to {self.grid}" if self.grid else ""
+        return f"pruning {model} with {self.method}{bits}"
+
+    def budgets(self, sizes: Sequence[int]) -> list[int] | None:
+        """See `besa_cli.jobs.Plan`."""
+        return None if self.nm else budget.window_counts(self.sparsity, sizes)
+
+    def change(self, block: Block) -> Pruned:
+        """See `besa_cli.jobs.Plan`."""
+        pruned: Pruned = _module(self.method).prune(block, self.method_options())
+        return pruned
+
     def method_options(self) -> Any:
         """The method's `Options`.
 
@@ -113,263 +145,3 @@ def _module(method: str) -> Any:
 
 def _option_names(method: str) -> list[str]:
     return [field.name for field in fields(_module(method).Options)]
-
-
-class Job:
-    """One prune command on one run directory: everything is checked when it is made, `blocks` does the work.
-
-    Parameters
-    ----------
-    run : Run
-        Its lock is held by the caller.
-    model : Model
-    calibration : CalibrationSet
-    request : Request
-    restart : bool
-        Begin anew; a finished stage is replaced when the new one is finished.
-    notify : callable
-        Takes one-line notes.
-
-    Raises
-    ------
-    BesaError
-        Anything that can be known before the first block.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        model: Model,
-        calibration: CalibrationSet,
-        request: Request,
-        *,
-        restart: bool = False,
-        notify: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._run, self.model, self.calibration, self.request = run, model, calibration, request
-        self._final = run.stage(STAGE)
-        self._beside = run.next_stage(STAGE)
-        checkpoint.recover(self._final, self._beside)
-        for place in (self._final, self._beside):
-            checkpoint.refuse_foreign(place, model.directory)
-        source = weights.Weights(model.directory)
-        self._digest = weights.check(source)
-        self._directory, self.manifest = self._place(restart=restart)
-        if not self.done and self.manifest["versions"] != checkpoint.versions():
-            notify(f"{self._directory} was begun with {_versions(self.manifest['versions'])}, not with those here")
-        self._check_and_begin(source, notify)
-
-    @property
-    def done(self) -> bool:
-        """Whether the stage was finished before."""
-        return bool(self.manifest["status"] == "complete")
-
-    def _place(self, *, restart: bool) -> tuple[Path, dict[str, Any]]:
-        """The stage made or begun with what is asked, and its manifest; a new one where there is none.
-
-        With `restart` only a stage that an interrupted ``--restart`` has begun counts.
-        """
-        new = self._new_manifest()
-        manifests = {
-            place: checkpoint.read_manifest(place)
-            for place in (self._final, self._beside)
-            if (place / checkpoint.MANIFEST).exists()
-        }
-        there = {place: old for place, old in manifests.items() if old["status"] != "beginning"}
-        different = {place: _differences(old, new) for place, old in there.items()}
-        for place, old in there.items():
-            if not different[place] and (not restart or (old["status"] == "running" and "restart" in old)):
-                return place, old
-        if restart:
-            return self._beside if checkpoint.is_complete(self._final) else self._final, {**new, "restart": True}
-        for place, differences in different.items():
-            state = "a finished" if there[place]["status"] == "complete" else "an unfinished"
-            raise BesaError(
-                f"{place} holds {state} stage made with other options: {'; '.join(differences)}",
-                "give --run NAME to keep both, or --restart to replace it",
-            )
-        return self._final, new
-
-    def _new_manifest(self) -> dict[str, Any]:
-        request, calibration = self.request, self.calibration.manifest
-        drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
-        if request.calibration is not None:
-            drawn = {"calibration": request.calibration}
-        elif calibration["options"].get("seed") != request.seed:
-            drawn = {"calibration": str(self._run.calibration.resolve())}
-        device = compute.device(request.device)
-        seqlen = self.calibration.tokens.shape[1]
-        return {
-            "format": checkpoint.FORMAT,
-            "stage": STAGE,
-            "command": "prune",
-            "options": {"model": self.model.name, **request.record(), **drawn},
-            "compute": {
-                "device": device.type,
-                "dtype": compute.name_of(compute.dtype(request.dtype, device)),
-                "threads": torch.get_num_threads(),
-                "batch": max(_PASS_TOKENS // seqlen, 1),
-                "kernels": kernels.name(),
-            },
-            "model": {
-                "name": self.model.name,
-                "kind": self.model.kind,
-                "revision": self.model.revision,
-                "directory": str(self.model.directory.resolve()),
-                "digest": self._digest,
-            },
-            "calibration": {"tokens_digest": self.calibration.digest, "sources": calibration["sources"]},
-            "versions": checkpoint.versions(),
-            "history": _history(self.model.directory),
-            "status": "new",
-        }
-
-    def _check_and_begin(self, source: weights.Weights, notify: Callable[[str], None]) -> None:
-        if self.done:
-            self._stage = Stage(self._directory, int(self.manifest["blocks"]))
-            return
-        settings = self.manifest["compute"]
-        torch.set_num_threads(settings["threads"])
-        device = compute.device(settings["device"])
-        self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
-        self._stage = Stage(self._directory, len(self._decoder))
-        width = getattr(self.request.method_options(), "window", windows.BLOCK)
-        self._segments = windows.segments(self._decoder, width)
-        sizes = list(windows.sizes(self._segments))
-        self._budgets = None if self.request.nm else budget.window_counts(self.request.sparsity, sizes)
-        spilled = self._spills(max(sizes))
-        if self.manifest["status"] == "new":
-            checkpoint.require_space(self._directory, int(source.nbytes(source.names) * 1.02))
-            self._decoder.verify(self.calibration.tokens)
-            checkpoint.discard(self._directory, self._final)
-            self._stage.begin(self.manifest, self.model.directory)
-        else:
-            done = self._stage.finished()
-            notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
-        checkpoint.sweep(self._directory)
-        self._shelf = Shelf(self._directory if spilled else None)
-        if spilled:
-            notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
-        if not self._stage.shard(-1).exists():
-            self._stage.write_rest(source.read(self._decoder.rest_names()))
-
-    def _spills(self, largest: int) -> bool:
-        """Whether the hidden states have to go to files, for windows of up to `largest` weights.
-
-        Raises
-        ------
-        UsageError
-            A window alone would not fit.
-        """
-        limit = self.request.max_memory
-        if limit is None:
-            return False
-        dtype = self._decoder.dtype
-        hidden = int(self._decoder.config.get_text_config().hidden_size)
-        tokens = self.calibration.tokens.numel()
-        passing = min(tokens, self.manifest["compute"]["batch"] * self.calibration.tokens.shape[1])
-        window = largest * (_WINDOW_BYTES + 3 * dtype.itemsize) + passing * hidden * _WIDTH * dtype.itemsize
-        needed: int = compute.resident() + window
-        if needed > limit:
-            raise UsageError(
-                f"--max-memory {limit / 1e9:.1f}GB is too little: with one window of the model the process needs "
-                f"about {needed / 1e9:.1f} GB",
-                f"give at least {needed / 1e9 + 0.1:.1f}GB, a narrower --window or a shorter --seqlen",
-            )
-        return needed + _ARRAYS * tokens * hidden * dtype.itemsize > limit
-
-    @property
-    def title(self) -> str:
-        """What is about to be done, in one line."""
-        settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
-        return (
-            f"pruning {self.model.name} with {self.request.method}: {self.number_of_blocks} blocks, "
-            f"{samples} x {seqlen} calibration tokens, {settings['dtype']} on {settings['device']}"
-        )
-
-    @property
-    def number_of_blocks(self) -> int:
-        """Blocks of the model."""
-        return self._stage.blocks
-
-    def blocks(self, on_step: Step = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Prune block after block; each report is given when its block is safe on disk."""
-        if self.done:
-            yield from self._stage.reports()
-            return
-        module, options = _module(self.request.method), self.request.method_options()
-        settings = self.manifest["compute"]
-        reports = stream.compress(
-            self._decoder,
-            self._stage,
-            self.calibration.tokens,
-            lambda block: module.prune(block, options),
-            segments=self._segments,
-            budgets=self._budgets,
-            target=getattr(options, "target", "block"),
-            batch=settings["batch"],
-            seed=self.request.seed,
-            on_step=on_step,
-            shelf=self._shelf,
-        )
-        for report in reports:
-            self._note_time(report)
-            yield report
-
-    def finish(self) -> dict[str, Any]:
-        """Complete the stage and put it in its place; returns its manifest."""
-        if self.done:
-            return self.manifest
-        manifest = self._stage.finish()
-        if self._directory != self._final:
-            checkpoint.replace_stage(self._final, self._directory)
-        return manifest
-
-    def _note_time(self, report: BlockReport) -> None:
-        line = {
-            "block": report.index,
-            "resumed": report.resumed,
-            "seconds": round(report.seconds, 3),
-            "peak_memory": report.peak_memory,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": socket.gethostname(),
-        }
-        with (self._directory / checkpoint.TIMING).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What would change the result, with both values; `auto` agrees with whatever it was resolved to."""
-    mine = {**old["options"], "model": old["model"]["digest"], "calibration": old["calibration"]["tokens_digest"]}
-    asked = {**new["options"], "model": new["model"]["digest"], "calibration": new["calibration"]["tokens_digest"]}
-    for name in ("data", "samples", "seqlen", "pack"):  # the tokens themselves are compared
-        mine.pop(name, None)
-        asked.pop(name, None)
-    for name in ("device", "dtype"):
-        resolved = old["compute"][name]
-        mine[name] = resolved
-        asked[name] = resolved if asked[name] == "auto" else asked[name]
-    names = list(dict.fromkeys([*mine, *asked]))
-    return [
-        f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked"
-        for name in names
-        if mine.get(name) != asked.get(name)
-    ]
-
-
-def _short(value: object) -> str:
-    text = "-" if value is None else str(value)
-    return text[:12] if len(text) == 64 else text
-
-
-def _history(directory: Path) -> list[dict[str, Any]]:
-    """The stages before, where the model is itself a stage."""
-    if not (directory / checkpoint.MANIFEST).exists():
-        return []
-    parent = checkpoint.finished(directory)
-    own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
-    return [*parent.get("history", []), own]
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -14,7 +14,8 @@ from besa_cli.activations import Shelf
 from besa_cli.choices import Target
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
-from besa_cli.ops import losses
+from besa_cli.ops import affine, losses
+from besa_cli.ops.affine import Quantized
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.windows import Segment, Window
 
@@ -23,18 +24,20 @@ Step = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What a pruner decided for one block.
+    """What a pruner or a quantizer decided for one block.
 
     Attributes
     ----------
     masks : one boolean Tensor of shape (rows, cols) a linear, True = keep
     weights : the linears whose surviving weights were changed, fp32; the others keep the source's bits
+    quantized : the linears on a grid, as de-quantized in `weights`
     error_before, error_after : mean relative error of each token under the uniform masks and under `masks`, on the same
         samples; where a method does not compare, the latter is measured over all samples
     """
 
     masks: Mapping[str, Tensor]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
     error_before: float | None = None
     error_after: float | None = None
     learned_loss: float | None = None
@@ -54,8 +57,8 @@ class Store(Protocol):
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor]) -> None:
-        """Put a block on disk, whole or not at all."""
+    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+        """Put a block on disk, whole or not at all; the codes of linears on a grid beside its tensors."""
 
 
 class Block:
@@ -268,6 +271,7 @@ def compress(
     Parameters
     ----------
     tokens : Tensor of shape (samples, seqlen)
+        Without any samples nothing passes through the blocks, and `change` sees their weights alone.
     change : function of a Block to what becomes of it
     segments : the model's windows
     budgets : one number a window, or None
@@ -314,8 +318,8 @@ class _Walk:
         self._shelf = shelf
         self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
-        self._inputs = embed(decoder, tokens, batch, shelf)
-        self._dense = embed(decoder, tokens, batch, shelf) if dense else None
+        self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._dense = embed(decoder, tokens, batch, shelf) if dense and len(tokens) else None
 
     def replay(self, segment: Segment) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
@@ -401,11 +405,15 @@ class _Walk:
     ) -> list[BlockReport]:
         """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
         tensors = {index: dict(source) for index, source in sources.items()}
+        codes: dict[int, dict[str, Tensor]] = {index: {} for index in segment.blocks}
         linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
         for each in decided:
             for name, weight in each.stored.items():
                 index, inner = each.window.places[name]
-                tensors[index][self._decoder.block_names(index)[f"{inner}.weight"]] = weight.cpu()
+                origin = self._decoder.block_names(index)[f"{inner}.weight"]
+                tensors[index][origin] = weight.cpu()
+                if name in each.pruned.quantized:
+                    codes[index] |= affine.tensors(each.pruned.quantized[name], origin.removesuffix(".weight"))
                 linears[index].append(_linear_report(inner, weight, each.pruned.masks[name]))
         errors: list[float] = []
 
@@ -419,13 +427,13 @@ class _Walk:
             self._decoder.load(index, tensors[index])
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
-        error = math.fsum(errors) / len(self._inputs)
+        error = math.fsum(errors) / len(self._inputs) if errors else None
         reports = [
             _block_report(index, len(self._decoder), linears[index], decided, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
         ]
         for report in reports:
-            self._store.write(report, tensors[report.index])
+            self._store.write(report, tensors[report.index], codes[report.index])
         return reports
 
 

@@ -6,7 +6,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,8 @@ from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Found = TypeVar("Found")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -82,17 +84,23 @@ class Weights:
         BesaError
             A file has changed or cannot be read.
         """
+        found: dict[str, Tensor] = {}
+        for path, wanted in self._by_file(names).items():
+            found |= _opened(path, wanted, lambda file, name: file.get_tensor(name).clone())
+        return {name: found[name] for name in names}
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors, without reading them."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, wanted in self._by_file(names).items():
+            found |= _opened(path, wanted, lambda file, name: tuple(file.get_slice(name).get_shape()))
+        return {name: found[name] for name in names}
+
+    def _by_file(self, names: Sequence[str]) -> dict[Path, list[str]]:
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._file[name]].append(name)
-        found: dict[str, Tensor] = {}
-        for path, wanted in by_file.items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found.update({name: file.get_tensor(name).clone() for name in wanted})
-            except (SafetensorError, OSError) as error:
-                raise BesaError(f"cannot read {wanted[0]} from {path}: {error}", _REMEDY) from error
-        return {name: found[name] for name in names}
+        return by_file
 
 
 class Names:
@@ -176,14 +184,19 @@ def entries(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, in memory of their own; the file is closed again."""
-    header(path)
+def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """The tensors of one safetensors file whose names are wanted, in memory of their own; the file is closed again."""
+    names = sorted(name for name in header(path) if wanted(name))
+    return _opened(path, names, lambda file, name: file.get_tensor(name).clone())
+
+
+def _opened(path: Path, names: Sequence[str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
+    """What `take` finds for each name in an open file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            return {name: take(file, name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise BesaError(f"cannot read {path}: {error}", _REMEDY) from error
+        raise BesaError(f"cannot read {names[0]} from {path}: {error}", _REMEDY) from error
 
 
 def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> str:

@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 
-from besa_cli import compute, pruning
+from besa_cli import compute, jobs
 from besa_cli.activations import Shelf
 from besa_cli.checkpoint import Run
 from besa_cli.commands import options
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.pruning import Job, Request
+from besa_cli.jobs import Job
+from besa_cli.pruning import Request
 
 
 def mapped(directory: Path) -> int:
@@ -68,7 +69,7 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     chosen = {"target": target, "window": window}
     found = {}
     for name, arrays in (("memory", 2), ("files", 10**9)):
-        monkeypatch.setattr(pruning, "_ARRAYS", arrays)
+        monkeypatch.setattr(jobs, "_ARRAYS", arrays)
         request = Request(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
         job = Job(Run(tmp_path / name), tiny.local(model), calibration, request, notify=notes.append)

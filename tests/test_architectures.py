@@ -19,8 +19,9 @@ from besa_cli import stream
 from besa_cli.checkpoint import Run
 from besa_cli.decoder import Decoder
 from besa_cli.errors import BesaError
+from besa_cli.jobs import Job
 from besa_cli.pruners import PRUNERS
-from besa_cli.pruning import Job, Request
+from besa_cli.pruning import Request
 
 CPU = torch.device("cpu")
 REQUESTS = {

@@ -17,7 +17,8 @@ import torch
 from besa_cli import checkpoint, compute, disk, results
 from besa_cli.checkpoint import Run
 from besa_cli.errors import BesaError
-from besa_cli.pruning import Job, Request
+from besa_cli.jobs import Job
+from besa_cli.pruning import Request
 
 Besa = Callable[..., Any]  # conftest.Outcome
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa_cli import calibration
+from besa_cli.jobs import Job
 from besa_cli.models import Model
-from besa_cli.pruning import Job, Request
+from besa_cli.pruning import Request
 
 VOCABULARY = 128
 HIDDEN = 32

@@ -100,6 +100,34 @@ DataDirOption = Annotated[
 ]
 
 
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+]
+DampingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--damping", min=0.0, help="SparseGPT, GPTQ: share of the mean Hessian diagonal added.", show_default="0.01"
+    ),
+]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(
+        "--group-size",
+        metavar="N|channel",
+        help="Columns that share a scale; channel: a whole row.",
+        show_default="128",
+    ),
+]
+SymmetricOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Whether the grid's middle is 0 everywhere, or each group has a zero point.",
+        show_default="symmetric",
+    ),
+]
+
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 
 

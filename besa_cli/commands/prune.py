@@ -1,22 +1,19 @@
 """`besa prune`: checkpoint + calibration set → pruned checkpoint."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import options
+from besa_cli.commands import calibrating, options
+from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console
-from besa_cli.disk import MANIFEST
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
-    from besa_cli.calibration import CalibrationSet
     from besa_cli.checkpoint import Run
-    from besa_cli.models import Model
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
@@ -65,14 +62,12 @@ PenaltyOption = Annotated[float | None, _besa("--penalty", "Weight of the sparsi
 CandidatesOption = Annotated[
     int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
 ]
-DampingOption = Annotated[
-    float | None,
-    typer.Option(
-        "--damping", min=0.0, help="SparseGPT: share of the mean Hessian diagonal added.", show_default="0.01"
-    ),
+
+BitsOption = Annotated[
+    int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
 ]
-CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+ClipRateOption = Annotated[
+    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.01", min=0.0)
 ]
 
 
@@ -94,8 +89,12 @@ def prune(
     d_coef: FactorOption = None,
     penalty: PenaltyOption = None,
     candidates: CandidatesOption = None,
-    damping: DampingOption = None,
-    calibration: CalibrationOption = None,
+    bits: BitsOption = None,
+    group_size: options.GroupOption = None,
+    symmetric: options.SymmetricOption = None,
+    clip_lr: ClipRateOption = None,
+    damping: options.DampingOption = None,
+    calibration: options.CalibrationOption = None,
     data: options.DataOption = None,
     samples: options.SamplesOption = None,
     seqlen: options.SeqlenOption = None,
@@ -115,12 +114,14 @@ def prune(
         "preset": preset, "window": window, "granularity": granularity, "importance": importance, "target": target,
         "loss": loss, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
         "d_coef": d_coef, "penalty": penalty, "candidates": candidates, "damping": damping,
+        "bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_lr": clip_lr,
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
     from besa_cli import lock
     from besa_cli.checkpoint import Run
-    from besa_cli.pruning import Job, Request
+    from besa_cli.jobs import Job
+    from besa_cli.pruning import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())
     request = Request(
@@ -138,10 +139,12 @@ def prune(
     directory = Run(run)
     with lock.held(run, f"besa prune --run {run}"):
         wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-        tokens = _calibration(source, directory, calibration, wanted, seed, data_dir, console, restart=restart)
+        tokens = calibrating.calibration(
+            source, directory, calibration, wanted, seed, data_dir, console, restart=restart
+        )
         job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
         if job.done:
-            console.note(f"{directory.stage('pruned')} is finished already, with the same options")
+            console.note(f"{directory.stage(request.stage)} is finished already, with the same options")
         else:
             console.note(job.title)
         with console.blocks("prune", job.number_of_blocks) as progress:
@@ -161,41 +164,15 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _calibration(
-    model: "Model",
-    run: "Run",
-    shared: Path | None,
-    wanted: dict[str, Any],
-    seed: int,
-    data_dir: Path | None,
-    console: Console,
-    *,
-    restart: bool,
-) -> "CalibrationSet":
-    """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
-    from besa_cli import preparation
-
-    given = [name for name, value in wanted.items() if value is not None]
-    if shared is not None:
-        if given:
-            raise UsageError(
-                f"--calibration {shared} and --{given[0]} exclude each other",
-                "the set was drawn with options of its own",
-            )
-        return preparation.reuse(model, shared)
-    if not given and (run.calibration / MANIFEST).exists():
-        return preparation.reuse(model, run.calibration)
-    drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
-    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)
-
-
 def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     counts, chosen = manifest["counts"], manifest["options"]
-    directory = run.stage("pruned")
+    directory = run.stage(manifest["stage"])
     console.line(
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
+    if "quantization" in manifest:
+        console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if counts["blocks_kept_uniform"]:
         console.line(
             f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"

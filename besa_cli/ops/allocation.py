@@ -87,7 +87,7 @@ class _StraightThrough(torch.autograd.Function):
         size: int,
         out: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight, ranks)
+        ctx.save_for_backward(weight, ranks, counts)
         ctx.size, ctx.count = size, mixture.shape[1] - 1  # type: ignore[attr-defined]
         kernels.mask(weight, ranks, of_rows(counts, size, len(weight)), out)
         ctx.mark_dirty(out)
@@ -95,9 +95,13 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, ranks = ctx.saved_tensors  # type: ignore[attr-defined]
+        weight, ranks, counts = ctx.saved_tensors  # type: ignore[attr-defined]
         sums = kernels.candidate_sums(gradient, weight, ranks, ctx.count)  # type: ignore[attr-defined]
-        return of_groups(sums, ctx.size), None, None, None, None, None  # type: ignore[attr-defined]
+        of_weight = None
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            rows = of_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
+            of_weight = kernels.mask(gradient, ranks, rows, torch.empty_like(gradient))
+        return of_groups(sums, ctx.size), of_weight, None, None, None, None  # type: ignore[attr-defined]
 
 
 def straight_through(
@@ -110,8 +114,8 @@ def straight_through(
 ) -> Float[Tensor, "rows cols"]:
     """Ŵ: the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P (Eq. 6).
 
-    dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)∘W in rank order. No gradient goes to the weight, and no probability
-    matrix is formed.
+    dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)∘W in rank order. No probability matrix is formed. A weight that is
+    learned itself (its grid, say) gets the gradient of what is kept of it.
 
     Parameters
     ----------

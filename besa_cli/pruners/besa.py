@@ -1,5 +1,8 @@
 """BESA: learn how much to prune in every row or linear so that the block keeps its output (arXiv 2402.16880).
 
+With `bits` the weights are put on a grid first, and what is pruned are the quantized weights: how far each group's grid
+reaches is learned together with the mixtures (section 3.3, Eq. 7).
+
 Per block: score and rank once, learn the mixtures over candidate sparsities with a straight-through mask, project onto
 the exact budget, and keep the uniform allocation where learning did not beat it on the same samples.
 """
@@ -17,7 +20,9 @@ from torch import Tensor
 from besa_cli import compute, windows
 from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.ops import allocation, budget, importance, kernels, losses, masks, obs
+from besa_cli.ops import affine, allocation, budget, clipping, importance, kernels, losses, masks, obs
+from besa_cli.ops.affine import Grid, Quantized
+from besa_cli.ops.clipping import Clipped
 from besa_cli.pruners import wanda
 from besa_cli.stream import Block, Pruned, batches
 
@@ -25,6 +30,8 @@ _MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": loss
 _RATES = {"adamw": 0.1, "prodigy": 1.0}
 _EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of the block, and must not drown in it
 _DAMPING = 0.01
+_CLIP_RATE = 0.01
+_TIE = 1e-6  # of the source's scores beside those on the grid
 _COMPARED = 16  # samples on which the learned allocation has to beat the uniform one
 
 
@@ -55,6 +62,10 @@ class Options:
         D: candidate sparsities are 0, 1/D, …, 1.
     loss : {"token", "channel", "frobenius"}
         Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    bits, group_size, symmetric : optional
+        The grid on which the weights are put, see `besa_cli.ops.affine.grid`; 128 and symmetric with `bits` alone.
+    clip_lr : float, optional
+        AdamW's rate for the clipping strengths; 0.01 with `bits`.
     preset : {"authors"}, optional
         ``authors``: smoothed mixtures that start at 0.5, a rate that stays, rows that prune the floor of their learned
         share, and neither projection onto the exact budget nor a comparison with the uniform masks.
@@ -72,12 +83,17 @@ class Options:
     penalty: float = 5.0
     candidates: int = 100
     loss: Loss = "token"
+    bits: int | None = None
+    group_size: str | None = None
+    symmetric: bool | None = None
+    clip_lr: float | None = None
     preset: Preset | None = None
 
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", _RATES[self.optimizer])
         windows.check(self.window)
+        self._settle_grid()
         for name in ("epochs", "batch_size", "candidates"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
@@ -90,6 +106,28 @@ class Options:
                 f"--granularity '{self.granularity}' is neither row nor layer nor a number of rows",
                 "row gives every row a sparsity of its own",
             )
+
+    def _settle_grid(self) -> None:
+        own = {"group_size": affine.GROUP, "symmetric": True, "clip_lr": _CLIP_RATE}
+        for name, default in own.items():
+            if self.bits is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            if self.bits is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} says nothing without --bits", "give --bits 4 with it")
+        if self.bits is not None and self.preset:
+            raise UsageError(
+                f"--bits {self.bits} and --preset {self.preset} exclude each other", "leave one of them out"
+            )
+        if self.clip_lr is not None and not 0 <= self.clip_lr < math.inf:
+            raise UsageError(f"--clip-lr {self.clip_lr} is not a number from 0 up", "leave it out")
+        _ = self.grid
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid on which the weights are put."""
+        if self.bits is None:
+            return None
+        return affine.grid(self.bits, self.group_size or affine.GROUP, symmetric=self.symmetric is not False)
 
     @property
     def rate(self) -> float:
@@ -110,7 +148,9 @@ def authors(granularity: str = "row") -> dict[str, Any]:
 class _Linear:
     """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight."""
 
-    def __init__(self, weight: Tensor, scores: Tensor, dtype: torch.dtype, group: int) -> None:
+    def __init__(
+        self, weight: Tensor, scores: Tensor, dtype: torch.dtype, group: int, clipped: Clipped | None = None
+    ) -> None:
         exact = weight.dtype in (dtype, torch.bfloat16) and dtype != torch.float16
         self.weight = (weight if exact else weight.to(dtype)).contiguous()
         self.ranks = kernels.ranks(scores)
@@ -119,6 +159,11 @@ class _Linear:
         self.zeros = int((weight == 0).sum())
         self.group = group
         self.groups = math.ceil(self.rows / group)
+        self.clipped = clipped
+
+    def put(self, quantized: Quantized) -> None:
+        """Take the weights of a grid that is settled."""
+        self.weight = affine.dequantize(quantized).to(self.masked.dtype)
 
     @property
     def size(self) -> int:
@@ -138,8 +183,10 @@ class _Window:
         self.block, self.options = block, options
         self.scores = _scores(block, options.importance)
         dtype = next(iter(block.linears.values())).weight.dtype
+        grid = options.grid
+        self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
         self.linears = {
-            name: _Linear(weight, self.score(name), dtype, options.group(len(weight)))
+            name: _Linear(weight, self.score(name), dtype, options.group(len(weight)), self.clipped.get(name))
             for name, weight in block.weights.items()
         }
         self.device = next(iter(block.linears.values())).weight.device
@@ -151,7 +198,10 @@ class _Window:
     def score(self, name: str) -> Tensor:
         """The scores of one linear, below zero where a weight is zero already."""
         weight = self.block.weights[name]
-        return masks.zeros_first(self.scores(name, weight), weight)
+        scores = self.scores(name, weight)
+        if name in self.clipped:  # on the grid many weights are alike: the source's decide between them
+            scores = self.scores(name, self.clipped[name].nearest()) + _TIE * scores
+        return masks.zeros_first(scores, weight)
 
     def split(self, groups: Tensor) -> list[Tensor]:
         """The part of each linear in a tensor with one row a group."""
@@ -182,21 +232,34 @@ def prune(block: Block, options: Options) -> Pruned:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
     window = _Window(block, options)
     if block.budget <= sum(linear.zeros for linear in window.linears.values()):
-        return Pruned(masks=_masks(window, window.uniform_shares()))
-    theta, learned_loss = _learn(window)
+        kept = _masks(window, window.uniform_shares())
+        nearest = {name: affine.nearest(clipped.weight, clipped.grid) for name, clipped in window.clipped.items()}
+        return Pruned(masks=kept, **_on_grid(nearest, kept))
+    theta, strengths, learned_loss = _learn(window)
+    quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
+    for name, each in quantized.items():
+        window.linears[name].put(each)
     if options.preset == "authors":
         return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
     sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
     uniform, learned = (_masks(window, shares) for shares in (window.uniform_shares(), window.shares(sparsities)))
     before, after = (_errors(window, kept) for kept in (uniform, learned))
     better = after[0] < before[0]
+    kept = learned if better else uniform
     return Pruned(
-        masks=learned if better else uniform,
+        masks=kept,
+        **_on_grid(quantized, kept),
         error_before=before[1],
         error_after=after[1] if better else before[1],
         learned_loss=learned_loss,
         kept_uniform=not better,
     )
+
+
+def _on_grid(quantized: Mapping[str, Quantized], kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The linears on a grid, what is pruned at its zero, as fields of `Pruned`."""
+    pruned = {name: affine.pruned(each, kept[name]) for name, each in quantized.items()}
+    return {"weights": {name: affine.dequantize(each) for name, each in pruned.items()}, "quantized": pruned}
 
 
 def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
@@ -215,23 +278,38 @@ def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
     return lambda name, weight: importance.wanda(weight, norms[name])
 
 
-def _optimizer(theta: Tensor, options: Options) -> torch.optim.Optimizer:
+def _optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list[tuple[torch.optim.Optimizer, float]]:
+    """What learns the mixtures, and the clipping strengths where there are any, each with its rate."""
     if options.optimizer == "prodigy":
         prodigy: torch.optim.Optimizer = Prodigy(
             [theta], lr=options.rate, weight_decay=0.0, decouple=True, d_coef=options.d_coef
         )
-        return prodigy
-    return torch.optim.AdamW([theta], lr=options.rate, weight_decay=0.0, eps=_EPSILON, fused=True)
+        found = [(prodigy, options.rate)]
+    else:
+        found = [(_adamw([theta], options.rate), options.rate)]
+    if strengths:
+        found.append((_adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
+    return found
 
 
-def _learn(window: _Window) -> tuple[Tensor, float]:
-    """Minimise reconstruction + penalty; returns the mixture logits and the mean loss of the last tenth of steps."""
+def _adamw(learned: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(learned, lr=rate, weight_decay=0.0, eps=_EPSILON, fused=True)
+
+
+def _learn(window: _Window) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Minimise reconstruction + penalty.
+
+    Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
+    """
     block, options = window.block, window.options
     theta = allocation.initial_logits(len(window.sizes), window.p, window.goal)
     if options.preset == "authors":
         theta = torch.zeros_like(theta)
     theta.requires_grad_()
-    optimizer = _optimizer(theta, options)
+    strengths = {
+        name: clipping.initial(linear.weight, linear.grid).requires_grad_() for name, linear in window.clipped.items()
+    }
+    optimizers = _optimizers(theta, list(strengths.values()), options)
     samples = len(block.inputs)
     steps = options.epochs * math.ceil(samples / options.batch_size)
     generator = torch.Generator().manual_seed(block.seed)
@@ -240,22 +318,24 @@ def _learn(window: _Window) -> tuple[Tensor, float]:
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     with compute.repeated_passes():
         for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
-            weights, sparsity = _soft_weights(window, theta)
+            weights, sparsity = _soft_weights(window, theta, strengths)
             output = block.forward(block.inputs[chosen], weights)
             reconstruction = measure(output, block.target[chosen].to(output.device))
             penalty = losses.sparsity_penalty(sparsity, window.goal)
             scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
-            if options.preset != "authors":
-                # not a scheduler of torch: that and its optimizer hold each other until a garbage collection finds them
-                optimizer.param_groups[0]["lr"] = options.rate * _half_cosine(len(history) / steps)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer, rate in optimizers:
+                if options.preset != "authors":
+                    # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
+                    optimizer.param_groups[0]["lr"] = rate * _half_cosine(len(history) / steps)
+                optimizer.step()
+                optimizer.zero_grad()
             history.append(_finite(float(reconstruction.detach()), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
     last = history[-max(len(history) // 10, 1) :]
-    return theta.detach(), math.fsum(last) / len(last)
+    settled = {name: logits.detach() for name, logits in strengths.items()}
+    return theta.detach(), settled, math.fsum(last) / len(last)
 
 
 def _half_cosine(progress: float) -> float:
@@ -272,12 +352,16 @@ def _finite(value: float, index: int) -> float:
     return value
 
 
-def _soft_weights(window: _Window, theta: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _soft_weights(window: _Window, theta: Tensor, strengths: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The masked weights, differentiable in the logits, and the window's expected sparsity."""
+    sources = {
+        name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
+        for name, linear in window.linears.items()
+    }
     mixture = window.mixture(theta)
     alpha = allocation.expected_sparsity(mixture, window.p)
     weights = {
-        name: allocation.straight_through(part, linear.weight, linear.ranks, count, linear.group, linear.masked)
+        name: allocation.straight_through(part, sources[name], linear.ranks, count, linear.group, linear.masked)
         for (name, linear), part, count in zip(
             window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
         )

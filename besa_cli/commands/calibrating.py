@@ -1,0 +1,41 @@
+"""The calibration set that a command works with: shared, the run's own, or made now."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.console import Console
+from besa_cli.disk import MANIFEST
+from besa_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from besa_cli.calibration import CalibrationSet
+    from besa_cli.checkpoint import Run
+    from besa_cli.models import Model
+
+
+def calibration(
+    model: "Model",
+    run: "Run",
+    shared: Path | None,
+    wanted: dict[str, Any],
+    seed: int,
+    data_dir: Path | None,
+    console: Console,
+    *,
+    restart: bool,
+) -> "CalibrationSet":
+    """The set of `--calibration`, or of the run directory; made with the options given where there is none."""
+    from besa_cli import preparation
+
+    given = [name for name, value in wanted.items() if value is not None]
+    if shared is not None:
+        if given:
+            raise UsageError(
+                f"--calibration {shared} and --{given[0]} exclude each other",
+                "the set was drawn with options of its own",
+            )
+        return preparation.reuse(model, shared)
+    if not given and (run.calibration / MANIFEST).exists():
+        return preparation.reuse(model, run.calibration)
+    drawn = preparation.calibration_options(model, **wanted, seed=seed, notify=console.note)
+    return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart)

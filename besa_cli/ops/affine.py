@@ -1,0 +1,225 @@
+"""Affine grids: weights as whole codes, with a scale and a zero point for each group; zero is a code of every grid.
+
+    Ŵ = (Q − z)·h,   Q = clamp(round(W/h) + z, 0, 2^N − 1)
+
+with h = (γ1·max(W) − γ0·min(W)) / (2^N − 1) and z = −round(γ0·min(W)/h) (BESA, arXiv 2402.16880, Eq. 7), the least and
+greatest weight taken together with 0, so that z is a code and a zero weight stays exactly zero. A *group* is
+`group_size` consecutive columns of one row; the last one of a row may be shorter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Float16, Real, UInt8
+from torch import Tensor
+
+from besa_cli.errors import BesaError, UsageError
+
+BITS = (2, 3, 4, 8)
+CHANNEL = "channel"
+GROUP = "128"  # columns that share a scale where nothing else is said
+_SMALLEST = 2.0**-24  # of the fp16 numbers above zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What codes a linear may take.
+
+    Attributes
+    ----------
+    bits : int
+        N: codes are 0 … 2^N − 1.
+    group_size : int, optional
+        Columns that share a scale; None for all columns of a row (per channel).
+    symmetric : bool
+        The zero point is 2^(N−1) everywhere; h = 2γ·max|W| / (2^N − 1).
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        group = f"groups of {self.group_size}" if self.group_size else "channels"
+        return f"{self.bits} bits in {group}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
+    @property
+    def top(self) -> int:
+        """The greatest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    def width(self, cols: int) -> int:
+        """Columns in a group of a linear with `cols` columns."""
+        return min(self.group_size or cols, cols)
+
+    def groups(self, cols: int) -> int:
+        """Groups in each row."""
+        return -(-cols // self.width(cols))
+
+
+def grid(bits: int, group_size: str, *, symmetric: bool) -> Grid:
+    """The grid that the options ``--bits``, ``--group-size`` and ``--symmetric`` name.
+
+    Raises
+    ------
+    UsageError
+        No such grid.
+    """
+    if bits not in BITS:
+        raise UsageError(f"--bits {bits} is none of {', '.join(map(str, BITS))}", "4 is the usual choice")
+    if group_size != CHANNEL and not (group_size.isdecimal() and int(group_size)):
+        raise UsageError(
+            f"--group-size '{group_size}' is neither {CHANNEL} nor a number of columns", "128 is the usual choice"
+        )
+    return Grid(bits=bits, group_size=None if group_size == CHANNEL else int(group_size), symmetric=symmetric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """One linear on a grid.
+
+    Attributes
+    ----------
+    codes : Tensor of shape (rows, cols), uint8
+    scales : Tensor of shape (rows, groups), fp16
+    zeros : Tensor of shape (rows, groups), uint8
+    grid : Grid
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    grid: Grid
+
+
+def tensors(quantized: Quantized, name: str) -> dict[str, Tensor]:
+    """As stored, on the CPU: `name`.codes, `name`.scales and, on an asymmetric grid, `name`.zeros."""
+    parts = {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.zeros}
+    return {
+        f"{name}.{part}": tensor.cpu().contiguous()
+        for part, tensor in parts.items()
+        if part != "zeros" or not quantized.grid.symmetric
+    }
+
+
+def stored(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Quantized:
+    """The inverse of `tensors`."""
+    codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+    middle = torch.full_like(scales, grid.middle, dtype=torch.uint8)
+    return Quantized(
+        codes=codes, scales=scales, zeros=middle if grid.symmetric else tensors[f"{name}.zeros"], grid=grid
+    )
+
+
+def spread(values: Real[Tensor, "rows groups"], grid: Grid, cols: int) -> Real[Tensor, "rows cols"]:
+    """Each group's value for each of its columns."""
+    if values.shape[1] == 1:
+        return values.expand(-1, cols)
+    return values.repeat_interleave(grid.width(cols), dim=1)[:, :cols]
+
+
+def grouped(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups width"]:
+    """The columns by group; a shorter last group is filled up with zeros."""
+    rows, cols = weight.shape
+    width, groups = grid.width(cols), grid.groups(cols)
+    if groups * width != cols:
+        weight = torch.nn.functional.pad(weight, (0, groups * width - cols))
+    return weight.reshape(rows, groups, width)
+
+
+def extremes(
+    weight: Float[Tensor, "rows cols"], grid: Grid
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """The least and the greatest weight of every group, 0 always among them; on a symmetric grid −max|W| and max|W|."""
+    parts = grouped(weight.float(), grid)
+    low, high = parts.amin(2).clamp_max(0.0), parts.amax(2).clamp_min(0.0)
+    if grid.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    return low, high
+
+
+def representable(steps: Float[Tensor, "rows groups"]) -> Float16[Tensor, "rows groups"]:
+    """The nearest fp16 numbers above zero; 1 for a step of 0, which is that of a group of zeros alone."""
+    return steps.half().clamp_min(_SMALLEST).masked_fill(steps == 0, 1.0)
+
+
+def fit(
+    low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], grid: Grid
+) -> tuple[Float16[Tensor, "rows groups"], UInt8[Tensor, "rows groups"]]:
+    """The scales h (fp16 numbers) and zero points z of groups whose weights are to lie in [low, high].
+
+    Parameters
+    ----------
+    low, high : Tensors of shape (rows, groups)
+        low ≤ 0 ≤ high. A group of zeros alone gets the scale 1.
+
+    Raises
+    ------
+    BesaError
+        A scale is beyond fp16.
+    """
+    scales = representable((high - low) / grid.top)
+    if not bool(scales.isfinite().all()):
+        raise BesaError(
+            f"weights as large as {float(torch.maximum(high, -low).max()):.3g} need a scale beyond fp16",
+            "this model cannot be quantized; is one of its weights damaged?",
+        )
+    if grid.symmetric:
+        return scales, torch.full_like(scales, grid.middle, dtype=torch.uint8)
+    return scales, zero_points(low, scales.float(), grid).to(torch.uint8)
+
+
+def zero_points(
+    low: Float[Tensor, "rows groups"], scales: Float[Tensor, "rows groups"], grid: Grid
+) -> Float[Tensor, "rows groups"]:
+    """z = −round(low/h), a code of the grid."""
+    return (-low / scales).round().clamp(0, grid.top)
+
+
+def encode(
+    weight: Float[Tensor, "rows cols"],
+    scales: Float16[Tensor, "rows groups"],
+    zeros: UInt8[Tensor, "rows groups"],
+    grid: Grid,
+) -> UInt8[Tensor, "rows cols"]:
+    """The nearest code of every weight."""
+    cols = weight.shape[1]
+    h, z = spread(scales.float(), grid, cols), spread(zeros.float(), grid, cols)
+    return ((weight.float() / h).round() + z).clamp(0, grid.top).to(torch.uint8)
+
+
+def dequantize(quantized: Quantized) -> Float[Tensor, "rows cols"]:
+    """Ŵ = (Q − z)·h, fp32."""
+    cols, grid = quantized.codes.shape[1], quantized.grid
+    h, z = spread(quantized.scales.float(), grid, cols), spread(quantized.zeros.float(), grid, cols)
+    return (quantized.codes.float() - z) * h
+
+
+def nearest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Quantized:
+    """Round to nearest on the grid between the least and the greatest weight of every group."""
+    scales, zeros = fit(*extremes(weight, grid), grid)
+    return Quantized(codes=encode(weight, scales, zeros, grid), scales=scales, zeros=zeros, grid=grid)
+
+
+def pruned(quantized: Quantized, keep: Bool[Tensor, "rows cols"]) -> Quantized:
+    """The same with the zero point as the code of all that is not kept."""
+    grid, cols = quantized.grid, quantized.codes.shape[1]
+    zeros = spread(quantized.zeros, grid, cols)
+    return replace(quantized, codes=torch.where(keep, quantized.codes, zeros))
+
+
+def bits_needed(rows: int, cols: int, nonzero: int, grid: Grid) -> int:
+    """Bits that a linear takes when packed: codes, scales (16 each), zero points of an asymmetric grid, and a mask.
+
+    With a mask (one bit a weight) only what is not zero has a code; without one everything has. The smaller counts.
+    """
+    size = rows * cols
+    values = min(grid.bits * size, grid.bits * nonzero + size)
+    return values + rows * grid.groups(cols) * (16 + (0 if grid.symmetric else grid.bits))

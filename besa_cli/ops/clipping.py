@@ -1,0 +1,115 @@
+"""Learned clipping: how far towards its extreme weights the grid of a group reaches (BESA Eq. 7; OmniQuant's LWC).
+
+γ0, γ1 = sigmoid of learned numbers, one pair a group, one number where the grid is symmetric:
+
+    h = (γ1·max(W) − γ0·min(W)) / (2^N − 1)      z = −round(γ0·min(W)/h)
+
+Every rounding is straight-through: of a weight inside the grid the gradient goes to h, of a clipped one to the end at
+which it was clipped.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid, Quantized
+
+START = 4.0  # sigmoid(4) = 0.982
+
+
+def initial(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups ends"]:
+    """Logits of a grid that reaches nearly to the extremes; `ends` is 1 on a symmetric grid, else 2."""
+    rows, cols = weight.shape
+    return torch.full((rows, grid.groups(cols), 1 if grid.symmetric else 2), START, device=weight.device)
+
+
+class _RoundHalf(torch.autograd.Function):
+    """To the nearest fp16 number above zero, straight-through."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        return affine.representable(value).float()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Round(torch.autograd.Function):
+    """To the nearest code, straight-through."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, top: int) -> Tensor:
+        return value.round().clamp(0, top)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _OnGrid(torch.autograd.Function):
+    """(clamp(round(W/h) + z) − z)·h of weights in groups; gradients to h and z."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, parts: Tensor, scales: Tensor, zeros: Tensor, top: int
+    ) -> Tensor:
+        ctx.save_for_backward(parts, scales, zeros)
+        ctx.top = top  # type: ignore[attr-defined]
+        h, z = scales.unsqueeze(2), zeros.unsqueeze(2)
+        return (parts / h).round_().add_(z).clamp_(0, top).sub_(z).mul_(h)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts, scales, zeros = ctx.saved_tensors  # type: ignore[attr-defined]
+        h, z = scales.unsqueeze(2), zeros.unsqueeze(2)
+        steps = parts / h
+        wished = steps.round().add_(z)
+        codes = wished.clamp(0, ctx.top)  # type: ignore[attr-defined]
+        clipped = codes != wished
+        by_scale = codes.sub_(z).sub_(steps.masked_fill_(clipped, 0.0)).mul_(gradient).sum(2)
+        by_zero = (gradient * clipped).sum(2).mul_(-scales)
+        return None, by_scale, by_zero, None
+
+
+class Clipped:
+    """One linear whose grid is learned.
+
+    Parameters
+    ----------
+    weight : Tensor of shape (rows, cols)
+    grid : Grid
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
+        self.weight, self.grid = weight, grid
+        self.low, self.high = affine.extremes(weight, grid)
+        self._parts = affine.grouped(weight.float(), grid)
+
+    def reach(self, logits: Float[Tensor, "rows groups ends"]) -> tuple[Tensor, Tensor]:
+        """Where the grid of each group begins and ends: γ0·min(W) and γ1·max(W), of shape (rows, groups)."""
+        strengths = logits.sigmoid()
+        return strengths[..., 0] * self.low, strengths[..., -1] * self.high
+
+    def weights(self, logits: Float[Tensor, "rows groups ends"]) -> Float[Tensor, "rows cols"]:
+        """Ŵ, differentiable in the logits; the same numbers as those of `quantized`."""
+        low, high = self.reach(logits)
+        scales = _RoundHalf.apply((high - low) / self.grid.top)  # type: ignore[no-untyped-call]
+        if self.grid.symmetric:
+            zeros = torch.full_like(scales, float(self.grid.middle))
+        else:
+            zeros = _Round.apply(-low / scales, self.grid.top)  # type: ignore[no-untyped-call]
+        parts: Tensor = _OnGrid.apply(self._parts, scales, zeros, self.grid.top)  # type: ignore[no-untyped-call]
+        rows, cols = self.weight.shape
+        return parts.reshape(rows, -1)[:, :cols].contiguous()
+
+    def nearest(self) -> Float[Tensor, "rows cols"]:
+        """Ŵ on the grid between the extremes."""
+        return affine.dequantize(affine.nearest(self.weight, self.grid))
+
+    def quantized(self, logits: Float[Tensor, "rows groups ends"]) -> Quantized:
+        """The codes at these logits."""
+        scales, zeros = affine.fit(*self.reach(logits), self.grid)
+        codes = affine.encode(self.weight, scales, zeros, self.grid)
+        return Quantized(codes=codes, scales=scales, zeros=zeros, grid=self.grid)

@@ -1,0 +1,11 @@
+"""Methods: one file each, offering `Options` (a frozen dataclass), `quantize(block, grid, options) -> Pruned` and
+`OBSERVES`, whether it looks at calibration samples.
+
+A new method is a file in this folder and a line in `QUANTIZERS`.
+"""
+
+QUANTIZERS: dict[str, str] = {
+    "rtn": "round to nearest",
+    "gptq": "column by column, the surviving weights make up for the error",
+    "clip": "learned clipping: how far each group's grid reaches, so that the block keeps its output",
+}

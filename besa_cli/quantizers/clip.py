@@ -1,0 +1,119 @@
+"""Learned clipping: how far each group's grid reaches, so that the block keeps its output (OmniQuant's LWC)."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from besa_cli import compute
+from besa_cli.choices import Loss, Target
+from besa_cli.errors import BesaError, UsageError
+from besa_cli.ops import affine, clipping, losses
+from besa_cli.ops.affine import Grid, Quantized
+from besa_cli.ops.clipping import Clipped
+from besa_cli.quantizers import rtn
+from besa_cli.stream import Block, Pruned, batches
+
+_MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
+_EPSILON = 1e-16  # AdamW's: the gradient of one group's strength is small beside 1e-8
+_COMPARED = 16  # samples on which what was learned has to beat rounding to nearest
+
+OBSERVES = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of learned clipping.
+
+    Attributes
+    ----------
+    target : {"block", "stream"}
+        What the block should keep: its own output on the compressed inputs, or the uncompressed model's hidden states.
+    epochs, batch_size : int
+        Passes over the calibration samples, and samples in one step.
+    lr : float
+        AdamW's rate, decaying to 0 along a half cosine.
+    loss : {"token", "channel", "frobenius"}
+        Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    """
+
+    target: Target = "block"
+    epochs: int = 1
+    batch_size: int = 1
+    lr: float = 0.01
+    loss: Loss = "token"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
+        if not 0 <= self.lr < math.inf:
+            raise UsageError(f"--lr {self.lr} is not a number from 0 up", "leave it out")
+
+
+def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+    """Learn the block's grids; round to nearest is kept where learning did not beat it on the same samples."""
+    nearest = rtn.nearest(block, grid)
+    learned, loss = _learn(block, grid, options)
+    before, after = (_errors(block, each, _MEASURES[options.loss]) for each in (nearest, learned))
+    better = after[0] < before[0]
+    return rtn.decided(
+        block,
+        learned if better else nearest,
+        error_before=before[1],
+        error_after=after[1] if better else before[1],
+        learned_loss=loss,
+        kept_uniform=not better,
+    )
+
+
+def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quantized], float]:
+    """Minimise the reconstruction error; the codes, and the mean loss of the last tenth of steps."""
+    linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
+    logits = {name: clipping.initial(weight, grid).requires_grad_() for name, weight in block.weights.items()}
+    optimizer = torch.optim.AdamW(list(logits.values()), lr=options.lr, weight_decay=0.0, eps=_EPSILON, fused=True)
+    measure, samples = _MEASURES[options.loss], len(block.inputs)
+    generator = torch.Generator().manual_seed(block.seed)
+    order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
+    steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]
+    dtype = next(iter(block.linears.values())).weight.dtype
+    history: list[float] = []
+    with compute.repeated_passes():
+        for chosen in steps:
+            weights = {name: linear.weights(logits[name]).to(dtype) for name, linear in linears.items()}
+            output = block.forward(block.inputs[chosen], weights)
+            loss = measure(output, block.target[chosen].to(output.device))
+            (output[..., 0].numel() * loss).backward()  # type: ignore[no-untyped-call]
+            optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * len(history) / len(steps)))
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(_finite(float(loss.detach()), block.index))
+            block.on_step(len(history), len(steps), "learning")
+    last = history[-max(len(history) // 10, 1) :]
+    found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
+    return found, math.fsum(last) / len(last)
+
+
+def _finite(value: float, index: int) -> float:
+    if not math.isfinite(value):
+        raise BesaError(
+            f"learning in block {index} gave {value}", "compute with --dtype float32, or give a smaller --lr"
+        )
+    return value
+
+
+def _errors(
+    block: Block, quantized: Mapping[str, Quantized], measure: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, float]:
+    """The mean loss and the mean relative error of each token, over the first `_COMPARED` samples."""
+    dtype = next(iter(block.linears.values())).weight.dtype
+    weights = {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}
+    found: list[tuple[float, float]] = []
+    with torch.no_grad(), compute.repeated_passes():
+        for sample in batches(min(len(block.inputs), _COMPARED), 1):
+            output = block.forward(block.inputs[sample], weights)
+            target = block.target[sample].to(output.device)
+            found.append((float(measure(output, target)), float(losses.token(output, target))))
+    return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)

@@ -1,0 +1,39 @@
+"""GPTQ: column by column, on the second-order statistics of the inputs (Frantar et al. 2022, arXiv 2210.17323)."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from besa_cli.errors import UsageError
+from besa_cli.ops import gptq, importance, obs
+from besa_cli.ops.affine import Grid
+from besa_cli.quantizers import rtn
+from besa_cli.stream import Block, Pruned
+
+OBSERVES = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of GPTQ: `damping`, the share of the mean diagonal of XᵀX added to it."""
+
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise UsageError(f"--damping {self.damping} is not a number from 0 up", "leave it out")
+
+
+def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+    """Quantize every linear of the block on the statistics of the block's compressed inputs."""
+    grams = block.observe(importance.gram)
+    factors: dict[int, Tensor] = {}
+    quantized = {}
+    for done, (name, weight) in enumerate(block.weights.items(), 1):
+        gram = grams[name]
+        if id(gram) not in factors:
+            factors = {id(gram): obs.inverse_factor(gram, options.damping)}  # linears of one input follow each other
+        quantized[name] = gptq.quantize(weight, weight != 0, factors[id(gram)], grid)
+        block.on_step(done, len(block.weights), "update")
+    return rtn.decided(block, quantized)

@@ -1,0 +1,36 @@
+"""Round to nearest: every weight to its nearest code, the grid between the extremes of each group."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid, Quantized
+from besa_cli.stream import Block, Pruned
+
+OBSERVES = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Round to nearest has no options of its own."""
+
+
+def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+    """Put every linear of the block on the grid."""
+    return decided(block, nearest(block, grid))
+
+
+def nearest(block: Block, grid: Grid) -> dict[str, Quantized]:
+    """Every linear of the block, rounded to nearest."""
+    return {name: affine.nearest(weight, grid) for name, weight in block.weights.items()}
+
+
+def decided(block: Block, quantized: Mapping[str, Quantized], **facts: Any) -> Pruned:
+    """The linears on their grid; what was zero counts as pruned. `facts` are further fields of `Pruned`."""
+    return Pruned(
+        masks={name: weight != 0 for name, weight in block.weights.items()},
+        weights={name: affine.dequantize(each) for name, each in quantized.items()},
+        quantized=quantized,
+        **facts,
+    )
