@@ -50,8 +50,9 @@ def _done(manifest: Mapping[str, Any]) -> str:
     lines = [
         f"# {model['name'].rstrip('/').rpartition('/')[2]}, {100 * counts['sparsity']:.4g} % pruned",
         "",
-        f"Made from `{_public(model['name'])}`{revision} with `besa` {manifest['versions']['besa']}: {counts['pruned']:,} of "
-        f"the {counts['weights']:,} weights of the linears in its blocks were pruned, {counts['zeros']:,} are zero. "
+        f"Made from `{_public(model['name'])}`{revision} with `besa` {manifest['versions']['besa']}: "
+        f"{counts['pruned']:,} of the {counts['weights']:,} weights of the linears in its blocks were pruned, "
+        f"{counts['zeros']:,} are zero. "
         "Embeddings and head are untouched.",
         "",
         "## What was done",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from besa_cli.checkpoint import Run
 from besa_cli.exporting import Job, Request
-from besa_cli.pruning import Job as Pruning
+from besa_cli.jobs import Job as Pruning
 
 
 def stage(

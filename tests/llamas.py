@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from besa_cli.checkpoint import Run
-from besa_cli.pruning import Job as Pruning
+from besa_cli.jobs import Job as Pruning
 
 VOCABULARY = 272
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "ab"), ("1", "2")]
