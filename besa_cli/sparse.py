@@ -4,13 +4,13 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from besa_cli.errors import BesaError
-from besa_cli.ops import bitmask, packing
+from besa_cli.ops import affine, bitmask, packing
+from besa_cli.ops.affine import Grid, Quantized
 
 METHOD = "besa"  # the quant_method of config.json
 FORMAT = 1
@@ -20,40 +20,6 @@ WEIGHT, MASK, VALUES, SHAPE = "weight", "weight_mask", "weight_values", "weight_
 CODES, SCALE, ZERO, GRID = "weight_codes", "weight_scale", "weight_zero", "weight_grid"  # of quantized weights
 PARTS = (MASK, VALUES, SHAPE, CODES, SCALE, ZERO, GRID)
 _NEEDED = (MASK, VALUES, SHAPE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coded:
-    """A quantized weight: codes on a grid.
-
-    Attributes
-    ----------
-    codes : Tensor of shape (rows, cols), uint8
-        0 … 2^bits − 1.
-    scales : Tensor of shape (rows, groups), fp16
-    zeros : Tensor of shape (rows, groups), uint8, or None
-        The zero points; None where they are 2^(bits − 1) everywhere (a symmetric grid).
-    bits : int
-    width : int
-        Columns in a group; the last group of a row may be shorter.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bits: int
-    width: int
-
-    def zero_points(self) -> Tensor:
-        """The code that stands for zero, for each weight: shape (rows, cols), uint8."""
-        if self.zeros is None:
-            return torch.full_like(self.codes, 1 << (self.bits - 1))
-        return packing.spread(self.zeros, self.width, self.codes.shape[1])
-
-    def weights(self) -> Tensor:
-        """The weights that the codes stand for, in fp32."""
-        scales = packing.spread(self.scales, self.width, self.codes.shape[1])
-        return packing.weights(self.codes, scales, self.zero_points())
 
 
 def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -80,7 +46,7 @@ def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}.{part}": value for part, value in parts.items()}
 
 
-def encoded_codes(name: str, tensor: Tensor, coded: Coded) -> dict[str, Tensor]:
+def encoded_codes(name: str, tensor: Tensor, quantized: Quantized) -> dict[str, Tensor]:
     """A quantized weight as its mask, the codes that do not stand for zero, and its grid; by name.
 
     Parameters
@@ -89,27 +55,27 @@ def encoded_codes(name: str, tensor: Tensor, coded: Coded) -> dict[str, Tensor]:
         The weight's name in the checkpoint.
     tensor : Tensor
         What the codes stand for, in the checkpoint's dtype, of shape (rows, cols).
-    coded : Coded
+    quantized : Quantized
 
     Raises
     ------
     BesaError
         The codes stand for other weights than `tensor` holds.
     """
-    found = coded.weights().to(tensor.dtype)
+    found, grid, cols = affine.dequantize(quantized).to(tensor.dtype), quantized.grid, tensor.shape[1]
     if not torch.equal(found, tensor):
         raise BesaError(f"{name} is not what its codes stand for", "make the stage anew with --restart")
-    mask = coded.codes != coded.zero_points()
+    mask = quantized.codes != affine.spread(quantized.zeros, grid, cols)
     parts = {
         MASK: bitmask.packed(mask),
         VALUES: torch.empty(0, dtype=tensor.dtype),  # for its dtype
         SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
-        CODES: packing.packed(coded.codes[mask].unsqueeze(0), coded.bits)[0],
-        SCALE: coded.scales,
-        GRID: torch.tensor([coded.bits, coded.width], dtype=torch.int64),
+        CODES: packing.packed(quantized.codes[mask].unsqueeze(0), grid.bits)[0],
+        SCALE: quantized.scales,
+        GRID: torch.tensor([grid.bits, grid.width(cols)], dtype=torch.int64),
     }
-    if coded.zeros is not None:
-        parts[ZERO] = coded.zeros
+    if not grid.symmetric:
+        parts[ZERO] = quantized.zeros
     prefix = name.rpartition(".")[0]
     return {f"{prefix}.{part}": value for part, value in parts.items()}
 
@@ -127,10 +93,7 @@ def codes(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
         prefix, _, last = name.rpartition(".")
         if last == CODES:
             own = {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
-            coded = _coded(own, f"{prefix}.{WEIGHT} in {place}")
-            found |= {f"{prefix}.codes": coded.codes, f"{prefix}.scales": coded.scales}
-            if coded.zeros is not None:
-                found[f"{prefix}.zeros"] = coded.zeros
+            found |= affine.tensors(_quantized(own, f"{prefix}.{WEIGHT} in {place}"), prefix)
     return found
 
 
@@ -164,7 +127,7 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
         They do not belong together; `place` names the weight and its file.
     """
     if CODES in parts:
-        return _coded(parts, place).weights().to(parts[VALUES].dtype)
+        return affine.dequantize(_quantized(parts, place)).to(parts[VALUES].dtype)
     mask = _mask(parts, place)
     values, count = parts[VALUES], int(mask.sum())
     if values.shape != (count,):
@@ -185,27 +148,28 @@ def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:
     return bitmask.unpacked(bits, cols)
 
 
-def _coded(parts: Mapping[str, Tensor], place: str) -> Coded:
+def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
     """The codes whose parts these are; every code that is not stored stands for zero."""
     mask = _mask(parts, place)
     missing = [part for part in (SCALE, GRID) if part not in parts]
     if missing:
         raise _damaged(place, f"{missing[0]} is missing")
-    grid, scales, zeros, data = parts[GRID], parts[SCALE], parts.get(ZERO), parts[CODES]
-    if grid.shape != (2,) or not 1 <= int(grid[0]) <= 8 or int(grid[1]) < 1:
+    chosen, scales, data = parts[GRID], parts[SCALE], parts[CODES]
+    if chosen.shape != (2,) or not 1 <= int(chosen[0]) <= 8 or int(chosen[1]) < 1:
         raise _damaged(place, f"{GRID} is not bits and columns")
-    bits, width = grid.tolist()
+    bits, width = chosen.tolist()
+    grid = Grid(bits=bits, group_size=width, symmetric=ZERO not in parts)
     rows, cols = mask.shape
-    groups = (rows, -(-cols // width))
-    if tuple(scales.shape) != groups or (zeros is not None and tuple(zeros.shape) != groups):
+    groups = (rows, grid.groups(cols))
+    zeros = parts.get(ZERO, torch.full(groups, grid.middle, dtype=torch.uint8))
+    if tuple(scales.shape) != groups or tuple(zeros.shape) != groups:
         raise _damaged(place, f"{SCALE} has not a number for each of {groups[0]} x {groups[1]} groups")
     count = int(mask.sum())
     if tuple(data.shape) != (-(-count * bits // 8),):
         raise _damaged(place, f"{MASK} has {count} bits set, but {CODES} has {len(data)} bytes")
-    empty = Coded(codes=torch.zeros(rows, cols, dtype=torch.uint8), scales=scales, zeros=zeros, bits=bits, width=width)
-    found = empty.zero_points().clone()
-    found[mask] = packing.unpacked(data.unsqueeze(0), bits, count)[0]
-    return Coded(codes=found, scales=scales, zeros=zeros, bits=bits, width=width)
+    codes = affine.spread(zeros, grid, cols).clone()
+    codes[mask] = packing.unpacked(data.unsqueeze(0), bits, count)[0]
+    return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
 
 
 def _damaged(place: str, reason: str) -> BesaError:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from besa_cli import anatomy, checkpoint, disk
 from besa_cli.errors import BesaError
 from besa_cli.exporters.stage import Piece, Source
-from besa_cli.ops import packing
-from besa_cli.sparse import Coded
+from besa_cli.ops import affine, packing
+from besa_cli.ops.affine import Quantized
 from besa_cli.weights import INDEX
 
 _BITS = (4, 8)
@@ -82,13 +82,13 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     disk.write_json(target / INDEX, index)
 
 
-def packed(coded: Coded, width: int) -> dict[str, Tensor]:
+def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
     """A weight's `packed` codes (rows, words), `scale` (rows, groups of `width` columns) and `shape`."""
-    rows, cols = coded.codes.shape
-    data = packing.packed(coded.codes, coded.bits)
+    rows, cols = quantized.codes.shape
+    data = packing.packed(quantized.codes, quantized.grid.bits)
     words = torch.zeros(rows, -(-data.shape[1] // _WORD) * _WORD, dtype=torch.uint8)
     words[:, : data.shape[1]] = data
-    scales = packing.spread(coded.scales, coded.width, cols)[:, ::width]
+    scales = affine.spread(quantized.scales, quantized.grid, cols)[:, ::width]
     return {
         "packed": words.view(torch.int32),
         "scale": scales.float().contiguous(),

@@ -5,6 +5,7 @@ columns do not divide into blocks of that type is stored in bf16. Q4_0 is for st
 codes it carries; embeddings and head are then Q8_0.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from besa_cli.exporters import gguf_codes, gguf_llama, gguf_tokenizer
 from besa_cli.exporters.stage import Piece, Source, narrowed
-from besa_cli.sparse import Coded
+from besa_cli.ops.affine import Quantized
 
 _DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # the rest is computed from fp32
 
@@ -58,38 +59,39 @@ def file_name(options: Options) -> str:
 
 def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a block, or what belongs to no block."""
-    writer = GGUFWriter(target / file_name(options), gguf_llama.ARCHITECTURE)
-    gguf_llama.add_facts(writer, source)
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{options.type}"])
-    gguf_tokenizer.read(source.directory, int(source.config["vocab_size"])).add_to(writer, source.directory)
-    factors = gguf_llama.rope_factors(source)
-    if factors is not None:
-        writer.add_tensor_info(gguf_llama.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for name in source.names:
-        shape, kind = source.shape(name), stored_as(source, name, options)
-        size = int(np.prod(quant_shape_to_byte_shape(shape, kind)))
-        writer.add_tensor_info(gguf_llama.tensor_name(source, name), shape, np.dtype(np.float32), size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    for names in source.weights.shards().values():  # the order of `source.names`
-        linear_bytes = rounded = 0
-        coded = source.coded(names) if gguf_codes.carries(source, Kind[options.type]) else {}
-        for name in names:
-            tensor = gguf_llama.arranged(source, name, source.read(name))
-            kind = stored_as(source, name, options)
-            if name in coded and kind is Kind[options.type]:
-                data = gguf_codes.blocks(arranged(source, name, coded[name]))
-            else:
-                data = encoded(name, tensor, kind)
-            writer.write_tensor_data(data)
-            if name in source.linears:
-                linear_bytes += data.nbytes
-                rounded += int(((tensor != 0) & (decoded(data, kind) == 0)).sum())
-        yield Piece(linear_bytes=linear_bytes, rounded_to_zero=rounded)
-    writer.close()
+    with contextlib.closing(GGUFWriter(target / file_name(options), gguf_llama.ARCHITECTURE)) as writer:
+        gguf_llama.add_facts(writer, source)
+        writer.add_file_type(LlamaFileType[f"MOSTLY_{options.type}"])
+        gguf_tokenizer.read(source.directory, int(source.config["vocab_size"])).add_to(writer, source.directory)
+        factors = gguf_llama.rope_factors(source)
+        if factors is not None:
+            writer.add_tensor_info(gguf_llama.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+        for name in source.names:
+            shape, kind = source.shape(name), stored_as(source, name, options)
+            size = int(np.prod(quant_shape_to_byte_shape(shape, kind)))
+            writer.add_tensor_info(
+                gguf_llama.tensor_name(source, name), shape, np.dtype(np.float32), size, raw_dtype=kind
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for names in source.weights.shards().values():  # the order of `source.names`
+            linear_bytes = rounded = 0
+            coded = source.coded(names) if gguf_codes.carries(source, Kind[options.type]) else {}
+            for name in names:
+                tensor = gguf_llama.arranged(source, name, source.read(name))
+                kind = stored_as(source, name, options)
+                if name in coded and kind is Kind[options.type]:
+                    data = gguf_codes.blocks(arranged(source, name, coded[name]))
+                else:
+                    data = encoded(name, tensor, kind)
+                writer.write_tensor_data(data)
+                if name in source.linears:
+                    linear_bytes += data.nbytes
+                    rounded += int(((tensor != 0) & (decoded(data, kind) == 0)).sum())
+            yield Piece(linear_bytes=linear_bytes, rounded_to_zero=rounded)
 
 
 def stored_as(source: Source, name: str, options: Options) -> Kind:
@@ -102,10 +104,10 @@ def stored_as(source: Source, name: str, options: Options) -> Kind:
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.BF16
 
 
-def arranged(source: Source, name: str, coded: Coded) -> Coded:
+def arranged(source: Source, name: str, quantized: Quantized) -> Quantized:
     """Codes with their rows in llama.cpp's order."""
-    codes, scales = (gguf_llama.arranged(source, name, part) for part in (coded.codes, coded.scales))
-    return replace(coded, codes=codes, scales=scales)
+    codes, scales = (gguf_llama.arranged(source, name, part) for part in (quantized.codes, quantized.scales))
+    return replace(quantized, codes=codes, scales=scales)
 
 
 def encoded(name: str, tensor: Tensor, kind: Kind) -> "np.ndarray[Any, Any]":

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from besa_cli.errors import BesaError
 from besa_cli.exporters.stage import Source
-from besa_cli.ops import packing
-from besa_cli.sparse import Coded
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Quantized
 
 BLOCK = 32  # weights that share a scale
 _BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}
@@ -40,16 +40,16 @@ def check(source: Source) -> None:
             )
 
 
-def blocks(coded: Coded) -> "np.ndarray[Any, Any]":
+def blocks(quantized: Quantized) -> "np.ndarray[Any, Any]":
     """The bytes of a weight as Q4_0 or Q8_0, shape (rows, bytes): of each block its scale in fp16, then its codes.
 
     Of Q4_0 a byte holds a code of the block's first half in its low four bits and one of the second half above.
     """
-    rows, cols = coded.codes.shape
-    scales = _numpy(packing.spread(coded.scales, coded.width, cols)[:, ::BLOCK])
-    codes = _numpy(coded.codes).reshape(rows, cols // BLOCK, BLOCK)
+    rows, cols = quantized.codes.shape
+    scales = _numpy(affine.spread(quantized.scales, quantized.grid, cols)[:, ::BLOCK])
+    codes = _numpy(quantized.codes).reshape(rows, cols // BLOCK, BLOCK)
     nibbles = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    data = nibbles if coded.bits == 4 else codes ^ 128  # of 8 bits: code − 128, as int8
+    data = nibbles if quantized.grid.bits == 4 else codes ^ 128  # of 8 bits: code − 128, as int8
     first = scales.astype(np.float16).view(np.uint8).reshape(rows, cols // BLOCK, 2)
     return np.ascontiguousarray(np.concatenate([first, data.astype(np.uint8)], axis=2).reshape(rows, -1))
 

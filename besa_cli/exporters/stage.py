@@ -11,7 +11,8 @@ from torch import Tensor
 from besa_cli import checkpoint, disk
 from besa_cli.checkpoint import Stage
 from besa_cli.errors import BesaError
-from besa_cli.sparse import Coded
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.weights import Weights, entries, read_file
 
 CODES = "codes"  # the directory of a quantized stage that holds the codes its weights were made from
@@ -96,25 +97,17 @@ class Source:
         found: dict[str, Any] | None = self.manifest.get("quantization")
         return found
 
-    def coded(self, names: Sequence[str]) -> dict[str, Coded]:
+    def coded(self, names: Sequence[str]) -> dict[str, Quantized]:
         """The codes of those among `names`, tensors of one file, that were quantized."""
         path = self.directory / CODES / self.weights.file(names[0]).name
         if self.grid is None or not path.exists():
             return {}
         stored = read_file(path)
-        found = {}
-        for name in names:
-            prefix = name.removesuffix(".weight")
-            if name in self.linears and f"{prefix}.codes" in stored:
-                codes = stored[f"{prefix}.codes"]
-                found[name] = Coded(
-                    codes=codes,
-                    scales=stored[f"{prefix}.scales"],
-                    zeros=stored.get(f"{prefix}.zeros"),
-                    bits=int(self.grid["bits"]),
-                    width=min(self.grid["group_size"] or codes.shape[1], codes.shape[1]),
-                )
-        return found
+        grid = Grid(**{name: self.grid[name] for name in ("bits", "group_size", "symmetric")})
+        linears = {name: name.removesuffix(".weight") for name in names if name in self.linears}
+        return {
+            name: affine.stored(stored, prefix, grid) for name, prefix in linears.items() if f"{prefix}.codes" in stored
+        }
 
     @property
     def linear_weights(self) -> int:

@@ -1,8 +1,8 @@
-"""Codes of a few bits, packed into bytes and spread over groups."""
+"""Codes of a few bits, packed into bytes."""
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 
@@ -23,15 +23,3 @@ def unpacked(data: UInt8[Tensor, "rows bytes"], bits: int, cols: int) -> UInt8[T
     places = 1 << torch.arange(bits, dtype=torch.uint8)
     found: Tensor = (torch.from_numpy(each).reshape(-1, cols, bits) * places).sum(2, dtype=torch.uint8)
     return found
-
-
-def spread(values: Shaped[Tensor, "rows groups"], width: int, cols: int) -> Shaped[Tensor, "rows cols"]:
-    """Each group's value for each of its `width` columns; the last group of a row may be shorter."""
-    return values.repeat_interleave(width, dim=1)[:, :cols]
-
-
-def weights(
-    codes: UInt8[Tensor, "rows cols"], scales: Float[Tensor, "rows cols"], zeros: UInt8[Tensor, "rows cols"]
-) -> Float[Tensor, "rows cols"]:
-    """(Q − z)·h in fp32, with the scale and the zero point of each weight."""
-    return (codes.float() - zeros.float()) * scales.float()
