@@ -36,7 +36,7 @@ LAYERS = (
         "simulation",
         "zeroshot",
     },
-    {"exporting", "importing", "jobs", "perplexity", "results"},
+    {"exporting", "importing", "jobs", "perplexity", "pushing", "results"},
     {"pruning", "quantizing"},
     {"console"},
     {"commands"},

@@ -27,6 +27,14 @@ TypeOption = Annotated[
     options.GgufType | None,
     typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to", metavar="ORG/NAME", help="Then upload it to this repository on the Hugging Face hub."),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private/--public", help="What a repository is that --push-to has to make.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
 
 
 def export(
@@ -34,6 +42,9 @@ def export(
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
     type: TypeOption = None,
+    push_to: PushOption = None,
+    private: PrivateOption = True,
+    yes: YesOption = False,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,
@@ -41,13 +52,15 @@ def export(
 ) -> None:
     """Write the newest stage in a form that other programs load, with a model card."""
     console = Console(json=as_json)
-    from besa_cli import lock
+    from besa_cli import lock, pushing
     from besa_cli.checkpoint import Run
     from besa_cli.exporting import Job, Request
 
     own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type}
     request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
+    if push_to is not None:
+        pushing.check(push_to)
     with lock.held(run, f"besa export --run {run}"):
         job = Job(Run(run), request, restart=restart)
         if job.done:
@@ -58,6 +71,11 @@ def export(
                 progress.advance(index, time.monotonic() - began)
                 began = time.monotonic()
         _show(job, console)
+    if push_to is not None:
+        if not yes:
+            size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
+            typer.confirm(f"Push {human_bytes(size)} to {push_to}?", abort=True, err=True)
+        console.note(f"pushed to {pushing.push(job.directory, push_to, private=private)}")
 
 
 def _show(job: "Job", console: Console) -> None:
