@@ -10,7 +10,8 @@ step    one learning step ÷ one plain forward and backward pass of the block (w
 whole   all of `besa prune` ÷ one plain pass without gradients of all blocks over the calibration set, one sample a time
 state   bytes of ranks, mixtures, their gradients and the optimizer's moments ÷ weights
 
-All parts of one line are timed in one process, in turn, and the line holds the median of the turns' ratios.
+All parts of one line are timed in one process, in turn, and the line holds the median of the turns' ratios: of wall
+time, and of the CPU time of all threads (`cpu_ratio`), which other programs on the machine disturb less.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
 
@@ -60,11 +61,22 @@ def checkpoint(directory: Path, hidden: int, blocks: int) -> Path:
     return directory
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    start = time.perf_counter()
+class Took(NamedTuple):
+    """Seconds of a call: on the wall, and of all threads on the CPU."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: object) -> "Took":
+        assert isinstance(other, Took)
+        return Took(self.wall + other.wall, self.cpu + other.cpu)
+
+
+def seconds(work: Callable[[], object]) -> Took:
+    """How long a call takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def first_block(decoder: Decoder, tokens: torch.Tensor) -> stream.Block:
@@ -99,19 +111,23 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
         plain = seconds(lambda: plain_steps(block, batch))
         learning = seconds(lambda: besa._learn(window))
         if turn:  # the first warms up
-            found.append((learning / plain, plain))
+            found.append((learning.wall / plain.wall, learning.cpu / plain.cpu, plain.wall))
     steps = -(-len(tokens) // batch)
+    walls, cpus, plains = zip(*found, strict=True)
     return {
-        "ratio": statistics.median(ratio for ratio, _ in found),
-        "lowest": min(ratio for ratio, _ in found),
-        "highest": max(ratio for ratio, _ in found),
-        "plain_ms": 1e3 * statistics.median(plain for _, plain in found) / steps,
+        "ratio": statistics.median(walls),
+        "lowest": min(walls),
+        "highest": max(walls),
+        "cpu_ratio": statistics.median(cpus),
+        "cpu_lowest": min(cpus),
+        "cpu_highest": max(cpus),
+        "plain_ms": 1e3 * statistics.median(plains) / steps,
     }
 
 
-def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> float:
+def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
     """Seconds of one pass without gradients of all blocks, a sample at a time; loading is not counted."""
-    hidden, total = stream.embed(decoder, tokens, 8), 0.0
+    hidden, total = stream.embed(decoder, tokens, 8), Took(0.0, 0.0)
     for index in range(len(decoder)):
         decoder.load(index)
         with torch.no_grad():
@@ -132,8 +148,13 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
         job = Job(Run(Path(run)), model, calibration.CalibrationSet(tokens=tokens, manifest=drawn), request)
         reports: list[Any] = []
         took = seconds(lambda: (reports.extend(job.blocks()), job.finish()))
-    unit = (before + plain_pass(decoder, tokens)) / 2
-    return {"ratio": took / unit, "pass_seconds": unit, "kept_uniform": sum(report.kept_uniform for report in reports)}
+    passes = before + plain_pass(decoder, tokens)  # one before and one after
+    return {
+        "ratio": 2 * took.wall / passes.wall,
+        "cpu_ratio": 2 * took.cpu / passes.cpu,
+        "pass_seconds": passes.wall / 2,
+        "kept_uniform": sum(report.kept_uniform for report in reports),
+    }
 
 
 def state_bytes(directory: Path, tokens: torch.Tensor) -> dict[str, float]:

@@ -20,9 +20,13 @@ from besa_cli import __version__
 from besa_cli.commands import evaluate
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.config_file import origin
+from besa_cli.commands.export import export
+from besa_cli.commands.import_ import import_
 from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
+from besa_cli.commands.run import run
 from besa_cli.commands.show import show
+from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
 from besa_cli.errors import BesaError, Interrupted
 
@@ -64,7 +68,11 @@ app.command()(calibrate)
 app.command()(prune)
 app.command()(quantize)
 app.add_typer(evaluate.app, name="eval")
+app.command()(export)
+app.command("import")(import_)
+app.command()(simulate)
 app.command()(show)
+app.command()(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

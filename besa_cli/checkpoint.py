@@ -4,7 +4,7 @@
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from besa_cli.reports import BlockReport, LinearReport
 
 FORMAT = 1
 MANIFEST = disk.MANIFEST
+EXPORT = "export.json"  # the manifest of an export, written last; an export is no stage
 TIMING = "timing.jsonl"
 STAGES = ("pruned", "quantized")  # in the order in which they are made
 
@@ -44,6 +45,16 @@ class Run:
     def evaluations(self) -> Path:
         """Where evaluation results go, one file a result."""
         return self.path / "eval"
+
+    @property
+    def exports(self) -> Path:
+        """Where exports go, one directory each."""
+        return self.path / "export"
+
+    @property
+    def simulations(self) -> Path:
+        """Where simulation results go, one file a result."""
+        return self.path / "simulate"
 
     def stage(self, name: str) -> Path:
         """Where a stage is: ``pruned``, ``quantized``."""
@@ -91,19 +102,19 @@ def versions() -> dict[str, str]:
     return {"besa": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a stage or calibration set.
+def read_manifest(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a stage or calibration set, or, under its own name, of an export.
 
     Raises
     ------
     BesaError
         There is none, or a newer version of besa wrote it.
     """
-    manifest = disk.read_json(directory / MANIFEST)
+    manifest = disk.read_json(directory / name)
     found = manifest.get("format")
     if not isinstance(found, int) or found > FORMAT:
         raise BesaError(
-            f"{directory / MANIFEST} has format {found}, this besa {__version__} knows {FORMAT}",
+            f"{directory / name} has format {found}, this besa {__version__} knows {FORMAT}",
             "use the besa version that wrote it, or a newer one",
         )
     return manifest
@@ -165,6 +176,10 @@ class Stage:
         self._seen.add(index)
         return tensors
 
+    def read_some(self, index: int, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Those tensors of a finished block whose names are wanted, not compared with what was written."""
+        return weights.read_file(self.shard(index), wanted)
+
     def _checked(self, path: Path, index: int, key: str) -> dict[str, Tensor]:
         """What a file holds, compared with the digest in the report of its block; older reports have none."""
         tensors = weights.read_file(path)
@@ -183,6 +198,11 @@ class Stage:
         """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""
         path = self._codes(index)
         return self._checked(path, index, "codes_digest") if path.exists() else {}
+
+    def code_names(self, index: int) -> list[str]:
+        """The names of the tensors that `codes` reads."""
+        path = self._codes(index)
+        return list(weights.header(path)) if path.exists() else []
 
     def _codes(self, index: int) -> Path:
         return self.directory / _CODES / self.shard(index).name
@@ -224,9 +244,7 @@ class Stage:
             reason = error.strerror or error
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
         disk.write_json(self.directory / MANIFEST, {**manifest, "status": "beginning", "blocks": self.blocks})
-        for path in sorted(source.iterdir()):
-            if path.is_file() and _is_copied(path.name):
-                disk.publish(self.directory / path.name, partial(_copy, path))
+        copy_small_files(source, self.directory)
         disk.write_json(self.directory / MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
 
     def finish(self) -> dict[str, Any]:
@@ -387,8 +405,19 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer and licence files of a model; nothing that holds weights, nothing of besa's own."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and _is_copied(path.name):
+            disk.publish(target / path.name, partial(_copy, path))
+
+
 def _is_copied(name: str) -> bool:
-    if name == MANIFEST or name.startswith((".", "model-")) or any(name.endswith(suffix) for suffix in _WEIGHTS):
+    if (
+        name in (MANIFEST, EXPORT)
+        or name.startswith((".", "model-"))
+        or any(name.endswith(suffix) for suffix in _WEIGHTS)
+    ):
         return False
     return name.endswith(_COPIED) or name.upper().startswith("LICENSE")
 

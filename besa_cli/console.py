@@ -69,10 +69,13 @@ class Console:
             _write(sys.stdout, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
     @contextmanager
-    def blocks(self, title: str, blocks: int) -> Iterator["BlockProgress"]:
-        """Progress over `blocks` blocks (stderr): a live display at a terminal, else one plain line a block."""
+    def blocks(self, title: str, blocks: int, work: Sequence[float] | None = None) -> Iterator["BlockProgress"]:
+        """Progress over `blocks` blocks (stderr): a live display at a terminal, else one plain line a block.
+
+        `work` says how much there is to do in each of them, in any unit; the same in all where it is not given.
+        """
         if self._screen is None:
-            yield BlockProgress(title, blocks, self, None)
+            yield BlockProgress(title, blocks, self, None, work)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -83,21 +86,29 @@ class Console:
             TextColumn("{task.fields[phase]}"),
         )
         with Progress(*columns, console=self._screen, transient=True, redirect_stdout=False) as live:
-            yield BlockProgress(title, blocks, self, live)
+            yield BlockProgress(title, blocks, self, live, work)
 
 
 class BlockProgress:
     """Shows the blocks as they are finished, and the steps within the one at work; made by `Console.blocks`."""
 
-    def __init__(self, title: str, blocks: int, console: Console, live: "rich.progress.Progress | None") -> None:
+    def __init__(
+        self,
+        title: str,
+        blocks: int,
+        console: Console,
+        live: "rich.progress.Progress | None",
+        work: Sequence[float] | None = None,
+    ) -> None:
         self._title = title
         self._blocks = blocks
         self._console = console
         self._live = live
         self._task = live.add_task(title, total=blocks, phase="") if live is not None else None
-        self._seconds: list[float] = []
+        self._work = [1.0] * blocks if work is None else list(work)
+        self._done = self._seconds = 0.0
         self._began = time.monotonic()
-        self._left = blocks
+        self._left = sum(self._work)
         self._header: list[str] = []
 
     def step(self, done: int, total: int, phase: str) -> None:
@@ -134,17 +145,17 @@ class BlockProgress:
 
     def _advance(self, index: int, seconds: float | None) -> None:
         if seconds is not None:
-            self._seconds.append(seconds)
+            self._seconds += seconds
+            self._done += self._work[index]
         self._began = time.monotonic()
-        self._left = self._blocks - index - 1
+        self._left = sum(self._work[index + 1 :])
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=index + 1, phase="")
 
     def _time_left(self, spent: float) -> str:
-        if not self._seconds:
+        if not self._done:
             return ""
-        mean = sum(self._seconds) / len(self._seconds)
-        return human_seconds(max(0.0, mean * self._left - spent))
+        return human_seconds(max(0.0, self._seconds / self._done * self._left - spent))
 
     def _show(self, facts: Facts) -> None:
         if self._live is None:

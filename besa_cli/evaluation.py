@@ -239,7 +239,8 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
         stop = min(start + _HEAD_TOKENS, last)
         logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
         targets = tokens[:, start + 1 : stop + 1].to(logits.device)
-        parts.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+        flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        parts.append(flat.view(targets.shape))  # flat, because classes in the middle would be copied to the end
     return torch.cat(parts, dim=1)
 
 

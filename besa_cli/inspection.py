@@ -2,20 +2,26 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from besa_cli import checkpoint, disk, weights
-from besa_cli.checkpoint import MANIFEST, STAGES, Run, Stage
+from besa_cli.checkpoint import EXPORT, MANIFEST, STAGES, Run, Stage
 from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
 
-Kind = Literal["run", "calibration", "stage", "checkpoint"]
+_OPPOSITES = {"--symmetric": "--asymmetric"}
+
+Kind = Literal["run", "calibration", "stage", "export", "checkpoint"]
 
 _IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d+)\.(?P<linear>.+)\.weight")
 _ROUTERS = ("router", "gate")  # they decide between experts and are never pruned
+_KINDS = ("weight", "bias")
+_STORED_AS_IN_OUT = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # Conv1D: the weight is transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,16 @@ class BlockCount:
     report: BlockReport | None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockMatrices:
+    """The tensors of one block's linears, by linear: weights of shape (rows, cols), and biases where there are any."""
+
+    index: int
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    report: BlockReport | None
+
+
 def kind_of(directory: Path) -> Kind:
     """What a directory is, from what lies in it.
 
@@ -54,12 +70,14 @@ def kind_of(directory: Path) -> Kind:
     if not directory.is_dir():
         state = "is not a directory" if directory.exists() else "does not exist"
         raise BesaError(f"{directory} {state}", "name a run directory, a stage or a checkpoint: besa show DIR")
+    if (directory / EXPORT).exists():
+        return "export"
     if (directory / MANIFEST).exists():
         return "calibration" if checkpoint.read_manifest(directory).get("stage") == "calibration" else "stage"
     if (directory / "config.json").exists():
         return "checkpoint"
     run = Run(directory)
-    parts = (run.calibration, run.evaluations, *stage_directories(run))
+    parts = (run.calibration, run.evaluations, run.simulations, *stage_directories(run))
     if any(part.is_dir() for part in parts):
         return "run"
     raise BesaError(
@@ -73,11 +91,28 @@ def stage_directories(run: Run) -> list[Path]:
     return [directory for name in STAGES for directory in (run.stage(name), run.next_stage(name))]
 
 
+def exports(run: Run) -> list[Path]:
+    """The finished exports of a run."""
+    return sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}") if not path.parent.name.startswith("."))
+
+
 def number_of_blocks(directory: Path) -> int:
     """How many blocks `blocks` will give for a stage or a checkpoint."""
+    return len(linear_names(directory))
+
+
+def linear_names(directory: Path) -> dict[int, list[str]]:
+    """Block → the names of its linears, of a stage (as far as it is finished) or of any checkpoint; no tensor is read.
+
+    Raises
+    ------
+    BesaError
+        A file is missing or damaged, or there are no blocks.
+    """
     if (directory / MANIFEST).exists():
-        return _stage(directory).finished()
-    return len(_matrices(weights.Weights(directory)))
+        stage = _stage(directory)
+        return {index: [each.name for each in stage.report(index).linears] for index in range(stage.finished())}
+    return {index: list(names.values()) for index, names in _matrices(weights.Weights(directory)).items()}
 
 
 def blocks(directory: Path) -> Iterator[BlockCount]:
@@ -88,50 +123,97 @@ def blocks(directory: Path) -> Iterator[BlockCount]:
     BesaError
         A shard is missing or damaged.
     """
+    for block in matrices(directory):
+        pruned = {linear.name: linear.pruned for linear in block.report.linears} if block.report else {}
+        counts = (
+            LinearCount(
+                name=name,
+                rows=weight.shape[0],
+                cols=weight.shape[1],
+                zeros=int((weight == 0).sum()),
+                pruned=pruned.get(name),
+            )
+            for name, weight in block.weights.items()
+        )
+        yield BlockCount(index=block.index, linears=tuple(counts), report=block.report)
+
+
+def matrices(directory: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[BlockMatrices]:
+    """The weights and biases of the wanted linears, by their name inside the block, one block at a time.
+
+    Raises
+    ------
+    BesaError
+        A shard is missing or damaged.
+    """
     if (directory / MANIFEST).exists():
         stage = _stage(directory)
-        return (_stored_block(stage, index) for index in range(stage.finished()))
-    return _plain_blocks(weights.Weights(directory))
+        return (_stored_block(stage, index, wanted) for index in range(stage.finished()))
+    return _plain_blocks(weights.Weights(directory), wanted)
+
+
+def size(directory: Path) -> int:
+    """Bytes of all files of a stage or a checkpoint."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a finished quantized stage if its linears were stored in the bits that they need."""
+    source, stage = weights.Weights(directory), _stage(directory)
+    codes = [name for index in range(stage.blocks) for name in stage.code_names(index) if name.endswith(".codes")]
+    wide = source.nbytes(f"{name.removesuffix('.codes')}.weight" for name in codes)
+    return source.nbytes(source.names) - wide + -(-int(counts["bits"]) // 8)
 
 
 def _stage(directory: Path) -> Stage:
     return Stage(directory, int(checkpoint.read_manifest(directory).get("blocks", 0)))
 
 
-def _stored_block(stage: Stage, index: int) -> BlockCount:
+def _stored_block(stage: Stage, index: int, wanted: Callable[[str], bool]) -> BlockMatrices:
     report = stage.report(index)
-    tensors = stage.read(index)
-    counts = []
-    for linear in report.linears:
-        ending = f".{index}.{linear.name}.weight"
-        tensor = next((value for name, value in tensors.items() if f".{name}".endswith(ending)), None)
+    linears = {linear.name: linear for linear in report.linears if wanted(linear.name)}
+    places = {f"{name}.{kind}" for name in linears for kind in _KINDS}
+
+    def place(name: str) -> str | None:
+        """The tensor's name inside the block, if it is one of those wanted."""
+        words = f".{name}".split(f".{index}.")
+        ends = (f".{index}.".join(words[start:]) for start in range(1, len(words)))
+        return next((end for end in ends if end in places), None)
+
+    stored = stage.read_some(index, lambda name: place(name) is not None)
+    found = {str(place(name)): tensor for name, tensor in stored.items()}
+    for name, linear in linears.items():
+        tensor = found.get(f"{name}.weight")
         if tensor is None or tuple(tensor.shape) != (linear.rows, linear.cols):
             raise BesaError(
-                f"{stage.shard(index)} does not hold {linear.name} ({linear.rows} x {linear.cols}) as its report says",
+                f"{stage.shard(index)} does not hold {name} ({linear.rows} x {linear.cols}) as its report says",
                 "make the stage anew with --restart",
             )
-        zeros = int((tensor == 0).sum())
-        counts.append(
-            LinearCount(name=linear.name, rows=linear.rows, cols=linear.cols, zeros=zeros, pruned=linear.pruned)
-        )
-    return BlockCount(index=index, linears=tuple(counts), report=report)
+    tensors = {
+        f"{name}.{kind}": found[f"{name}.{kind}"] for name in linears for kind in _KINDS if f"{name}.{kind}" in found
+    }
+    return _block(index, tensors, report)
 
 
-def _plain_blocks(source: weights.Weights) -> Iterator[BlockCount]:
+def _block(index: int, tensors: Mapping[str, Tensor], report: BlockReport | None) -> BlockMatrices:
+    kinds = {
+        kind: {name.removesuffix(f".{kind}"): tensor for name, tensor in tensors.items() if name.endswith(f".{kind}")}
+        for kind in _KINDS
+    }
+    return BlockMatrices(index=index, weights=kinds["weight"], biases=kinds["bias"], report=report)
+
+
+def _plain_blocks(source: weights.Weights, wanted: Callable[[str], bool]) -> Iterator[BlockMatrices]:
+    turned = disk.read_json(source.directory / "config.json").get("model_type") in _STORED_AS_IN_OUT
     for index, names in _matrices(source).items():
-        tensors = source.read(list(names))
-        counts = tuple(
-            LinearCount(
-                name=names[name],
-                rows=tensor.shape[0],
-                cols=tensor.shape[1],
-                zeros=int((tensor == 0).sum()),
-                pruned=None,
-            )
-            for name, tensor in tensors.items()
-            if tensor.dim() == 2
-        )
-        yield BlockCount(index=index, linears=counts, report=None)
+        asked = {name: linear for name, linear in names.items() if wanted(linear)}
+        places = {name: f"{linear}.weight" for name, linear in asked.items()}
+        biases = {name.removesuffix("weight") + "bias": f"{linear}.bias" for name, linear in asked.items()}
+        places |= {name: place for name, place in biases.items() if name in source}
+        tensors = {places[name]: tensor for name, tensor in source.read(list(places)).items()}
+        if turned:
+            tensors = {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
+        yield _block(index, tensors, None)
 
 
 def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
@@ -148,7 +230,9 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
     def size(numbered: Mapping[int, Mapping[str, str]]) -> int:
         return sum(source.nbytes(names) for names in numbered.values())
 
-    return dict(sorted(max(lists.values(), key=size).items()))
+    found = sorted(max(lists.values(), key=size).items())
+    shapes = source.shapes([name for _, names in found for name in names])
+    return {index: {name: names[name] for name in names if len(shapes[name]) == 2} for index, names in found}
 
 
 def command_line(command: str, options: Mapping[str, Any], run: Path | None = None) -> str:
@@ -159,7 +243,7 @@ def command_line(command: str, options: Mapping[str, Any], run: Path | None = No
         if value is None:
             continue
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(flag if value else _OPPOSITES.get(flag, flag.replace("--", "--no-", 1)))
         elif isinstance(value, list):
             words += [word for item in value for word in (flag, str(item))]
         else:
@@ -192,6 +276,15 @@ def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def evaluations(run: Run) -> dict[str, Any]:
     """The results of a run by file name."""
-    if not run.evaluations.is_dir():
+    return _results(run.evaluations)
+
+
+def simulations(run: Run) -> dict[str, Any]:
+    """The simulations of a run by file name."""
+    return _results(run.simulations)
+
+
+def _results(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
         return {}
-    return {path.name: disk.read_json(path) for path in sorted(run.evaluations.glob("*.json"))}
+    return {path.name: disk.read_json(path) for path in sorted(directory.glob("*.json"))}

@@ -83,6 +83,15 @@ class Walk:
         """How often `Step` will be yielded."""
         return len(self.portions) * (len(self._decoder) + 1)
 
+    @property
+    def work(self) -> list[float]:
+        """Multiplications of each step, but those of attention."""
+        config = self._decoder.config.get_text_config()
+        blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in self._decoder.blocks]
+        head = int(config.vocab_size) * int(config.hidden_size)
+        windows = [sum(part.stop - part.start for part in portion) for portion in self.portions]
+        return [float(count * size) for count in windows for size in (*blocks, head)]
+
     def __iter__(self) -> Iterator[Step]:
         blocks, index = len(self._decoder), 0
         for number, portion in enumerate(self.portions, 1):

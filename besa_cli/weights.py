@@ -6,7 +6,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,8 @@ from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Found = TypeVar("Found")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -61,6 +63,17 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._file
 
+    def file(self, name: str) -> Path:
+        """The file that a tensor is in."""
+        return self._file[name]
+
+    def shards(self) -> dict[Path, list[str]]:
+        """The checkpoint's files, sorted, each with the names of its tensors."""
+        found: dict[Path, list[str]] = defaultdict(list)
+        for name in self.names:
+            found[self._file[name]].append(name)
+        return dict(sorted(found.items()))
+
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take on disk."""
         return sum(self._bytes[name] for name in names)
@@ -91,18 +104,25 @@ class Weights:
         BesaError
             A file has changed or cannot be read.
         """
+        found: dict[str, Tensor] = {}
+        for path, wanted in self._by_file(names).items():
+            found |= _opened(path, wanted, lambda file, name: file.get_tensor(name).clone())
+        return {name: found[name] for name in names}
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors, without reading them."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path, wanted in self._by_file(names).items():
+            found |= _opened(path, wanted, lambda file, name: tuple(file.get_slice(name).get_shape()))
+        return {name: found[name] for name in names}
+
+    def _by_file(self, names: Sequence[str]) -> dict[Path, list[str]]:
         by_file: dict[Path, list[str]] = defaultdict(list)
         for name in names:
             by_file[self._file[name]].append(name)
-        found: dict[str, Tensor] = {}
-        for path, wanted in by_file.items():
+        for path in by_file:
             self._refuse(path, self._stamps[path])
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found.update({name: file.get_tensor(name).clone() for name in wanted})
-            except (SafetensorError, OSError) as error:
-                raise BesaError(f"cannot read {wanted[0]} from {path}: {error}", _REMEDY) from error
-        return {name: found[name] for name in names}
+        return by_file
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -162,6 +182,17 @@ def _listed(directory: Path) -> dict[str, str]:
 
 def header(path: Path) -> dict[str, int]:
     """Bytes of each tensor in one file, after checking that the file is as long as its header says."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries(path).items()}
+
+
+def entries(path: Path) -> dict[str, dict[str, Any]]:
+    """What the header of one file says of each tensor (`dtype`, `shape`, `data_offsets`), checked against its length.
+
+    Raises
+    ------
+    BesaError
+        The file is missing, cut short or not safetensors.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -169,27 +200,31 @@ def header(path: Path) -> dict[str, int]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= size - 8:
                 raise BesaError(f"{path} is cut short or not a safetensors file ({size} bytes)", _REMEDY)
-            header = json.loads(file.read(length))
+            found: dict[str, dict[str, Any]] = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise BesaError(f"{path} is missing", _REMEDY) from error
     except (OSError, ValueError) as error:
         raise BesaError(f"{path} is not a safetensors file: {error}", _REMEDY) from error
-    header.pop("__metadata__", None)
-    sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    expected = 8 + length + sum(sizes.values())
+    found.pop("__metadata__", None)
+    expected = 8 + length + sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in found.values())
     if size != expected:
         raise BesaError(f"{path} is cut short: {size} bytes where its header promises {expected}", _REMEDY)
-    return sizes
+    return found
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, in memory of their own; the file is closed again."""
-    header(path)
+def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """The tensors of one safetensors file whose names are wanted, in memory of their own; the file is closed again."""
+    names = sorted(name for name in header(path) if wanted(name))
+    return _opened(path, names, lambda file, name: file.get_tensor(name).clone())
+
+
+def _opened(path: Path, names: Sequence[str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
+    """What `take` finds for each name in an open file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+            return {name: take(file, name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise BesaError(f"cannot read {path}: {error}", _REMEDY) from error
+        raise BesaError(f"cannot read {names[0]} from {path}: {error}", _REMEDY) from error
 
 
 def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> str:

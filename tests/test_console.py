@@ -91,6 +91,15 @@ def test_blocks_of_an_earlier_run_do_not_count_for_the_time_left(capsys: pytest.
     assert "left 20.0 s" in second
 
 
+def test_the_time_left_knows_that_steps_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().blocks("measuring", 3, [1.0, 1.0, 6.0]) as progress:
+        progress.advance(0, 2.0)
+        progress.advance(1, 4.0)
+        progress.advance(2, 18.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("left ")[2] for line in lines] == ["14.0 s", "18.0 s", "0.0 s"]
+
+
 def test_a_terminal_shows_every_block_and_the_step_at_work() -> None:
     with terminal() as stream:
         console = Console()

@@ -21,11 +21,12 @@ import torch
 from typer.main import get_command
 
 import besa_cli
-from besa_cli import calibration, corpora, documents, preparation, pruners, texts
+from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, sim, texts
 from besa_cli.app import app
 from besa_cli.checkpoint import Run
 from besa_cli.evaluation import Perplexity
 from besa_cli.jobs import Job
+from besa_cli.sim import accelerator
 
 PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent
@@ -89,6 +90,7 @@ def test_every_command_line_in_the_documents_parses(line: str, workplace: Path) 
     words = words[: words.index(">")] if ">" in words else words
     for word in words:
         if word.endswith(".yaml"):
+            (workplace / word).parent.mkdir(parents=True, exist_ok=True)
             (workplace / word).write_text("")
     program = get_command(app)
     called: list[str] = []
@@ -217,6 +219,15 @@ def test_the_data_page_lists_the_names_and_the_kinds_of_files() -> None:
     assert kinds == set(documents.SUFFIXES)
 
 
+def test_the_simulation_page_lists_the_dataflows_the_accelerators_and_the_defaults() -> None:
+    page = text(DOCS / "simulate.md")
+    assert set(re.findall(r"^\*\*`([\w-]+)`\*\*", page, re.MULTILINE)) == set(sim.DATAFLOWS)
+    rows = [quoted(row[0])[0] for row in table(DOCS / "simulate.md", "| `--accelerator` |")]
+    assert sorted(rows) == accelerator.names()
+    files = {path.stem for path in (PACKAGE / "sim").glob("*.py")}
+    assert {name.replace("-", "_") for name in sim.DATAFLOWS} <= files
+
+
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The method in docs/add-a-pruner.md, written to a file and added by its one line."""
@@ -266,24 +277,28 @@ def finished(tmp_path: Path) -> Run:
     options = calibration.Options(data=(str(file),), samples=4, seqlen=16)
     rows = preparation.calibrate(model, options, made.calibration, None, lambda _: None)
     tiny.run(Job(made, model, rows, tiny.request("besa")))
+    few = quantizing.Request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
+    tiny.run(Job(made, tiny.local(made.stage("pruned")), rows, few))
     return made
 
 
 def test_every_field_on_the_disk_is_in_the_specification(finished: Run) -> None:
     page = text(DOCS / "checkpoint.md")
     stage_part, rest = page.split("## The calibration set")
-    calibration_part, result_part = rest.split("## Evaluation results")
-    stage = finished.stage("pruned")
-    manifest = json.loads(text(stage / "besa.json"))
-    reports = [
-        json.loads(text(path)) for path in stage.glob("model-*.json") if path.name != "model.safetensors.index.json"
-    ]
-    timing = json.loads(text(stage / "timing.jsonl").splitlines()[0])
-    said = quoted(stage_part)
-    for each in (manifest, manifest["compute"], manifest["model"], manifest["calibration"], manifest["counts"], timing):
-        assert set(each) <= set(said), set(each) - set(said)
-    for report in reports:
-        assert set(report) | set(report["linears"][0]) <= set(said)
+    calibration_part, rest = rest.split("## Evaluation results")
+    result_part, _ = rest.split("## Simulation results")
+    said = set(quoted(stage_part))
+    for stage in (finished.stage("pruned"), finished.stage("quantized")):
+        manifest = json.loads(text(stage / "besa.json"))
+        timing = json.loads(text(stage / "timing.jsonl").splitlines()[0])
+        parts = [manifest[name] for name in ("compute", "model", "calibration", "counts")]
+        parts.append(manifest.get("quantization", {}))
+        for each in (manifest, timing, *parts):
+            assert set(each) <= said, set(each) - said
+        for path in stage.glob("model-*.json"):
+            report = json.loads(text(path))
+            assert set(report) | set(report["linears"][0]) <= said
+    assert "quantization" in manifest
     drawn: Mapping[str, Any] = json.loads(text(finished.calibration / "besa.json"))
     for each in (drawn, drawn["options"], drawn["model"], drawn["sources"][0]):
         assert set(each) <= set(quoted(calibration_part)), set(each) - set(quoted(calibration_part))

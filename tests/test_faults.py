@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faults
 import harm
 import pytest
 import tiny
@@ -176,14 +175,3 @@ def test_a_file_replaced_by_an_equal_one_is_another_file(tmp_path: Path) -> None
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     with pytest.raises(BesaError, match="was written to"):
         Weights(source).refuse_change(before)
-
-
-def test_signals_and_damage_at_random_lose_nothing(tmp_path: Path) -> None:
-    """A few injections of the campaign that `make faults` runs at length."""
-    random.seed(1)
-    harm.warm_up()
-    tally = faults.Tally()
-    subjects = faults.tiny_subjects(tmp_path)
-    faults.campaign([subjects[1], *subjects[-2:]], 5, tmp_path, tally, damages=True)
-    assert tally.lost == 0, tally.table()
-    assert sum(sum(found.values()) for found in tally.counts.values()) >= 5

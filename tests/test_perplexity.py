@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from besa_cli import evaluation, lock, perplexity, preparation, results, stream
 from besa_cli.checkpoint import Run
@@ -152,7 +152,11 @@ def test_the_head_is_a_step_of_its_own(model: Path) -> None:
     walk = perplexity.Walk([measurement(model, text_of())])
     steps = [(step.index, step.steps, step.phase, step.measured) for step in walk]
     assert steps == [(0, 3, "block 1/2", ()), (1, 3, "block 2/2", ()), (2, 3, "head", (0,))]
-    assert walk.steps == 3
+    assert walk.steps == len(walk.work) == 3
+    config = AutoConfig.from_pretrained(model)
+    head = config.vocab_size * config.hidden_size
+    assert walk.work[2] % head == 0
+    assert walk.work[0] == walk.work[1] > walk.work[2]
 
 
 @pytest.mark.parametrize(

@@ -125,10 +125,16 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
     for blocks in range(1, 4):  # with two-block windows, 1 and 3 lie inside of one
         left = iter(range(blocks))
 
-        def stopping(stage: Stage, report: BlockReport, tensors: dict[str, Tensor], left: Iterator[int] = left) -> None:
+        def stopping(
+            stage: Stage,
+            report: BlockReport,
+            tensors: dict[str, Tensor],
+            codes: dict[str, Tensor],
+            left: Iterator[int] = left,
+        ) -> None:
             if next(left, None) is None:
                 raise Stop
-            write(stage, report, tensors)
+            write(stage, report, tensors, codes)
 
         run = tmp_path / f"run{blocks}"
         with monkeypatch.context() as patch:

@@ -140,7 +140,8 @@ def _walk(
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
     walk = Walk(jobs, known)
     try:
-        with console.blocks(f"{', '.join(job.dataset for job in jobs)}, {subject.name}", walk.steps) as progress:
+        title = f"{', '.join(job.dataset for job in jobs)}, {subject.name}"
+        with console.blocks(title, walk.steps, walk.work) as progress:
             for step in walk:
                 progress.advance(step.index, step.seconds, step.phase)
                 if results:

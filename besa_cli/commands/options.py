@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from besa_cli.commands import config_file
-from besa_cli.errors import UsageError
+from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import DEMO
 
 DEFAULT_MODEL = DEMO
@@ -18,6 +18,8 @@ _MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO}
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StoredDtype = Literal["float32", "bfloat16", "float16"]
+GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
 OtherModelOption = Annotated[
@@ -135,7 +137,19 @@ SymmetricOption = Annotated[
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 
 
-def size_of(text: str | None) -> int | None:
+def require_run(run: Path) -> None:
+    """Refuse a run directory that is not there, before a lock makes it.
+
+    Raises
+    ------
+    BesaError
+        There is no such directory.
+    """
+    if not run.is_dir():
+        raise BesaError(f"there is no run directory {run}", f"make one: besa prune --run {run}")
+
+
+def size_of(text: str | None, option: str = "--max-memory") -> int | None:
     """Bytes of ``4GB``, ``512 MiB`` or ``1.5g``.
 
     Raises
@@ -147,6 +161,6 @@ def size_of(text: str | None) -> int | None:
         return None
     found = _SIZE.fullmatch(text.strip())
     if not found:
-        raise UsageError(f"--max-memory '{text}' is no size", "4GB and 512MiB are sizes")
+        raise UsageError(f"{option} '{text}' is no size", "4GB and 512MiB are sizes")
     power = "KMGT".index(found[2].upper()) + 1
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import options
-from besa_cli.console import Console, human_share, short_names
+from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def show(
         facts |= _show_run(checkpoint.Run(place), console)
     elif kind == "calibration":
         facts |= _show_calibration(place, console)
+    elif kind == "export":
+        facts |= _show_export(place, console)
     else:
         facts |= _show_model(place, console)
     console.emit_json(facts)
@@ -90,9 +92,15 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
         if (directory / MANIFEST).exists():
             console.line("")
             facts["stages"].append({"directory": str(directory), **_show_model(directory, console)})
+    facts["exports"] = []
+    for directory in inspection.exports(run):
+        facts["exports"].append({"directory": str(directory), **_show_export(directory, console)})
     facts["evaluations"] = inspection.evaluations(run)
     if facts["evaluations"]:
         console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
+    facts["simulations"] = inspection.simulations(run)
+    if facts["simulations"]:
+        console.line(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
     return facts
 
 
@@ -111,6 +119,18 @@ def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
     return {"manifest": manifest}
 
 
+def _show_export(directory: Path, console: Console) -> dict[str, Any]:
+    from besa_cli import checkpoint
+
+    manifest = checkpoint.read_manifest(directory, checkpoint.EXPORT)
+    sizes, source = manifest["sizes"], manifest["source"]
+    console.line(
+        f"{directory}: {manifest['options']['format']} export of the {source['stage']} stage {source['digest'][:12]}, "
+        f"{human_bytes(sizes['weights'])} ({human_share(sizes['weights'] / sizes['weights_dense'])} of dense bf16)"
+    )
+    return {"manifest": manifest}
+
+
 def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     from besa_cli import checkpoint, inspection
 
@@ -118,6 +138,8 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     console.line(f"{directory}: {_title(manifest)}")
     if manifest is not None:
         _show_history(manifest, directory, console)
+    if manifest is not None and "quantization" in manifest:
+        console.line(f"  {_grid(manifest)}")
     total = inspection.number_of_blocks(directory)
     counts = []
     with console.blocks("counting zeros", total) as progress:
@@ -125,11 +147,32 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
             progress.step(block.index + 1, total, "block")
             counts.append(block)
     _show_counts(counts, console)
+    size = inspection.size(directory)
+    console.line(f"{human_bytes(size)} on disk{_packed(manifest, directory)}")
     return {
         "manifest": manifest,
+        "bytes": size,
         "total": _sum([linear for block in counts for linear in block.linears]),
         "blocks": _facts(counts),
     }
+
+
+def _grid(manifest: Mapping[str, Any]) -> str:
+    """The grid of a quantized stage and, once it is complete, what a weight takes on it."""
+    from besa_cli.ops.affine import Grid
+
+    grid, counts = str(Grid(**manifest["quantization"])), manifest.get("counts")
+    return f"{grid}: {counts['bits_per_weight']:.3f} bits a weight with scales and mask" if counts else grid
+
+
+def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:
+    """What the tensors of a quantized stage would take with its linears packed."""
+    from besa_cli import inspection
+
+    if manifest is None or "bits" not in manifest.get("counts", {}):
+        return ""
+    whole = inspection.packed_size(directory, manifest["counts"])
+    return f"; {human_bytes(whole)} with the quantized linears packed"
 
 
 def _title(manifest: Mapping[str, Any] | None) -> str:

@@ -59,8 +59,9 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         return Subject(name=models.DEMO, directory=found.directory, digest=None)
     manifest = checkpoint.finished(newest)
     counts = manifest["counts"]
+    bits = f", {manifest['quantization']['bits']} bits" if "quantization" in manifest else ""
     return Subject(
-        name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}",
+        name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}{bits}",
         directory=newest,
         digest=manifest["digest"],
         parent=_parent(manifest, place.evaluations, console) if baseline else None,

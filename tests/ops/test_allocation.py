@@ -189,16 +189,6 @@ def test_low_precision_weights_keep_their_bits_and_an_fp32_gradient(dtype: torch
     assert torch.allclose(gradient.double(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
-def test_no_gradient_reaches_the_weight() -> None:
-    case = Case(3, 5, 1, 10)
-    case.weight.requires_grad_()
-    beta = allocation.mixture(case.theta.requires_grad_())
-    allocation.straight_through(beta, case.weight, case.ranks, case.counts).square().sum().backward()
-    assert case.weight.grad is None
-    assert case.theta.grad is not None
-    assert bool(case.theta.grad.any())
-
-
 def test_more_pruning_of_weights_that_serve_costs_loss() -> None:
     """The sign: where all weights lower the loss, the gradient pushes every mixture to smaller candidates."""
     weight = torch.ones(2, 8)
@@ -270,3 +260,19 @@ def test_groups_are_consecutive_rows_and_the_last_may_be_smaller(rows: int, size
     assert sums.tolist() == [pytest.approx(line, abs=1e-6) for line in expected]
     back = allocation.of_rows(torch.arange(len(sums)), size, rows)
     assert back.tolist() == [row // size for row in range(rows)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_learned_weight_gets_the_gradient_of_what_is_kept_of_it(size: int) -> None:
+    weight = random(5, 8).requires_grad_()
+    ranks = kernels.ranks(weight.detach().abs())
+    counts = torch.tensor([2, 0, 8, 5, 1])[: -(-5 // size)]
+    beta = allocation.mixture(random(len(counts), 11, seed=1)).requires_grad_()
+    direction = random(5, 8, seed=2)
+    (allocation.straight_through(beta, weight, ranks, counts, size) * direction).sum().backward()
+    rows = [int(counts[row // size]) for row in range(5)]
+    kept = torch.stack([ranks[row] >= count for row, count in enumerate(rows)])
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, direction * kept)
+    assert beta.grad is not None
+    assert bool(beta.grad.abs().sum() > 0)

@@ -1,0 +1,92 @@
+"""`besa export`: the newest stage → a directory that other programs load."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from besa_cli.commands import options
+from besa_cli.console import Console, human_bytes
+from besa_cli.exporters import EXPORTERS
+
+if TYPE_CHECKING:
+    from besa_cli.exporting import Job
+
+_FORMATS = "; ".join(f"{name}: {summary}" for name, summary in EXPORTERS.items())
+
+FormatOption = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{_FORMATS}.")]
+StoredOption = Annotated[
+    options.StoredDtype | None,
+    typer.Option("--dtype", help="hf: what weights are stored in.", show_default="as in the stage"),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard-size", metavar="SIZE", help="hf: bytes a file may have, e.g. 2GB.", show_default="5GB"),
+]
+TypeOption = Annotated[
+    options.GgufType | None,
+    typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to", metavar="ORG/NAME", help="Then upload it to this repository on the Hugging Face hub."),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private/--public", help="What a repository is that --push-to has to make.")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
+
+
+def export(
+    format: FormatOption = "hf",
+    dtype: StoredOption = None,
+    shard_size: ShardOption = None,
+    type: TypeOption = None,
+    push_to: PushOption = None,
+    private: PrivateOption = True,
+    yes: YesOption = False,
+    run: options.RunOption = options.DEFAULT_RUN,
+    restart: options.RestartOption = False,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Write the newest stage in a form that other programs load, with a model card."""
+    console = Console(json=as_json)
+    from besa_cli import lock, pushing
+    from besa_cli.checkpoint import Run
+    from besa_cli.exporting import Job, Request
+
+    own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type}
+    request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
+    options.require_run(run)
+    if push_to is not None:
+        pushing.check(push_to)
+    with lock.held(run, f"besa export --run {run}"):
+        job = Job(Run(run), request, restart=restart)
+        if job.done:
+            console.note(f"{job.directory} is finished already, with the same options")
+        with console.blocks(f"export {format}", job.number_of_pieces) as progress:
+            began = time.monotonic()
+            for index, _ in enumerate(job.pieces()):
+                progress.advance(index, time.monotonic() - began)
+                began = time.monotonic()
+        _show(job, console)
+    if push_to is not None:
+        if not yes:
+            size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
+            typer.confirm(f"Push {human_bytes(size)} to {push_to}?", abort=True, err=True)
+        console.note(f"pushed to {pushing.push(job.directory, push_to, private=private)}")
+
+
+def _show(job: "Job", console: Console) -> None:
+    manifest: dict[str, Any] = job.finish()
+    sizes = manifest["sizes"]
+    rows = [
+        (name, human_bytes(sizes[key]), human_bytes(sizes[f"{key}_dense"]), f"{sizes[key] / sizes[f'{key}_dense']:.3f}")
+        for name, key in (("linears", "linears"), ("whole model", "weights"))
+    ]
+    console.line(f"{job.directory}: {manifest['options']['format']} export of {job.source.directory}")
+    console.table("", ("", "stored", "dense bf16", "ratio"), rows)
+    if sizes["rounded_to_zero"]:
+        console.line(f"{sizes['rounded_to_zero']:,} weights that were not pruned are zero after rounding")
+    console.emit_json({"directory": str(job.directory), **manifest})

@@ -1,0 +1,37 @@
+"""`besa import`: a sparse export → the stage that it was made from."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besa_cli.commands import options
+from besa_cli.console import Console
+
+
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `besa export` made.")],
+    run: options.RunOption = options.DEFAULT_RUN,
+    restart: options.RestartOption = False,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Bring a sparse export back into a run directory, byte for byte the stage it was made from."""
+    console = Console(json=as_json)
+    from besa_cli import lock
+    from besa_cli.checkpoint import Run
+    from besa_cli.importing import Job
+
+    with lock.held(run, f"besa import --run {run}"):
+        job = Job(directory, Run(run), restart=restart)
+        if job.done:
+            console.note(f"{job.directory} is that stage already")
+        with console.blocks("import", job.number_of_shards) as progress:
+            began = time.monotonic()
+            for index, _ in enumerate(job.shards()):
+                progress.advance(index, time.monotonic() - began)
+                began = time.monotonic()
+        manifest = job.finish()
+        console.line(f"{job.directory}: the {manifest['stage']} stage, as it was exported")
+        console.emit_json({"directory": str(job.directory), **manifest})

@@ -1,0 +1,107 @@
+"""`besa run`: the commands of an experiment file one after the other, and all that was measured in one table."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besa_cli.commands import config_file, options
+from besa_cli.console import Console
+from besa_cli.errors import BesaError, Interrupted, UsageError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A file, the commands it has sections for, and the run directory that they all work on."""
+
+    file: Path
+    commands: tuple[str, ...]
+    run: Path
+
+
+def run(
+    context: typer.Context,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.yaml...", help="Experiment files, run in turn.")],
+    data_dir: options.DataDirOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Run experiment files: each section is a command; typed again, it goes on where it stopped."""
+    console = Console(json=as_json)
+    experiments = [_read(context, file) for file in files]
+    _refuse_shared(experiments)
+    environment = {**os.environ, **({} if data_dir is None else {"BESA_DATA": str(data_dir)})}
+    for experiment in experiments:
+        for command in experiment.commands:
+            words = [*command.split(), "--config", str(experiment.file)]
+            console.note(f"besa {shlex.join(words)}")
+            _call(words, environment, silent=as_json)
+    form = "json" if as_json else "table"
+    _call(["eval", "compare", *(str(experiment.run) for experiment in experiments), "--format", form], environment)
+
+
+def _read(context: typer.Context, file: Path) -> Experiment:
+    """Every section parsed as its command would parse it, before any of them runs."""
+    _, sections = config_file.read(file)
+    if not sections:
+        raise UsageError(f"{file} has no sections", "write 'prune:' with options below it, then 'eval ppl:' and others")
+    runs: dict[str, Path] = {}
+    for name, section in sections.items():
+        place = f"in {file}, line {section.line}"
+        command = config_file.command(context, name, place)
+        if not {"config", "run"} <= {parameter.name for parameter in command.params}:
+            raise UsageError(f"'{name}' {place} cannot be part of an experiment", "prune, eval ppl and others can")
+        root = type(context)(context.find_root().command, info_name="besa")
+        parsed = command.make_context(name, ["--config", str(file)], parent=root)
+        runs[name] = parsed.params["run"] or options.DEFAULT_RUN
+    if len(set(runs.values())) > 1:
+        named = ", ".join(f"{name}: {place}" for name, place in runs.items())
+        raise UsageError(f"{file} names several run directories ({named})", "write 'run:' once, above the sections")
+    return Experiment(file, tuple(sections), next(iter(runs.values())))
+
+
+def _refuse_shared(experiments: Sequence[Experiment]) -> None:
+    owners: dict[Path, Path] = {}
+    for experiment in experiments:
+        other = owners.setdefault(experiment.run.resolve(), experiment.file)
+        if other is not experiment.file:
+            raise UsageError(
+                f"{other} and {experiment.file} both work on {experiment.run}",
+                "write 'run: DIR' in each file, another for each, and unset BESA_RUN",
+            )
+
+
+def _call(words: Sequence[str], environment: Mapping[str, str], *, silent: bool = False) -> None:
+    """Run one command in a process of its own, which gives back all its memory.
+
+    Raises
+    ------
+    typer.Exit
+        It failed, and has said why; its exit code is passed on.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "besa_cli", *words], env=environment, stdout=subprocess.DEVNULL if silent else None
+    )
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        _end(process)
+        raise Interrupted("run the same command again: what is finished is not done anew") from None
+    if code < 0:
+        raise BesaError(f"besa {words[0]} was killed by signal {-code}", "run the same command again to go on")
+    if code:
+        raise typer.Exit(code)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ctrl-C reached the command, too; a signal to this process alone did not."""
+    try:
+        process.wait(0.5)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()

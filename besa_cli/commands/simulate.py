@@ -1,0 +1,146 @@
+"""`besa simulate`: what a sparse accelerator would make of the pruned model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from besa_cli.commands import options
+from besa_cli.commands import subject as subjects
+from besa_cli.commands.simulation_tables import show
+from besa_cli.console import Console
+from besa_cli.errors import UsageError
+from besa_cli.sim import DATAFLOWS
+
+if TYPE_CHECKING:
+    from besa_cli.commands.subject import Subject
+    from besa_cli.simulation.run import BlockCost, Request
+
+_DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items())
+
+FuncOption = Annotated[
+    str,
+    typer.Option(
+        "--func",
+        metavar="NAME",
+        help="q, k, v, o, gate, up, down (qkv, gate_up where fused), attn, mlp, model, or a linear's own name; "
+        "dense: what the dense model takes; sparsity: least, mean and largest sparsity.",
+    ),
+]
+DataflowOption = Annotated[
+    list[str] | None,
+    typer.Option("--dataflow", metavar="NAME", help=f"Repeatable. {_DATAFLOWS}.", show_default="vitcod"),
+]
+AcceleratorOption = Annotated[
+    str,
+    typer.Option(
+        "--accelerator",
+        metavar="NAME|FILE",
+        help="besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file like theirs.",
+    ),
+]
+ThresholdOption = Annotated[
+    float, typer.Option("--threshold", metavar="SHARE", help="A column that keeps more of its rows is denser.")
+]
+SearchOption = Annotated[
+    bool,
+    typer.Option("--search/--no-search", help="Move vitcod's threshold as the released program does."),
+]
+BatchOption = Annotated[int, typer.Option("--batch", metavar="N", help="Inputs that go through together.")]
+BitsOption = Annotated[
+    int | None,
+    typer.Option("--word-bits", metavar="N", help="Bits of a stored weight.", show_default="the accelerator's: 8"),
+]
+BlocksOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--by-block/--mean", help="A line for every block, or the means alone.", show_default="lines for one linear"
+    ),
+]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV: a line a block, linear and dataflow.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw cycles, speed-up and columns: .png, .svg or .pdf.")
+]
+
+
+def simulate(
+    func: FuncOption = "model",
+    dataflow: DataflowOption = None,
+    accelerator: AcceleratorOption = "besa",
+    threshold: ThresholdOption = 0.5,
+    search: SearchOption = False,
+    batch: BatchOption = 1,
+    word_bits: BitsOption = None,
+    by_block: BlocksOption = None,
+    plot: PlotOption = None,
+    model: options.OtherModelOption = None,
+    run: subjects.RunOption = None,
+    config: options.ConfigOption = None,
+    as_csv: CsvOption = False,
+    as_json: options.JsonOption = False,
+) -> None:
+    """What the newest stage (or --model) takes on a sparse accelerator: cycles from its real masks, and the bounds."""
+    if as_csv and as_json:
+        raise UsageError("--csv and --json cannot both be printed", "give one of them")
+    console = Console(json=as_json)
+    from besa_cli import sim
+    from besa_cli.sim import accelerator as accelerators
+    from besa_cli.sim.cost import Settings
+    from besa_cli.simulation import plots
+    from besa_cli.simulation.run import Request
+
+    flows = tuple(dict.fromkeys(dataflow or ["vitcod"]))
+    for name in flows:
+        sim.dataflow(name)
+    request = Request(
+        func=func,
+        dataflows=flows,
+        accelerator=accelerators.load(accelerator),
+        settings=Settings(threshold=threshold, search=search, batch=batch, weight_bits=word_bits),
+    )
+    if plot is not None:
+        plots.require(plot)
+    subject = subjects.find(model, run, console, baseline=False)
+    found = _simulated(subject.directory, request, console)
+    record = _kept(subject, found, request, console)
+    if as_csv:
+        _print_csv(found, console)
+    else:
+        show(found, request, console, by_block=by_block)
+    if plot is not None:
+        plots.draw(found, request, plot, title=subject.name)
+        console.note(f"drawn: {plot}")
+    console.emit_json({"model": subject.name, "directory": str(subject.directory), **record})
+
+
+def _simulated(directory: Path, request: "Request", console: Console) -> "list[BlockCost]":
+    from besa_cli import inspection
+    from besa_cli.simulation.run import blocks, chosen
+
+    wanted = chosen(request.func, directory)
+    total = inspection.number_of_blocks(directory)
+    found = []
+    with console.blocks("simulating", total) as progress:
+        for number, block in enumerate(blocks(directory, request, wanted), start=1):
+            progress.step(number, total, "block")
+            found.append(block)
+    return found
+
+
+def _kept(subject: "Subject", found: "list[BlockCost]", request: "Request", console: Console) -> dict[str, Any]:
+    """The record; of a run's stage it is written into the run as well."""
+    from besa_cli.checkpoint import Run
+    from besa_cli.simulation import record
+
+    made = record.record(found, request)
+    if subject.results is not None:
+        model = {"name": subject.name, "directory": str(subject.directory)}
+        record.save(made, Run(subject.results.parent), model, subjects.digest(subject))
+    return made
+
+
+def _print_csv(found: "list[BlockCost]", console: Console) -> None:
+    from besa_cli import comparison
+    from besa_cli.simulation import record
+
+    console.line(comparison.comma_separated(*record.rows(found)))

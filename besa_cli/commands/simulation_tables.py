@@ -1,0 +1,141 @@
+"""What `besa simulate` prints: a table as the paper's Table 4, one line a block, and what can be gained for free."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from besa_cli.console import Cell, Console, human_bytes, human_share
+
+if TYPE_CHECKING:
+    from besa_cli.sim.cost import Cost
+    from besa_cli.sim.summary import Summary
+    from besa_cli.simulation.run import BlockCost, LinearCost, Request
+
+Found = Sequence["BlockCost"]
+
+
+def show(found: Found, request: "Request", console: Console, *, by_block: bool | None) -> None:
+    """Print what was found; `by_block` None gives the lines of the blocks for one linear alone."""
+    machine = request.accelerator
+    console.line(
+        f"{machine.title}: {machine.pes:,} elements; batch {request.settings.batch}, "
+        f"weights of {request.settings.weight_bits or machine.weight_bits} bits"
+    )
+    labels = {linear.label for block in found for linear in block.linears}
+    if request.func == "sparsity":
+        _show_sparsity(found, console)
+        return
+    if request.func == "dense":
+        _show_means(found, request, console, {"dense cycles": lambda one: f"{one.dense_cycles:.2f}"})
+        return
+    if by_block or (by_block is None and len(labels) == 1):
+        _show_blocks(found, request, console)
+    _show_means(found, request, console, _FIGURES)
+    _show_dead(found, request, console)
+
+
+_FIGURES: "dict[str, Callable[[Summary], Cell]]" = {
+    "dense cycles": lambda one: f"{one.dense_cycles:.2f}",
+    "cycles": lambda one: f"{one.cycles:.2f}",
+    "speed-up": lambda one: f"{one.speedup:.2f}",
+    "utilisation %": lambda one: _percent(one.utilisation),
+    "denser columns %": lambda one: _percent(one.denser_columns),
+    "kept in them %": lambda one: _percent(one.denser_kept),
+    "bound by memory": lambda one: None if one.memory_bound is None else f"{one.memory_bound}/{one.linears}",
+    "bytes": lambda one: None if one.bytes is None else human_bytes(round(one.bytes)),
+}
+
+
+def _show_means(
+    found: Found, request: "Request", console: Console, figures: "dict[str, Callable[[Summary], Cell]]"
+) -> None:
+    """A column a linear, the figures of each dataflow below each other; what a dataflow does not have is left out."""
+    from besa_cli.simulation.run import summaries
+
+    rows: list[list[Cell]] = []
+    columns: list[str] = []
+    for name in request.dataflows:
+        means = summaries(found, name)
+        if not rows:
+            columns = list(means)
+            rows.append(["-", "sparsity %", *(_percent(one.sparsity) for one in means.values())])
+        for title, figure in figures.items():
+            cells = [figure(one) for one in means.values()]
+            if any(cell is not None for cell in cells):
+                rows.append([name, title, *cells])
+    console.table("", ["dataflow", "mean over blocks", *columns], rows)
+
+
+def _show_sparsity(found: Found, console: Console) -> None:
+    from besa_cli.simulation.run import ordered
+
+    linears = [linear for block in found for linear in block.linears]
+    labels = ordered({linear.label for linear in linears})
+    groups = [[linear.workload for linear in linears if linear.label == label] for label in labels]
+    groups.append([linear.workload for linear in linears])
+    figures: dict[str, Callable[[list[float]], float]] = {
+        "least": min,
+        "mean": lambda shares: sum(shares) / len(shares),
+        "largest": max,
+    }
+    rows: list[list[Cell]] = [
+        [title, *(_percent(figure([each.sparsity for each in group])) for group in groups)]
+        for title, figure in figures.items()
+    ]
+    overall = (1 - sum(each.kept for each in group) / max(sum(each.weights for each in group), 1) for group in groups)
+    rows.append(["of all weights", *map(_percent, overall)])
+    console.table("sparsity % of single linears", ["over blocks", *labels, "all"], rows)
+
+
+def _show_blocks(found: Found, request: "Request", console: Console) -> None:
+    """A line for every linear of every block under every dataflow."""
+    header = (
+        "block", "linear", "dataflow", "sparsity %", "dense cycles", "cycles", "speed-up", "denser/sparser columns",
+        "denser lanes", "utilisation %", "bound",
+    )  # fmt: skip
+    rows = [
+        [linear.block, linear.label, name, _percent(linear.workload.sparsity), *_cells(linear, cost)]
+        for block in found
+        for linear in block.linears
+        for name, cost in linear.costs.items()
+    ]
+    used = [index for index in range(len(header)) if any(row[index] is not None for row in rows)]
+    console.table("", [header[index] for index in used], [[row[index] for index in used] for row in rows])
+    console.line("")
+
+
+def _cells(linear: "LinearCost", cost: "Cost") -> list[Cell]:
+    split, cols = cost.split, linear.workload.cols
+    return [
+        cost.dense_cycles,
+        cost.cycles,
+        f"{cost.speedup:.2f}",
+        f"{split.columns}/{cols - split.columns}" if split else None,
+        " ".join(map(str, split.lanes)) if split else None,
+        _percent(cost.utilisation),
+        cost.roof.bound if cost.roof else None,
+    ]
+
+
+def _show_dead(found: Found, request: "Request", console: Console) -> None:
+    """The dead neurons of all MLPs and what removing them would save, under each dataflow."""
+    from besa_cli.simulation.record import dead_neurons
+
+    totals = dead_neurons(found, request)
+    if totals is None:
+        return
+    if not totals["dead"]:
+        console.line(f"dead neurons: none of {totals['neurons']:,}")
+        return
+    cycles = ", ".join(f"{count / len(found):.2f} ({name})" for name, count in totals["cycles"].items())
+    console.line(
+        f"dead neurons: {totals['dead']:,} of {totals['neurons']:,} "
+        f"({human_share(totals['dead'] / totals['neurons'])}), in {len(totals['places'])} of {totals['mlps']} MLPs"
+    )
+    console.line(
+        f"  removed, they take {totals['weights']:,} weights with them, {totals['kept']:,} of which are not zero; "
+        f"cycles saved, mean over blocks: {cycles}"
+    )
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.2f}"

@@ -1,0 +1,141 @@
+"""`compressed-tensors`: the codes of a quantized stage in the format pack-quantized, for transformers and vLLM.
+
+Weights of 4 or 8 bits on a symmetric grid, activations as they are (W4A16): a code is stored as it is, which is
+q + 2^(bits − 1), in words of 32 bits, the first code in the lowest bits. Scales are stored in fp32: their products with
+the codes are then rounded once, to the model's dtype, as in the stage.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from besa_cli import anatomy, checkpoint, disk
+from besa_cli.errors import BesaError
+from besa_cli.exporters.stage import Piece, Source
+from besa_cli.ops import affine, packing
+from besa_cli.ops.affine import Quantized
+from besa_cli.weights import INDEX
+
+_BITS = (4, 8)
+_WORD = 4  # bytes
+_ELSEWISE = "quantize with --bits 4 --symmetric, or export as sparse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Nothing may be chosen."""
+
+
+def pieces(source: Source, options: Options) -> int:
+    """How many pieces `write` yields.
+
+    Raises
+    ------
+    BesaError
+        The stage is not on a grid that the format has.
+    """
+    if source.grid is None:
+        raise BesaError(f"{source.directory} is not quantized", "quantize it: besa quantize")
+    if not source.grid["symmetric"] or source.grid["bits"] not in _BITS:
+        kind = "symmetric" if source.grid["symmetric"] else "asymmetric"
+        raise BesaError(
+            f"{source.directory} has {source.grid['bits']} bits on {kind} grids; pack-quantized is written for 4 and 8 "
+            "on symmetric ones",
+            _ELSEWISE,
+        )
+    return len(source.weights.shards())
+
+
+def group_size(source: Source) -> int | None:
+    """The columns that share a scale in every linear; None where each row has one scale.
+
+    The format needs groups of one size that divide the columns: where the stage's do not, their scales are repeated.
+    """
+    size = source.grid["group_size"] if source.grid else None
+    return None if size is None else gcd(size, *(source.shape(name)[1] for name in source.linears))
+
+
+def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+    """Fill the directory; a piece is a file of weights, one a block."""
+    checkpoint.copy_small_files(source.directory, target)
+    disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
+    table: dict[str, str] = {}
+    total = 0
+    for path, names in source.weights.shards().items():
+        coded, tensors, linear_bytes = source.coded(names), source.weights.read(names), 0
+        for name, own in coded.items():
+            parts = packed(own, group_size(source) or own.codes.shape[1])
+            linear_bytes += sum(part.nbytes for part in parts.values())
+            tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
+            del tensors[name]
+        disk.publish(target / path.name, lambda place, whole=tensors: disk.save_tensors(place, whole))  # type: ignore[misc]
+        table |= dict.fromkeys(tensors, path.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        linear_bytes += sum(tensors[name].nbytes for name in names if name in source.linears and name not in coded)
+        yield Piece(linear_bytes=linear_bytes)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+    disk.write_json(target / INDEX, index)
+
+
+def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
+    """A weight's `packed` codes (rows, words), `scale` (rows, groups of `width` columns) and `shape`."""
+    rows, cols = quantized.codes.shape
+    data = packing.packed(quantized.codes, quantized.grid.bits)
+    words = torch.zeros(rows, -(-data.shape[1] // _WORD) * _WORD, dtype=torch.uint8)
+    words[:, : data.shape[1]] = data
+    scales = affine.spread(quantized.scales, quantized.grid, cols)[:, ::width]
+    return {
+        "packed": words.view(torch.int32),
+        "scale": scales.float().contiguous(),
+        "shape": torch.tensor([rows, cols], dtype=torch.int64),
+    }
+
+
+def _configuration(source: Source) -> dict[str, Any]:
+    size, bits = group_size(source), source.grid["bits"] if source.grid else 0
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if size is None else "group",
+        "group_size": size,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": _others(source),
+    }
+
+
+def _others(source: Source) -> list[str]:
+    """The linears that are not quantized, by their names in the model: the head, and routers."""
+    config = anatomy.config_of(source.directory)
+    model = anatomy.skeleton(config, torch.bfloat16)
+    prefix, blocks = anatomy.block_list(model)
+    inside = {
+        f"{prefix}.{index}.{name}" for index, block in enumerate(blocks) for name in anatomy.linears(block, config)
+    }
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside]
+
+
+def loading(options: Options) -> str:
+    """How to load it, in Markdown."""
+    return """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig  # pip install compressed-tensors
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY", quantization_config=CompressedTensorsConfig(dequantize=True))
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+transformers makes dense weights of the codes; other programs that read compressed-tensors may compute with the codes.
+Zeros are stored: the format has no sparse form.
+"""

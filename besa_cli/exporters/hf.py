@@ -1,0 +1,88 @@
+"""`hf`: an ordinary Hugging Face checkpoint in which every pruned weight is an exact zero."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from besa_cli import checkpoint, disk
+from besa_cli.compute import DTYPES
+from besa_cli.exporters import shards
+from besa_cli.exporters.stage import Piece, Source, narrowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be chosen of a dense export.
+
+    Attributes
+    ----------
+    dtype : str, optional
+        What the weights are stored in; as in the stage by default.
+    shard_size : int
+        Bytes that a file may have.
+    """
+
+    dtype: str | None = None
+    shard_size: int = 5_000_000_000
+
+
+_PIECES = 20  # of progress
+
+
+def pieces(source: Source, options: Options) -> int:
+    """How many pieces `write` yields."""
+    return min(_PIECES, len(source.names))
+
+
+def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+    """Fill the directory; a piece is one of some equal parts of the tensors."""
+    wanted = None if options.dtype is None else DTYPES[options.dtype]
+
+    def dtype(name: str) -> torch.dtype:
+        stored = shards.DTYPES[source.dtype(name)]
+        return wanted if wanted is not None and stored.is_floating_point else stored
+
+    size = lost = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal size, lost
+        tensor = source.read(name)
+        found = narrowed(name, tensor, dtype(name))
+        if name in source.linears:
+            size += found.nbytes
+            lost += int(((tensor != 0) & (found == 0)).sum())
+        return found
+
+    checkpoint.copy_small_files(source.directory, target)
+    if wanted is not None:
+        disk.write_json(target / "config.json", with_dtype(source.config, wanted))
+    layout = {name: (dtype(name), source.shape(name)) for name in source.names}
+    number = pieces(source, options)
+    for done, _ in enumerate(shards.write_all(target, layout, options.shard_size, read), 1):
+        if done * number // len(layout) > (done - 1) * number // len(layout):
+            yield Piece(linear_bytes=size, rounded_to_zero=lost)
+            size = lost = 0
+
+
+def with_dtype(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """A configuration that names another dtype, under the key that it has."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: str(dtype).removeprefix("torch.")}
+
+
+def loading(options: Options) -> str:
+    """How to load it, in Markdown."""
+    return """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+Any program that reads Hugging Face checkpoints loads it. Pruned weights are stored as zeros: it is neither smaller nor
+faster than the dense model.
+"""

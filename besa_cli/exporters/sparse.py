@@ -1,0 +1,83 @@
+"""`sparse`: a bit for each weight and the weights that are left; `besa import` gives the stage back, byte for byte."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from besa_cli import checkpoint, disk, sparse
+from besa_cli.exporters.stage import Piece, Source
+from besa_cli.sparse import INDEX, METHOD, NEEDS_IMPORT
+
+STAGE_FILES = "stage"  # the directory in which the stage's own small files lie as they were
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Nothing may be chosen."""
+
+
+def pieces(source: Source, options: Options) -> int:
+    """How many pieces `write` yields."""
+    return len(source.weights.shards())
+
+
+def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+    """Fill the directory; a piece is a file of weights, one a block."""
+    checkpoint.copy_small_files(source.directory, target)
+    quantization = {"quant_method": METHOD, "format": sparse.FORMAT, "index": INDEX}
+    config = {**source.config, "quantization_config": quantization, "transformers_weights": NEEDS_IMPORT}
+    disk.write_json(target / "config.json", config)
+    copy_stage_files(source.directory, target / STAGE_FILES)
+    table: dict[str, str] = {}
+    digests, total = {}, 0
+    for path, names in source.weights.shards().items():
+        file = target / shard_name(path.name)
+        tensors = source.weights.read(names)
+        coded = source.coded(names)
+        parts = {
+            name: sparse.encoded_codes(name, tensors.pop(name), coded[name])
+            if name in coded
+            else sparse.encoded(name, tensors.pop(name))
+            for name in names
+            if name in source.linears
+        }
+        stored = tensors | {part: value for own in parts.values() for part, value in own.items()}
+        disk.publish(file, lambda temporary, stored=stored: disk.save_tensors(temporary, stored))  # type: ignore[misc]
+        table |= dict.fromkeys(stored, file.name)
+        digests[file.name] = disk.sha256_file(file)
+        total += sum(tensor.nbytes for tensor in stored.values())
+        yield Piece(linear_bytes=sum(value.nbytes for own in parts.values() for value in own.values()))
+    metadata = {"total_size": total, "sha256": digests}
+    disk.write_json(target / INDEX, {"metadata": metadata, "weight_map": dict(sorted(table.items()))})
+
+
+def shard_name(stage_shard: str) -> str:
+    """The sparse file made from a stage's shard: `model-00002-of-00031` is `sparse-00002-of-00031`."""
+    return "sparse-" + stage_shard.removeprefix("model-")
+
+
+def copy_stage_files(source: Path, target: Path) -> None:
+    """Copy what a stage holds beside its weights and its timing: manifest, reports, configuration, tokenizer."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        hidden = path.name.startswith(".") or path.name == checkpoint.TIMING
+        if path.is_file() and path.suffix != ".safetensors" and not hidden:
+            shutil.copyfile(path, target / path.name)
+
+
+def loading(options: Options) -> str:
+    """How to load it, in Markdown."""
+    return """\
+```python
+import besa_cli.hf  # pip install besa-cli; without it loading fails
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+```
+
+The weights are expanded while they are loaded: smaller on disk, not in memory. `besa import DIRECTORY --run RUN` gives
+back the very stage that it was made from, byte for byte.
+"""

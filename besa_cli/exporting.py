@@ -1,0 +1,183 @@
+"""One export from a finished stage to a finished directory: whole under its own name, or not there."""
+
+import importlib
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from besa_cli import card, checkpoint, disk
+from besa_cli.checkpoint import EXPORT, FORMAT, Run
+from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.exporters import EXPORTERS
+from besa_cli.exporters.stage import Piece, Source
+
+_ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of `export`.
+
+    Attributes
+    ----------
+    format : str
+        A key of `besa_cli.exporters.EXPORTERS`.
+    options : mapping
+        The format's own options that were given, by the names of its `Options`.
+    """
+
+    format: str = "hf"
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.format not in EXPORTERS:
+            raise unknown("format", self.format, EXPORTERS)
+        self.own_options()
+
+    def own_options(self) -> Any:
+        """The format's `Options`.
+
+        Raises
+        ------
+        UsageError
+            An option that this format does not have; says which do.
+        """
+        for name in self.options:
+            if name not in _option_names(self.format):
+                having = [each for each in EXPORTERS if name in _option_names(each)]
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is no option of --format {self.format}",
+                    f"formats with that option: {', '.join(having) or 'none'}",
+                )
+        return _module(self.format).Options(**self.options)
+
+    @property
+    def directory(self) -> str:
+        """The name of the export's directory: the format, and what was chosen of how weights are stored."""
+        chosen = [str(self.options[name]) for name in ("dtype", "type") if name in self.options]
+        return disk.safe_name("-".join([self.format, *chosen]))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"besa_cli.exporters.{name.replace('-', '_')}")
+
+
+def _option_names(name: str) -> list[str]:
+    return [field.name for field in fields(_module(name).Options)]
+
+
+class Job:
+    """One export command on one run directory: everything is checked when it is made, `pieces` does the work.
+
+    Parameters
+    ----------
+    run : Run
+        Its lock is held by the caller.
+    request : Request
+    restart : bool
+        Replace an export of the same name, when the new one is finished.
+
+    Raises
+    ------
+    BesaError
+        Anything that can be known before the first piece.
+    """
+
+    def __init__(self, run: Run, request: Request, *, restart: bool = False) -> None:
+        newest = run.newest()
+        if newest is None:
+            raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
+        self._run, self.request = run, request
+        self._module, self._options = _module(request.format), request.own_options()
+        self.source = Source(newest)
+        self.directory = run.exports / request.directory
+        self._partial = run.exports / f".{request.directory}.partial"
+        self.record = {"format": request.format, **asdict(self._options)}
+        self.done = False
+        if self.directory.exists() and not restart:
+            self._refuse_other()
+            self.done = True
+        self.number_of_pieces: int = self._module.pieces(self.source, self._options)
+        if not self.done:
+            checkpoint.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
+
+    def _refuse_other(self) -> None:
+        """The export that is there was asked for in the same words, and made from the same stage."""
+        if not (self.directory / EXPORT).exists():
+            raise BesaError(f"{self.directory} was not made by besa", "move it away, or name another --run")
+        there = checkpoint.read_manifest(self.directory, EXPORT)
+        for name, now in {"stage": self.source.manifest["digest"], **self.record}.items():
+            before = there["source"]["digest"] if name == "stage" else there["options"].get(name)
+            if before != now:
+                raise BesaError(
+                    f"{self.directory} was made with other options: {name} {before}, now {now}",
+                    "--restart makes it anew",
+                )
+
+    def pieces(self) -> Iterator[Piece]:
+        """Write the export beside its final place, piece after piece."""
+        if self.done:
+            return
+        shutil.rmtree(self._partial, ignore_errors=True)
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        linear_bytes = rounded = 0
+        for piece in self._module.write(self.source, self._partial, self._options):
+            linear_bytes += piece.linear_bytes
+            rounded += piece.rounded_to_zero
+            yield piece
+        self._finish(linear_bytes, rounded)
+
+    def _finish(self, linear_bytes: int, rounded: int) -> None:
+        weights = _sizes(self._partial, ".safetensors", ".gguf")
+        dense_linears, dense = self.source.dense_bytes
+        sizes = {
+            "linears": linear_bytes,
+            "linears_dense": dense_linears,
+            "weights": weights,
+            "weights_dense": dense,
+            "rounded_to_zero": rounded,
+        }
+        manifest = {
+            "format": FORMAT,
+            "command": "export",
+            "options": self.record,
+            "source": {name: self.source.manifest[name] for name in ("stage", "digest")},
+            "model": self.source.manifest["model"],
+            "versions": checkpoint.versions(),
+            "status": "complete",
+            "counts": self.source.manifest["counts"],
+            "sizes": sizes,
+            "history": [*self.source.manifest["history"], _step(self.source.manifest)],
+        }
+        text = card.text(
+            manifest, card.perplexities(self._run, self.source.manifest), self._module.loading(self._options)
+        )
+        disk.publish(self._partial / card.FILE, lambda path: _write(path, text))
+        manifest["files"] = {
+            str(path.relative_to(self._partial)): {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
+            for path in sorted(self._partial.rglob("*"))
+            if path.is_file()
+        }
+        disk.write_json(self._partial / EXPORT, manifest)
+        checkpoint.replace_stage(self.directory, self._partial)
+
+    def finish(self) -> dict[str, Any]:
+        """The manifest of the finished export."""
+        return checkpoint.read_manifest(self.directory, EXPORT)
+
+
+def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest[name] for name in ("stage", "command", "options", "versions", "digest")}
+
+
+def _sizes(directory: Path, *endings: str) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in endings)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

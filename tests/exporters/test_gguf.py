@@ -1,0 +1,222 @@
+"""GGUF files, read by the gguf package and by transformers; what cannot be written is refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exported
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFReader, quants
+from llamas import MERGES, VOCABULARY, byte_tokenizer, stage
+from safetensors.torch import load_file
+from torch import Tensor
+
+from besa_cli.checkpoint import Run
+from besa_cli.errors import BesaError
+from besa_cli.exporters import gguf_tokenizer
+from besa_cli.exporting import Job, Request
+from besa_cli.models import gguf as gguf_models
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Run directories, each made once."""
+    made: dict[str, Run] = {}
+
+    def run(name: str = "plain") -> Run:
+        changes: dict[str, dict[str, Any]] = {
+            "plain": {},
+            "tied": {"tied": True},
+            "biased": {"attention_bias": True, "mlp_bias": True},
+            "llama3": {"rope": "llama3"},
+            "linear": {"rope": "linear"},
+        }
+        if name not in made:
+            made[name] = stage(tmp_path_factory.mktemp(name), **changes[name])
+        return made[name]
+
+    return run
+
+
+def export(run: Run, kind: str) -> Path:
+    directory = run.exports / f"gguf-{kind}"
+    return (directory if directory.exists() else exported.export(run, "gguf", type=kind)) / f"model-{kind}.gguf"
+
+
+def values(file: Path) -> dict[str, tuple[str, Tensor]]:
+    """Name → type and values of each tensor, as the gguf package reads them."""
+    found = {}
+    for tensor in GGUFReader(file).tensors:
+        kind = GGMLQuantizationType(tensor.tensor_type)
+        whole = quants.dequantize(np.array(tensor.data), kind).astype(np.float32)
+        found[tensor.name] = (kind.name, torch.from_numpy(whole.reshape(tuple(reversed(tensor.shape.tolist())))))
+    return found
+
+
+def interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """Rows in llama.cpp's order, row by row: row 2 i of a head is its row i, row 2 i + 1 its row i + half."""
+    rows = tensor.shape[0] // heads
+    order = [head * rows + index // 2 + (index % 2) * (rows // 2) for head in range(heads) for index in range(rows)]
+    return tensor[order]
+
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def expected(run: Run) -> dict[str, Tensor]:
+    """The stage's tensors by llama.cpp's names, rows of queries and keys in its order."""
+    found = {}
+    for name, tensor in tiny.weights(run.stage("pruned")).items():
+        renamed = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+        renamed = renamed.replace("lm_head", "output").replace("model.layers.", "blk.")
+        for own, theirs in NAMES.items():
+            renamed = renamed.replace(f".{own}.", f".{theirs}.")
+        heads = 4 if "attn_q." in renamed else 2 if "attn_k." in renamed else 0
+        found[renamed] = interleaved(tensor.float(), heads) if heads else tensor.float()
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "biased"])
+def test_bf16_holds_the_stage_bit_for_bit(name: str, runs: Callable[..., Run]) -> None:
+    found, wanted = values(export(runs(name), "BF16")), expected(runs(name))
+    assert found.keys() == wanted.keys()
+    for key, (kind, tensor) in found.items():
+        assert kind == ("BF16" if tensor.dim() == 2 else "F32")
+        assert torch.equal(tensor, wanted[key]), key
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_values_are_those_of_the_type_and_zeros_stay(kind: str, runs: Callable[..., Run]) -> None:
+    run = runs()
+    found, wanted, lost = values(export(run, kind)), expected(run), 0
+    for key, (stored, tensor) in found.items():
+        exact = wanted[key]
+        if tensor.dim() < 2:
+            assert torch.equal(tensor, exact)
+            continue
+        assert not tensor[exact == 0].any(), key
+        if stored == "F16":
+            assert torch.equal(tensor, exact.half().float())
+        elif stored == "Q8_0":
+            blocks, there = exact.reshape(-1, 32), tensor.reshape(-1, 32)
+            step = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
+            assert ((there - blocks).abs() <= 0.57 * step).all()  # half a step, and what fp16 rounds off 127 of them
+        else:
+            assert (stored, tensor.shape[1] % 32 != 0) == ("BF16", True)
+            assert torch.equal(tensor, exact)
+        if key.startswith("blk."):
+            lost += int(((tensor == 0) & (exact != 0)).sum())
+    manifest = json.loads((run.exports / f"gguf-{kind}" / "export.json").read_text())
+    assert manifest["sizes"]["rounded_to_zero"] == lost
+    assert any(stored == kind for stored, _ in found.values())
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_transformers_reads_it_back_as_the_stage(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
+    """Its reader undoes the order of the rows on its own account."""
+    tmp_path.joinpath("back").mkdir()
+    gguf_models.convert(export(runs(name), "BF16"), tmp_path / "back")
+    back, wanted = load_file(tmp_path / "back" / "model.safetensors"), tiny.weights(runs(name).stage("pruned"))
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[key].bfloat16(), wanted[key]) for key in wanted)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    there = json.loads((runs(name).stage("pruned") / "config.json").read_text())
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
+            "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+    assert {key: config[key] for key in same} == {key: there[key] for key in same}
+
+
+@pytest.mark.parametrize("name", ["plain", "linear", "llama3"])
+def test_rotary_frequencies_are_those_of_transformers(name: str, runs: Callable[..., Run]) -> None:
+    """llama.cpp turns channel pair i by position · theta^(−2i/d) / factor_i; a linear factor divides the position."""
+    file = export(runs(name), "BF16")
+    fields = {key: field.contents() for key, field in GGUFReader(file).fields.items() if "rope" in key}
+    width = fields["llama.rope.dimension_count"]
+    plain = fields["llama.rope.freq_base"] ** (-torch.arange(0, width, 2) / width)
+    factors = values(file).get("rope_freqs.weight", ("", torch.ones(width // 2)))[1]
+    found = plain / factors / fields.get("llama.rope.scaling.factor", 1.0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs(name).stage("pruned"))
+    torch.testing.assert_close(found, model.model.rotary_emb.inv_freq)
+    assert ("rope_freqs.weight" in values(file)) == (name == "llama3")
+
+
+def test_tokens_merges_and_special_tokens_are_the_tokenizers(runs: Callable[..., Run]) -> None:
+    fields = {key: field.contents() for key, field in GGUFReader(export(runs(), "BF16")).fields.items()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(runs().stage("pruned"))
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert len(tokens) == VOCABULARY
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in MERGES]
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    kinds = fields["tokenizer.ggml.token_type"]
+    assert [kinds[number] for number in (0, tokenizer.bos_token_id, len(tokenizer))] == [1, 3, 5]
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "llama"])
+def test_other_architectures_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    run = exported.stage(tmp_path, family)
+    with pytest.raises(
+        BesaError, match=f"is a '{json.loads((run.stage('pruned') / 'config.json').read_text())['model_type']}'"
+    ):
+        Job(run, Request(format="gguf", options={}))
+    assert not run.exports.exists()
+
+
+def test_other_tokenizers_and_rotary_embeddings_are_refused(tmp_path: Path, runs: Callable[..., Run]) -> None:
+    words = exported.stage(tmp_path / "words")
+    with pytest.raises(BesaError, match="is a tokenizer of kind WordLevel"):
+        Job(words, Request(format="gguf", options={}))
+    (words.stage("pruned") / "tokenizer.json").unlink()
+    with pytest.raises(BesaError, match=r"has no tokenizer\.json"):
+        Job(words, Request(format="gguf", options={}))
+    run = exported.copy_of(runs(), tmp_path / "run")
+    path = run.stage("pruned") / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    path.write_text(json.dumps(config))
+    with pytest.raises(BesaError, match="rotary embeddings of type 'dynamic'"):
+        Job(run, Request(format="gguf", options={}))
+
+
+def tokenizer_file(directory: Path, **changes: Any) -> Path:
+    byte_tokenizer(directory)
+    facts = json.loads((directory / "tokenizer.json").read_text())
+    facts |= changes
+    (directory / "tokenizer.json").write_text(json.dumps(facts))
+    return directory
+
+
+def test_words_split_in_a_way_without_a_name_are_refused(tmp_path: Path) -> None:
+    assert gguf_tokenizer.read(tokenizer_file(tmp_path / "a"), VOCABULARY).pre == "gpt-2"
+    digits = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False},
+    ]}  # fmt: skip
+    assert gguf_tokenizer.read(tokenizer_file(tmp_path / "b", pre_tokenizer=digits), VOCABULARY).pre == "smollm"
+    for number, unusual in enumerate(({"type": "ByteLevel", "add_prefix_space": True}, {"type": "Whitespace"}, None)):
+        with pytest.raises(BesaError, match="splits words in a way"):
+            gguf_tokenizer.read(tokenizer_file(tmp_path / str(number), pre_tokenizer=unusual), VOCABULARY)
+    with pytest.raises(BesaError, match="has the token id 261, the model has 100 embeddings"):
+        gguf_tokenizer.read(tmp_path / "a", 100)
+
+
+def test_pairs_of_plain_characters_get_scores_in_the_order_of_their_merges(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "a": 2, "b": 3, "ab": 4, "▁": 5, "▁ab": 6, "ba": 7}
+    merges = [["b", "a"], ["a", "b"], ["▁", "ab"]]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
+    found = gguf_tokenizer.read(tokenizer_file(tmp_path, model=model, added_tokens=[]), 9)
+    assert (found.model, found.tokens[6], found.tokens[8]) == ("llama", "▁ab", "[PAD8]")
+    assert found.kinds == [2, 6, 1, 1, 1, 1, 1, 1, 5]
+    assert found.scores[7] > found.scores[4] > found.scores[6] > max(found.scores[number] for number in (0, 1, 2, 3, 5))

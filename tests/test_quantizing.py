@@ -1,0 +1,216 @@
+"""`besa quantize` and `besa prune --bits` from a checkpoint to a stage: stock loading, codes, counts, resume."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from besa_cli import disk, quantizing
+from besa_cli.checkpoint import Run, Stage
+from besa_cli.jobs import Job, Plan
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
+
+Besa = Callable[..., Any]  # conftest.Outcome
+ROWS = tiny.tokens(3, 12)
+
+
+def asked(method: str = "rtn", **options: Any) -> quantizing.Request:
+    own = {name: options.pop(name) for name in ("damping", "epochs", "lr") if name in options}
+    return quantizing.Request(method=method, options=own, device="cpu", dtype="float32", **options)
+
+
+PLANS: dict[str, Plan] = {
+    "rtn": asked("rtn", bits=4, group_size="16"),
+    "gptq": asked("gptq", bits=3, group_size="channel", symmetric=False),
+    "clip": asked("clip", bits=2, group_size="16", epochs=2),
+    "joint": tiny.request("besa", sparsity=0.4, bits=4, group_size="20"),
+    "joint-halves": tiny.request("besa", bits=3, symmetric=False, window="attn-mlp", optimizer="prodigy"),
+}
+
+
+def job(run: Path, model: Path, plan: Plan) -> Job:
+    return Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), plan)
+
+
+def unpacked(directory: Path, symmetric: bool, middle: int, group: int | None) -> dict[str, Tensor]:
+    """The weights as the specification says they are made from the codes, with none of the program's functions."""
+    found = {}
+    for file in sorted((directory / "codes").iterdir()):
+        parts = load_file(file)
+        for name in (name.removesuffix(".codes") for name in parts if name.endswith(".codes")):
+            codes, scales = parts[f"{name}.codes"].float(), parts[f"{name}.scales"].float()
+            zeros = torch.full_like(scales, middle) if symmetric else parts[f"{name}.zeros"].float()
+            where = torch.arange(codes.shape[1]) // (group or codes.shape[1])
+            found[f"{name}.weight"] = (codes - zeros[:, where]) * scales[:, where]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_stage_loads_as_it_is_and_its_codes_are_its_weights(family: str, name: str, tmp_path: Path) -> None:
+    if name == "joint-halves" and family in ("gpt_neox",):
+        pytest.skip("its blocks have no two halves one after the other")
+    model = tiny.checkpoint(tmp_path / "model", family, dtype=torch.bfloat16)
+    manifest = tiny.run(job(tmp_path / "run", model, PLANS[name]))
+    stage = tmp_path / "run" / "quantized"
+    loaded, information = AutoModelForCausalLM.from_pretrained(stage, output_loading_info=True)
+    assert not any(information.values())
+    state = loaded.state_dict()
+    grid = Grid(**manifest["quantization"])
+    codes = unpacked(stage, grid.symmetric, 2 ** (grid.bits - 1), grid.group_size)
+    names = [each for block in tiny.linear_names(loaded, tiny.blocks_of(family)) for each in block]
+    stored = tiny.weights(stage)
+    assert set(codes) <= set(stored)
+    assert len(codes) == len(names)
+    for weight_name, weight in codes.items():
+        assert torch.equal(weight.to(torch.bfloat16), stored[weight_name])
+    before = tiny.weights(model)
+    for each, tensor in stored.items():
+        if each not in codes:
+            assert torch.equal(tensor, before[each]), each
+    already = sum(int((before[each] == 0).sum()) for each in codes)
+    pruned = manifest["counts"]["pruned"] if "joint" in name else already
+    zeros = sum(int((state[each] == 0).sum()) for each in names)
+    counts = manifest["counts"]
+    assert (counts["pruned"], counts["zeros"], counts["rounded_to_zero"]) == (pruned, zeros, zeros - pruned)
+    assert counts["bits_per_weight"] == pytest.approx(bits(codes, grid) / counts["weights"])
+    assert manifest["stage"] == "quantized"
+
+
+def bits(codes: dict[str, Tensor], grid: Grid) -> int:
+    """What the packed linears take: values or values and mask, scales, zero points."""
+    total = 0
+    for weight in codes.values():
+        rows, cols = weight.shape
+        groups = 1 if grid.group_size is None else -(-cols // min(grid.group_size, cols))
+        kept = int((weight != 0).sum())
+        total += min(grid.bits * rows * cols, grid.bits * kept + rows * cols)
+        total += rows * groups * (16 if grid.symmetric else 16 + grid.bits)
+    return total
+
+
+def test_the_joint_stage_prunes_what_was_asked_to_the_weight(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    manifest = tiny.run(job(tmp_path / "run", model, tiny.request("besa", sparsity=0.37, bits=8, group_size="16")))
+    assert manifest["counts"]["pruned"] == round(0.37 * manifest["counts"]["weights"])
+    assert manifest["options"]["symmetric"] is True
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "clip"])
+def test_what_was_pruned_stays_zero_through_the_run(method: str, tmp_path: Path) -> None:
+    model, run = tiny.checkpoint(tmp_path / "model", "qwen2"), tmp_path / "run"
+    tiny.run(job(run, model, tiny.request("wanda")))
+    tiny.run(job(run, run / "pruned", asked(method, bits=2, group_size="16", symmetric=False)))
+    before, after = tiny.weights(run / "pruned"), tiny.weights(run / "quantized")
+    linears = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(linears) == 14
+    for name in linears:
+        assert bool((after[name][before[name] == 0] == 0).all())
+    manifest = json.loads((run / "quantized" / "besa.json").read_text())
+    assert manifest["model"]["stage"] == "pruned"
+    assert manifest["counts"]["pruned"] == sum(int((before[name] == 0).sum()) for name in linears)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("last", ["codes", "report"])
+def test_stopped_between_two_blocks_and_run_again_gives_the_same_bytes(
+    name: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    tiny.run(job(tmp_path / "whole", model, PLANS[name]))
+    expected = tiny.files(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    save = disk.save_tensors
+
+    def dying(path: Path, tensors: dict[str, Tensor]) -> None:
+        codes = path.parent.name == "codes"
+        if "00003-of" in path.name and codes == (last == "report"):  # after the block's report, or after its codes
+            raise Killed
+        save(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "save_tensors", dying)
+        with pytest.raises(Killed):
+            tiny.run(job(tmp_path / "cut", model, PLANS[name]))
+    again = job(tmp_path / "cut", model, PLANS[name])
+    assert [report.resumed for report in again.blocks()] == [True, False]
+    again.finish()
+    assert tiny.files(tmp_path / "cut") == expected
+
+
+def test_a_stage_whose_parent_was_made_anew_is_not_the_newest(tmp_path: Path) -> None:
+    model, run = tiny.checkpoint(tmp_path / "model", "llama"), tmp_path / "run"
+    tiny.run(job(run, model, tiny.request("wanda")))
+    tiny.run(job(run, run / "pruned", asked()))
+    assert Run(run).newest() == run / "quantized"
+    tiny.run(Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), tiny.request("magnitude"), restart=True))
+    assert Run(run).stale("quantized")
+    assert Run(run).newest() == run / "pruned"
+
+
+def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
+    model = tiny.add_tokenizer(tiny.checkpoint(tmp_path / "model", "llama"))
+    rows = tiny.rows_file(tmp_path / "rows.jsonl", ROWS)
+    drawn = ("--data", rows, "--samples", 3, "--seqlen", 12)
+    none = besa("quantize", "--run", "run")
+    assert (none.code, none.err.count("\n")) == (1, 2)
+    assert "run has no pruned stage" in none.err
+    assert besa("prune", "--model", model, "--method", "wanda", *drawn, "--run", "run").code == 0
+    done = besa("quantize", "--bits", 3, "--group-size", "channel", "--asymmetric", "--run", "run", "--json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert made["options"]["group_size"] == "channel"
+    assert made["quantization"] == {"bits": 3, "group_size": None, "symmetric": False}
+    shown = besa("show", "run/quantized")
+    assert "3 bits in channels, asymmetric" in shown.out
+    assert f"{made['counts']['bits_per_weight']:.3f} bits a weight" in shown.out
+    assert "--asymmetric" in shown.out
+    again = besa("quantize", "--bits", 3, "--group-size", "channel", "--asymmetric", "--run", "run")
+    assert "run/quantized is finished already" in again.err
+    other = besa("quantize", "--bits", 3, "--group-size", "channel", "--run", "run")
+    assert other.code == 1
+    assert "symmetric False there, True asked" in other.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["quantize", "--bits", "3.5"], 2, "3.5"),
+        (["quantize", "--bits", "5"], 2, "--bits 5 is none of 2, 3, 4, 8"),
+        (["quantize", "--group-size", "0"], 2, "--group-size '0' is neither channel nor a number"),
+        (["quantize", "--method", "gtpq"], 2, "unknown method 'gtpq'"),
+        (["quantize", "--method", "rtn", "--damping", "0.1"], 2, "--damping is no option of --method rtn"),
+        (["quantize", "--method", "gptq", "--epochs", "2"], 2, "--epochs is no option of --method gptq"),
+        (["prune", "--bits", "4", "--method", "wanda"], 2, "--bits is no option of --method wanda"),
+        (["prune", "--group-size", "64"], 2, "--group-size says nothing without --bits"),
+        (["prune", "--bits", "4", "--preset", "authors"], 2, "--bits 4 and --preset authors exclude each other"),
+        (["prune", "--bits", "16"], 2, "--bits 16 is none of"),
+    ],
+)
+def test_bad_options_get_one_line_before_any_work(words: list[str], code: int, says: str, besa: Besa) -> None:
+    refused = besa(*words, "--model", "/nowhere", "--run", "run")
+    assert (refused.code, refused.out) == (code, "")
+    assert says in refused.err
+    assert refused.err.count("error:") == 1
+    assert not Path("run").exists()
+
+
+def test_a_stored_linear_is_read_as_a_grid(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama")
+    manifest = tiny.run(job(tmp_path / "run", model, PLANS["gptq"]))
+    stage = Stage(tmp_path / "run" / "quantized", manifest["blocks"])
+    name = "model.layers.1.mlp.down_proj"
+    found = affine.stored(stage.codes(1), name, Grid(**manifest["quantization"]))
+    assert torch.equal(affine.dequantize(found), stage.read(1)[f"{name}.weight"])

@@ -1,0 +1,79 @@
+"""How a sparse checkpoint stores a weight: the way there and back, and what is refused on the way back."""
+
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from besa_cli import sparse
+from besa_cli.errors import BesaError
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def parts_of(matrix: Tensor) -> dict[str, Tensor]:
+    return sparse.encoded(NAME, matrix)
+
+
+def half(rows: int = 6, cols: int = 21) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(rows, cols, generator=generator)
+    return full.masked_fill(torch.rand(rows, cols, generator=generator) < 0.5, 0.0)
+
+
+@strategies.few
+@given(matrix=strategies.dead_columns(strategies.weights()))
+def test_what_was_encoded_comes_back_and_is_never_larger(matrix: Tensor) -> None:
+    stored = parts_of(matrix)
+    assert sum(part.nbytes for part in stored.values()) <= matrix.nbytes
+    back = sparse.decoded({**stored, "other.bias": torch.ones(3)}, "file")
+    assert set(back) == {NAME, "other.bias"}
+    assert back[NAME].dtype == matrix.dtype
+    assert torch.equal(back[NAME].view(torch.int32), matrix.contiguous().view(torch.int32))
+
+
+def test_bytes_are_a_bit_a_weight_and_the_values() -> None:
+    matrix = half().to(torch.bfloat16)
+    stored = {name.rpartition(".")[2]: part for name, part in parts_of(matrix).items()}
+    kept = int((matrix != 0).sum())
+    assert {name: part.nbytes for name, part in stored.items()} == {
+        "weight_mask": 6 * 3,
+        "weight_values": 2 * kept,
+        "weight_shape": 16,
+    }
+    assert torch.equal(stored["weight_values"], matrix[matrix != 0])
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.bias", "lm_head"])
+def test_what_is_no_matrix_of_weights_stays(name: str) -> None:
+    tensor = torch.zeros(7) if name.endswith("norm.weight") else torch.zeros(7, 3)
+    assert sparse.encoded(name, tensor) == {name: tensor}
+
+
+def test_a_dense_matrix_stays_dense() -> None:
+    assert list(parts_of(torch.ones(4, 9))) == [NAME]
+
+
+def damaged(what: str) -> dict[str, Tensor]:
+    stored = parts_of(half())
+    mask, values, shape = (f"{NAME}_{part}" for part in ("mask", "values", "shape"))
+    if what == "a bit":
+        stored[mask] = stored[mask] ^ 1
+    elif what == "a value":
+        stored[values] = stored[values][1:]
+    elif what == "a column":
+        stored[shape] = stored[shape] + torch.tensor([0, 8])
+    elif what == "sizes":
+        stored[shape] = stored[shape][:1]
+    elif what == "negative":
+        stored[shape] = -stored[shape]
+    else:
+        del stored[f"{NAME}_{what}"]
+    return stored
+
+
+@pytest.mark.parametrize("what", ["a bit", "a value", "a column", "sizes", "negative", "mask", "values", "shape"])
+def test_parts_that_do_not_belong_together_are_refused_by_name(what: str) -> None:
+    with pytest.raises(BesaError, match=r"mlp\.up_proj\.weight.* in sparse-00002\.safetensors is damaged"):
+        sparse.decoded(damaged(what), "sparse-00002.safetensors")
