@@ -383,7 +383,7 @@ def refuse_damaged(directory: Path, found: str) -> None:
     if written not in (None, found):
         raise BesaError(
             f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
-            "restore its files, or make it anew with --restart",
+            f"restore its files, make it anew with --restart, or name it with --model {directory} to take it as it is",
         )
 
 

@@ -484,16 +484,17 @@ def test_a_directory_that_cannot_be_written_is_found_out_before_measuring(
     assert "cannot write file" in outcome.err
 
 
-def test_a_stage_that_was_changed_is_measured_as_it_is(besa: Besa, pruned: Path) -> None:
+def test_a_stage_that_was_changed_is_measured_when_it_is_named(besa: Besa, pruned: Path) -> None:
     first = json.loads(besa(*EVALUATION).out)["results"]
     shard = sorted(Path("besa-run", "pruned").glob("model-*.safetensors"))[1]
     tensors = load_file(shard)
     name = next(name for name in tensors if name.endswith("down_proj.weight"))
     save_file({**tensors, name: tensors[name] * 3}, shard, metadata={"format": "pt"})
-    outcome = besa(*EVALUATION)
-    assert "has changed since it was made" in outcome.err
-    second = json.loads(outcome.out)["results"]
-    assert [row["dense"] for row in second] == [row["dense"] for row in first]
+    refused = besa(*EVALUATION)
+    assert refused.code == 1
+    assert "is damaged or was changed since it was made" in refused.err
+    assert "--model besa-run/pruned" in refused.err
+    second = json.loads(besa(*EVALUATION, "--model", "besa-run/pruned").out)["results"]
     assert all(one["perplexity"] != other["perplexity"] for one, other in zip(first, second, strict=True))
 
 
