@@ -344,6 +344,9 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     denser = sum(count > 0.4 * linear.workload.rows for count in linear.workload.kept_by_column.tolist())
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[:2] == [f"{denser} denser", f"{linear.workload.cols - denser} sparser"]
+    axes = Figure().subplots()
+    plots.draw_means(axes, found, request)
+    assert (axes.get_yscale(), axes.get_ylim()[0]) == ("linear", 0)
 
 
 def test_without_matplotlib_the_remedy_is_named_before_any_work(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
+_FAR = 30  # the highest bar by the lowest, from where on only logarithms show both
 _MOST_LINES = 10  # colours that can be told apart
 
 
@@ -74,7 +75,9 @@ def draw_means(axes: "Axes", found: Sequence[BlockCost], request: Request) -> No
         axes.bar(places + width, [one.cycles for one in means.values()], width, label=name)
         axes.set_xticks(np.arange(len(means)) + 0.4 - width / 2, list(means))
     axes.set_ylabel("cycles, mean over blocks")
-    axes.set_yscale("log")
+    heights = [bar.get_height() for bar in axes.patches if bar.get_height()]
+    if heights and max(heights) > _FAR * min(heights):
+        axes.set_yscale("log")  # otherwise from 0, so that a bar twice as high is twice as much
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(len(request.dataflows), 4))
 
 
