@@ -68,14 +68,16 @@ def _save(figure: "Figure", place: Path, suffix: str) -> None:
 def draw_means(axes: "Axes", found: Sequence[BlockCost], request: Request) -> None:
     """Mean cycles by linear: a bar for the dense linear and one for the pruned one under each dataflow."""
     width = 0.8 / (2 * len(request.dataflows))
+    heights: list[float] = []
     for number, name in enumerate(request.dataflows):
         means = {label: one for label, one in summaries(found, name).items() if label != "all"}
         places = np.arange(len(means)) + 2 * number * width
-        axes.bar(places, [one.dense_cycles for one in means.values()], width, label=f"{name}, dense", alpha=0.5)
-        axes.bar(places + width, [one.cycles for one in means.values()], width, label=name)
+        dense, sparse = [one.dense_cycles for one in means.values()], [one.cycles for one in means.values()]
+        axes.bar(places, dense, width, label=f"{name}, dense", alpha=0.5)
+        axes.bar(places + width, sparse, width, label=name)
+        heights += [height for height in (*dense, *sparse) if height]
         axes.set_xticks(np.arange(len(means)) + 0.4 - width / 2, list(means))
     axes.set_ylabel("cycles, mean over blocks")
-    heights = [bar.get_height() for bar in axes.patches if bar.get_height()]
     if heights and max(heights) > _FAR * min(heights):
         axes.set_yscale("log")  # otherwise from 0, so that a bar twice as high is twice as much
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(len(request.dataflows), 4))
