@@ -27,13 +27,9 @@ def held(run: Path, command: str) -> Iterator[None]:
         lock = FileLock(run / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise BesaError(
-            f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run"
-        ) from error
+        raise _in_use(run, holder) from error
     except OSError as error:
-        raise BesaError(
-            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
-        ) from error
+        raise _unwritable(run, error) from error
     try:
         holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command}))
         yield
@@ -56,14 +52,9 @@ def free(run: Path) -> Iterator[None]:
         if (run / ".lock").exists():
             lock.acquire()
     except Timeout as error:
-        raise BesaError(
-            f"{run} is in use by {_named(run / '.holder.json')}",
-            "wait for it to end, or name another directory with --run",
-        ) from error
+        raise _in_use(run, run / ".holder.json") from error
     except OSError as error:
-        raise BesaError(
-            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
-        ) from error
+        raise _unwritable(run, error) from error
     try:
         yield
     finally:
@@ -89,9 +80,7 @@ def moment(run: Path) -> Iterator[None]:
     except Timeout as error:
         raise BesaError(f"{file} is held by another process", "end it, or name another directory with --run") from error
     except OSError as error:
-        raise BesaError(
-            f"cannot write {run}: {error.strerror or error}", "name another directory with --run"
-        ) from error
+        raise _unwritable(run, error) from error
     try:
         yield
     finally:
@@ -116,3 +105,11 @@ def _named(holder: Path) -> str:
         return f"'{facts['command']}' (process {facts['pid']} on {facts['host']})"
     except (OSError, ValueError, KeyError):  # it may be just starting or ending
         return "another besa process"
+
+
+def _unwritable(run: Path, error: OSError) -> BesaError:
+    return BesaError(f"cannot write {run}: {error.strerror or error}", "name another directory with --run")
+
+
+def _in_use(run: Path, holder: Path) -> BesaError:
+    return BesaError(f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import calibrating, forecasting, options
+from besa_cli.commands import making, options
 from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
@@ -119,9 +119,7 @@ def prune(
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
-    from besa_cli import lock
     from besa_cli.checkpoint import Run
-    from besa_cli.jobs import Job
     from besa_cli.pruning import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())
@@ -138,23 +136,12 @@ def prune(
     )
     source = models.resolve(model, notify=console.note)
     directory = Run(run)
-    with lock.free(run) if dry_run else lock.held(run, f"besa prune --run {run}"):
-        wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-        tokens = calibrating.calibration(
-            source, directory, calibration, wanted, seed, data_dir, console, restart=restart, keep=not dry_run
-        )
-        if dry_run:
-            forecasting.job(Job(directory, source, tokens, request, restart=restart, dry=True), console)
-            return
-        job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
-        if job.done:
-            console.note(f"{directory.stage(request.stage)} is finished already, with the same options")
-        else:
-            console.note(job.title)
-        with console.blocks("prune", job.number_of_blocks) as progress:
-            for report in job.blocks(progress.step):
-                progress.finished(report)
-        _show(job.finish(), directory, console)
+    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    made = making.stage(
+        request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
+    )
+    if made is not None:
+        _show(made, directory, console)
 
 
 def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import calibrating, forecasting, options
+from besa_cli.commands import making, options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -79,9 +79,7 @@ def quantize(
         "damping": damping, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
     }  # fmt: skip
     console = Console(json=as_json)
-    from besa_cli import lock
     from besa_cli.checkpoint import Run
-    from besa_cli.jobs import Job
     from besa_cli.ops import affine
     from besa_cli.quantizing import Request
 
@@ -99,23 +97,12 @@ def quantize(
     )
     directory = Run(run)
     source = _source(model, directory, console)
-    with lock.free(run) if dry_run else lock.held(run, f"besa quantize --run {run}"):
-        wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-        tokens = calibrating.calibration(
-            source, directory, calibration, wanted, seed, data_dir, console, restart=restart, keep=not dry_run
-        )
-        if dry_run:
-            forecasting.job(Job(directory, source, tokens, request, restart=restart, dry=True), console)
-            return
-        job = Job(directory, source, tokens, request, restart=restart, notify=console.note)
-        if job.done:
-            console.note(f"{directory.stage(request.stage)} is finished already, with the same options")
-        else:
-            console.note(job.title)
-        with console.blocks("quantize", job.number_of_blocks) as progress:
-            for report in job.blocks(progress.step):
-                progress.finished(report)
-        show(job.finish(), directory, console)
+    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    made = making.stage(
+        request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
+    )
+    if made is not None:
+        show(made, directory, console)
 
 
 def _source(model: str | None, run: "Run", console: Console) -> "Model":

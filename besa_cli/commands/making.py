@@ -1,0 +1,50 @@
+"""A command that makes a stage: its run is held, its samples are there, and it is forecast or done."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.commands import calibrating, forecasting
+from besa_cli.console import Console
+
+if TYPE_CHECKING:
+    from besa_cli.checkpoint import Run
+    from besa_cli.jobs import Plan
+    from besa_cli.models import Model
+
+
+def stage(
+    request: "Plan",
+    source: "Model",
+    run: "Run",
+    shared: Path | None,
+    wanted: dict[str, Any],
+    data_dir: Path | None,
+    console: Console,
+    *,
+    restart: bool,
+    dry_run: bool,
+) -> dict[str, Any] | None:
+    """The manifest of the finished stage; None of a dry run, which shows its forecast.
+
+    `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`.
+    """
+    from besa_cli import lock
+    from besa_cli.jobs import Job
+
+    name = request.command
+    with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
+        tokens = calibrating.calibration(
+            source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
+        )
+        if dry_run:
+            forecasting.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
+            return None
+        job = Job(run, source, tokens, request, restart=restart, notify=console.note)
+        if job.done:
+            console.note(f"{run.stage(request.stage)} is finished already, with the same options")
+        else:
+            console.note(job.title)
+        with console.blocks(name, job.number_of_blocks) as progress:
+            for report in job.blocks(progress.step):
+                progress.finished(report)
+        return job.finish()
