@@ -3,7 +3,11 @@
 import errno
 import importlib
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,18 +74,83 @@ KINDS: Mapping[str, Callable[[Path], None]] = {
 
 
 def targets(run: Path, model: Path | None) -> list[tuple[str, Path]]:
-    """What can be damaged: (kind, file) pairs of a run directory and of a model beside it."""
-    shards = [path for place in (run, model) if place for path in sorted(place.rglob("*.safetensors"))]
-    manifests = sorted(run.rglob("besa.json"))
+    """What can be damaged: (kind, file) pairs of a run directory and of a model beside it; nothing unfinished."""
+    files = [path for place in (run, model) if place for path in sorted(place.rglob("*")) if not _hidden(path, place)]
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    records = [path for path in files if path.suffix in (".json", ".windows") and path.is_relative_to(run)]
     return [
         *[(kind, path) for path in shards for kind in ("cut short", "bit flipped")],
-        *[(kind, path) for path in manifests for kind in ("cut short", "newer format")],
+        *[("cut short", path) for path in records],
+        *[("newer format", path) for path in records if path.name == "besa.json"],
     ]
+
+
+def _hidden(path: Path, place: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(place).parts)
+
+
+def own_mounts() -> None:
+    """Begin this program anew where it may mount a filesystem that nobody else sees (Linux); root or not."""
+    if os.environ.get("BESA_FAULTS_MOUNTS") or not shutil.which("unshare"):
+        return
+    os.environ["BESA_FAULTS_MOUNTS"] = "own"
+    become = ["--map-root-user"] if os.geteuid() else []
+    if subprocess.run(["unshare", *become, "--mount", "true"], capture_output=True).returncode == 0:
+        os.execvp("unshare", ["unshare", *become, "--mount", sys.executable, *sys.argv])
+
+
+class Disk:
+    """A small filesystem in memory that can be made full at any moment.
+
+    Parameters
+    ----------
+    place : Path
+        Where it is mounted.
+    size : int
+        Bytes.
+
+    Raises
+    ------
+    OSError, subprocess.CalledProcessError
+        It cannot be mounted; see `own_mounts`.
+    """
+
+    def __init__(self, place: Path, size: int) -> None:
+        place.mkdir(parents=True)
+        options = ["-t", "tmpfs", "-o", f"size={size}"]
+        subprocess.run(["mount", *options, "besa-faults", str(place)], check=True, capture_output=True)
+        self.place, self._filler = place, place / "filler"
+
+    def fill(self, leave: int) -> None:
+        """Take all room but `leave` bytes."""
+        with self._filler.open("wb") as file:
+            while (free := shutil.disk_usage(self.place).free - leave) > 0:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END) + free)
+                    return
+                except OSError:  # somebody took some of it meanwhile
+                    continue
+
+    def free(self) -> None:
+        """Give the room back."""
+        self._filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Unmount it, also while somebody still looks at it."""
+        subprocess.run(["umount", "--lazy", str(self.place)], check=True, capture_output=True)
+
+
+_WARM = (
+    "app", "card", "datahub", "exporting", "importing", "jobs", "lock", "perplexity", "preparation", "pruning",
+    "quantizing", "results", "simulation.run", "simulation.record", "texts", "exporters.hf", "exporters.sparse",
+    "exporters.gguf", "exporters.compressed_tensors", "pruners.besa", "pruners.sparsegpt", "quantizers.gptq",
+    "quantizers.clip", "commands.run",
+)  # fmt: skip
 
 
 def warm_up() -> None:
     """Import what commands import, so that their forks do not."""
-    for name in ("jobs", "pruning", "quantizing", "perplexity", "results", "preparation", "lock", "datahub", "texts"):
+    for name in _WARM:
         importlib.import_module(f"besa_cli.{name}")
     importlib.import_module("transformers.models.llama.modeling_llama")
     importlib.import_module("prodigyopt")
