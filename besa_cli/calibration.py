@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, sampling, token_rows
+from besa_cli.checkpoint import exchange
 from besa_cli.disk import MANIFEST, publish, read_json, save_tensors, sweep, write_json
 from besa_cli.errors import BesaError, UsageError
 
@@ -251,24 +252,29 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
     """
     tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
     replaced = (directory / MANIFEST).exists()
-    target = directory.with_name(f".{directory.name}.next") if replaced else directory
-    aside = directory.with_name(f".{directory.name}.replaced")
+    target = _beside(directory) if replaced else directory
     try:
         if replaced:
             shutil.rmtree(target, ignore_errors=True)
-            shutil.rmtree(aside, ignore_errors=True)
         for name in (_TOKENS, MANIFEST):
             sweep(target / name)
         publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
         write_json(target / MANIFEST, calibration_set.manifest)
         if replaced:
-            directory.rename(aside)
-            target.rename(directory)
-            shutil.rmtree(aside, ignore_errors=True)
+            exchange.replace_stage(directory, target)
     except OSError as error:
         raise BesaError(
             f"cannot write {directory}: {error.strerror or error}", "name another directory with --run"
         ) from error
+
+
+def recover(directory: Path) -> None:
+    """Finish an exchange of calibration sets that a crash interrupted; the caller holds the run's lock."""
+    exchange.recover(directory, _beside(directory))
+
+
+def _beside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.next")
 
 
 def load(directory: Path) -> CalibrationSet:

@@ -61,14 +61,15 @@ class Results:
             "losses": losses,
         }
         with lock.moment(self._directory.parent):
+            disk.sweep(self._windows_file(job))
             disk.write_json(self._windows_file(job), record)
 
     def save(self, job: Measurement, result: Perplexity, model: Mapping[str, Any]) -> None:
         """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
         with lock.moment(self._directory.parent):
-            save(result, self.file(job), model)
             for file in (self.file(job), self._windows_file(job)):
                 disk.sweep(file)
+            save(result, self.file(job), model)
             self._windows_file(job).unlink(missing_ok=True)
 
 

@@ -1,4 +1,7 @@
-"""The long commands on a tiny model, as `tests/faults.py` types them: forks of one process that has imported torch."""
+"""The long commands on a tiny model, as `tests/faults.py` types them: forks of one process that has imported torch.
+
+`besa run` is not among them, which starts these commands one after the other, nor `besa eval tasks`, which is lm-eval.
+"""
 
 import contextlib
 import os
@@ -14,7 +17,6 @@ from pathlib import Path
 
 import tiny
 import torch
-import yaml
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 900  # seconds; a command that takes longer hangs
@@ -209,18 +211,9 @@ class Workshop:
         quantize = ("quantize", "--bits", "4", "--group-size", "16", "--method", "gptq", *self._common)
         calibrate = ("calibrate", "--model", str(self._model), "--data", str(self._text), "--samples", "4")
         again = (*calibrate, "--seqlen", "16", "--restart", "--run", str(self._run))
-        file = self._place / "experiment.yaml"
-        drawn = {"data": [str(self._text)], "samples": 4, "seqlen": 16, "pack": True}
-        sections = {
-            "run": str(self._run),
-            "prune": {"model": str(self._model), "method": "wanda", "dtype": "float32", **drawn},
-            "eval ppl": {"datasets": [str(self._text)], "seqlen": 32, "dtype": "float32"},
-        }
-        file.write_text(yaml.safe_dump(sections, sort_keys=False))
         return [
             Command(name="quantize", words=quantize, run=self._run, base=self._pruned),
             Command(name="calibrate --restart", words=again, run=self._run, base=self._pruned),
-            Command(name="run", words=("run", str(file)), run=self._run, model=self._model),
         ]
 
     def measurements(self) -> list[Command]:

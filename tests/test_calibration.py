@@ -306,6 +306,32 @@ def test_a_set_serves_until_the_one_that_replaces_it_is_whole(
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_while_a_set_takes_the_place_of_another(
+    number: int, moment: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration.save(build(text, seed=1), tmp_path / "set")
+    rename, left = Path.rename, [number]
+
+    def dies(path: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] == 0 and moment == "before":
+            raise KeyboardInterrupt
+        found = rename(path, target)
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.save(build(text, seed=2), tmp_path / "set")
+    monkeypatch.undo()
+    calibration.recover(tmp_path / "set")
+    assert calibration.load(tmp_path / "set").manifest["seed"] == 2
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
+
+
 def change_manifest(directory: Path, **changes: object) -> None:
     path = directory / "besa.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -176,3 +176,23 @@ def test_a_file_replaced_by_an_equal_one_is_another_file(tmp_path: Path) -> None
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     with pytest.raises(BesaError, match="was written to"):
         Weights(source).refuse_change(before)
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [(["simulate", "--func", "model"], "simulate"), (["eval", "ppl", "text.txt", "--seqlen", "12"], "eval")],
+)
+def test_what_a_killed_process_left_of_a_result_goes_with_the_next_one(
+    words: list[str], place: str, besa: Besa, model: Path, workplace: Path
+) -> None:
+    tiny.run(job(workplace / "run", model))
+    (workplace / "text.txt").write_text("w3 w4 w5 " * 30)
+    assert besa(*words, "--run", "run").code == 0
+    whole = tiny.files(workplace / "run" / place)
+    for name in whole:
+        (workplace / "run" / place / name).unlink()
+        for ending in (".json", ".windows")[: 1 + (place == "eval")]:
+            left = Path(name).with_suffix(ending)
+            (workplace / "run" / place / f".{left}.7.partial").write_text("{")  # as process 7 was writing it
+    assert besa(*words, "--run", "run").code == 0
+    assert tiny.files(workplace / "run" / place) == whole

@@ -24,7 +24,7 @@ def calibrate(
     as_json: options.JsonOption = False,
 ) -> None:
     """Draw the text samples that a model is pruned on, and keep them as token ids in the run directory."""
-    from besa_cli import lock, preparation
+    from besa_cli import calibration, lock, preparation
 
     console = Console(json=as_json)
     source = models.resolve(model, notify=console.note)
@@ -33,6 +33,7 @@ def calibrate(
     )
     directory = run / "calibration"
     with lock.held(run, "besa calibrate"):
+        calibration.recover(directory)
         made = preparation.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
     _show(made, console, str(directory))
 

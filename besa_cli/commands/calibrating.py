@@ -26,8 +26,11 @@ def calibration(
     keep: bool = True,
 ) -> "CalibrationSet":
     """The set of `--calibration`, or of the run directory; made now where there is none, and kept there."""
+    from besa_cli import calibration as sets
     from besa_cli import preparation
 
+    if keep:
+        sets.recover(run.calibration)
     given = [name for name, value in wanted.items() if value is not None]
     if shared is not None:
         if given:

@@ -146,5 +146,6 @@ def save(found: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: s
         "versions": {**manifests.versions(), "numpy": version("numpy")},
     }
     with lock.moment(run.path):
+        disk.sweep(file)
         disk.write_json(file, kept)
     return file

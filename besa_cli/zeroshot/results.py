@@ -163,6 +163,7 @@ def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
         "versions": versions(),
     }
     with lock.moment(file.parent.parent):
+        disk.sweep(file)
         disk.write_json(file, record)
 
 
