@@ -45,6 +45,11 @@ def dtype(name: str, on: torch.device) -> torch.dtype:
     return torch.bfloat16 if _seconds(torch.float32) > _FASTER * _seconds(torch.bfloat16) else torch.float32
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether the next block is read and the last one written beside the computing: not where all need the CPU."""
+    return device.type == "cuda"
+
+
 def name_of(dtype: torch.dtype) -> str:
     """``float32`` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")

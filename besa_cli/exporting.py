@@ -2,18 +2,21 @@
 
 import importlib
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, disk
+from besa_cli import card, compute, disk, weights
 from besa_cli.checkpoint import exchange, manifests, refusals
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.exporters import EXPORTERS
 from besa_cli.exporters.stage import Piece, Source
+from besa_cli.forecast import Forecast
 
 _ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
 
@@ -103,6 +106,7 @@ class Job:
             self.done = True
         self.number_of_pieces: int = self._module.pieces(self.source, self._options)
         if not self.done:
+            refusals.refuse_damaged(newest, weights.check(self.source.weights))
             refusals.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
 
     def _refuse_other(self) -> None:
@@ -117,6 +121,47 @@ class Job:
                     f"{self.directory} was made with other options: {name} {before}, now {now}",
                     "--restart makes it anew",
                 )
+
+    @property
+    def title(self) -> str:
+        """What is about to be done, in one line."""
+        return f"exporting {self.source.directory} as {self.request.format} to {self.directory}"
+
+    def forecast(self) -> Forecast:
+        """What the command will take, from a trial: what belongs to no block and the largest block are exported.
+
+        The trial's files lie in the system's directory for temporary files until it is over.
+
+        Raises
+        ------
+        BesaError
+            The export could not be written.
+        """
+        disk.require_writable(self.directory)
+        rest, *blocks = self.source.weights.shards()
+        started, largest = compute.age(), max(blocks, key=lambda path: path.stat().st_size)
+        (seconds, size), (fixed, beside) = self._trial(rest, largest), self._trial(rest)
+        others = len(blocks) - 1
+        return Forecast(
+            memory=compute.peak_resident(),
+            phase="writing",
+            disk=size + others * (size - beside),
+            free=disk.free(self.directory),
+            seconds=started + seconds + others * max(seconds - fixed, 0.0),
+            blocks=len(blocks),
+            left=len(blocks),
+        )
+
+    def _trial(self, *files: Path) -> tuple[float, int]:
+        """Seconds and bytes that an export of these files alone takes, their digests included."""
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="besa-") as name:
+            for _ in self._module.write(self.source.only(files), Path(name), self._options):
+                pass
+            made = [path for path in Path(name).rglob("*") if path.is_file()]
+            for path in made:
+                disk.sha256_file(path)
+            return time.perf_counter() - began, sum(path.stat().st_size for path in made)
 
     def pieces(self) -> Iterator[Piece]:
         """Write the export beside its final place, piece after piece."""
@@ -135,12 +180,12 @@ class Job:
         self._finish(linear_bytes, rounded)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
-        weights = _sizes(self._partial, ".safetensors", ".gguf")
+        stored = _sizes(self._partial, ".safetensors", ".gguf")
         dense_linears, dense = self.source.dense_bytes
         sizes = {
             "linears": linear_bytes,
             "linears_dense": dense_linears,
-            "weights": weights,
+            "weights": stored,
             "weights_dense": dense,
             "rounded_to_zero": rounded,
         }

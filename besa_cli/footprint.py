@@ -112,19 +112,23 @@ class Demand:
         What each phase holds; no two of them hold it at the same time.
     hidden : int
         Hidden states of all samples, in memory or in files.
+    beside : int
+        The next block, read ahead, and the last one, still being written; given up where there is no room for them.
     """
 
     phases: Mapping[str, int]
     hidden: int
+    beside: int = 0
 
     @property
     def phase(self) -> str:
         """The phase that holds most."""
         return max(self.phases, key=lambda name: self.phases[name])
 
-    def peak(self, *, in_files: bool = False) -> int:
+    def peak(self, *, in_files: bool = False, overlapping: bool = False) -> int:
         """The most that is held at a time."""
-        return self.phases[self.phase] + _ROOM + (0 if in_files else self.hidden)
+        beside = self.beside if overlapping else 0
+        return self.phases[self.phase] + _ROOM + beside + (0 if in_files else self.hidden)
 
 
 def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
@@ -192,7 +196,8 @@ def compressing(
     }
     if held.learned is not None:
         phases["learning"] = block + learned + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
-    return Demand(phases=phases, hidden=shape.streams * tokens * shape.hidden * compute)
+    hidden = shape.streams * tokens * shape.hidden * compute
+    return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 
 
 def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int) -> Demand:
@@ -223,18 +228,27 @@ class Placing:
         Bytes that the process will hold.
     phase : str
         Where it holds most.
+    overlapping : bool
+        Whether the next block is read, and the last one written, while one is computed.
     """
 
     batch: int
     in_files: bool
     peak: int
     phase: str
+    overlapping: bool = False
 
 
 def place(
-    limit: int | None, resident: int, batch: int, demand: Callable[[int], Demand], *, fixed: bool = False
+    limit: int | None,
+    resident: int,
+    batch: int,
+    demand: Callable[[int], Demand],
+    *,
+    fixed: bool = False,
+    overlapping: bool = False,
 ) -> Placing:
-    """The first way that fits: as it is, the hidden states in files, then also fewer samples in a pass.
+    """The first way that fits: as it is, without overlapping, the hidden states in files, fewer samples in a pass.
 
     Parameters
     ----------
@@ -247,21 +261,24 @@ def place(
     demand : function of a batch to a Demand
     fixed : bool
         The batch has to stay as it is: it decides in which order sums are taken.
+    overlapping : bool
+        Whether reading and writing beside the computing is worth its memory.
 
     Raises
     ------
     UsageError
         Nothing fits; the hint names what would.
     """
-    ways = [(batch, False), (batch, True)]
+    ways = [(batch, False, True)] if overlapping else []
+    ways += [(batch, False, False), (batch, True, False)]
     while batch > 1 and not fixed:
         batch = (batch + 1) // 2
-        ways.append((batch, True))
-    for samples, in_files in ways:
+        ways.append((batch, True, False))
+    for samples, in_files, both in ways:
         found = demand(samples)
-        peak = resident + found.peak(in_files=in_files)
+        peak = resident + found.peak(in_files=in_files, overlapping=both)
         if limit is None or peak <= limit:
-            return Placing(batch=samples, in_files=in_files, peak=peak, phase=found.phase)
+            return Placing(batch=samples, in_files=in_files, peak=peak, phase=found.phase, overlapping=both)
     raise UsageError(
         f"--max-memory {(limit or 0) / 1e9:.1f}GB is too little: with one window of the model the process needs "
         f"about {peak / 1e9:.1f} GB",

@@ -29,9 +29,9 @@ class Forecast:
         Peak resident bytes of the process.
     phase : str
         Where that peak is.
-    in_files : bool
-        Whether the hidden states lie in files.
-    batch : int
+    in_files : bool, optional
+        Whether the hidden states lie in files; None where there are none.
+    batch : int, optional
         Samples in a pass without gradients.
     disk : int
         Bytes that it writes, files of hidden states included.
@@ -45,8 +45,8 @@ class Forecast:
 
     memory: int
     phase: str
-    in_files: bool
-    batch: int
+    in_files: bool | None = None
+    batch: int | None = None
     disk: int
     free: int
     seconds: float

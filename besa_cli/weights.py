@@ -1,5 +1,6 @@
 """The tensors of a safetensors checkpoint, read a few at a time: no file stays open or mapped between two reads."""
 
+import copy
 import hashlib
 import json
 import struct
@@ -73,6 +74,12 @@ class Weights:
         for name in self.names:
             found[self._file[name]].append(name)
         return dict(sorted(found.items()))
+
+    def only(self, files: Iterable[Path]) -> "Weights":
+        """The same checkpoint as if it had no other files."""
+        found, wanted = copy.copy(self), set(files)
+        found._file = {name: path for name, path in self._file.items() if path in wanted}
+        return found
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take on disk."""

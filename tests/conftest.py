@@ -17,6 +17,15 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook("besa_cli.ops", "beartype.beartype")  # the shapes in the signatures are checked at every call
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one command line came to."""

@@ -1,4 +1,4 @@
-"""`--dry-run` on prune, quantize and eval ppl: every check, a forecast, and not a byte written."""
+"""`--dry-run` on prune, quantize, eval ppl and export: every check, a forecast, and not a byte written."""
 
 import json
 import time
@@ -72,6 +72,46 @@ def test_quantize_and_eval(besa: Besa, words: list[str], workplace: Path) -> Non
     table = besa("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--dry-run")
     assert "memory" in table.out
     assert "3 of 3 blocks are left" in table.out
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("pruned", ["--format", "hf", "--dtype", "float32"]),
+        ("pruned", ["--format", "sparse"]),
+        ("quantized", ["--format", "sparse"]),
+        ("quantized", ["--format", "compressed-tensors"]),
+    ],
+)
+def test_an_export_says_what_it_would_take_and_writes_nothing(
+    stage: str, more: list[str], besa: Besa, words: list[str], workplace: Path
+) -> None:
+    assert besa(*words, "--method", "wanda").code == 0
+    if stage == "quantized":
+        assert besa("quantize", "--method", "rtn", "--group-size", "16", "--symmetric", "--dtype", "float32").code == 0
+    before = tiny.files(workplace, without=())
+    found = besa("export", *more, "--dry-run", "--json")
+    assert found.code == 0, found.err
+    assert tiny.files(workplace, without=()) == before
+    said = json.loads(found.out)
+    assert (said["done"], said["blocks"], said["left"], said["in_files"]) == (False, 3, 3, None)
+    assert said["memory"] >= compute.peak_resident() // 2
+    made = besa("export", *more, "--json")
+    assert made.code == 0, made.err
+    files = json.loads(made.out)["files"]
+    written = sum(each["bytes"] for name, each in files.items() if name != "README.md")
+    assert said["disk"] == pytest.approx(written, rel=0.01)
+    again = besa("export", *more, "--dry-run", "--json")
+    assert json.loads(again.out) == {"done": True}
+
+
+def test_what_an_export_would_refuse_is_refused(besa: Besa, words: list[str], workplace: Path) -> None:
+    assert besa(*words, "--method", "wanda").code == 0
+    for more, line in ((["--format", "compressed-tensors"], "is not quantized"), (["--type", "F16"], "no option of")):
+        found = besa("export", *more, "--dry-run")
+        assert found.code != 0
+        assert line in found.err
+    assert not (workplace / "besa-run" / "export").exists()
 
 
 def test_a_half_done_stage_is_forecast_from_where_it_is(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from besa_cli import disk
+from besa_cli import compute, disk
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
@@ -81,6 +81,8 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
     drawn = ["--data", rows, "--samples", "3", "--seqlen", "12"]
     for words in (
         ["quantize", "--run", "run", *drawn],
+        ["export", "--run", "run"],
+        ["export", "--format", "sparse", "--run", "run"],
         ["eval", "ppl", "text.txt", "--seqlen", "12", "--run", "run", "--no-baseline"],
     ):
         found = besa(*words)
@@ -93,6 +95,39 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
     harm.flip_a_bit(workplace / "run" / "quantized" / "codes" / stage.shard(1).name)
     with pytest.raises(BesaError, match=r"codes/model-00003-of-00004.safetensors is damaged"):
         stage.codes(1)
+
+
+def test_what_belongs_to_no_block_is_compared_with_the_source_before_a_run_goes_on(
+    model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    shard = half_done(tmp_path, model).shard(-1)
+    harm.flip_a_bit(shard)
+    with pytest.raises(BesaError, match=f"{shard.name} is damaged"):
+        job(tmp_path, model)
+    shard.unlink()  # what the hint says
+    tiny.run(job(tmp_path, model))
+    assert tiny.files(tmp_path) == whole
+
+
+def test_codes_with_a_flipped_bit_are_not_exported(besa: Besa, model: Path, workplace: Path) -> None:
+    tiny.run(job(workplace / "run", model))
+    rows = tiny.rows_file(workplace / "rows.jsonl", ROWS)
+    drawn = ["--data", rows, "--samples", "3", "--seqlen", "12"]
+    quantized = besa("quantize", "--method", "rtn", "--symmetric", "--group-size", "16", "--run", "run", *drawn)
+    assert quantized.code == 0, quantized.err
+    stage = Stage(workplace / "run" / "quantized", 3)
+    codes = workplace / "run" / "quantized" / "codes" / stage.shard(1).name
+    harm.flip_a_bit(codes)
+    found = besa("export", "--format", "compressed-tensors", "--run", "run")
+    assert (found.code, f"codes/{codes.name} is damaged" in found.err) == (1, True), found.err
+
+
+def test_a_cut_tokenizer_is_not_handed_on(besa: Besa, model: Path, workplace: Path) -> None:
+    tiny.run(job(workplace / "run", model))
+    harm.cut_short(workplace / "run" / "pruned" / "tokenizer.json")
+    found = besa("export", "--run", "run")
+    assert (found.code, "tokenizer.json is damaged" in found.err) == (1, True), found.err
+    assert not (workplace / "run" / "export" / "hf").exists()
 
 
 @pytest.mark.parametrize("state", ["half-done", "finished"])
@@ -115,9 +150,11 @@ def test_a_manifest_of_a_newer_format_is_left_alone(
     assert tiny.files(tmp_path) == whole
 
 
+@pytest.mark.parametrize("overlapping", [False, True])
 def test_a_disk_that_is_full_from_any_file_on(
-    model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overlapping: bool, model: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compute, "overlaps", lambda device: overlapping)
     said: list[str] = []
     for number in range(1, len(whole) + 3):
         run = tmp_path / str(number)

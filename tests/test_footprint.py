@@ -73,6 +73,7 @@ def test_what_must_be_there_is_counted(method: str) -> None:
     assert found.hidden == inputs.nbytes + targets.nbytes
     block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
     assert found.peak() - found.hidden > block.nbytes + source.nbytes + masks.nbytes
+    assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
 
 
 @given(
@@ -105,6 +106,20 @@ def test_the_first_way_that_fits_is_taken() -> None:
         assert (found.batch, found.in_files) == (batch, in_files)
         assert limit is None or found.peak <= limit + resident
     assert found.phase == "deciding"
+
+
+def test_overlapping_is_given_up_before_anything_else() -> None:
+    def both(batch: int) -> Demand:
+        return Demand(phases={"statistics": 100 * batch}, hidden=1_000, beside=70)
+
+    own = both(8).peak()
+    assert both(8).peak(overlapping=True) == own + 70
+    asked = [(None, True, False), (own + 70, True, False), (own + 69, False, False), (own - 1, False, True)]
+    for limit, overlapping, in_files in asked:
+        found = footprint.place(limit, 0, 8, both, overlapping=True)
+        assert (found.overlapping, found.in_files, found.batch) == (overlapping, in_files, 8)
+        assert limit is None or found.peak <= limit
+    assert not footprint.place(None, 0, 8, both).overlapping
 
 
 def test_what_fits_in_no_way_is_refused_with_what_would() -> None:

@@ -125,10 +125,15 @@ def local(directory: Path) -> Model:
 
 
 def request(
-    method: str = "wanda", *, sparsity: float = 0.5, nm: tuple[int, int] | None = None, **options: Any
+    method: str = "wanda",
+    *,
+    sparsity: float = 0.5,
+    nm: tuple[int, int] | None = None,
+    device: str = "cpu",
+    **options: Any,
 ) -> Request:
-    """What to ask for, computed in fp32 on the CPU."""
-    return Request(method=method, sparsity=sparsity, nm=nm, options=options, device="cpu", dtype="float32")
+    """What to ask for, computed in fp32."""
+    return Request(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
 
 
 def run(job: Job) -> dict[str, Any]:

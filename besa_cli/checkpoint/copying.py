@@ -1,21 +1,38 @@
 """The small files of a model that go with it: configuration, tokenizer, licence."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
 
 from besa_cli import disk
 from besa_cli.checkpoint import manifests
+from besa_cli.errors import BesaError
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and licence files of a model; nothing that holds weights, nothing of besa's own."""
+    """Copy configuration, tokenizer and licence files of a model; nothing that holds weights, nothing of besa's own.
+
+    Raises
+    ------
+    BesaError
+        A JSON file is none, as when it was cut short.
+    """
     for path in sorted(source.iterdir()):
         if path.is_file() and _is_copied(path.name):
+            if path.suffix == ".json":
+                _require_json(path)
             disk.publish(target / path.name, partial(_copy, path))
+
+
+def _require_json(path: Path) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BesaError(f"{path} is damaged: {error}", "restore the file, or fetch the model again") from error
 
 
 def _is_copied(name: str) -> bool:

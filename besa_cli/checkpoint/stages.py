@@ -66,10 +66,7 @@ class Stage:
         tensors = weights.read_file(path)
         written = disk.read_json(self._report(index)).get(key)
         if written not in (None, weights.digest(tensors)):
-            raise BesaError(
-                f"{path} is damaged: it does not hold what was written",
-                "delete this file; in an unfinished stage the same command makes its block anew, else give --restart",
-            )
+            raise _damaged(path)
         return tensors
 
     def _report(self, index: int) -> Path:
@@ -111,8 +108,18 @@ class Stage:
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the tensors that belong to no block on disk."""
-        if not self.shard(-1).exists():
-            self._save(self.shard(-1), tensors)
+        self._save(self.shard(-1), tensors)
+
+    def check_rest(self, digest: str) -> None:
+        """Compare the tensors that belong to no block, which are on disk, with the digest of the model's.
+
+        Raises
+        ------
+        BesaError
+            They are others.
+        """
+        if weights.digest(weights.read_file(self.shard(-1))) != digest:
+            raise _damaged(self.shard(-1))
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
@@ -161,6 +168,13 @@ class Stage:
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest
+
+
+def _damaged(path: Path) -> BesaError:
+    return BesaError(
+        f"{path} is damaged: it does not hold what was written",
+        "delete this file; in an unfinished stage the same command makes it anew, else give --restart",
+    )
 
 
 def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import options
+from besa_cli.commands import forecasting, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.exporters import EXPORTERS
 
@@ -47,6 +47,7 @@ def export(
     yes: YesOption = False,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
+    dry_run: options.DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -61,8 +62,11 @@ def export(
     options.require_run(run)
     if push_to is not None:
         pushing.check(push_to)
-    with lock.held(run, f"besa export --run {run}"):
+    with lock.free(run) if dry_run else lock.held(run, f"besa export --run {run}"):
         job = Job(Run(run), request, restart=restart)
+        if dry_run:
+            forecasting.job(job, console)
+            return
         if job.done:
             console.note(f"{job.directory} is finished already, with the same options")
         with console.blocks(f"export {format}", job.number_of_pieces) as progress:

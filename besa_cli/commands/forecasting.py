@@ -1,19 +1,33 @@
 """What `--dry-run` shows: memory, disk and time of a command that is not run."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from besa_cli.console import Console, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from besa_cli.forecast import Forecast
-    from besa_cli.jobs.job import Job
 
 
-def job(made: "Job", console: Console) -> None:
+class Job(Protocol):
+    """What can be forecast: a stage that is made, or an export."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+
+    @property
+    def title(self) -> str:
+        """What would be done, in one line."""
+
+    def forecast(self) -> "Forecast":
+        """What it would take."""
+
+
+def job(made: Job, console: Console) -> None:
     """Show what a dry job would take."""
     if made.done:
-        console.note("the stage is finished already, with the same options: nothing would be done")
+        console.note("it is finished already, with the same options: nothing would be done")
         console.emit_json({"done": True})
         return
     console.note(made.title)
@@ -26,13 +40,14 @@ def show(forecast: "Forecast", console: Console) -> None:
     from besa_cli.zeroshot import memory
 
     available = memory.available(compute.device("cpu")) + compute.resident()
-    where = "hidden states in files" if forecast.in_files else "hidden states in memory"
+    hidden = {None: "", True: "; hidden states in files", False: "; hidden states in memory"}[forecast.in_files]
     rows = [
-        ("memory", human_bytes(forecast.memory), human_bytes(available), f"most in: {forecast.phase}; {where}"),
+        ("memory", human_bytes(forecast.memory), human_bytes(available), f"most in: {forecast.phase}{hidden}"),
         ("disk", human_bytes(forecast.disk), human_bytes(forecast.free), ""),
         ("time", human_seconds(forecast.seconds), "", f"{forecast.left} of {forecast.blocks} blocks are left"),
     ]
     console.table("", ("", "takes", "there is", ""), rows)
     if forecast.memory > available:
-        console.note("this is more memory than there is: give --max-memory, a shorter --seqlen or a narrower --window")
+        smaller = ": give --max-memory, a shorter --seqlen or a narrower --window" if hidden else ""
+        console.note(f"this is more memory than there is{smaller}")
     console.emit_json({"done": False, **asdict(forecast), "available": available})

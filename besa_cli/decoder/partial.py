@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from besa_cli import anatomy, compute
+from besa_cli.decoder.ahead import Ahead
 from besa_cli.errors import BesaError
 from besa_cli.weights import Names, Weights
 
@@ -35,6 +36,7 @@ class PartialModel:
         self.model = anatomy.skeleton(self.config, dtype)
         self.prefix, self.blocks = anatomy.block_list(self.model)
         self._names = Names(self.model, self.weights.names)
+        self._ahead = Ahead(lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda")
         for index in range(len(self.blocks)):
             self._require(self.block_names(index), f"block {index}")
         self._load_rest()
@@ -68,6 +70,10 @@ class PartialModel:
                     "the checkpoint is incomplete or of another architecture: fetch it again",
                 )
 
+    def expect(self, index: int) -> None:
+        """Begin to read block `index`, which will be loaded soon; that takes as much memory as it has on disk."""
+        self._ahead.expect(index)
+
     def load(self, index: int, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Give block `index` its weights and return all its tensors in their own dtype, by checkpoint name.
 
@@ -78,7 +84,7 @@ class PartialModel:
             Take the tensors from here instead of from the checkpoint.
         """
         block = self.blocks[index]
-        tensors = dict(source) if source is not None else self.weights.read(self.source_names(index))
+        tensors = dict(source) if source is not None else self._ahead.take(index)
         block.to_empty(device=self.device)
         self._restore_buffers(block)
         self._fill(block.state_dict(), self.block_names(index), tensors)

@@ -1,6 +1,7 @@
 """The stage that is exported: its tensors, read a few at a time, and which of them are pruned linears."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
-from besa_cli.weights import Weights, entries, read_file
+from besa_cli.weights import Weights, entries
 
 CODES = "codes"  # the directory of a quantized stage that holds the codes its weights were made from
 DENSE_BITS = 16  # of a weight in the dense model that sizes are compared with
@@ -80,6 +81,12 @@ class Source:
         """All tensors, in the order of the stage's shards: what belongs to no block first, then block after block."""
         return [name for names in self.weights.shards().values() for name in names]
 
+    def only(self, files: Iterable[Path]) -> "Source":
+        """The same stage as if it had no other files of weights."""
+        found = copy.copy(self)
+        found.weights = self.weights.only(files)
+        return found
+
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own."""
         return self.weights.read([name])[name]
@@ -100,10 +107,11 @@ class Source:
 
     def coded(self, names: Sequence[str]) -> dict[str, Quantized]:
         """The codes of those among `names`, tensors of one file, that were quantized."""
-        path = self.directory / CODES / self.weights.file(names[0]).name
-        if self.grid is None or not path.exists():
+        blocks = {self.stage.shard(index): index for index in range(self.stage.blocks)}
+        block = blocks.get(self.weights.file(names[0]))
+        if self.grid is None or block is None:
             return {}
-        stored = read_file(path)
+        stored = self.stage.codes(block)
         grid = Grid(**{name: self.grid[name] for name in ("bits", "group_size", "symmetric")})
         linears = {name: name.removesuffix(".weight") for name in names if name in self.linears}
         return {

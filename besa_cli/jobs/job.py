@@ -1,5 +1,6 @@
 """Making a stage of a run directory from a checkpoint, resumable at every block."""
 
+import contextlib
 import json
 import socket
 import time
@@ -22,6 +23,7 @@ from besa_cli.jobs.plan import Plan
 from besa_cli.models import Model
 from besa_cli.reports import BlockReport
 from besa_cli.stream import walk
+from besa_cli.stream.behind import Behind
 from besa_cli.stream.block import Step
 
 
@@ -106,9 +108,9 @@ class Job:
             self._to_write = whole + hidden
             refusals.require_space(self._directory, self._to_write)
             verify(self._decoder, self.calibration.tokens)
+        self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
         if self._dry:
             disk.require_writable(self._directory)
-            self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
             self._checked = compute.age()
         else:
             self._begin(source, notify, spilled=placing.in_files)
@@ -124,8 +126,11 @@ class Job:
         self._shelf = Shelf(self._directory if spilled else None)
         if spilled:
             notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
-        if not self._stage.shard(-1).exists():
-            self._stage.write_rest(source.read(self._decoder.rest_names()))
+        rest = self._decoder.rest_names()
+        if self._stage.shard(-1).exists():
+            self._stage.check_rest(weights.digest(source.read(rest)))
+        else:
+            self._stage.write_rest(source.read(rest))
 
     def _place_in_memory(self) -> footprint.Placing:
         """How to stay within --max-memory; the batch of a stage that was begun stays as it is.
@@ -137,7 +142,8 @@ class Job:
         """
         most = self.manifest["compute"]["batch"]
         limit, new = self.request.max_memory, self.manifest["status"] == "new"
-        return footprint.place(limit, compute.resident(), most, self._demand, fixed=not new)
+        overlapping = compute.overlaps(self._decoder.device)
+        return footprint.place(limit, compute.resident(), most, self._demand, fixed=not new, overlapping=overlapping)
 
     def _demand(self, batch: int) -> footprint.Demand:
         own, (samples, seqlen) = self.request.method_options(), self.calibration.tokens.shape
@@ -195,27 +201,29 @@ class Job:
         return self._stage.blocks
 
     def blocks(self, on_step: Step = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Do block after block; each report is given when its block is safe on disk."""
+        """Do block after block; each report is given when its block is on disk, or the only one on its way there."""
         if self.done:
             yield from self._stage.reports()
             return
-        settings = self.manifest["compute"]
-        reports = walk.compress(
-            self._decoder,
-            self._stage,
-            self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
-            self.request.change,
-            segments=self._segments,
-            budgets=self._budgets,
-            target=self.request.target,
-            batch=settings["batch"],
-            seed=self.request.seed,
-            on_step=on_step,
-            shelf=self._shelf,
-        )
-        for report in reports:
-            self._note_time(report)
-            yield report
+        overlapping = self._placing.overlapping
+        with Behind(self._stage) if overlapping else contextlib.nullcontext(self._stage) as store:
+            reports = walk.compress(
+                self._decoder,
+                store,
+                self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
+                self.request.change,
+                segments=self._segments,
+                budgets=self._budgets,
+                target=self.request.target,
+                batch=self.manifest["compute"]["batch"],
+                seed=self.request.seed,
+                on_step=on_step,
+                shelf=self._shelf,
+                ahead=overlapping,
+            )
+            for report in reports:
+                self._note_time(report)
+                yield report
 
     def finish(self) -> dict[str, Any]:
         """Complete the stage and put it in its place; returns its manifest."""

@@ -50,6 +50,7 @@ def compress(
     seed: int,
     on_step: Step = lambda done, total, phase: None,
     shelf: Shelf | None = None,
+    ahead: bool = False,
 ) -> Iterator[BlockReport]:
     """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
 
@@ -70,6 +71,8 @@ def compress(
         Samples in a pass without gradients.
     shelf : Shelf, optional
         Where the hidden states lie; in memory by default.
+    ahead : bool
+        Read the blocks of the next window while one is decided.
     """
     finished = store.finished()
     if finished == len(decoder):
@@ -80,7 +83,8 @@ def compress(
     for segment in segments:
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
-        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own)
+        after = next((each.blocks for each in segments if ahead and each.blocks.start == segment.blocks.stop), range(0))
+        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
         for index in segment.blocks:
             decoder.drop(index)
         seconds = (time.perf_counter() - start) / len(reports)
@@ -119,9 +123,11 @@ class _Walk:
             self._advance(index, self._inputs)
         return [self._store.report(index) for index in segment.blocks]
 
-    def prune(self, segment: Segment, budgets: Sequence[int | None]) -> list[BlockReport]:
-        """Decide the segment's windows one after the other, then store its blocks."""
+    def prune(self, segment: Segment, budgets: Sequence[int | None], after: Sequence[int]) -> list[BlockReport]:
+        """Decide the segment's windows one after the other, then store its blocks; those `after` it are read ahead."""
         sources = {index: self._decoder.load(index) for index in segment.blocks}
+        for index in after:
+            self._decoder.expect(index)
         targets = self._dense_targets(segment)
         alone = len(segment.windows) == 1
         whole = None if alone else self._whole_target(segment)
