@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -19,6 +20,8 @@ from besa_cli.stream.block import Block, Pruned, Step
 from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked
 from besa_cli.stream.propagation import advance, batches, collected, embed
 from besa_cli.windows import Segment, Window
+
+Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 class Store(Protocol):
@@ -78,13 +81,16 @@ def compress(
     if finished == len(decoder):
         yield from (store.report(index) for index in range(finished))
         return
-    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
+    walk = Walk(
+        decoder, store.write, tokens, change, target=target, batch=batch, seed=seed, on_step=on_step,
+        shelf=shelf or Shelf(),
+    )  # fmt: skip
     counts = iter(budgets or [])
-    for segment in segments:
+    for segment, following in zip_longest(segments, segments[1:]):
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
-        after = next((each.blocks for each in segments if ahead and each.blocks.start == segment.blocks.stop), range(0))
-        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
+        after = following.blocks if ahead and following else range(0)
+        reports = walk.replay(segment, store) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
         for index in segment.blocks:
             decoder.drop(index)
         seconds = (time.perf_counter() - start) / len(reports)
@@ -92,38 +98,42 @@ def compress(
             yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
 
 
-class _Walk:
-    """The state of `compress`: the compressed stream, and the dense one where it is the target."""
+class Walk:
+    """The state of `compress`: the compressed stream, and the dense one where it is the target.
+
+    `keep` takes a finished block's report, tensors and codes; the other parameters are those of `compress`.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
-        store: Store,
+        keep: Keep,
         tokens: Tensor,
         change: Callable[[Block], Pruned],
-        dense: bool,
+        *,
+        target: Target,
         batch: int,
         seed: int,
         on_step: Step,
         shelf: Shelf,
     ) -> None:
         self._shelf = shelf
-        self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
+        self._decoder, self._keep, self._tokens, self._change = decoder, keep, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
         self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
-        self._dense = embed(decoder, tokens, batch, shelf) if dense and len(tokens) else None
+        self._dense = embed(decoder, tokens, batch, shelf) if target == "stream" and len(tokens) else None
 
-    def replay(self, segment: Segment) -> list[BlockReport]:
+    def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
         for index in segment.blocks:
             if self._dense is not None:
                 self._decoder.load(index)
                 self._advance(index, self._dense)
-            self._decoder.load(index, self._store.read(index))
+            self._decoder.load(index, store.read(index))
             self._advance(index, self._inputs)
-        return [self._store.report(index) for index in segment.blocks]
+        return [store.report(index) for index in segment.blocks]
 
-    def prune(self, segment: Segment, budgets: Sequence[int | None], after: Sequence[int]) -> list[BlockReport]:
+    def prune(self, segment: Segment, budgets: Sequence[int | None], after: Sequence[int] = ()) -> list[BlockReport]:
         """Decide the segment's windows one after the other, then store its blocks; those `after` it are read ahead."""
         sources = {index: self._decoder.load(index) for index in segment.blocks}
         for index in after:
@@ -227,5 +237,5 @@ class _Walk:
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
         ]
         for report in reports:
-            self._store.write(report, tensors[report.index], codes[report.index])
+            self._keep(report, tensors[report.index], codes[report.index])
         return reports
