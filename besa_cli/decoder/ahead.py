@@ -6,7 +6,8 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-Given, Found = ParamSpec("Given"), TypeVar("Found")
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def begun(function: Callable[Given, Found], *args: Given.args, **kwargs: Given.kwargs) -> "Future[Found]":
