@@ -158,7 +158,7 @@ def _main(words: tuple[str, ...], log: Path, begun: int, before: Callable[[], No
 
 
 def all_of(place: Path, log: Path) -> list[Command]:
-    """Every long command, on a tiny model of four blocks below `place`."""
+    """Every long command, on a tiny model of three blocks below `place`."""
     made = Workshop(place, log)
     return [*made.prunes(), *made.stages(), *made.measurements(), *made.exports()]
 
@@ -168,10 +168,10 @@ class Workshop:
 
     def __init__(self, place: Path, log: Path) -> None:
         self._place, self._log, self._run = place, log, place / "run"
-        dense = tiny.checkpoint(place / "tiny", blocks=4, dtype=torch.bfloat16, shard_size="20KB")
+        dense = tiny.checkpoint(place / "tiny", blocks=3, dtype=torch.bfloat16, shard_size="20KB")
         self._model = tiny.add_tokenizer(dense)
-        rows = tiny.rows_file(place / "rows.jsonl", tiny.tokens(8, 32))
-        self._drawn = ("--data", str(rows), "--samples", "8", "--seqlen", "32")
+        rows = tiny.rows_file(place / "rows.jsonl", tiny.tokens(4, 32))
+        self._drawn = ("--data", str(rows), "--samples", "4", "--seqlen", "32")
         self._text = place / "text.txt"
         self._text.write_text(" ".join(f"w{3 + number * 7 % 120}" for number in range(400)))
         self._common = ("--dtype", "float32", "--run", str(self._run))
@@ -195,7 +195,7 @@ class Workshop:
     def prunes(self) -> list[Command]:
         """`besa prune` in several ways, and over a finished stage."""
         return [
-            self._prune("besa", "--epochs", "3"),
+            self._prune("besa"),
             self._prune(
                 "besa", "--granularity", "layer", "--target", "stream", "--window", "2", name="prune besa, windows of 2"
             ),

@@ -1,7 +1,10 @@
 """What can happen to a program and its files: at random in `tests/faults.py`, by name in `tests/test_faults.py`."""
 
+import contextlib
 import errno
+import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -149,8 +152,12 @@ _WARM = (
 
 
 def warm_up() -> None:
-    """Import what commands import, so that their forks do not."""
+    """Import what commands import, so that their forks do not; what parses a command line is imported by doing it."""
     for name in _WARM:
         importlib.import_module(f"besa_cli.{name}")
+    with contextlib.redirect_stderr(io.StringIO()):
+        importlib.import_module("besa_cli.app").main(["show", os.devnull])
     importlib.import_module("transformers.models.llama.modeling_llama")
     importlib.import_module("prodigyopt")
+    gc.collect()
+    gc.freeze()  # or every fork would copy what its first collection looks at
