@@ -21,11 +21,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def _is_copied(name: str) -> bool:
-    if (
-        name in _OWN
-        or name.startswith((".", "model-"))
-        or any(name.endswith(suffix) for suffix in _WEIGHTS)
-    ):
+    if name in _OWN or name.startswith((".", "model-")) or any(name.endswith(suffix) for suffix in _WEIGHTS):
         return False
     return name.endswith(_COPIED) or name.upper().startswith("LICENSE")
 
