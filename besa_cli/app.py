@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
-    with _termination_interrupts(settings):
+    with _signals_interrupt(settings):
         try:
             code = _run(arguments, settings)
             sys.stdout.flush()
@@ -103,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Interrupted as error:
             code, way_on = INTERRUPTED, error.hint
         except (BesaError, typer.TyperException, typer.Abort, OSError, MemoryError, RuntimeError) as error:
-            code = _report(error, settings)
+            code = INTERRUPTED if settings.signals else _report(error, settings)
+        except Exception:
+            if not settings.signals:
+                raise
+            code = INTERRUPTED  # an extension had taken the interrupt for an error of its own
     if code != INTERRUPTED:
         return code
     show_error("interrupted", way_on)
@@ -116,8 +120,8 @@ def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
 
 
 @contextmanager
-def _termination_interrupts(settings: Settings) -> Iterator[None]:
-    """Let SIGTERM unwind the program as Ctrl-C does, so that locks and temporary files go away."""
+def _signals_interrupt(settings: Settings) -> Iterator[None]:
+    """Let SIGTERM unwind the program as Ctrl-C does, so that locks and temporary files go away; note which came."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         settings.signals.append(number)
@@ -126,11 +130,14 @@ def _termination_interrupts(settings: Settings) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # as in the background of a shell
+    wanted = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(error: Exception, settings: Settings) -> int:

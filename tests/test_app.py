@@ -134,6 +134,22 @@ def test_debug_shows_where(
     assert outcome.err.endswith("error: no model\nhint: look there\n")
 
 
+@pytest.mark.parametrize("error", [ValueError("no shape"), RuntimeError("no storage"), BesaError("cannot read it")])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_an_extension_made_another_error_of(
+    number: signal.Signals, code: int, error: Exception, besa: Besa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise error from None
+
+    monkeypatch.setattr(models, "resolve", resolve)
+    outcome = besa("calibrate")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (code, "error: interrupted")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_one_line_that_says_how_to_go_on(workplace: Path, number: int, code: int) -> None:
     (workplace / "sitecustomize.py").write_text(
