@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-COLUMNS = ("identical", "refused", "lost")
+COLUMNS = ("identical", "refused", "unclear", "lost")
 
 
 @dataclass(kw_only=True)
@@ -18,8 +18,8 @@ class Tally:
     def add(self, harmed: str, command: str, outcome: str, why: str = "") -> None:
         """Count one injection."""
         self.counts.setdefault((harmed, command), Counter())[outcome] += 1
-        if outcome == "lost":
-            sys.stderr.write(f"LOST {harmed}, {command}: {why}\n")
+        if outcome in ("lost", "unclear"):
+            sys.stderr.write(f"{outcome.upper()} {harmed}, {command}: {why}\n")
 
     def save(self, file: Path) -> None:
         """Keep the counts as JSON."""
