@@ -146,7 +146,11 @@ def test_an_interrupt_that_an_extension_made_another_error_of(
             raise error from None
 
     monkeypatch.setattr(models, "resolve", resolve)
-    outcome = besa("calibrate")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
+    try:
+        outcome = besa("calibrate")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.err.splitlines()[0]) == (code, "error: interrupted")
 
 
