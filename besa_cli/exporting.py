@@ -1,13 +1,14 @@
 """One export from a finished stage to a finished directory: whole under its own name, or not there."""
 
 import importlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, checkpoint, disk
+from besa_cli import card, checkpoint, compression, disk
 from besa_cli.checkpoint import EXPORT, FORMAT, Run
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.exporters import EXPORTERS
@@ -56,7 +57,7 @@ class Request:
     @property
     def directory(self) -> str:
         """The name of the export's directory: the format, and what was chosen of how weights are stored."""
-        chosen = [str(self.options[name]) for name in ("dtype", "type") if name in self.options]
+        chosen = [str(self.options[name]) for name in ("dtype", "type", "compress") if name in self.options]
         return disk.safe_name("-".join([self.format, *chosen]))
 
 
@@ -133,7 +134,7 @@ class Job:
         self._finish(linear_bytes, rounded)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
-        weights = _sizes(self._partial, ".safetensors", ".gguf")
+        weights = _sizes(self._partial, ".safetensors", ".gguf", compression.SUFFIX)
         dense_linears, dense = self.source.dense_bytes
         sizes = {
             "linears": linear_bytes,
@@ -159,7 +160,7 @@ class Job:
         )
         disk.publish(self._partial / card.FILE, lambda path: _write(path, text))
         manifest["files"] = {
-            str(path.relative_to(self._partial)): {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
+            str(path.relative_to(self._partial)): _flushed(path)
             for path in sorted(self._partial.rglob("*"))
             if path.is_file()
         }
@@ -177,6 +178,13 @@ def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sizes(directory: Path, *endings: str) -> int:
     return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in endings)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """A file's bytes and digest, once it is on the disk: a power cut must not leave an export without its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
 
 
 def _write(path: Path, text: str) -> None:
