@@ -11,7 +11,7 @@ import pytest
 import quantized
 import tiny
 
-from besa_cli import inspection
+from besa_cli import importing, inspection
 from besa_cli.checkpoint import Run
 from besa_cli.exporters import EXPORTERS
 from besa_cli.exporting import Job, Request
@@ -105,3 +105,18 @@ def test_every_file_is_on_the_disk_before_the_export_has_its_name(
     assert len(at_that_moment) == 1
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert [path.name for path in files if path.stat().st_ino not in at_that_moment[0]] == []
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": "zstd"}])
+def test_an_import_that_stops_leaves_no_stage(options: Mapping[str, object], stage: Run, tmp_path: Path) -> None:
+    run = exported.copy_of(stage, tmp_path / "run")
+    directory = exported.export(run, "sparse", **options)
+    for number in range(3):
+        shards = importing.Job(directory, Run(tmp_path / "back")).shards()
+        for _ in range(number + 1):
+            next(shards)
+        shards.close()
+        assert Run(tmp_path / "back").newest() is None
+    job = importing.Job(directory, Run(tmp_path / "back"))
+    list(job.shards())
+    assert tiny.files(job.directory) == tiny.files(run.stage("quantized"))
