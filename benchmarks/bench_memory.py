@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from besa_cli import __version__
-from besa_cli.checkpoint import versions
+from besa_cli.checkpoint.manifests import versions
 
 VOCABULARY = 256
 

@@ -2,16 +2,18 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from besa_cli import stream, windows
+from besa_cli import windows
+from besa_cli.activations import Shelf
 from besa_cli.choices import Target
-from besa_cli.decoder import Decoder
-from besa_cli.reports import BlockReport
-from besa_cli.stream import Block, Pruned
+from besa_cli.decoder.running import Decoder
+from besa_cli.stream import propagation
+from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.walk import Walk
 from besa_cli.windows import Segment
 
 _FIXED = ("update",)  # phases whose length does not depend on the number of samples
@@ -63,7 +65,7 @@ class Meter:
         self._total: dict[str, int] = defaultdict(int)
 
     def step(self, done: int, total: int, phase: str) -> None:
-        """See `besa_cli.stream.Step`; the first step of a phase only starts its clock."""
+        """See `besa_cli.stream.block.Step`; the first step of a phase only starts its clock."""
         now = time.perf_counter()
         if phase == self._phase and done > self._done:
             self._seconds[phase] += now - self._last
@@ -86,22 +88,6 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-class _Nowhere:
-    """A store that keeps nothing: see `besa_cli.stream.Store`."""
-
-    def finished(self) -> int:
-        return 0
-
-    def read(self, index: int) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def report(self, index: int) -> BlockReport:
-        raise NotImplementedError
-
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Keep nothing."""
-
-
 def seconds(
     decoder: Decoder,
     tokens: Tensor,
@@ -114,7 +100,7 @@ def seconds(
     seed: int,
     finished: int,
 ) -> float:
-    """Seconds that `stream.compress` will need with the same arguments, from a trial of its first windows.
+    """Seconds that `stream.walk.compress` will need with the same arguments, from a trial of its first windows.
 
     The trial passes two batches through them, learning included, and keeps nothing.
 
@@ -127,16 +113,16 @@ def seconds(
     factor = len(tokens) / max(len(few), 1)
     first, meter = segments[0], Meter()
     began = time.perf_counter()
-    stream.embed(decoder, few[:batch], batch) if len(few) else None
+    propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
-    walk = stream.compress(
-        decoder, _Nowhere(), few, change,
-        segments=[first], budgets=budgets[: len(first.windows)] if budgets else None,
-        target=target, batch=batch, seed=seed, on_step=meter.step,
+    trial = Walk(
+        decoder, lambda report, tensors, codes: None, few, change,
+        target=target, batch=batch, seed=seed, on_step=meter.step, shelf=Shelf(),
     )  # fmt: skip
-    for _ in walk:
-        pass
+    trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
+    for index in first.blocks:
+        decoder.drop(index)
     of_first = meter.extrapolated(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in segments]
     left = sum(size for size, segment in zip(sizes, segments, strict=True) if segment.blocks.stop > finished)
