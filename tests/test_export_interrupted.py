@@ -12,7 +12,7 @@ import quantized
 import tiny
 
 from besa_cli import importing, inspection
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.exporters import EXPORTERS
 from besa_cli.exporting import Job, Request
 
