@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, compression, disk
+from besa_cli import card, compression, compute, disk
 from besa_cli.checkpoint import exchange, manifests, refusals
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
@@ -128,10 +128,12 @@ class Job:
             self._partial.mkdir(parents=True)
         except OSError as error:
             raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        compute.map_large_tensors()
         linear_bytes = rounded = 0
         for piece in self._module.write(self.source, self._partial, self._options):
             linear_bytes += piece.linear_bytes
             rounded += piece.rounded_to_zero
+            compute.give_back_memory()
             yield piece
         self._finish(linear_bytes, rounded)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from besa_cli import compression, disk, sparse, weights
+from besa_cli import compression, compute, disk, sparse, weights
 from besa_cli.checkpoint import exchange, manifests, stages
 from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.runs import Run
@@ -75,8 +75,10 @@ class Job:
         if set(names) != set(files):
             odd = min(set(names) ^ set(files))
             raise BesaError(f"{self._export / INDEX} and the stage's own index differ about {odd}", "export it anew")
+        compute.map_large_tensors()
         for file, name in names.items():
             self._expand(self._export / files[file], self._partial / name)
+            compute.give_back_memory()
             yield name
         found = weights.check(weights.Weights(self._partial))
         if found != self._manifest["digest"]:
