@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,32 +13,18 @@ from besa_cli.activations import Shelf
 from besa_cli.choices import Target
 from besa_cli.decoder.running import Decoder
 from besa_cli.ops import affine, losses
+from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.stream.block import Block, Pruned, Step
 from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked
 from besa_cli.stream.propagation import advance, batches, collected, embed
+from besa_cli.stream.sharing import Share, SharedStore, Store
 from besa_cli.windows import Segment, Window
-
-
-class Store(Protocol):
-    """Where finished blocks go: see `besa_cli.checkpoint.stages.Stage`."""
-
-    def finished(self) -> int:
-        """How many blocks are on disk, from the first on without a gap."""
-
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block."""
-
-    def report(self, index: int) -> BlockReport:
-        """The report of a finished block."""
-
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Put a block on disk, whole or not at all; the codes of linears on a grid beside its tensors."""
 
 
 def compress(
     decoder: Decoder,
-    store: Store,
+    store: Store | None,
     tokens: Tensor,
     change: Callable[[Block], Pruned],
     *,
@@ -50,6 +35,7 @@ def compress(
     seed: int,
     on_step: Step = lambda done, total, phase: None,
     shelf: Shelf | None = None,
+    world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
     """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
 
@@ -58,8 +44,10 @@ def compress(
 
     Parameters
     ----------
+    store : Store, optional
+        Of several ranks only the first has it.
     tokens : Tensor of shape (samples, seqlen)
-        Without any samples nothing passes through the blocks, and `change` sees their weights alone.
+        Those of all ranks. Without any nothing passes through the blocks, and `change` sees their weights alone.
     change : function of a Block to what becomes of it
     segments : the model's windows
     budgets : one number a window, or None
@@ -70,12 +58,16 @@ def compress(
         Samples in a pass without gradients.
     shelf : Shelf, optional
         Where the hidden states lie; in memory by default.
+    world : Ranks, optional
+        All ranks have to walk alike; alone by default.
     """
-    finished = store.finished()
+    share = Share(len(tokens), world)
+    shared = SharedStore(store, share.world)
+    finished = shared.finished()
     if finished == len(decoder):
-        yield from (store.report(index) for index in range(finished))
+        yield from (shared.report(index) for index in range(finished))
         return
-    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
+    walk = _Walk(decoder, shared, share, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
     counts = iter(budgets or [])
     for segment in segments:
         start = time.perf_counter()
@@ -95,6 +87,7 @@ class _Walk:
         self,
         decoder: Decoder,
         store: Store,
+        share: Share,
         tokens: Tensor,
         change: Callable[[Block], Pruned],
         dense: bool,
@@ -103,7 +96,8 @@ class _Walk:
         on_step: Step,
         shelf: Shelf,
     ) -> None:
-        self._shelf = shelf
+        tokens = tokens[share.own.start : share.own.stop]
+        self._shelf, self._share = shelf, share
         self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
         self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
@@ -131,11 +125,13 @@ class _Walk:
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
-                shelf=self._shelf,
+                shelf=self._shelf, share=self._share,
             )  # fmt: skip
             pruned = self._change(block)
             check_counts(block, pruned)
-            decided.append(Decided(window=window, pruned=pruned, stored=masked(block.weights, pruned)))
+            stored = masked(block.weights, pruned)
+            self._share.world.equalize(list(stored.values()))
+            decided.append(Decided(window=window, pruned=pruned, stored=stored))
             if whole is None:
                 whole = block.target
             if not alone:
@@ -215,7 +211,7 @@ class _Walk:
             self._decoder.load(index, tensors[index])
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
-        error = math.fsum(errors) / len(self._inputs) if errors else None
+        error = self._share.world.total(math.fsum(errors)) / self._share.samples if errors else None
         reports = [
             block_report(index, len(self._decoder), linears[index], decided, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
