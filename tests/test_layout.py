@@ -35,7 +35,7 @@ LAYERS = (
     },
     {"models", "ranks", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
-    {"texts", "windows"},
+    {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
     {
         "card",
