@@ -114,7 +114,7 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(words: list[object
     prune(workplace, 1, *slow, "cut")
     whole, cut = shards(workplace / "whole"), shards(workplace / "cut")
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items() if ".layers.0." in name)
-    assert different(whole, cut) < 0.01
+    assert different(whole, cut) < 0.05  # hundreds of steps make much of the last bits
 
 
 def test_killed_and_gone_on_with_as_many_ranks_ends_in_the_same_bytes(words: list[object], workplace: Path) -> None:
