@@ -15,11 +15,11 @@ import torch.distributed as dist
 _PRELOADED = [
     "besa_cli.app",
     "besa_cli.jobs.job",
-    "besa_cli.jobs.request",
     "besa_cli.preparation",
     "besa_cli.pruners.besa",
     "besa_cli.pruners.magnitude",
     "besa_cli.pruners.sparsegpt",
+    "besa_cli.pruning",
     "besa_cli.ranks",
     "transformers.models.llama.modeling_llama",
 ]
