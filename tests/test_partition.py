@@ -4,6 +4,7 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from besa_cli import partition
 
@@ -11,6 +12,7 @@ counts = st.integers(1, 60)
 sizes = st.integers(1, 9)
 
 
+@few
 @given(counts, sizes)
 def test_every_sample_belongs_to_one_rank_and_neighbours_together(samples: int, size: int) -> None:
     owned = [list(partition.own(samples, rank, size)) for rank in range(size)]
@@ -22,6 +24,7 @@ def test_every_sample_belongs_to_one_rank_and_neighbours_together(samples: int, 
     assert len(owners) == samples
 
 
+@few
 @given(st.data(), sizes)
 def test_the_work_of_a_step_is_even_and_moves_no_sample_without_need(data: st.DataObject, size: int) -> None:
     owners = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=40))
