@@ -33,7 +33,7 @@ LAYERS = (
         "sampling",
         "sim",
     },
-    {"models", "ranks", "sparse", "token_rows", "weights"},
+    {"compression", "models", "ranks", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
