@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from traceback import print_exception
 from types import FrameType
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from besa_cli import __version__
+from besa_cli import __version__, launch
 from besa_cli.commands import evaluate
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.config_file import origin
@@ -25,22 +25,17 @@ from besa_cli.commands.import_ import import_
 from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
+from besa_cli.commands.settings import Settings
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
-from besa_cli.errors import BesaError, Interrupted
+from besa_cli.errors import BesaError, Interrupted, UsageError
 
 INTERRUPTED = 128 + signal.SIGINT
 
+_SHARED = ("prune",)  # commands that several ranks can share
+
 app = typer.Typer(name="besa", no_args_is_help=True, rich_markup_mode=None, context_settings={"max_content_width": 110})
-
-
-@dataclass
-class Settings:
-    """What the options before the verb say, and which signal ended the run."""
-
-    debug: bool = False
-    signals: list[int] = field(default_factory=list)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,6 +57,26 @@ def besa(
     """Make a large language model sparse without training it, block by block, and see what it cost."""
     if isinstance(context.obj, Settings):
         context.obj.debug = debug
+        _join(context, context.obj)
+
+
+def _join(context: typer.Context, settings: Settings) -> None:
+    """Find the other ranks where `torchrun` started several; only the first one is heard from here on."""
+    place = launch.place(os.environ)
+    if place.size == 1:
+        return
+    settings.speaks = lambda: place.rank == 0
+    if context.invoked_subcommand not in _SHARED:
+        raise UsageError(
+            f"besa {context.invoked_subcommand} does not work on {place.size} ranks: besa {', '.join(_SHARED)} does",
+            "start it once, without torchrun",
+        )
+    from besa_cli.ranks import Ranks
+
+    settings.ranks = Ranks(place)
+    settings.speaks = settings.ranks.first_to_fail
+    if not settings.ranks.leads:
+        context.with_resource(_unheard())
 
 
 app.command()(calibrate)
@@ -73,6 +88,13 @@ app.command("import")(import_)
 app.command()(simulate)
 app.command()(show)
 app.command()(run)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is printed goes nowhere."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,10 +112,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
     settings = Settings()
-    way_on = "everything finished is kept; run the same command again to go on from there"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
+    code = _explained(arguments, settings)
+    if settings.ranks is not None:
+        settings.ranks.leave(code)
+    return code
+
+
+def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
+    """Run the command line; what goes wrong becomes a line and an exit code."""
+    way_on = "everything finished is kept; run the same command again to go on from there"
     with _signals_interrupt(settings):
         try:
             code = _run(arguments, settings)
@@ -110,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = INTERRUPTED  # an extension had taken the interrupt for an error of its own
     if code != INTERRUPTED:
         return code
-    show_error("interrupted", way_on)
+    if settings.speaks():
+        show_error("interrupted", way_on)
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 
@@ -124,8 +155,9 @@ def _signals_interrupt(settings: Settings) -> Iterator[None]:
     """Let SIGTERM unwind the program as Ctrl-C does, so that locks and temporary files go away; note which came."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        settings.signals.append(number)
-        raise KeyboardInterrupt
+        if not settings.failed:
+            settings.signals.append(number)
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
@@ -150,9 +182,11 @@ def _report(error: Exception, settings: Settings) -> int:
     line = _line(error)
     if line is None:
         raise error
-    if settings.debug:
-        print_exception(error)
-    show_error(*line)
+    settings.failed = settings.ranks is not None
+    if settings.speaks():
+        if settings.debug:
+            print_exception(error)
+        show_error(*line)
     return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
 
 

@@ -19,8 +19,21 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each imports only from the layers above its own line; a folder's own files may import each other.
 LAYERS = (
     {"choices", "errors", "reports"},
-    {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling", "sim"},
-    {"compression", "models", "sparse", "token_rows", "weights"},
+    {
+        "activations",
+        "anatomy",
+        "compute",
+        "datahub",
+        "disk",
+        "documents",
+        "launch",
+        "lock",
+        "ops",
+        "partition",
+        "sampling",
+        "sim",
+    },
+    {"compression", "models", "ranks", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},

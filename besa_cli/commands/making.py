@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs.plan import Plan
     from besa_cli.models import Model
+    from besa_cli.ranks import Ranks
 
 
 def stage(
@@ -23,14 +24,19 @@ def stage(
     *,
     restart: bool,
     dry_run: bool,
+    world: "Ranks | None" = None,
 ) -> dict[str, Any] | None:
-    """The manifest of the finished stage; None of a dry run, which shows its forecast.
+    """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
 
     `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`.
     """
     from besa_cli import lock
+    from besa_cli.jobs import joining
     from besa_cli.jobs.job import Job
 
+    if world is not None and not world.leads:
+        joining.follow(source, request, world)
+        return None
     name = request.command
     with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
         tokens = calibrating.calibration(
@@ -39,7 +45,7 @@ def stage(
         if dry_run:
             forecasting.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
             return None
-        job = Job(run, source, tokens, request, restart=restart, notify=console.note)
+        job = Job(run, source, tokens, request, restart=restart, notify=console.note, world=world)
         if job.done:
             console.note(f"{run.stage(request.stage)} is finished already, with the same options")
         else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import making, options
+from besa_cli.commands import making, options, settings
 from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
@@ -72,6 +72,7 @@ ClipRateOption = Annotated[
 
 
 def prune(
+    context: typer.Context,
     model: options.ModelOption = options.DEFAULT_MODEL,
     sparsity: SparsityOption = None,
     method: MethodOption = "besa",
@@ -120,6 +121,7 @@ def prune(
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
+    from besa_cli.jobs import joining
     from besa_cli.pruning import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())
@@ -134,12 +136,18 @@ def prune(
         calibration=tokens_from,
         max_memory=options.size_of(max_memory),
     )
-    source = models.resolve(model, notify=console.note)
+    world = settings.ranks(context)
+    if dry_run and world.size > 1:
+        raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
+    joining.require_even_steps(request, world)
+    with world.first_alone():  # what it fetches, the others find
+        source = models.resolve(model, notify=console.note)
     directory = Run(run)
     wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
     made = making.stage(
-        request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
-    )
+        request, source, directory, calibration, wanted, data_dir, console,
+        restart=restart, dry_run=dry_run, world=world,
+    )  # fmt: skip
     if made is not None:
         _show(made, directory, console)
 

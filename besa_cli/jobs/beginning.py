@@ -18,8 +18,13 @@ from besa_cli.ops import kernels
 _PASS_TOKENS = 4096  # tokens in a pass without gradients
 
 
-def new_manifest(run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Plan) -> dict[str, Any]:
-    """The manifest of what is asked, before anything of it is done; `digest` is the model's."""
+def new_manifest(
+    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Plan, ranks: int = 1
+) -> dict[str, Any]:
+    """The manifest of what is asked, before anything of it is done; `digest` is the model's.
+
+    Nothing in it depends on the number of `ranks`, as long as they have the same number of threads together.
+    """
     calibration = calibration_set.manifest
     drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
     if request.calibration is not None:
@@ -37,7 +42,7 @@ def new_manifest(run: Run, model: Model, digest: str, calibration_set: Calibrati
         "compute": {
             "device": device.type,
             "dtype": compute.name_of(compute.dtype(request.dtype, device)),
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS // seqlen, 1),
             "kernels": kernels.name(),
         },

@@ -8,21 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from besa_cli import compute, disk, footprint, forecast, weights, windows
+from besa_cli import compute, disk, footprint, forecast, weights
 from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import exchange, manifests, refusals, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.running import Decoder
 from besa_cli.decoder.verification import verify
-from besa_cli.jobs import beginning
+from besa_cli.jobs import beginning, joining
 from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.work import Work
 from besa_cli.models import Model
+from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport
-from besa_cli.stream import walk
 from besa_cli.stream.behind import Behind
 from besa_cli.stream.block import Step
 
@@ -43,6 +41,8 @@ class Job:
         Only check; nothing is written. For `forecast`.
     notify : callable
         Takes one-line notes.
+    world : Ranks, optional
+        This is the first of them, and the others are in `besa_cli.jobs.joining.follow`; alone by default.
 
     Raises
     ------
@@ -60,9 +60,12 @@ class Job:
         restart: bool = False,
         dry: bool = False,
         notify: Callable[[str], None] = lambda _: None,
+        world: Ranks | None = None,
     ) -> None:
         began, self._dry = time.perf_counter(), dry
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
+        self._world = world or Ranks()
+        joining.require_samples(len(calibration.tokens), self._world)
         self._final = run.stage(request.stage)
         self._beside = run.next_stage(request.stage)
         if not dry:
@@ -73,7 +76,7 @@ class Job:
         self._digest = weights.check(source)
         self._checking = time.perf_counter() - began
         refusals.refuse_damaged(model.directory, self._digest)
-        new = beginning.new_manifest(run, model, self._digest, calibration, request)
+        new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
         self._directory, self.manifest = beginning.place(self._final, self._beside, new, restart=restart)
         if not self.done and self.manifest["versions"] != manifests.versions():
             notify(
@@ -91,23 +94,18 @@ class Job:
             self._stage = Stage(self._directory, int(self.manifest["blocks"]))
             return
         settings = self.manifest["compute"]
-        torch.set_num_threads(settings["threads"])
-        device = compute.device(settings["device"])
-        self._decoder = Decoder(self.model.directory, device, compute.DTYPES[settings["dtype"]])
-        self._stage = Stage(self._directory, len(self._decoder))
-        self._segments = windows.segments(self._decoder, self.request.window)
-        sizes = list(windows.sizes(self._segments))
-        self._budgets = self.request.budgets(sizes)
-        self._decoder.weights.refuse_change(source)
+        self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
+        self._stage = Stage(self._directory, len(self._work.decoder))
+        self._work.decoder.weights.refuse_change(source)
         placing = self._place_in_memory()
-        hidden = self._demand(placing.batch).hidden if placing.in_files else 0
-        whole = int(source.nbytes(source.names) * 1.02) + (sum(sizes) if self.request.grid else 0)
-        self._to_write = whole * (len(self._decoder) - self._stage.finished()) // len(self._decoder) + hidden
+        hidden = self._work.demand(placing.batch).hidden * self._world.size if placing.in_files else 0
+        whole = int(source.nbytes(source.names) * 1.02) + (sum(self._work.sizes) if self.request.grid else 0)
+        self._to_write = whole * (len(self._work.decoder) - self._stage.finished()) // len(self._work.decoder) + hidden
         if self.manifest["status"] == "new":
             settings["batch"] = placing.batch
             self._to_write = whole + hidden
             refusals.require_space(self._directory, self._to_write)
-            verify(self._decoder, self.calibration.tokens)
+            verify(self._work.decoder, self.calibration.tokens)
         self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
         if self._dry:
             disk.require_writable(self._directory)
@@ -121,12 +119,12 @@ class Job:
             self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
-            notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
+            notify(f"{self._directory}: {done} of {len(self._work.decoder)} blocks are done, going on from there")
         stages.sweep(self._directory)
-        self._shelf = Shelf(self._directory if spilled else None)
+        self._spilled = spilled
         if spilled:
             notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
-        rest = self._decoder.rest_names()
+        rest = self._work.decoder.rest_names()
         if self._stage.shard(-1).exists():
             self._stage.check_rest(weights.digest(source.read(rest)))
         else:
@@ -142,47 +140,24 @@ class Job:
         """
         most = self.manifest["compute"]["batch"]
         limit, new = self.request.max_memory, self.manifest["status"] == "new"
-        overlapping = compute.overlaps(self._decoder.device)
-        return footprint.place(limit, compute.resident(), most, self._demand, fixed=not new, overlapping=overlapping)
-
-    def _demand(self, batch: int) -> footprint.Demand:
-        own, (samples, seqlen) = self.request.method_options(), self.calibration.tokens.shape
-        observed = samples if self.request.observes else 0
-        return footprint.compressing(
-            footprint.shape(self._decoder, self._segments),
-            self.request.method,
-            tokens=observed * seqlen,
-            passing=min(observed, batch) * seqlen,
-            learning=min(samples, getattr(own, "batch_size", 1)) * seqlen,
-            candidates=getattr(own, "candidates", 0),
-            grid=self.request.grid is not None,
+        overlapping = compute.overlaps(self._work.decoder.device)
+        return footprint.place(
+            limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
         )
 
     def forecast(self) -> forecast.Forecast:
         """What the command will take, from the model of memory and a trial of the first window; for a dry job."""
         finished = self._stage.finished() if self.manifest["status"] != "new" else 0
-        batch = self.manifest["compute"]["batch"]
-        working = forecast.seconds(
-            self._decoder,
-            self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
-            self.request.change,
-            segments=self._segments,
-            budgets=self._budgets,
-            target=self.request.target,
-            batch=batch,
-            seed=self.request.seed,
-            finished=finished,
-        )
-        left = len(self._decoder) - finished
+        left = len(self._work.decoder) - finished
         return forecast.Forecast(
             memory=self._placing.peak,
             phase=self._placing.phase,
             in_files=self._placing.in_files,
-            batch=batch,
+            batch=self.manifest["compute"]["batch"],
             disk=self._to_write,
             free=disk.free(self._directory),
-            seconds=self._checked + working + self._checking,  # what is written is read and digested at the end
-            blocks=len(self._decoder),
+            seconds=self._checked + self._work.seconds(finished) + self._checking,  # the end reads all that is written
+            blocks=len(self._work.decoder),
             left=left,
         )
 
@@ -203,25 +178,16 @@ class Job:
     def blocks(self, on_step: Step = lambda done, total, phase: None) -> Iterator[BlockReport]:
         """Do block after block; each report is given when its block is on disk, or the only one on its way there."""
         if self.done:
+            joining.dismiss(self._world)
             yield from self._stage.reports()
             return
-        overlapping = self._placing.overlapping
+        files, overlapping = self._directory if self._spilled else None, self._placing.overlapping
+        joining.lead(
+            self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
+            ahead=overlapping,
+        )  # fmt: skip
         with Behind(self._stage) if overlapping else contextlib.nullcontext(self._stage) as store:
-            reports = walk.compress(
-                self._decoder,
-                store,
-                self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
-                self.request.change,
-                segments=self._segments,
-                budgets=self._budgets,
-                target=self.request.target,
-                batch=self.manifest["compute"]["batch"],
-                seed=self.request.seed,
-                on_step=on_step,
-                shelf=self._shelf,
-                ahead=overlapping,
-            )
-            for report in reports:
+            for report in self._work.reports(store, Shelf(files), on_step, ahead=overlapping):
                 self._note_time(report)
                 yield report
 
@@ -238,6 +204,7 @@ class Job:
         line = {
             "block": report.index,
             "resumed": report.resumed,
+            "ranks": self._world.size,
             "seconds": round(report.seconds, 3),
             "peak_memory": report.peak_memory,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

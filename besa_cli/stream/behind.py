@@ -9,7 +9,7 @@ from torch import Tensor
 
 from besa_cli.decoder.ahead import begun
 from besa_cli.reports import BlockReport
-from besa_cli.stream.walk import Store
+from besa_cli.stream.sharing import Store
 
 
 class Behind:

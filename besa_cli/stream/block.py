@@ -11,6 +11,7 @@ from besa_cli.activations import Shelf
 from besa_cli.errors import BesaError
 from besa_cli.ops.affine import Quantized
 from besa_cli.stream.propagation import batches
+from besa_cli.stream.sharing import Share
 from besa_cli.windows import Window
 
 Step = Callable[[int, int, str], None]
@@ -53,7 +54,9 @@ class Block:
     exact : bool
         Whether the budget is to be met.
     inputs : Tensor of shape (samples, seqlen, hidden)
-        What enters the block in the model as compressed so far.
+        What enters the block in the model as compressed so far; of several ranks each holds its own samples.
+    share : Share
+        Which samples those are, of how many, and the other ranks.
     seed : int
         From the command's seed and the block's index.
     """
@@ -71,8 +74,10 @@ class Block:
         seed: int = 0,
         on_step: Step = lambda done, total, phase: None,
         shelf: Shelf | None = None,
+        share: Share | None = None,
     ) -> None:
         self._shelf = shelf or Shelf()
+        self.share = share or Share(len(inputs))
         self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
         self.exact = budget is not None
         self.budget = budget or 0
@@ -88,8 +93,19 @@ class Block:
         self._shelf.release()
         self._on_step(done, total, phase)
 
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and target of this rank's part of the samples of a step, both of shape (samples, seqlen, hidden).
+
+        Parameters
+        ----------
+        chosen : integer Tensor of shape (samples in the step,)
+            Numbers from 0 to `share.samples`; the same on all ranks.
+        """
+        inputs, target = self.share.deal(chosen, self.inputs, self.target)
+        return inputs, target
+
     def parts(self, batch: int | None = None) -> Iterator[slice]:
-        """The samples in batches of `batch`, by default the batches that all passes without gradients use."""
+        """This rank's samples in batches of `batch`, by default the batches that all passes without gradients use."""
         return batches(len(self.inputs), batch or self.batch)
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -98,10 +114,13 @@ class Block:
         Parameters
         ----------
         hidden : Tensor of shape (samples, seqlen, hidden)
+            Where there are no samples, there is nothing to compute.
         weights : one Tensor of shape (rows, cols) a linear, optional
             Used instead of the linears' own; gradients reach them.
         """
         device = next(iter(self.linears.values())).weight.device
+        if not len(hidden):
+            return hidden.to(device)
         return self._window.forward(hidden.to(device), self.tokens[: len(hidden)], weights)
 
     def observe(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -145,6 +164,7 @@ class Block:
                 f"{unused[0]} of block {self.index} is never called in a forward pass",
                 "besa finds a linear's importance from its inputs; this model cannot be pruned",
             )
+        self.share.world.sum(list(sums.values()))
         return {name: sums[leaders[name]] for name in self.linears}
 
     def _pass(self, after_batch: Callable[[], None], phase: str) -> None:

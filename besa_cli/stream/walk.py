@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,34 +14,20 @@ from besa_cli.activations import Shelf
 from besa_cli.choices import Target
 from besa_cli.decoder.running import Decoder
 from besa_cli.ops import affine, losses
+from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.stream.block import Block, Pruned, Step
 from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked
 from besa_cli.stream.propagation import advance, batches, collected, embed
+from besa_cli.stream.sharing import Share, SharedStore, Store
 from besa_cli.windows import Segment, Window
 
 Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
-class Store(Protocol):
-    """Where finished blocks go: see `besa_cli.checkpoint.stages.Stage`."""
-
-    def finished(self) -> int:
-        """How many blocks are on disk, from the first on without a gap."""
-
-    def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block."""
-
-    def report(self, index: int) -> BlockReport:
-        """The report of a finished block."""
-
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Put a block on disk, whole or not at all; the codes of linears on a grid beside its tensors."""
-
-
 def compress(
     decoder: Decoder,
-    store: Store,
+    store: Store | None,
     tokens: Tensor,
     change: Callable[[Block], Pruned],
     *,
@@ -54,6 +39,7 @@ def compress(
     on_step: Step = lambda done, total, phase: None,
     shelf: Shelf | None = None,
     ahead: bool = False,
+    world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
     """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
 
@@ -62,8 +48,10 @@ def compress(
 
     Parameters
     ----------
+    store : Store, optional
+        Of several ranks only the first has it.
     tokens : Tensor of shape (samples, seqlen)
-        Without any samples nothing passes through the blocks, and `change` sees their weights alone.
+        Those of all ranks. Without any nothing passes through the blocks, and `change` sees their weights alone.
     change : function of a Block to what becomes of it
     segments : the model's windows
     budgets : one number a window, or None
@@ -76,21 +64,25 @@ def compress(
         Where the hidden states lie; in memory by default.
     ahead : bool
         Read the blocks of the next window while one is decided.
+    world : Ranks, optional
+        All ranks have to walk alike; alone by default.
     """
-    finished = store.finished()
+    share = Share(len(tokens), world)
+    shared = SharedStore(store, share.world)
+    finished = shared.finished()
     if finished == len(decoder):
-        yield from (store.report(index) for index in range(finished))
+        yield from (shared.report(index) for index in range(finished))
         return
     walk = Walk(
-        decoder, store.write, tokens, change, target=target, batch=batch, seed=seed, on_step=on_step,
-        shelf=shelf or Shelf(),
+        decoder, shared.write, tokens, change, target=target, batch=batch, seed=seed, on_step=on_step,
+        shelf=shelf or Shelf(), share=share,
     )  # fmt: skip
     counts = iter(budgets or [])
     for segment, following in zip_longest(segments, segments[1:]):
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
         after = following.blocks if ahead and following else range(0)
-        reports = walk.replay(segment, store) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
+        reports = walk.replay(segment, shared) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
         for index in segment.blocks:
             decoder.drop(index)
         seconds = (time.perf_counter() - start) / len(reports)
@@ -116,8 +108,10 @@ class Walk:
         seed: int,
         on_step: Step,
         shelf: Shelf,
+        share: Share | None = None,
     ) -> None:
-        self._shelf = shelf
+        self._shelf, self._share = shelf, share or Share(len(tokens))
+        tokens = tokens[self._share.own.start : self._share.own.stop]
         self._decoder, self._keep, self._tokens, self._change = decoder, keep, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
         self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
@@ -147,11 +141,13 @@ class Walk:
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
-                shelf=self._shelf,
+                shelf=self._shelf, share=self._share,
             )  # fmt: skip
             pruned = self._change(block)
             check_counts(block, pruned)
-            decided.append(Decided(window=window, pruned=pruned, stored=masked(block.weights, pruned)))
+            stored = masked(block.weights, pruned)
+            self._share.world.equalize(list(stored.values()))
+            decided.append(Decided(window=window, pruned=pruned, stored=stored))
             if whole is None:
                 whole = block.target
             if not alone:
@@ -231,7 +227,7 @@ class Walk:
             self._decoder.load(index, tensors[index])
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
-        error = math.fsum(errors) / len(self._inputs) if errors else None
+        error = self._share.world.total(math.fsum(errors)) / self._share.samples if errors else None
         reports = [
             block_report(index, len(self._decoder), linears[index], decided, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)

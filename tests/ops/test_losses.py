@@ -118,3 +118,17 @@ def test_a_silent_target_gives_a_finite_loss(loss: Loss) -> None:
 def test_the_penalty_is_the_squared_relative_distance(sparsity: float, target: float) -> None:
     found = losses.sparsity_penalty(torch.tensor(sparsity, dtype=torch.float64), target)
     assert float(found) == pytest.approx((sparsity / target - 1) ** 2, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [losses.token, losses.channel, losses.frobenius])
+@pytest.mark.parametrize("cuts", [[2], [0], [1, 1], [1, 3]])
+def test_the_parts_of_several_processes_add_up(loss: Callable[..., Tensor], cuts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    output, target = torch.randn(2, 4, 3, 5, generator=generator)
+    pairs = list(zip(output.tensor_split(cuts), target.tensor_split(cuts), strict=True))
+    totals: list[Tensor] = []
+    for part in pairs:  # what each process has of the sum over all tokens
+        loss(*part, lambda own: totals.append(own.clone()) or own)
+    parts = [loss(*part, lambda own: torch.stack(totals).sum(0)) for part in pairs]
+    assert len(totals) == len(pairs)
+    assert float(sum(parts)) == pytest.approx(float(loss(output, target)), rel=1e-5)

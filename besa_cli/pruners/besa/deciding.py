@@ -15,7 +15,6 @@ from besa_cli.pruners.besa.learning import MEASURES, learn
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
 from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.propagation import batches
 
 _COMPARED = 16  # samples on which the learned allocation has to beat the uniform one
 
@@ -92,10 +91,15 @@ def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()
     }
+    compared = min(block.share.samples, _COMPARED)
     found: list[tuple[float, float]] = []
     with torch.no_grad(), compute.repeated_passes():
-        for sample in batches(min(len(block.inputs), _COMPARED), 1):
-            output = block.forward(block.inputs[sample], weights)
-            target = block.target[sample].to(output.device)
-            found.append((float(measure(output, target)), float(losses.token(output, target))))
-    return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)
+        for chosen in torch.split(torch.arange(compared), block.share.world.size):
+            inputs, target = block.take(chosen)
+            if len(inputs):
+                output = block.forward(inputs, weights)
+                target = target.to(output.device)
+                found.append((float(measure(output, target)), float(losses.token(output, target))))
+    total = block.share.world.total
+    loss, error = (total(math.fsum(pair[which] for pair in found)) / compared for which in (0, 1))
+    return loss, error

@@ -31,32 +31,43 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
         name: clipping.initial(linear.weight, linear.grid).requires_grad_() for name, linear in window.clipped.items()
     }
     learners = optimizers(theta, list(strengths.values()), options)
-    samples = len(block.inputs)
+    samples = block.share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
     generator = torch.Generator().manual_seed(block.seed)
-    measure = MEASURES[options.loss]
+    measure, world = MEASURES[options.loss], block.share.world
     history: list[float] = []
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     with compute.repeated_passes():
         for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
             weights, sparsity = _soft_weights(window, theta, strengths)
-            output = block.forward(block.inputs[chosen], weights)
-            reconstruction = measure(output, block.target[chosen].to(output.device))
-            penalty = losses.sparsity_penalty(sparsity, window.goal)
-            scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
+            inputs, target = block.take(chosen)
+            output = block.forward(inputs, weights)
+            reconstruction = measure(output, target.to(output.device), world.totalled)
+            penalty = len(inputs) / len(chosen) * losses.sparsity_penalty(sparsity, window.goal)
+            scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
+            loss = reconstruction.detach()
+            world.sum([loss, *_gradients([theta, *strengths.values()])])
             for optimizer, rate in learners:
                 if options.preset != "authors":
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
                     optimizer.param_groups[0]["lr"] = rate * _half_cosine(len(history) / steps)
                 optimizer.step()
                 optimizer.zero_grad()
-            history.append(_finite(float(reconstruction.detach()), block.index))
+            history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
     last = history[-max(len(history) // 10, 1) :]
     settled = {name: logits.detach() for name, logits in strengths.items()}
     return theta.detach(), settled, math.fsum(last) / len(last)
+
+
+def _gradients(learned: list[Tensor]) -> list[Tensor]:
+    """The gradients, made zero where nothing that this rank passed depends on what is learned."""
+    for each in learned:
+        if each.grad is None:
+            each.grad = torch.zeros_like(each)
+    return [each.grad for each in learned if each.grad is not None]
 
 
 def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list[tuple[torch.optim.Optimizer, float]]:

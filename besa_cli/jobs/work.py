@@ -1,0 +1,93 @@
+"""What every rank of a job does: the model's windows one after the other, on the samples that are its own."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besa_cli import compute, footprint, forecast, windows
+from besa_cli.activations import Shelf
+from besa_cli.decoder.running import Decoder
+from besa_cli.jobs.plan import Plan
+from besa_cli.ranks import Ranks
+from besa_cli.reports import BlockReport
+from besa_cli.stream import walk
+from besa_cli.stream.block import Step
+from besa_cli.stream.sharing import Store
+
+
+class Work:
+    """The model and its windows, and the loop over them.
+
+    Parameters
+    ----------
+    directory : Path
+        The model's checkpoint.
+    request : Plan
+    settings : mapping
+        ``compute`` of the job's manifest; its threads are those of all ranks together.
+    tokens : Tensor of shape (samples, seqlen)
+        Those of all ranks.
+    world : Ranks
+    """
+
+    def __init__(
+        self, directory: Path, request: Plan, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
+    ) -> None:
+        torch.set_num_threads(max(settings["threads"] // world.size, 1))
+        self._request, self._settings, self._world = request, settings, world
+        self._samples, self._seqlen = tokens.shape
+        self._tokens = tokens if request.observes else tokens[:0]
+        self.decoder = Decoder(directory, compute.device(settings["device"]), compute.DTYPES[settings["dtype"]])
+        self.segments = windows.segments(self.decoder, request.window)
+        self.sizes = list(windows.sizes(self.segments))
+        self._budgets = request.budgets(self.sizes)
+
+    def demand(self, batch: int) -> footprint.Demand:
+        """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
+        own, size = self._request.method_options(), self._world.size
+        observed, learned = len(self._tokens), min(self._samples, getattr(own, "batch_size", 1))
+        passed = -(-observed // size)
+        return footprint.compressing(
+            footprint.shape(self.decoder, self.segments),
+            self._request.method,
+            tokens=passed * self._seqlen,
+            passing=min(passed, batch) * self._seqlen,
+            learning=-(-learned // size) * self._seqlen,
+            candidates=getattr(own, "candidates", 0),
+            grid=self._request.grid is not None,
+        )
+
+    def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:
+        """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
+        return walk.compress(
+            self.decoder,
+            store,
+            self._tokens,
+            self._request.change,
+            segments=self.segments,
+            budgets=self._budgets,
+            target=self._request.target,
+            batch=self._settings["batch"],
+            seed=self._request.seed,
+            on_step=on_step,
+            shelf=shelf,
+            ahead=ahead,
+            world=self._world,
+        )
+
+    def seconds(self, finished: int) -> float:
+        """How long it will take where `finished` blocks are done, from a trial of the first window."""
+        return forecast.seconds(
+            self.decoder,
+            self._tokens,
+            self._request.change,
+            segments=self.segments,
+            budgets=self._budgets,
+            target=self._request.target,
+            batch=self._settings["batch"],
+            seed=self._request.seed,
+            finished=finished,
+        )

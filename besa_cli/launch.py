@@ -1,0 +1,58 @@
+"""What `torchrun` tells a process of the others, in the variables of its environment; read without loading torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from besa_cli.errors import UsageError
+
+_NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A process among those that were started together.
+
+    Attributes
+    ----------
+    rank, size : int
+        Its number, from 0, and how many there are.
+    local_rank, local_size : int
+        The same on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place(environment: Mapping[str, str]) -> Place:
+    """This process's place; alone where nothing is said of others.
+
+    Raises
+    ------
+    UsageError
+        Others are said to be there, but not how to reach them, or a number is none.
+    """
+    size = _number(environment, "WORLD_SIZE", 1)
+    if size == 1:
+        return Place()
+    for name in _NEEDED:
+        if name not in environment:
+            raise UsageError(
+                f"WORLD_SIZE is {size}, but {name} is not set",
+                "start all ranks with torchrun, or unset WORLD_SIZE to run alone",
+            )
+    return Place(
+        rank=_number(environment, "RANK", 0),
+        size=size,
+        local_rank=_number(environment, "LOCAL_RANK", 0),
+        local_size=_number(environment, "LOCAL_WORLD_SIZE", 1),
+    )
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{name} is '{text}' and no number", f"unset {name} to run alone")
+    return int(text)
