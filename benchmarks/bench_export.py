@@ -20,8 +20,10 @@ from llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
-from besa_cli import checkpoint, datahub, texts
-from besa_cli.checkpoint import EXPORT, Run
+from besa_cli import datahub, texts
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import EXPORT
+from besa_cli.checkpoint.runs import Run
 
 Logits = Callable[[list[int]], np.ndarray]
 
@@ -85,7 +87,7 @@ def main() -> None:
             facts = {
                 "export": directory.name,
                 "program": program,
-                "weights_mb": checkpoint.read_manifest(directory, EXPORT)["sizes"]["weights"] / 1e6,
+                "weights_mb": manifests.read(directory, EXPORT)["sizes"]["weights"] / 1e6,
                 "logits_relative_error": float(np.linalg.norm(found - first) / np.linalg.norm(first)),
                 "logits_largest_difference": float(np.abs(found - first).max()),
                 "same_likeliest_token": float((found.argmax(1) == first.argmax(1)).mean()),

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from besa_cli import __version__
-from besa_cli.checkpoint import versions
+from besa_cli.checkpoint.manifests import versions
 
 VOCABULARY = 256
 

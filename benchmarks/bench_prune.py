@@ -30,14 +30,19 @@ import torch
 from besa_runs import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from besa_cli import calibration, compute, stream, windows
-from besa_cli.checkpoint import Run, versions
-from besa_cli.decoder import Decoder
-from besa_cli.jobs import Job
+from besa_cli import calibration, compute, windows
+from besa_cli.checkpoint.manifests import versions
+from besa_cli.checkpoint.runs import Run
+from besa_cli.decoder.running import Decoder
+from besa_cli.jobs.job import Job
 from besa_cli.models import Model
 from besa_cli.ops import kernels, losses
 from besa_cli.pruners import besa
+from besa_cli.pruners.besa.learning import learn, optimizers
+from besa_cli.pruners.besa.window import Window
 from besa_cli.pruning import Request
+from besa_cli.stream import propagation
+from besa_cli.stream.block import Block
 
 LINES = HERE / "bench_prune.jsonl"
 CPU = torch.device("cpu")
@@ -79,21 +84,21 @@ def seconds(work: Callable[[], object]) -> Took:
     return Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def first_block(decoder: Decoder, tokens: torch.Tensor) -> stream.Block:
+def first_block(decoder: Decoder, tokens: torch.Tensor) -> Block:
     """The first block with half of its weights to be pruned."""
     window = windows.Span(decoder, range(1))
-    hidden = stream.embed(decoder, tokens, 8)
+    hidden = propagation.embed(decoder, tokens, 8)
     names, source = decoder.block_names(0), decoder.load(0)
     weights = {name: source[names[f"{name}.weight"]] for name in window.linears}
     budget = sum(weight.numel() for weight in weights.values()) // 2
-    return stream.Block(window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8)
+    return Block(window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8)
 
 
-def plain_steps(block: stream.Block, batch: int) -> None:
+def plain_steps(block: Block, batch: int) -> None:
     """Forward and backward passes of the block with all linears' weights trainable."""
     weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
     with compute.repeated_passes():
-        for part in stream.batches(len(block.inputs), batch):
+        for part in propagation.batches(len(block.inputs), batch):
             losses.token(block.forward(block.inputs[part]), block.target[part]).backward()
             for weight in weights:
                 weight.grad = None
@@ -105,11 +110,11 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
     """One learning step ÷ one plain forward and backward pass."""
     decoder = Decoder(directory, CPU, dtype)
     block = first_block(decoder, tokens)
-    window = besa._Window(block, besa.Options(batch_size=batch))
+    window = Window(block, besa.Options(batch_size=batch))
     found = []
     for turn in range(turns + 1):
         plain = seconds(lambda: plain_steps(block, batch))
-        learning = seconds(lambda: besa._learn(window))
+        learning = seconds(lambda: learn(window))
         if turn:  # the first warms up
             found.append((learning.wall / plain.wall, learning.cpu / plain.cpu, plain.wall))
     steps = -(-len(tokens) // batch)
@@ -127,7 +132,7 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
 
 def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
     """Seconds of one pass without gradients of all blocks, a sample at a time; loading is not counted."""
-    hidden, total = stream.embed(decoder, tokens, 8), Took(0.0, 0.0)
+    hidden, total = propagation.embed(decoder, tokens, 8), Took(0.0, 0.0)
     for index in range(len(decoder)):
         decoder.load(index)
         with torch.no_grad():
@@ -160,9 +165,9 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
 def state_bytes(directory: Path, tokens: torch.Tensor) -> dict[str, float]:
     """Bytes of ranks and learned state of one block in bf16 ÷ its weights."""
     block = first_block(Decoder(directory, CPU, torch.bfloat16), tokens)
-    window = besa._Window(block, besa.Options())
+    window = Window(block, besa.Options())
     theta = torch.zeros(len(window.sizes), len(window.p), requires_grad=True)
-    optimizer = besa._optimizer(theta, window.options)
+    optimizer = optimizers(theta, [], window.options)[0][0]
     theta.grad = torch.zeros_like(theta)
     optimizer.step()
     moments = [value for value in optimizer.state[theta].values() if isinstance(value, torch.Tensor)]

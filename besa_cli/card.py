@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from besa_cli import disk
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 
 FILE = "README.md"
 

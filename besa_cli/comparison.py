@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from besa_cli import checkpoint, inspection
+from besa_cli import inspection
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import STAGES, finished
 from besa_cli.errors import BesaError
 from besa_cli.texts import EVALUATION_SETS
 
@@ -115,13 +118,13 @@ def compare(paths: Sequence[Path]) -> Comparison:
 def _read(path: Path) -> _Run:
     if not path.is_dir():
         raise BesaError(f"no run directory {path}", "give directories that 'besa prune --run DIR' has made")
-    run = checkpoint.Run(path)
+    run = Run(path)
     records = inspection.evaluations(run)
     if not records:
         raise BesaError(f"{path} holds no results", f"measure it first: besa eval ppl wikitext2 --run {path}")
-    complete = [place for place in inspection.stage_directories(run) if checkpoint.is_complete(place)]
-    manifests = [checkpoint.finished(place) for place in complete]
-    return _Run(path=path, stages={str(each["digest"]): each for each in manifests}, records=records)
+    complete = [place for place in inspection.stage_directories(run) if manifests.is_complete(place)]
+    own = [finished(place) for place in complete]
+    return _Run(path=path, stages={str(each["digest"]): each for each in own}, records=records)
 
 
 def _titles(runs: Sequence[_Run]) -> dict[tuple[Path, str], str]:
@@ -165,7 +168,7 @@ def _row(run: _Run, record: Record, titles: Mapping[tuple[Path, str], str]) -> t
         if digest == manifest["model"]["digest"]:
             return digest, Row(title="parent" if manifest.get("history") else "dense", run=None)
     place = Path(str(about.get("directory"))).name
-    if about.get("name") in _OTHER_MODELS or place.removesuffix(".next") in checkpoint.STAGES:
+    if about.get("name") in _OTHER_MODELS or place.removesuffix(".next") in STAGES:
         return None
     return digest, Row(title=str(about.get("name")), run=run.path)
 

@@ -112,6 +112,11 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory() -> int:
+    """The process's peak resident memory so far, in bytes; on CUDA the device's peak where that is more."""
+    return max(peak_resident(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
 @functools.cache
 def _c_library() -> ctypes.CDLL | None:
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from besa_cli import compute, disk
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.texts import EvaluationText
 

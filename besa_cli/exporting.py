@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, checkpoint, disk
-from besa_cli.checkpoint import EXPORT, FORMAT, Run
+from besa_cli import card, disk
+from besa_cli.checkpoint import exchange, manifests, refusals
+from besa_cli.checkpoint.manifests import EXPORT, FORMAT
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.exporters import EXPORTERS
 from besa_cli.exporters.stage import Piece, Source
@@ -101,13 +103,13 @@ class Job:
             self.done = True
         self.number_of_pieces: int = self._module.pieces(self.source, self._options)
         if not self.done:
-            checkpoint.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
+            refusals.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
 
     def _refuse_other(self) -> None:
         """The export that is there was asked for in the same words, and made from the same stage."""
         if not (self.directory / EXPORT).exists():
             raise BesaError(f"{self.directory} was not made by besa", "move it away, or name another --run")
-        there = checkpoint.read_manifest(self.directory, EXPORT)
+        there = manifests.read(self.directory, EXPORT)
         for name, now in {"stage": self.source.manifest["digest"], **self.record}.items():
             before = there["source"]["digest"] if name == "stage" else there["options"].get(name)
             if before != now:
@@ -148,7 +150,7 @@ class Job:
             "options": self.record,
             "source": {name: self.source.manifest[name] for name in ("stage", "digest")},
             "model": self.source.manifest["model"],
-            "versions": checkpoint.versions(),
+            "versions": manifests.versions(),
             "status": "complete",
             "counts": self.source.manifest["counts"],
             "sizes": sizes,
@@ -164,11 +166,11 @@ class Job:
             if path.is_file()
         }
         disk.write_json(self._partial / EXPORT, manifest)
-        checkpoint.replace_stage(self.directory, self._partial)
+        exchange.replace_stage(self.directory, self._partial)
 
     def finish(self) -> dict[str, Any]:
         """The manifest of the finished export."""
-        return checkpoint.read_manifest(self.directory, EXPORT)
+        return manifests.read(self.directory, EXPORT)
 
 
 def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from besa_cli import windows
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import UsageError
 from besa_cli.windows import Segment
 

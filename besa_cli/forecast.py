@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from besa_cli import stream, windows
+from besa_cli import windows
 from besa_cli.choices import Target
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 from besa_cli.reports import BlockReport
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream import propagation, walk
+from besa_cli.stream.block import Block, Pruned
 from besa_cli.windows import Segment
 
 _FIXED = ("update",)  # phases whose length does not depend on the number of samples
@@ -63,7 +64,7 @@ class Meter:
         self._total: dict[str, int] = defaultdict(int)
 
     def step(self, done: int, total: int, phase: str) -> None:
-        """See `besa_cli.stream.Step`; the first step of a phase only starts its clock."""
+        """See `besa_cli.stream.block.Step`; the first step of a phase only starts its clock."""
         now = time.perf_counter()
         if phase == self._phase and done > self._done:
             self._seconds[phase] += now - self._last
@@ -87,7 +88,7 @@ class Meter:
 
 
 class _Nowhere:
-    """A store that keeps nothing: see `besa_cli.stream.Store`."""
+    """A store that keeps nothing: see `besa_cli.stream.walk.Store`."""
 
     def finished(self) -> int:
         return 0
@@ -114,7 +115,7 @@ def seconds(
     seed: int,
     finished: int,
 ) -> float:
-    """Seconds that `stream.compress` will need with the same arguments, from a trial of its first windows.
+    """Seconds that `stream.walk.compress` will need with the same arguments, from a trial of its first windows.
 
     The trial passes two batches through them, learning included, and keeps nothing.
 
@@ -127,15 +128,15 @@ def seconds(
     factor = len(tokens) / max(len(few), 1)
     first, meter = segments[0], Meter()
     began = time.perf_counter()
-    stream.embed(decoder, few[:batch], batch) if len(few) else None
+    propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
-    walk = stream.compress(
+    reports = walk.compress(
         decoder, _Nowhere(), few, change,
         segments=[first], budgets=budgets[: len(first.windows)] if budgets else None,
         target=target, batch=batch, seed=seed, on_step=meter.step,
     )  # fmt: skip
-    for _ in walk:
+    for _ in reports:
         pass
     of_first = meter.extrapolated(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in segments]

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from besa_cli import checkpoint, disk, sparse, weights
-from besa_cli.checkpoint import MANIFEST, STAGES, Run
+from besa_cli import disk, sparse, weights
+from besa_cli.checkpoint import exchange, manifests, stages
+from besa_cli.checkpoint.manifests import MANIFEST
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import STAGES
 from besa_cli.errors import BesaError
 from besa_cli.exporters.sparse import STAGE_FILES, shard_name
 from besa_cli.exporters.stage import CODES
@@ -38,7 +41,7 @@ class Job:
                 f"{export} is no whole sparse export: it lacks {INDEX} or {STAGE_FILES}/{MANIFEST}",
                 "name a directory that `besa export --format sparse` made",
             )
-        self._manifest = checkpoint.finished(export / STAGE_FILES)
+        self._manifest = stages.finished(export / STAGE_FILES)
         name = str(self._manifest["stage"])
         if name not in STAGES:
             raise BesaError(f"{export} holds a stage '{name}' that this besa does not know", "install a newer besa")
@@ -47,7 +50,7 @@ class Job:
         self._partial = run.path / f".{name}.partial"
         self.done = False
         if self.directory.exists() and not restart:
-            there = checkpoint.is_complete(self.directory) and checkpoint.finished(self.directory)["digest"]
+            there = manifests.is_complete(self.directory) and stages.finished(self.directory)["digest"]
             if there != self._manifest["digest"]:
                 raise BesaError(
                     f"{self.directory} is another stage than the one in {export}",
@@ -79,7 +82,7 @@ class Job:
                 f"not {self._manifest['digest'][:12]}",
                 "export it anew",
             )
-        checkpoint.replace_stage(self.directory, self._partial)
+        exchange.replace_stage(self.directory, self._partial)
 
     def _expand(self, source: Path, target: Path) -> None:
         stored = weights.read_file(source)
@@ -93,7 +96,7 @@ class Job:
 
     def finish(self) -> dict[str, Any]:
         """The manifest of the stage."""
-        return checkpoint.finished(self.directory)
+        return stages.finished(self.directory)
 
 
 def _shards(stage: Path) -> list[Path]:

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from besa_cli import checkpoint, disk, weights
-from besa_cli.checkpoint import EXPORT, MANIFEST, STAGES, Run, Stage
+from besa_cli import disk, weights
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import STAGES, Stage
 from besa_cli.errors import BesaError
 from besa_cli.reports import BlockReport
 
@@ -73,7 +76,7 @@ def kind_of(directory: Path) -> Kind:
     if (directory / EXPORT).exists():
         return "export"
     if (directory / MANIFEST).exists():
-        return "calibration" if checkpoint.read_manifest(directory).get("stage") == "calibration" else "stage"
+        return "calibration" if manifests.read(directory).get("stage") == "calibration" else "stage"
     if (directory / "config.json").exists():
         return "checkpoint"
     run = Run(directory)
@@ -166,7 +169,7 @@ def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
 
 
 def _stage(directory: Path) -> Stage:
-    return Stage(directory, int(checkpoint.read_manifest(directory).get("blocks", 0)))
+    return Stage(directory, int(manifests.read(directory).get("blocks", 0)))
 
 
 def _stored_block(stage: Stage, index: int, wanted: Callable[[str], bool]) -> BlockMatrices:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from besa_cli import compute, disk, footprint, stream
-from besa_cli.decoder import Decoder
+from besa_cli import compute, disk, footprint
+from besa_cli.decoder.running import Decoder
 from besa_cli.evaluation import Loss, Measurement, Perplexity, token_losses
 from besa_cli.forecast import Forecast
+from besa_cli.stream import propagation
 from besa_cli.windows import BLOCK, segments
 
 _BYTES = 1 << 30  # of hidden states that are held at a time
@@ -97,7 +98,7 @@ class Walk:
         for number, portion in enumerate(self.portions, 1):
             place = f" of pass {number}/{len(self.portions)}" if len(self.portions) > 1 else ""
             start = time.perf_counter()
-            states = [stream.embed(self._decoder, self._tokens(part), self._batch) for part in portion]
+            states = [propagation.embed(self._decoder, self._tokens(part), self._batch) for part in portion]
             for block in range(blocks):
                 self._pass(block, portion, states)
                 yield self._step(index, f"block {block + 1}/{blocks}{place}", start)
@@ -126,11 +127,11 @@ class Walk:
         first = self.portions[0][0]
         part = Part(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))
         began = time.perf_counter()
-        hidden = stream.embed(self._decoder, self._tokens(part), self._batch)
+        hidden = propagation.embed(self._decoder, self._tokens(part), self._batch)
         embedded = time.perf_counter()
         self._decoder.load(0)
         loaded = time.perf_counter()
-        stream.advance(self._decoder, 0, hidden, self._tokens(part), self._batch)
+        propagation.advance(self._decoder, 0, hidden, self._tokens(part), self._batch)
         passed = time.perf_counter()
         self._decoder.drop(0)
         self._decoder.load_head()
@@ -160,7 +161,7 @@ class Walk:
     def _pass(self, block: int, portion: Sequence[Part], states: Sequence[Tensor]) -> None:
         self._decoder.load(block)
         for part, hidden in zip(portion, states, strict=True):
-            stream.advance(self._decoder, block, hidden, self._tokens(part), self._batch)
+            propagation.advance(self._decoder, block, hidden, self._tokens(part), self._batch)
         self._decoder.drop(block)
 
     def _window_losses(self, part: Part, hidden: Tensor) -> Iterator[Loss]:
@@ -194,7 +195,7 @@ def portions(left: Sequence[tuple[int, int]], batch: int, most: int) -> list[lis
     made: list[list[Part]] = []
     room = 0
     for text, (start, stop) in enumerate(left):
-        for part in stream.batches(stop - start, batch):
+        for part in propagation.batches(stop - start, batch):
             size = part.stop - part.start
             if size > room:
                 made.append([])

@@ -11,7 +11,7 @@ from besa_cli.errors import UsageError, unknown
 from besa_cli.ops import budget
 from besa_cli.ops.affine import Grid
 from besa_cli.pruners import PRUNERS
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,51 +61,51 @@ class Request:
 
     @property
     def grid(self) -> Grid | None:
-        """See `besa_cli.jobs.Plan`: where pruning and quantizing are learned together."""
+        """See `besa_cli.jobs.plan.Plan`: where pruning and quantizing are learned together."""
         grid: Grid | None = getattr(self.method_options(), "grid", None)
         return grid
 
     @property
     def stage(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return "quantized" if self.grid else "pruned"
 
     @property
     def command(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return "prune"
 
     @property
     def window(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return str(getattr(self.method_options(), "window", windows.BLOCK))
 
     @property
     def target(self) -> Target:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
     @property
     def observes(self) -> bool:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return True
 
     def facts(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return {"quantization": asdict(self.grid)} if self.grid else {}
 
     def doing(self, model: str) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         bits = f" to {self.grid}" if self.grid else ""
         return f"pruning {model} with {self.method}{bits}"
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return None if self.nm else budget.window_counts(self.sparsity, sizes)
 
     def change(self, block: Block) -> Pruned:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         pruned: Pruned = _module(self.method).prune(block, self.method_options())
         return pruned
 

@@ -11,7 +11,7 @@ from besa_cli.errors import UsageError, unknown
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import QUANTIZERS
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,49 +57,49 @@ class Request:
 
     @property
     def grid(self) -> Grid:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return affine.grid(self.bits, self.group_size, symmetric=self.symmetric)
 
     @property
     def stage(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return "quantized"
 
     @property
     def command(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return "quantize"
 
     @property
     def window(self) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return windows.BLOCK
 
     @property
     def target(self) -> Target:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
     @property
     def observes(self) -> bool:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return bool(_module(self.method).OBSERVES)
 
     def facts(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return {"quantization": asdict(self.grid)}
 
     def doing(self, model: str) -> str:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         return f"quantizing {model} with {self.method} to {self.grid}"
 
     def budgets(self, sizes: Sequence[int]) -> None:
-        """See `besa_cli.jobs.Plan`: nothing is pruned."""
+        """See `besa_cli.jobs.plan.Plan`: nothing is pruned."""
         return
 
     def change(self, block: Block) -> Pruned:
-        """See `besa_cli.jobs.Plan`."""
+        """See `besa_cli.jobs.plan.Plan`."""
         quantized: Pruned = _module(self.method).quantize(block, self.grid, self.method_options())
         return quantized
 

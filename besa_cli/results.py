@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa_cli import checkpoint, disk, lock
+from besa_cli import disk, lock
+from besa_cli.checkpoint import manifests
 from besa_cli.evaluation import Loss, Measurement, Perplexity
 
 
@@ -47,16 +48,16 @@ class Results:
         """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
         file = self._windows_file(job)
         record = disk.read_json(file) if file.exists() else {}
-        same = record.get("versions") == checkpoint.versions() and record.get("batch_size") == job.settings.batch_size
+        same = record.get("versions") == manifests.versions() and record.get("batch_size") == job.settings.batch_size
         return [(float(total), int(count)) for total, count in record["losses"]] if same else []
 
     def keep(self, job: Measurement, losses: Sequence[Loss]) -> None:
         """Put the losses of the first windows on disk."""
         record = {
-            "format": checkpoint.FORMAT,
+            "format": manifests.FORMAT,
             "kind": "windows",
             "batch_size": job.settings.batch_size,
-            "versions": checkpoint.versions(),
+            "versions": manifests.versions(),
             "losses": losses,
         }
         with lock.moment(self._directory.parent):
@@ -74,11 +75,11 @@ class Results:
 def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to."""
     record = {
-        "format": checkpoint.FORMAT,
+        "format": manifests.FORMAT,
         "kind": "perplexity",
         "model": model,
         **asdict(result),
-        "versions": checkpoint.versions(),
+        "versions": manifests.versions(),
     }
     disk.write_json(file, record)
 
@@ -90,6 +91,6 @@ def load(file: Path) -> Perplexity | None:
     record = disk.read_json(file)
     fields = inspect.signature(Perplexity).parameters
     needed = [name for name, field in fields.items() if field.default is field.empty]
-    if record.get("versions") != checkpoint.versions() or not all(name in record for name in needed):
+    if record.get("versions") != manifests.versions() or not all(name in record for name in needed):
         return None
     return Perplexity(**{name: record[name] for name in fields if name in record})

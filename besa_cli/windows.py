@@ -7,7 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from besa_cli.decoder import Decoder
+from besa_cli.decoder import parts
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError
 
 BLOCK, HALVES = "block", "attn-mlp"
@@ -91,7 +92,7 @@ class _Half:
 
     def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`."""
-        return self._decoder.forward_to(self._index, self._part, hidden, tokens)
+        return parts.forward_to(self._decoder, self._index, self._part, hidden, tokens)
 
     def _inside(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
         return _inside(weights, self.places, self._index)
@@ -106,7 +107,7 @@ class Attention(_Half):
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """See `Window`."""
-        return self._decoder.forward_to(self._index, self._part, inputs, tokens, self._inside(weights))
+        return parts.forward_to(self._decoder, self._index, self._part, inputs, tokens, self._inside(weights))
 
 
 class MLP(_Half):
@@ -114,11 +115,11 @@ class MLP(_Half):
 
     def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: what the block hands to the module."""
-        return self._decoder.inputs_of(self._index, self._part, hidden, tokens)
+        return parts.inputs_of(self._decoder, self._index, self._part, hidden, tokens)
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """See `Window`."""
-        return self._decoder.forward_part(self._index, self._part, inputs, self._inside(weights))
+        return parts.forward_part(self._decoder, self._index, self._part, inputs, self._inside(weights))
 
 
 def check(option: str) -> None:

@@ -8,9 +8,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.exporting import Job, Request
-from besa_cli.jobs import Job as Pruning
+from besa_cli.jobs.job import Job as Pruning
 
 
 def stage(

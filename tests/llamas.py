@@ -8,8 +8,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from besa_cli.checkpoint import Run
-from besa_cli.jobs import Job as Pruning
+from besa_cli.checkpoint.runs import Run
+from besa_cli.jobs.job import Job as Pruning
 
 VOCABULARY = 272
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "ab"), ("1", "2")]

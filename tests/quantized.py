@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from besa_cli import weights
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 
 
 def rounded(weight: Tensor, bits: int, group: int | None, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

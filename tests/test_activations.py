@@ -12,10 +12,10 @@ import torch
 
 from besa_cli import compute, footprint
 from besa_cli.activations import Shelf
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.commands import options
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.pruning import Request
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from besa_cli import stream
-from besa_cli.checkpoint import Run
-from besa_cli.decoder import Decoder
+from besa_cli.checkpoint.runs import Run
+from besa_cli.decoder.running import Decoder
+from besa_cli.decoder.verification import verify
 from besa_cli.errors import BesaError
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.pruners import PRUNERS
 from besa_cli.pruning import Request
+from besa_cli.stream import propagation
 
 CPU = torch.device("cpu")
 REQUESTS = {
@@ -129,18 +130,18 @@ def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: 
         expected = whole(rows, output_hidden_states=True, use_cache=False)
     decoder = Decoder(directory, CPU, torch.float32)
     assert (len(decoder), decoder.prefix) == (4, tiny.blocks_of(family))
-    hidden = stream.embed(decoder, rows, 2)  # batches of 2 and 1
+    hidden = propagation.embed(decoder, rows, 2)  # batches of 2 and 1
     for index in range(4):
         torch.testing.assert_close(hidden, expected.hidden_states[index], rtol=1e-5, atol=1e-5)
         decoder.load(index)
-        stream.advance(decoder, index, hidden, rows, 2)
+        propagation.advance(decoder, index, hidden, rows, 2)
         decoder.drop(index)
     with torch.no_grad():
         logits = decoder.finish(hidden, rows)
         part = decoder.finish(hidden, rows, slice(5, 9))
     torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(part, expected.logits[:, 5:9], rtol=1e-5, atol=1e-5)
-    decoder.verify(rows)
+    verify(decoder, rows)
 
 
 def test_mixed_attention_gives_each_block_arguments_of_its_own(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from besa_cli import checkpoint, stream
+from besa_cli.checkpoint import refusals
+from besa_cli.stream import walk
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -47,7 +48,7 @@ def place(besa: Besa, model: Path, workplace: Path, monkeypatch: pytest.MonkeyPa
     def no_work(*_: object, **__: object) -> Iterator[None]:
         raise AssertionError("the walk over the blocks began")
 
-    monkeypatch.setattr(stream, "compress", no_work)
+    monkeypatch.setattr(walk, "compress", no_work)
     return Place(besa, workplace)
 
 
@@ -235,7 +236,7 @@ def test_values_that_are_no_numbers(value: float, place: Place) -> None:
 
 def test_too_little_disk_space(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(place.prune(), 1, str(Path("r", "pruned")), "needs 0 MB, its disk has 0 MB free", "--run")
     assert not (place.directory / "r" / "pruned").exists()
 
@@ -253,7 +254,7 @@ def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         refused(place.prune(run=str(disk / "r")), 1, "needs 0 MB")
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "require_space", lambda directory, needed: None)
+            patch.setattr(refusals, "require_space", lambda directory, needed: None)
             outcome = place.prune("--method", "wanda", run=str(disk / "r"))
         refused(outcome, 1, "cannot write", "No space left on device", "free disk space")
         outcome = place.prune("--method", "wanda", run=str(disk / "other"))

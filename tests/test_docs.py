@@ -23,9 +23,9 @@ from typer.main import get_command
 import besa_cli
 from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, sim, texts
 from besa_cli.app import app
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.evaluation import Perplexity
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.sim import accelerator
 
 PACKAGE = Path(besa_cli.__file__).parent

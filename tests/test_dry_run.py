@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from besa_cli import compute, forecast
-from besa_cli.checkpoint import Run
-from besa_cli.jobs import Job
+from besa_cli.checkpoint.runs import Run
+from besa_cli.jobs.job import Job
 
 Besa = Callable[..., Any]  # conftest.Outcome
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from besa_cli import importing
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.exporting import Job, Request
 

@@ -12,9 +12,10 @@ import tiny
 import torch
 
 from besa_cli import disk
-from besa_cli.checkpoint import Run, Stage
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.weights import Weights
 
 Besa = Callable[..., Any]  # conftest.Outcome

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from besa_cli import footprint, windows
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import UsageError
 from besa_cli.footprint import Demand, Shape
 

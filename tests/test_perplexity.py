@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from besa_cli import evaluation, lock, perplexity, preparation, results, stream
-from besa_cli.checkpoint import Run
-from besa_cli.decoder import Decoder
+from besa_cli import evaluation, lock, perplexity, preparation, results
+from besa_cli.checkpoint.runs import Run
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.evaluation import Measurement, Perplexity, Settings
+from besa_cli.stream import propagation
 from besa_cli.texts import EvaluationText
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -269,7 +270,7 @@ def test_a_data_set_that_is_nowhere_stops_the_command_before_any_work(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(stream, "embed", pytest.fail)
+    monkeypatch.setattr(propagation, "embed", pytest.fail)
     outcome = besa("eval", "ppl", "wikitext2", name, "--data-dir", workplace, "--model", model, "--seqlen", 16)
     assert (outcome.code, outcome.out) == (1, "")
     error, hint = outcome.err.splitlines()
@@ -391,7 +392,7 @@ EVALUATION = ("eval", "ppl", "text-1.txt", "text-2.txt", "--seqlen", 16, "--dtyp
 
 def interrupt_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Ctrl-C be pressed in the first block after so many passes through the model."""
-    advance, count = stream.advance, [0]
+    advance, count = propagation.advance, [0]
 
     def interrupted(decoder: Decoder, index: int, *rest: Any) -> None:
         count[0] += index == 0
@@ -399,7 +400,7 @@ def interrupt_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         advance(decoder, index, *rest)
 
-    monkeypatch.setattr(stream, "advance", interrupted)
+    monkeypatch.setattr(propagation, "advance", interrupted)
 
 
 @pytest.mark.parametrize("passes", [0, 1, 3, 8, 12])
@@ -417,8 +418,8 @@ def test_an_interrupted_evaluation_goes_on_and_comes_to_the_same(
     assert error == "error: interrupted"
     assert hint.startswith(f"hint: {passes if passes < 7 else passes - 7} windows are measured and kept; run the same")
     seen: list[int] = []
-    advance = stream.advance
-    monkeypatch.setattr(stream, "advance", lambda *given: seen.append(given[1]) or advance(*given))
+    advance = propagation.advance
+    monkeypatch.setattr(propagation, "advance", lambda *given: seen.append(given[1]) or advance(*given))
     outcome = besa(*EVALUATION)
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["results"] == expected

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from besa_cli import disk, quantizing
-from besa_cli.checkpoint import Run, Stage
-from besa_cli.jobs import Job, Plan
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
+from besa_cli.jobs.job import Job
+from besa_cli.jobs.plan import Plan
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 

@@ -14,10 +14,12 @@ import pytest
 import tiny
 import torch
 
-from besa_cli import checkpoint, compute, disk, results
-from besa_cli.checkpoint import Run
+import besa_cli
+from besa_cli import compute, disk, results
+from besa_cli.checkpoint import stages
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.pruning import Request
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -304,7 +306,7 @@ def test_killed_while_replacing_a_finished_stage(
 
 def checkpoint_is_whole(directory: Path) -> bool:
     try:
-        return bool(checkpoint.finished(directory))
+        return bool(stages.finished(directory))
     except BesaError:
         return False
 
@@ -428,7 +430,7 @@ with lock.held(Path(sys.argv[1]), "besa prune --run shared"):
 
 def test_the_second_process_says_who_holds_the_run(besa: Besa, words: list[str], workplace: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(workplace / "shared")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(besa_cli.__file__).parents[1])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         try:
             assert holder.stdout is not None

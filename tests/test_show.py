@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from besa_cli import disk, inspection, models
-from besa_cli.checkpoint import Run, Stage
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
 from besa_cli.reports import BlockReport, LinearReport
 
 Besa = Callable[..., Any]  # conftest.Outcome

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import besa_cli
 from besa_cli import sim, weights
-from besa_cli.checkpoint import Run
-from besa_cli.jobs import Job
+from besa_cli.checkpoint.runs import Run
+from besa_cli.jobs.job import Job
 
 Besa = Callable[..., Any]  # conftest.Outcome
 

@@ -9,12 +9,14 @@ import torch
 from test_architectures import CPU, check_bits, finish, stock
 from torch import Tensor
 
-from besa_cli import stream, windows
-from besa_cli.checkpoint import Run, Stage
-from besa_cli.decoder import Decoder
+from besa_cli import windows
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.reports import BlockReport
+from besa_cli.stream import propagation
 
 HALVED = [family for family in tiny.FAMILIES if family != "opt"]
 
@@ -48,7 +50,7 @@ def test_half_windows_give_what_the_stock_models_own_modules_give(family: str, t
     with torch.no_grad():
         model(rows, use_cache=False)
     decoder = loaded(directory, 2)
-    hidden = stream.embed(decoder, rows, 2)
+    hidden = propagation.embed(decoder, rows, 2)
     for index, segment in enumerate(windows.segments(decoder, "attn-mlp")):
         attention, mlp = segment.windows
         names = [next(iter(window.linears)).split(".")[0] for window in segment.windows]
@@ -58,7 +60,7 @@ def test_half_windows_give_what_the_stock_models_own_modules_give(family: str, t
                 expected = seen[index, name]
                 assert torch.allclose(window.reach(hidden, rows), expected, atol=1e-5)
                 assert torch.allclose(window.forward(window.enter(hidden, rows), rows), expected, atol=1e-5)
-        stream.advance(decoder, index, hidden, rows, 2)
+        propagation.advance(decoder, index, hidden, rows, 2)
 
 
 def gradients(window: windows.Window, hidden: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def test_a_wide_window_gives_the_gradients_of_its_blocks_in_a_row(family: str, t
     """Four blocks are computed twice to save memory, two are not: the gradients are those of a plain loop."""
     directory, rows = tiny.checkpoint(tmp_path, family, blocks=4), tiny.tokens(2, 12)
     decoder = loaded(directory, 4)
-    hidden = stream.embed(decoder, rows, 2)
+    hidden = propagation.embed(decoder, rows, 2)
     for width in (2, 4):
         window = windows.Span(decoder, range(width))
         found = gradients(window, hidden, rows)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa_cli import calibration
-from besa_cli.jobs import Job
+from besa_cli.jobs.job import Job
 from besa_cli.models import Model
 from besa_cli.pruning import Request
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from besa_cli.stream import Block
+from besa_cli.stream.block import Block
 
 
 class GatedMLP(nn.Module):

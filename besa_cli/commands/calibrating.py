@@ -9,7 +9,7 @@ from besa_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from besa_cli.calibration import CalibrationSet
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.models import Model
 
 

@@ -53,7 +53,7 @@ def export(
     """Write the newest stage in a form that other programs load, with a model card."""
     console = Console(json=as_json)
     from besa_cli import lock, pushing
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.exporting import Job, Request
 
     own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type}

@@ -7,7 +7,7 @@ from besa_cli.console import Console, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from besa_cli.forecast import Forecast
-    from besa_cli.jobs import Job
+    from besa_cli.jobs.job import Job
 
 
 def job(made: "Job", console: Console) -> None:

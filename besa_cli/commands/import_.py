@@ -20,7 +20,7 @@ def import_(
     """Bring a sparse export back into a run directory, byte for byte the stage it was made from."""
     console = Console(json=as_json)
     from besa_cli import lock
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.importing import Job
 
     with lock.held(run, f"besa import --run {run}"):

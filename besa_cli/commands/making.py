@@ -7,8 +7,8 @@ from besa_cli.commands import calibrating, forecasting
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint import Run
-    from besa_cli.jobs import Plan
+    from besa_cli.checkpoint.runs import Run
+    from besa_cli.jobs.plan import Plan
     from besa_cli.models import Model
 
 
@@ -29,7 +29,7 @@ def stage(
     `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`.
     """
     from besa_cli import lock
-    from besa_cli.jobs import Job
+    from besa_cli.jobs.job import Job
 
     name = request.command
     with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):

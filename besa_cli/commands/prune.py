@@ -13,7 +13,7 @@ from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
@@ -119,7 +119,7 @@ def prune(
     }  # fmt: skip
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.pruning import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())

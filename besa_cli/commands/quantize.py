@@ -11,7 +11,7 @@ from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.models import Model
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in QUANTIZERS.items())
@@ -79,7 +79,7 @@ def quantize(
         "damping": damping, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
     }  # fmt: skip
     console = Console(json=as_json)
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.ops import affine
     from besa_cli.quantizing import Request
 
@@ -113,17 +113,17 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
     BesaError
         The run has no finished pruned stage.
     """
-    from besa_cli import checkpoint
+    from besa_cli.checkpoint import manifests, stages
 
     if model is not None:
         return models.resolve(model, notify=console.note)
     stage = run.whole("pruned")
-    if not (stage / checkpoint.MANIFEST).exists():
+    if not (stage / manifests.MANIFEST).exists():
         raise BesaError(
             f"{run.path} has no pruned stage",
             f"make one (besa prune --run {run.path}), or quantize a dense model: besa quantize --model MODEL",
         )
-    checkpoint.finished(stage)
+    stages.finished(stage)
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 

@@ -12,7 +12,7 @@ from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.inspection import BlockCount, LinearCount
 
 
@@ -30,7 +30,8 @@ def show(
     as_json: options.JsonOption = False,
 ) -> None:
     """What a directory is, the commands that made it, and the sparsity of each linear, counted in the tensors."""
-    from besa_cli import checkpoint, inspection
+    from besa_cli import inspection
+    from besa_cli.checkpoint.runs import Run
 
     console = Console(json=as_json)
     place = directory if directory is not None else run
@@ -40,7 +41,7 @@ def show(
         return
     facts: dict[str, Any] = {"directory": str(place), "kind": kind}
     if kind == "run":
-        facts |= _show_run(checkpoint.Run(place), console)
+        facts |= _show_run(Run(place), console)
     elif kind == "calibration":
         facts |= _show_calibration(place, console)
     elif kind == "export":
@@ -53,7 +54,8 @@ def show(
 def _made(run: Path) -> Path:
     """The newest thing in a run that options made: a stage, else the calibration set."""
     from besa_cli import inspection
-    from besa_cli.checkpoint import MANIFEST, Run
+    from besa_cli.checkpoint.manifests import MANIFEST
+    from besa_cli.checkpoint.runs import Run
 
     there = [
         path for path in (Run(run).calibration, *inspection.stage_directories(Run(run))) if (path / MANIFEST).exists()
@@ -66,13 +68,14 @@ def _made(run: Path) -> Path:
 def _print_config(place: Path, console: Console) -> None:
     import yaml
 
-    from besa_cli import checkpoint, inspection
+    from besa_cli import inspection
+    from besa_cli.checkpoint import manifests
 
-    if not (place / checkpoint.MANIFEST).exists():
+    if not (place / manifests.MANIFEST).exists():
         raise BesaError(
-            f"{place} was not made by besa: it has no {checkpoint.MANIFEST}", "name a stage: besa show --config DIR"
+            f"{place} was not made by besa: it has no {manifests.MANIFEST}", "name a stage: besa show --config DIR"
         )
-    manifest = checkpoint.read_manifest(place)
+    manifest = manifests.read(place)
     values = inspection.options_to_repeat(manifest)
     text = yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items()}, sort_keys=False)
     console.line(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
@@ -81,7 +84,7 @@ def _print_config(place: Path, console: Console) -> None:
 
 def _show_run(run: "Run", console: Console) -> dict[str, Any]:
     from besa_cli import inspection
-    from besa_cli.checkpoint import MANIFEST
+    from besa_cli.checkpoint.manifests import MANIFEST
 
     console.line(f"{run.path}: run directory")
     facts: dict[str, Any] = {}
@@ -105,9 +108,10 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
 
 
 def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import checkpoint, inspection
+    from besa_cli import inspection
+    from besa_cli.checkpoint import manifests
 
-    manifest = checkpoint.read_manifest(directory)
+    manifest = manifests.read(directory)
     sources = ", ".join(f"{source['asked']} ({source['source']}: {source['file']})" for source in manifest["sources"])
     console.line(
         f"{directory}: calibration set, {manifest['samples']} samples of {manifest['seqlen']} tokens "
@@ -120,9 +124,9 @@ def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _show_export(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import checkpoint
+    from besa_cli.checkpoint import manifests
 
-    manifest = checkpoint.read_manifest(directory, checkpoint.EXPORT)
+    manifest = manifests.read(directory, manifests.EXPORT)
     sizes, source = manifest["sizes"], manifest["source"]
     console.line(
         f"{directory}: {manifest['options']['format']} export of the {source['stage']} stage {source['digest'][:12]}, "
@@ -132,9 +136,10 @@ def _show_export(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _show_model(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import checkpoint, inspection
+    from besa_cli import inspection
+    from besa_cli.checkpoint import manifests
 
-    manifest = checkpoint.read_manifest(directory) if (directory / checkpoint.MANIFEST).exists() else None
+    manifest = manifests.read(directory) if (directory / manifests.MANIFEST).exists() else None
     console.line(f"{directory}: {_title(manifest)}")
     if manifest is not None:
         _show_history(manifest, directory, console)
@@ -187,7 +192,7 @@ def _title(manifest: Mapping[str, Any] | None) -> str:
 
 def _show_history(manifest: Mapping[str, Any], directory: Path, console: Console) -> None:
     from besa_cli import inspection
-    from besa_cli.checkpoint import Stage
+    from besa_cli.checkpoint.stages import Stage
 
     for entry in manifest.get("history", []):
         console.line(f"  before: {inspection.command_line(entry['command'], entry['options'])}")

@@ -129,7 +129,7 @@ def _simulated(directory: Path, request: "Request", console: Console) -> "list[B
 
 def _kept(subject: "Subject", found: "list[BlockCost]", request: "Request", console: Console) -> dict[str, Any]:
     """The record; of a run's stage it is written into the run as well."""
-    from besa_cli.checkpoint import Run
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.simulation import record
 
     made = record.record(found, request)

@@ -44,9 +44,10 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
     BesaError
         The run directory that was named has no finished stage.
     """
-    from besa_cli import checkpoint
+    from besa_cli.checkpoint import stages
+    from besa_cli.checkpoint.runs import Run
 
-    place = checkpoint.Run(run or options.DEFAULT_RUN)
+    place = Run(run or options.DEFAULT_RUN)
     if model is not None:
         found = models.resolve(model, notify=console.note)
         return Subject(name=model, directory=found.directory, digest=None, results=place.evaluations if run else None)
@@ -57,7 +58,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
         found = models.resolve(models.DEMO, notify=console.note)
         return Subject(name=models.DEMO, directory=found.directory, digest=None)
-    manifest = checkpoint.finished(newest)
+    manifest = stages.finished(newest)
     counts = manifest["counts"]
     bits = f", {manifest['quantization']['bits']} bits" if "quantization" in manifest else ""
     return Subject(
@@ -89,11 +90,12 @@ def digest(subject: Subject) -> str:
     BesaError
         It is a stage that is not what was written.
     """
-    from besa_cli import checkpoint, weights
+    from besa_cli import weights
+    from besa_cli.checkpoint import refusals
 
     found = weights.check(weights.Weights(subject.directory))
     if subject.digest is not None:
-        checkpoint.refuse_damaged(subject.directory, found)
+        refusals.refuse_damaged(subject.directory, found)
     return found
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa_cli import anatomy, checkpoint, disk
+from besa_cli import anatomy, disk
+from besa_cli.checkpoint import copying
 from besa_cli.errors import BesaError
 from besa_cli.exporters.stage import Piece, Source
 from besa_cli.ops import affine, packing
@@ -62,7 +63,7 @@ def group_size(source: Source) -> int | None:
 
 def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
-    checkpoint.copy_small_files(source.directory, target)
+    copying.copy_small_files(source.directory, target)
     disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
     table: dict[str, str] = {}
     total = 0

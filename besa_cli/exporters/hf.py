@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa_cli import checkpoint, disk
+from besa_cli import disk
+from besa_cli.checkpoint import copying
 from besa_cli.compute import DTYPES
 from besa_cli.exporters import shards
 from besa_cli.exporters.stage import Piece, Source, narrowed
@@ -56,7 +57,7 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
             lost += int(((tensor != 0) & (found == 0)).sum())
         return found
 
-    checkpoint.copy_small_files(source.directory, target)
+    copying.copy_small_files(source.directory, target)
     if wanted is not None:
         disk.write_json(target / "config.json", with_dtype(source.config, wanted))
     layout = {name: (dtype(name), source.shape(name)) for name in source.names}

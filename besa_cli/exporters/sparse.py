@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from besa_cli import checkpoint, disk, sparse
+from besa_cli import disk, sparse
+from besa_cli.checkpoint import copying, stages
 from besa_cli.exporters.stage import Piece, Source
 from besa_cli.sparse import INDEX, METHOD, NEEDS_IMPORT
 
@@ -24,7 +25,7 @@ def pieces(source: Source, options: Options) -> int:
 
 def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
-    checkpoint.copy_small_files(source.directory, target)
+    copying.copy_small_files(source.directory, target)
     quantization = {"quant_method": METHOD, "format": sparse.FORMAT, "index": INDEX}
     config = {**source.config, "quantization_config": quantization, "transformers_weights": NEEDS_IMPORT}
     disk.write_json(target / "config.json", config)
@@ -61,7 +62,7 @@ def copy_stage_files(source: Path, target: Path) -> None:
     """Copy what a stage holds beside its weights and its timing: manifest, reports, configuration, tokenizer."""
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        hidden = path.name.startswith(".") or path.name == checkpoint.TIMING
+        hidden = path.name.startswith(".") or path.name == stages.TIMING
         if path.is_file() and path.suffix != ".safetensors" and not hidden:
             shutil.copyfile(path, target / path.name)
 

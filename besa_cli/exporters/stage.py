@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa_cli import checkpoint, disk
-from besa_cli.checkpoint import Stage
+from besa_cli import disk
+from besa_cli.checkpoint import stages
+from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
@@ -50,7 +51,7 @@ class Source:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.manifest = checkpoint.finished(directory)
+        self.manifest = stages.finished(directory)
         self.weights = Weights(directory)
         self.stage = Stage(directory, int(self.manifest["blocks"]))
         self.config: dict[str, Any] = disk.read_json(directory / "config.json")

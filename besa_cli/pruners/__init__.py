@@ -1,4 +1,4 @@
-"""Methods: one file each, offering `Options` (a frozen dataclass) and `prune(block, options) -> Pruned`.
+"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass) and `prune(block, options) -> Pruned`.
 
 A new method is a file in this folder and a line in `PRUNERS`.
 """

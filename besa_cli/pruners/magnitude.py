@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from besa_cli.ops import importance
 from besa_cli.pruners import wanda
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)

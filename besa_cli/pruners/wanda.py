@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from besa_cli.ops import budget, importance, masks
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)

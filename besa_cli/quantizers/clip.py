@@ -14,7 +14,8 @@ from besa_cli.ops import affine, clipping, losses
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.quantizers import rtn
-from besa_cli.stream import Block, Pruned, batches
+from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.propagation import batches
 
 _MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
 _EPSILON = 1e-16  # AdamW's: the gradient of one group's strength is small beside 1e-8

@@ -9,7 +9,7 @@ from besa_cli.errors import UsageError
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 OBSERVES = True
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 OBSERVES = False
 

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from besa_cli import checkpoint, disk, lock
-from besa_cli.checkpoint import Run
+from besa_cli import disk, lock
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.runs import Run
 from besa_cli.sim.cost import Cost
 from besa_cli.simulation.run import BlockCost, LinearCost, MlpCost, Request, summaries
 
@@ -137,12 +138,12 @@ def save(found: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: s
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
     file = run.simulations / f"simulate-{disk.safe_name(found['func'])}-{digest[:8]}-{key}.json"
     kept = {
-        "format": checkpoint.FORMAT,
+        "format": manifests.FORMAT,
         "kind": "simulation",
         "model": dict(model),
         "model_digest": digest,
         **found,
-        "versions": {**checkpoint.versions(), "numpy": version("numpy")},
+        "versions": {**manifests.versions(), "numpy": version("numpy")},
     }
     with lock.moment(run.path):
         disk.write_json(file, kept)

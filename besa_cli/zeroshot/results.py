@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from besa_cli import checkpoint, disk, lock
+from besa_cli import disk, lock
+from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
 
 AVERAGED = "acc"  # the metric of the average: the paper names none, its figures are those of this one
@@ -132,7 +133,7 @@ def average(results: Sequence[Result]) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    return {**checkpoint.versions(), **{name: version(name) for name in ("datasets", "lm_eval")}}
+    return {**manifests.versions(), **{name: version(name) for name in ("datasets", "lm_eval")}}
 
 
 def file_name(facts: Mapping[str, Any]) -> str:
@@ -155,7 +156,7 @@ def file_name(facts: Mapping[str, Any]) -> str:
 def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to, while nobody else writes results of the run."""
     record = {
-        "format": checkpoint.FORMAT,
+        "format": manifests.FORMAT,
         "kind": "tasks",
         "model": dict(model),
         **asdict(result),

@@ -14,9 +14,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from torch import Tensor
 
-from besa_cli import anatomy, stream
-from besa_cli.decoder import Decoder
+from besa_cli import anatomy
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError
+from besa_cli.stream import propagation
 from besa_cli.zeroshot import memory
 from besa_cli.zeroshot.watching import Progress, unwatched
 
@@ -196,16 +197,16 @@ class _Inputs:
         cut = [each[-length:] for each in inputs]  # too long for the model: from the left
         self._lengths = [len(each) for each in cut]
         self._tokens = torch.tensor([[*each, *[0] * (length - len(each))] for each in cut])
-        self._hidden = stream.embed(decoder, self._tokens, self._batch)
+        self._hidden = propagation.embed(decoder, self._tokens, self._batch)
 
     def advance(self, index: int) -> None:
         """Pass them through the loaded block `index`."""
-        stream.advance(self._decoder, index, self._hidden, self._tokens, self._batch)
+        propagation.advance(self._decoder, index, self._hidden, self._tokens, self._batch)
 
     def scores(self, asked: _Asked) -> dict[int, Scored]:
         """The score of every request with one of these inputs, by the request's number."""
         found: dict[int, Scored] = {}
-        for part in stream.batches(len(self._inputs), self._head_batch):
+        for part in propagation.batches(len(self._inputs), self._head_batch):
             logits = self._decoder.finish(self._hidden[part], self._tokens[part])
             likely = torch.log_softmax(logits, dim=-1)  # in the model's dtype, as the harness does
             for row, number in enumerate(range(part.start, part.stop)):

@@ -16,7 +16,7 @@ from llamas import MERGES, VOCABULARY, byte_tokenizer, stage
 from safetensors.torch import load_file
 from torch import Tensor
 
-from besa_cli.checkpoint import Run
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.exporters import gguf_tokenizer
 from besa_cli.exporting import Job, Request

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from besa_cli.ops import allocation, kernels
 from besa_cli.pruners import besa
+from besa_cli.pruners.besa import deciding
+from besa_cli.pruners.besa.window import Window
 
 SIZES = st.integers(1, 9)
 
@@ -95,7 +97,7 @@ def test_permuted_columns_and_scaled_rows_change_nothing(rows: int, cols: int, s
 
 
 def made_window(granularity: str, weights: dict[str, Tensor], budget: int) -> Any:
-    return besa._Window(toy.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
+    return Window(toy.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
 
 
 @fewer
@@ -115,7 +117,7 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     one = allocation.project(theta, by_layer.sizes, by_layer.p, by_layer.goal)
     many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.p, by_row.goal)
     assert torch.allclose(one.repeat_interleave(rows), many, atol=1e-9)
-    first, second = besa._masks(by_layer, by_layer.shares(one)), besa._masks(by_row, by_row.shares(many))
+    first, second = deciding._masks(by_layer, by_layer.shares(one)), deciding._masks(by_row, by_row.shares(many))
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
     assert toy.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))

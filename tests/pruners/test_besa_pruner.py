@@ -14,7 +14,7 @@ from strategies import fewer
 from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
 from besa_cli.pruners import besa, wanda
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 GRANULARITIES = ["row", "layer", "3"]
 

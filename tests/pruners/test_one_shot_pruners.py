@@ -13,7 +13,7 @@ from torch import Tensor
 
 from besa_cli.ops import importance
 from besa_cli.pruners import magnitude, sparsegpt, wanda
-from besa_cli.stream import Block, Pruned
+from besa_cli.stream.block import Block, Pruned
 
 METHODS = [magnitude, wanda, sparsegpt]
 

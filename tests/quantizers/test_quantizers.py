@@ -12,7 +12,7 @@ from besa_cli.ops import affine, importance, obs
 from besa_cli.ops import gptq as columns
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import QUANTIZERS, clip, gptq, rtn
-from besa_cli.stream import Pruned
+from besa_cli.stream.block import Pruned
 
 COARSE = Grid(bits=2, group_size=5, symmetric=False)
 

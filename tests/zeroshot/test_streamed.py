@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from questions import words
 from transformers import PreTrainedTokenizerFast
 
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError
 from besa_cli.zeroshot import memory
 from besa_cli.zeroshot.streamed import StreamedLM

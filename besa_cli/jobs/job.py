@@ -3,97 +3,26 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from besa_cli import checkpoint, compute, disk, footprint, forecast, manifests, stream, weights, windows
+from besa_cli import compute, disk, footprint, forecast, weights, windows
 from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
-from besa_cli.checkpoint import Run, Stage
-from besa_cli.choices import Target
-from besa_cli.decoder import Decoder
-from besa_cli.errors import BesaError
+from besa_cli.checkpoint import exchange, manifests, refusals, stages
+from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
+from besa_cli.decoder.running import Decoder
+from besa_cli.decoder.verification import verify
+from besa_cli.jobs import beginning
+from besa_cli.jobs.plan import Plan
 from besa_cli.models import Model
-from besa_cli.ops import kernels
-from besa_cli.ops.affine import Grid
 from besa_cli.reports import BlockReport
-from besa_cli.stream import Block, Pruned, Step
-
-_PASS_TOKENS = 4096  # tokens in a pass without gradients
-
-
-class Plan(Protocol):
-    """What is asked of a job: see `besa_cli.pruning.Request` and `besa_cli.quantizing.Request`."""
-
-    @property
-    def stage(self) -> str:
-        """The stage that is made."""
-
-    @property
-    def command(self) -> str:
-        """The command that makes it."""
-
-    @property
-    def device(self) -> str:
-        """As on the command line, ``auto`` included."""
-
-    @property
-    def dtype(self) -> str:
-        """As on the command line, ``auto`` included."""
-
-    @property
-    def seed(self) -> int:
-        """Seed of every random choice."""
-
-    @property
-    def calibration(self) -> str | None:
-        """Directory of a calibration set that was named, for the record."""
-
-    @property
-    def max_memory(self) -> int | None:
-        """Bytes that the process is to stay within; the hidden states go to files where they would not fit."""
-
-    @property
-    def window(self) -> str:
-        """What is reconstructed together, see `besa_cli.windows.segments`."""
-
-    @property
-    def target(self) -> Target:
-        """What a window should keep, see `besa_cli.stream.compress`."""
-
-    @property
-    def grid(self) -> Grid | None:
-        """The grid that weights are put on."""
-
-    @property
-    def observes(self) -> bool:
-        """Whether anything is decided from calibration samples; where not, none pass through the model."""
-
-    def record(self) -> dict[str, Any]:
-        """All options with their values, under the names of the command line."""
-
-    def facts(self) -> dict[str, Any]:
-        """What else the manifest says of what is made."""
-
-    def doing(self, model: str) -> str:
-        """What is done to a model of this name, in a few words."""
-
-    def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """Weights that each window prunes, from the windows' numbers of weights; None where none are counted out."""
-
-    def change(self, block: Block) -> Pruned:
-        """What becomes of a block."""
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-
-    def method_options(self) -> Any:
-        """The method's `Options`."""
+from besa_cli.stream import walk
+from besa_cli.stream.block import Step
 
 
 class Job:
@@ -135,17 +64,18 @@ class Job:
         self._final = run.stage(request.stage)
         self._beside = run.next_stage(request.stage)
         if not dry:
-            checkpoint.recover(self._final, self._beside)
+            exchange.recover(self._final, self._beside)
         for place in (self._final, self._beside):
-            checkpoint.refuse_foreign(place, model.directory)
+            refusals.refuse_foreign(place, model.directory)
         source = weights.Weights(model.directory)
         self._digest = weights.check(source)
         self._checking = time.perf_counter() - began
-        checkpoint.refuse_damaged(model.directory, self._digest)
-        self._directory, self.manifest = self._place(restart=restart)
-        if not self.done and self.manifest["versions"] != checkpoint.versions():
+        refusals.refuse_damaged(model.directory, self._digest)
+        new = beginning.new_manifest(run, model, self._digest, calibration, request)
+        self._directory, self.manifest = beginning.place(self._final, self._beside, new, restart=restart)
+        if not self.done and self.manifest["versions"] != manifests.versions():
             notify(
-                f"{self._directory} was begun with {manifests.listed(self.manifest['versions'])}, not with those here"
+                f"{self._directory} was begun with {beginning.listed(self.manifest['versions'])}, not with those here"
             )
         self._check_and_begin(source, notify)
 
@@ -153,69 +83,6 @@ class Job:
     def done(self) -> bool:
         """Whether the stage was finished before."""
         return bool(self.manifest["status"] == "complete")
-
-    def _place(self, *, restart: bool) -> tuple[Path, dict[str, Any]]:
-        """The stage made or begun with what is asked, and its manifest; a new one where there is none.
-
-        With `restart` only a stage that an interrupted ``--restart`` has begun counts.
-        """
-        new = self._new_manifest()
-        found = {
-            place: checkpoint.read_manifest(place)
-            for place in (self._final, self._beside)
-            if (place / checkpoint.MANIFEST).exists()
-        }
-        there = {place: old for place, old in found.items() if old["status"] != "beginning"}
-        different = {place: manifests.differences(old, new) for place, old in there.items()}
-        for place, old in there.items():
-            if not different[place] and (not restart or (old["status"] == "running" and "restart" in old)):
-                return place, old
-        if restart:
-            return self._beside if checkpoint.is_complete(self._final) else self._final, {**new, "restart": True}
-        for place, differences in different.items():
-            state = "a finished" if there[place]["status"] == "complete" else "an unfinished"
-            raise BesaError(
-                f"{place} holds {state} stage made with other options: {'; '.join(differences)}",
-                "give --run NAME to keep both, or --restart to replace it",
-            )
-        return self._final, new
-
-    def _new_manifest(self) -> dict[str, Any]:
-        request, calibration = self.request, self.calibration.manifest
-        drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
-        if request.calibration is not None:
-            drawn = {"calibration": request.calibration}
-        elif calibration["options"].get("seed") != request.seed:
-            drawn = {"calibration": str(self._run.calibration.resolve())}
-        device = compute.device(request.device)
-        seqlen = self.calibration.tokens.shape[1]
-        parent = self._run.stage_at(self.model.directory)
-        return {
-            "format": checkpoint.FORMAT,
-            "stage": request.stage,
-            "command": request.command,
-            "options": {"model": self.model.name, **request.record(), **drawn},
-            "compute": {
-                "device": device.type,
-                "dtype": compute.name_of(compute.dtype(request.dtype, device)),
-                "threads": torch.get_num_threads(),
-                "batch": max(_PASS_TOKENS // seqlen, 1),
-                "kernels": kernels.name(),
-            },
-            "model": {
-                "name": self.model.name,
-                "kind": self.model.kind,
-                "revision": self.model.revision,
-                "directory": str(self.model.directory.resolve()),
-                "digest": self._digest,
-                **({"stage": parent} if parent else {}),
-            },
-            **request.facts(),
-            "calibration": {"tokens_digest": self.calibration.digest, "sources": calibration["sources"]},
-            "versions": checkpoint.versions(),
-            "history": manifests.history(self.model.directory),
-            "status": "new",
-        }
 
     def _check_and_begin(self, source: weights.Weights, notify: Callable[[str], None]) -> None:
         if self.done:
@@ -237,8 +104,8 @@ class Job:
         if self.manifest["status"] == "new":
             settings["batch"] = placing.batch
             self._to_write = whole + hidden
-            checkpoint.require_space(self._directory, self._to_write)
-            self._decoder.verify(self.calibration.tokens)
+            refusals.require_space(self._directory, self._to_write)
+            verify(self._decoder, self.calibration.tokens)
         if self._dry:
             disk.require_writable(self._directory)
             self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
@@ -248,12 +115,12 @@ class Job:
 
     def _begin(self, source: weights.Weights, notify: Callable[[str], None], *, spilled: bool) -> None:
         if self.manifest["status"] == "new":
-            checkpoint.discard(self._directory, self._final)
+            exchange.discard(self._directory, self._final)
             self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
             notify(f"{self._directory}: {done} of {len(self._decoder)} blocks are done, going on from there")
-        checkpoint.sweep(self._directory)
+        stages.sweep(self._directory)
         self._shelf = Shelf(self._directory if spilled else None)
         if spilled:
             notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
@@ -333,7 +200,7 @@ class Job:
             yield from self._stage.reports()
             return
         settings = self.manifest["compute"]
-        reports = stream.compress(
+        reports = walk.compress(
             self._decoder,
             self._stage,
             self.calibration.tokens if self.request.observes else self.calibration.tokens[:0],
@@ -356,7 +223,7 @@ class Job:
             return self.manifest
         manifest = self._stage.finish()
         if self._directory != self._final:
-            checkpoint.replace_stage(self._final, self._directory)
+            exchange.replace_stage(self._final, self._directory)
         return manifest
 
     def _note_time(self, report: BlockReport) -> None:
@@ -368,5 +235,5 @@ class Job:
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }
-        with (self._directory / checkpoint.TIMING).open("a") as file:
+        with (self._directory / stages.TIMING).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,0 +1,1 @@
+"""The run directory and its stages; `docs/checkpoint.md` specifies the format."""

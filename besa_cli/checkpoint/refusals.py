@@ -1,0 +1,72 @@
+"""What is refused before any work: to write over what is not ours, to read what was changed, to fill the disk."""
+
+from pathlib import Path
+
+from besa_cli import disk
+from besa_cli.checkpoint import manifests
+from besa_cli.errors import BesaError
+
+
+def refuse_foreign(directory: Path, model: Path) -> None:
+    """Refuse to write a stage over what is not a stage of besa, or over the very model that is read.
+
+    Raises
+    ------
+    BesaError
+        The directory holds files but no manifest, or it is the model's.
+    """
+    if model.resolve() == directory.resolve():
+        raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
+    if directory.exists() and not directory.is_dir():
+        raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
+    if (directory / manifests.MANIFEST).exists() or not directory.exists():
+        return
+    strangers = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if strangers:
+        raise BesaError(
+            f"{directory} was not made by besa: it holds {strangers[0]} and no {manifests.MANIFEST}",
+            "move it away, or name another run directory with --run",
+        )
+
+
+def refuse_damaged(directory: Path, found: str) -> None:
+    """Refuse a finished stage whose tensors are not those that were written.
+
+    Parameters
+    ----------
+    directory : Path
+        A model; what is no stage has no digest to compare with.
+    found : str
+        The digest of what lies there now.
+
+    Raises
+    ------
+    BesaError
+        The digests differ.
+    """
+    if not (directory / manifests.MANIFEST).exists():
+        return
+    written = manifests.read(directory).get("digest")
+    if written not in (None, found):
+        raise BesaError(
+            f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
+            f"restore its files, make it anew with --restart, or name it with --model {directory} to take it as it is",
+        )
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse early what the disk cannot hold.
+
+    Parameters
+    ----------
+    directory : Path
+        Where it is to be written; it may not exist yet.
+    needed : int
+        Bytes.
+    """
+    free = disk.free(directory)
+    if free < needed:
+        raise BesaError(
+            f"{directory} needs {needed / 1e6:.0f} MB, its disk has {free / 1e6:.0f} MB free",
+            "free disk space, or name a directory on another disk with --run",
+        )

@@ -1,0 +1,1 @@
+"""A stock transformers decoder, run block by block."""

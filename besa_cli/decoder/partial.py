@@ -1,0 +1,154 @@
+"""A stock transformers decoder of which only the parts in use have weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from besa_cli import anatomy, compute
+from besa_cli.errors import BesaError
+from besa_cli.weights import Names, Weights
+
+
+class PartialModel:
+    """The model of a checkpoint directory, its blocks loaded one at a time.
+
+    Parameters
+    ----------
+    directory : Path
+        A Hugging Face checkpoint with safetensors.
+    device, dtype : torch.device, torch.dtype
+        Where and in which dtype to compute.
+
+    Raises
+    ------
+    BesaError
+        The model cannot be handled, or a weight is missing.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        compute.map_large_tensors()
+        self.config = anatomy.config_of(directory)
+        self.weights = Weights(directory)
+        self.device, self.dtype = device, dtype
+        self.model = anatomy.skeleton(self.config, dtype)
+        self.prefix, self.blocks = anatomy.block_list(self.model)
+        self._names = Names(self.model, self.weights.names)
+        for index in range(len(self.blocks)):
+            self._require(self.block_names(index), f"block {index}")
+        self._load_rest()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of block `index` by their name inside it."""
+        return anatomy.linears(self.blocks[index], self.config)
+
+    def block_names(self, index: int) -> dict[str, str]:
+        """State-dict name inside block `index` → name of the tensor in the checkpoint."""
+        names = self.blocks[index].state_dict().keys()
+        return {name: self._names.origin(f"{self.prefix}.{index}.{name}") for name in names}
+
+    def source_names(self, index: int) -> list[str]:
+        """All tensors of the checkpoint that belong to block `index`, also those the model does not use."""
+        return self._names.below(f"{self.prefix}.{index}.")
+
+    def rest_names(self) -> list[str]:
+        """All tensors of the checkpoint that belong to no block."""
+        inside = {name for index in range(len(self)) for name in self.source_names(index)}
+        return [name for name in self.weights.names if name not in inside]
+
+    def _require(self, names: Mapping[str, str], place: str) -> None:
+        for name in names.values():
+            if name not in self.weights:
+                raise BesaError(
+                    f"{self.weights.directory} lacks the tensor {name} ({place} of {type(self.model).__name__})",
+                    "the checkpoint is incomplete or of another architecture: fetch it again",
+                )
+
+    def load(self, index: int, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Give block `index` its weights and return all its tensors in their own dtype, by checkpoint name.
+
+        Parameters
+        ----------
+        index : int
+        source : mapping of checkpoint name to Tensor, optional
+            Take the tensors from here instead of from the checkpoint.
+        """
+        block = self.blocks[index]
+        tensors = dict(source) if source is not None else self.weights.read(self.source_names(index))
+        block.to_empty(device=self.device)
+        self._restore_buffers(block)
+        self._fill(block.state_dict(), self.block_names(index), tensors)
+        return tensors
+
+    def _fill(self, state: Mapping[str, Tensor], origins: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, origin in origins.items():
+                if tensors[origin].shape != state[name].shape:
+                    raise BesaError(
+                        f"{origin} in {self.weights.directory} has the shape {list(tensors[origin].shape)}, "
+                        f"its {type(self.model).__name__} needs {list(state[name].shape)}",
+                        "config.json and the weights do not belong together: fetch the model again",
+                    )
+                state[name].copy_(tensors[origin])
+
+    def drop(self, index: int) -> None:
+        """Free the weights of block `index`."""
+        self.blocks[index].to("meta")
+        compute.give_back_memory()
+
+    def _load_rest(self) -> None:
+        inside = f"{self.prefix}."
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        names = [name for name in self.model.state_dict() if not name.startswith(inside)]
+        wanted = {name: self._names.origin(name) for name in names if name not in tied}
+        self._require(wanted, "outside the blocks")
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        own = {name for name, module in self.model.named_modules() if module is head}
+        self._head = {name: origin for name, origin in wanted.items() if name.rpartition(".")[0] in own}
+        now = {name: origin for name, origin in wanted.items() if name not in self._head}
+        tensors = self.weights.read(list(now.values()))
+        for module in _outside(self.model, self.blocks):
+            if module is not head:
+                _to_empty(module, self.device)
+        self._restore_buffers(self.model, skip=self.blocks)
+        self._fill(self.model.state_dict(), now, tensors)
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+
+    def head_bytes(self) -> int:
+        """Bytes that the head will take in memory, where it has weights of its own that are not loaded yet."""
+        return sum(self.model.get_parameter(name).numel() * self.dtype.itemsize for name in self._head)
+
+    def load_head(self) -> None:
+        """Give the head its weights, where it has any of its own; only logits need them."""
+        if self._head:
+            _to_empty(self.model.get_output_embeddings(), self.device)  # type: ignore[no-untyped-call]
+            self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
+            self._head = {}
+
+    def _restore_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
+        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
+        skipped = set(skip.modules()) if skip is not None else set()
+        with torch.no_grad():
+            for module in root.modules():
+                if module not in skipped and module._non_persistent_buffers_set:
+                    self.model._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:
+    inside = set(blocks.modules())
+    return [module for module in model.modules() if module not in inside]
+
+
+def _to_empty(module: nn.Module, device: torch.device) -> None:
+    """`Module.to_empty` for one module's own tensors."""
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+    for name, buffer in list(module._buffers.items()):
+        if buffer is not None:
+            module._buffers[name] = torch.empty_like(buffer, device=device)

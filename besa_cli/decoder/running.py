@@ -1,0 +1,187 @@
+"""A decoder run block by block.
+
+The real model's own code runs everywhere: its embedding and masks before the first block, its norm and head after the
+last, and each block with the very keyword arguments that the model hands to it.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from besa_cli.decoder.partial import PartialModel
+from besa_cli.errors import BesaError
+
+Keywords = Mapping[str, Any]
+
+
+class Caught(Exception):
+    """The hidden states that entered the first block, or that a module inside a block was given or gave."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class Decoder(PartialModel):
+    """A partial model that runs: from tokens to hidden states, through loaded blocks, to logits; see `PartialModel`."""
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(directory, device, dtype)
+        self._keywords: dict[tuple[int, int], list[tuple[tuple[Any, ...], Keywords]]] = {}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._outputs = 0  # how many values a block returns in a tuple; 0 where it returns the hidden states alone
+        self._find_output_form()
+
+    def keywords(self, index: int, tokens: Tensor) -> tuple[tuple[Any, ...], Keywords]:
+        """The positional (after the hidden states) and keyword arguments that the model hands to block `index`.
+
+        They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that
+        only note what they are given and pass the hidden states on.
+        """
+        shape = (tokens.shape[0], tokens.shape[1])
+        if shape not in self._keywords:
+            records: list[tuple[tuple[Any, ...], Keywords]] = []
+
+            def note(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                records.append((args, _without_cache(kwargs)))
+                return self._as_block_output(hidden)
+
+            self._run(tokens, note)
+            if len(records) != len(self):
+                raise BesaError(
+                    f"{type(self.model).__name__} calls {len(records)} blocks where it has {len(self)}",
+                    "a decoder that skips or repeats blocks cannot be pruned block by block",
+                )
+            self._keywords[shape] = records
+        return self._keywords[shape][index]
+
+    def _as_block_output(self, hidden: Tensor) -> Any:
+        return hidden if not self._outputs else (hidden, *[None] * (self._outputs - 1))
+
+    def _find_output_form(self) -> None:
+        """Whether blocks return a tensor or a tuple: from the real first block on two tokens."""
+        call: list[tuple[tuple[Any, ...], Keywords]] = []
+
+        def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            call.append((args, _without_cache(kwargs)))
+            raise Caught(hidden)
+
+        try:
+            self._run(torch.zeros(1, 2, dtype=torch.long), catch)
+        except Caught as caught:
+            hidden = caught.hidden
+        self.load(0)
+        with torch.no_grad():
+            output = self.blocks[0](hidden, *call[0][0], **call[0][1])
+        self.drop(0)
+        self._outputs = len(output) if isinstance(output, tuple) else 0
+
+    def _run(self, tokens: Tensor, stand_in: Callable[..., Any], *, whole: bool = False, **options: Any) -> Any:
+        """Run the real model with `stand_in(number, hidden, ...)` in place of every block."""
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for number, block in enumerate(self.blocks):
+                stack.enter_context(_replaced_forward(block, number, stand_in))
+            model = self.model if whole else self.model.base_model
+            return model(input_ids=tokens.to(self.device), use_cache=False, **options)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The hidden states that enter the first block, of shape (samples, seqlen, hidden)."""
+
+        def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            raise Caught(hidden)
+
+        try:
+            self._run(tokens, catch)
+        except Caught as caught:
+            return caught.hidden
+        raise BesaError(
+            f"{type(self.model).__name__} did not call its blocks", "this decoder cannot be pruned block by block"
+        )
+
+    def _injecting(self, hidden: Tensor) -> Callable[..., Any]:
+        """A stand-in for the blocks of which the last gives `hidden`."""
+        last = len(self) - 1
+
+        def inject(number: int, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._as_block_output(hidden if number == last else states)
+
+        return inject
+
+    def normed(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What the head is given for the hidden states that left the last block: (samples, seqlen, hidden) as well."""
+        states: Tensor = self._run(tokens, self._injecting(hidden))[0]
+        return states
+
+    def finish(self, hidden: Tensor, tokens: Tensor, part: slice | None = None) -> Tensor:
+        """Logits from the hidden states that left the last block.
+
+        Parameters
+        ----------
+        hidden : Tensor of shape (samples, seqlen, hidden)
+        tokens : Tensor of shape (samples, seqlen)
+        part : slice, optional
+            Positions to give logits for; all by default.
+
+        Returns
+        -------
+        Tensor of shape (samples, positions, vocabulary)
+        """
+        self.load_head()
+        inject = self._injecting(hidden)
+        if part is None or not self._keeps_logits:
+            logits: Tensor = self._run(tokens, inject, whole=True).logits
+            return logits if part is None else logits[:, part]
+        positions = torch.arange(part.start, part.stop, device=self.device)
+        logits = self._run(tokens, inject, whole=True, logits_to_keep=positions).logits
+        return logits
+
+    def forward(
+        self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The output of the (loaded) block `index` for hidden states of shape (samples, seqlen, hidden).
+
+        Parameters
+        ----------
+        tokens : Tensor of shape (samples, seqlen)
+            The token ids of these samples; only their shape matters.
+        weights : mapping, optional
+            Weights to use instead of the block's own, by name inside the block; gradients reach them.
+        """
+        args, kwargs = self.keywords(index, tokens)
+        block = self.blocks[index]
+        if weights is None:
+            output = block(hidden, *args, **kwargs)
+        else:
+            output = torch.func.functional_call(block, dict(weights), (hidden, *args), dict(kwargs))
+        return states_of(output)
+
+
+def states_of(output: Any) -> Tensor:
+    """The hidden states in what a block or one of its modules returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded arguments with no cache among them: blocks see whole sequences."""
+    return {
+        name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")
+    }
+
+
+@contextlib.contextmanager
+def _replaced_forward(block: nn.Module, number: int, stand_in: Callable[..., Any]) -> Iterator[None]:
+    def forward(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        states = hidden if hidden is not None else kwargs.pop("hidden_states")
+        return stand_in(number, states, *args, **kwargs)
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward

@@ -1,0 +1,1 @@
+"""One command from what is asked to a finished stage."""

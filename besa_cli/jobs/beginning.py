@@ -1,0 +1,136 @@
+"""Where a job begins: the manifest of what is asked, and what is there already, compared with it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from besa_cli import compute
+from besa_cli.calibration import CalibrationSet
+from besa_cli.checkpoint import manifests, stages
+from besa_cli.checkpoint.runs import Run
+from besa_cli.errors import BesaError
+from besa_cli.jobs.plan import Plan
+from besa_cli.models import Model
+from besa_cli.ops import kernels
+
+_PASS_TOKENS = 4096  # tokens in a pass without gradients
+
+
+def new_manifest(run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Plan) -> dict[str, Any]:
+    """The manifest of what is asked, before anything of it is done; `digest` is the model's."""
+    calibration = calibration_set.manifest
+    drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
+    if request.calibration is not None:
+        drawn = {"calibration": request.calibration}
+    elif calibration["options"].get("seed") != request.seed:
+        drawn = {"calibration": str(run.calibration.resolve())}
+    device = compute.device(request.device)
+    seqlen = calibration_set.tokens.shape[1]
+    parent = run.stage_at(model.directory)
+    return {
+        "format": manifests.FORMAT,
+        "stage": request.stage,
+        "command": request.command,
+        "options": {"model": model.name, **request.record(), **drawn},
+        "compute": {
+            "device": device.type,
+            "dtype": compute.name_of(compute.dtype(request.dtype, device)),
+            "threads": torch.get_num_threads(),
+            "batch": max(_PASS_TOKENS // seqlen, 1),
+            "kernels": kernels.name(),
+        },
+        "model": {
+            "name": model.name,
+            "kind": model.kind,
+            "revision": model.revision,
+            "directory": str(model.directory.resolve()),
+            "digest": digest,
+            **({"stage": parent} if parent else {}),
+        },
+        **request.facts(),
+        "calibration": {"tokens_digest": calibration_set.digest, "sources": calibration["sources"]},
+        "versions": manifests.versions(),
+        "history": history(model.directory),
+        "status": "new",
+    }
+
+
+def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> tuple[Path, dict[str, Any]]:
+    """The stage made or begun with what is asked, and its manifest; a new one where there is none.
+
+    With `restart` only a stage that an interrupted ``--restart`` has begun counts.
+
+    Parameters
+    ----------
+    final, beside : Path
+        The stage's own place, and that of a new one which is to replace it.
+    new : dict
+        The manifest of what is asked.
+
+    Raises
+    ------
+    BesaError
+        A stage is there that was made with other options.
+    """
+    found = {place: manifests.read(place) for place in (final, beside) if (place / manifests.MANIFEST).exists()}
+    there = {place: old for place, old in found.items() if old["status"] != "beginning"}
+    different = {place: differences(old, new) for place, old in there.items()}
+    for place, old in there.items():
+        if not different[place] and (not restart or (old["status"] == "running" and "restart" in old)):
+            return place, old
+    if restart:
+        return beside if manifests.is_complete(final) else final, {**new, "restart": True}
+    for place, what in different.items():
+        state = "a finished" if there[place]["status"] == "complete" else "an unfinished"
+        raise BesaError(
+            f"{place} holds {state} stage made with other options: {'; '.join(what)}",
+            "give --run NAME to keep both, or --restart to replace it",
+        )
+    return final, new
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What would change the result, with both values; `auto` agrees with whatever it was resolved to."""
+    mine, asked = (
+        {
+            "command": each["command"],
+            **each["options"],
+            "model": each["model"]["digest"],
+            "calibration": each["calibration"]["tokens_digest"],
+        }
+        for each in (old, new)
+    )
+    for name in ("data", "samples", "seqlen", "pack"):  # the tokens themselves are compared
+        mine.pop(name, None)
+        asked.pop(name, None)
+    for name in ("device", "dtype"):
+        resolved = old["compute"][name]
+        mine[name] = resolved
+        asked[name] = resolved if asked[name] == "auto" else asked[name]
+    names = list(dict.fromkeys([*mine, *asked]))
+    return [
+        f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked"
+        for name in names
+        if mine.get(name) != asked.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = "-" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def history(directory: Path) -> list[dict[str, Any]]:
+    """The stages before, where the model is itself a stage."""
+    if not (directory / manifests.MANIFEST).exists():
+        return []
+    parent = stages.finished(directory)
+    own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
+    return [*parent.get("history", []), own]
+
+
+def listed(versions: Mapping[str, str]) -> str:
+    """Versions in words."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())

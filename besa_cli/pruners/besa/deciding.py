@@ -1,0 +1,101 @@
+"""What becomes of a window: the allocation learned, projected onto the exact budget, compared with the uniform one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from besa_cli import compute
+from besa_cli.ops import affine, allocation, budget, losses, masks
+from besa_cli.ops.affine import Quantized
+from besa_cli.pruners.besa.learning import MEASURES, learn
+from besa_cli.pruners.besa.options import Options
+from besa_cli.pruners.besa.window import Window
+from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.propagation import batches
+
+_COMPARED = 16  # samples on which the learned allocation has to beat the uniform one
+
+
+def prune(block: Block, options: Options) -> Pruned:
+    """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
+    window = Window(block, options)
+    try:
+        return _decide(window)
+    finally:
+        for name, linear in window.linears.items():
+            linear.restore(block.weights[name])
+
+
+def _decide(window: Window) -> Pruned:
+    block, options = window.block, window.options
+    if block.budget <= sum(linear.zeros for linear in window.linears.values()):
+        kept = _masks(window, window.uniform_shares())
+        nearest = {name: affine.nearest(clipped.weight, clipped.grid) for name, clipped in window.clipped.items()}
+        return Pruned(masks=kept, **_on_grid(nearest, kept))
+    theta, strengths, learned_loss = learn(window)
+    quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
+    for name, each in quantized.items():
+        window.linears[name].put(each)
+    if options.preset == "authors":
+        return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
+    sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
+    uniform, learned = (_masks(window, shares) for shares in (window.uniform_shares(), window.shares(sparsities)))
+    before, after = (_errors(window, kept) for kept in (uniform, learned))
+    better = after[0] < before[0]
+    kept = learned if better else uniform
+    return Pruned(
+        masks=kept,
+        **_on_grid(quantized, kept),
+        error_before=before[1],
+        error_after=after[1] if better else before[1],
+        learned_loss=learned_loss,
+        kept_uniform=not better,
+    )
+
+
+def _on_grid(quantized: Mapping[str, Quantized], kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The linears on a grid, what is pruned at its zero, as fields of `Pruned`."""
+    pruned = {name: affine.pruned(each, kept[name]) for name, each in quantized.items()}
+    return {"weights": {name: affine.dequantize(each) for name, each in pruned.items()}, "quantized": pruned}
+
+
+def _learned_masks(window: Window, theta: Tensor) -> dict[str, Tensor]:
+    """The masks of the last step, whatever their sparsity."""
+    alpha = allocation.expected_sparsity(window.mixture(theta), window.p)
+    return {
+        name: masks.keep_above(linear.ranks, allocation.of_rows(count, linear.group, linear.rows))
+        for (name, linear), count in zip(window.linears.items(), window.counts(alpha), strict=True)
+    }
+
+
+def _masks(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, Tensor]:
+    """Masks that prune exactly the budget, each row as near to its share as existing zeros allow."""
+    wished = np.array([shares[name].sum() for name in window.linears])
+    zeros = np.array([linear.zeros for linear in window.linears.values()])
+    sizes = np.array([linear.size for linear in window.linears.values()])
+    totals = budget.round_to_total(wished, window.block.budget, zeros, sizes)
+    kept = {}
+    for (name, linear), count in zip(window.linears.items(), totals.tolist(), strict=True):
+        counts = masks.row_counts(shares[name], count, window.score(name), linear.ranks)
+        kept[name] = masks.keep_above(linear.ranks, counts)
+    return kept
+
+
+def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The mean loss and the mean relative error of each token under fixed masks, over the first `_COMPARED` samples."""
+    block, measure = window.block, MEASURES[window.options.loss]
+    weights = {
+        name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
+        for name, linear in window.linears.items()
+    }
+    found: list[tuple[float, float]] = []
+    with torch.no_grad(), compute.repeated_passes():
+        for sample in batches(min(len(block.inputs), _COMPARED), 1):
+            output = block.forward(block.inputs[sample], weights)
+            target = block.target[sample].to(output.device)
+            found.append((float(measure(output, target)), float(losses.token(output, target))))
+    return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)

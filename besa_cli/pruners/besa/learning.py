@@ -1,0 +1,108 @@
+"""The mixtures over candidate sparsities, learned by gradient with a straight-through mask."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from prodigyopt import Prodigy
+from torch import Tensor
+
+from besa_cli import compute
+from besa_cli.errors import BesaError
+from besa_cli.ops import allocation, clipping, losses
+from besa_cli.pruners.besa.options import Options
+from besa_cli.pruners.besa.window import Window
+
+MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
+_EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of the block, and must not drown in it
+
+
+def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
+    """Minimise reconstruction + penalty.
+
+    Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
+    """
+    block, options = window.block, window.options
+    theta = allocation.initial_logits(len(window.sizes), window.p, window.goal)
+    if options.preset == "authors":
+        theta = torch.zeros_like(theta)
+    theta.requires_grad_()
+    strengths = {
+        name: clipping.initial(linear.weight, linear.grid).requires_grad_() for name, linear in window.clipped.items()
+    }
+    learners = optimizers(theta, list(strengths.values()), options)
+    samples = len(block.inputs)
+    steps = options.epochs * math.ceil(samples / options.batch_size)
+    generator = torch.Generator().manual_seed(block.seed)
+    measure = MEASURES[options.loss]
+    history: list[float] = []
+    order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
+    with compute.repeated_passes():
+        for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
+            weights, sparsity = _soft_weights(window, theta, strengths)
+            output = block.forward(block.inputs[chosen], weights)
+            reconstruction = measure(output, block.target[chosen].to(output.device))
+            penalty = losses.sparsity_penalty(sparsity, window.goal)
+            scale = output[..., 0].numel()  # one gradient a token would be lost in fp16 after the mean over tokens
+            (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
+            for optimizer, rate in learners:
+                if options.preset != "authors":
+                    # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
+                    optimizer.param_groups[0]["lr"] = rate * _half_cosine(len(history) / steps)
+                optimizer.step()
+                optimizer.zero_grad()
+            history.append(_finite(float(reconstruction.detach()), block.index))
+            block.on_step(len(history), steps, "learning")
+    _finite(float(theta.detach().sum()), block.index)
+    last = history[-max(len(history) // 10, 1) :]
+    settled = {name: logits.detach() for name, logits in strengths.items()}
+    return theta.detach(), settled, math.fsum(last) / len(last)
+
+
+def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list[tuple[torch.optim.Optimizer, float]]:
+    """What learns the mixtures, and the clipping strengths where there are any, each with its rate."""
+    if options.optimizer == "prodigy":
+        prodigy: torch.optim.Optimizer = Prodigy(
+            [theta], lr=options.rate, weight_decay=0.0, decouple=True, d_coef=options.d_coef
+        )
+        found = [(prodigy, options.rate)]
+    else:
+        found = [(_adamw([theta], options.rate), options.rate)]
+    if strengths:
+        found.append((_adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
+    return found
+
+
+def _adamw(learned: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(learned, lr=rate, weight_decay=0.0, eps=_EPSILON, fused=True)
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 at the start to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _finite(value: float, index: int) -> float:
+    if not math.isfinite(value):
+        raise BesaError(
+            f"learning in block {index} gave {value}",
+            "compute with --dtype float32, or give a smaller --lr or --penalty",
+        )
+    return value
+
+
+def _soft_weights(window: Window, theta: Tensor, strengths: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The masked weights, differentiable in the logits, and the window's expected sparsity."""
+    sources = {
+        name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
+        for name, linear in window.linears.items()
+    }
+    mixture = window.mixture(theta)
+    alpha = allocation.expected_sparsity(mixture, window.p)
+    weights = {
+        name: allocation.straight_through(part, sources[name], linear.ranks, count, linear.group, linear.masked)
+        for (name, linear), part, count in zip(
+            window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
+        )
+    }
+    return weights, alpha @ (window.sizes / window.sizes.sum())

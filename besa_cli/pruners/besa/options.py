@@ -1,0 +1,124 @@
+"""The options of BESA."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from besa_cli import windows
+from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
+from besa_cli.errors import UsageError
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
+
+_RATES = {"adamw": 0.1, "prodigy": 1.0}
+_CLIP_RATE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of BESA.
+
+    Attributes
+    ----------
+    window : "block", "attn-mlp" or a number
+        What is reconstructed together: a block, its halves one after the other, or so many blocks.
+    granularity : "row", "layer" or a number
+        What gets a sparsity of its own: every row, every linear, or every so many rows.
+    importance : {"wanda", "magnitude", "sparsegpt"}
+        What ranks the weights of a row.
+    target : {"block", "stream"}
+        What the block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+    epochs, batch_size : int
+        Passes over the calibration samples, and samples in one step.
+    optimizer : {"adamw", "prodigy"}
+    lr : float, optional
+        Learning rate of the mixture logits, 0.1 for AdamW, decaying to 0 along a half cosine, and 1 for Prodigy.
+    d_coef : float
+        Prodigy's factor on its own estimate of the rate.
+    penalty : float
+        Weight of the sparsity penalty ((s − ŝ)/ŝ)².
+    candidates : int
+        D: candidate sparsities are 0, 1/D, …, 1.
+    loss : {"token", "channel", "frobenius"}
+        Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    bits, group_size, symmetric : optional
+        The grid on which the weights are put, see `besa_cli.ops.affine.grid`; 128 and symmetric with `bits` alone.
+    clip_lr : float, optional
+        AdamW's rate for the clipping strengths; 0.01 with `bits`.
+    preset : {"authors"}, optional
+        ``authors``: smoothed mixtures that start at 0.5, a rate that stays, rows that prune the floor of their learned
+        share, and neither projection onto the exact budget nor a comparison with the uniform masks.
+    """
+
+    window: str = windows.BLOCK
+    granularity: str = "row"
+    importance: Importance = "wanda"
+    target: Target = "block"
+    epochs: int = 1
+    batch_size: int = 1
+    optimizer: Optimizer = "adamw"
+    lr: float | None = None
+    d_coef: float = 1.0
+    penalty: float = 5.0
+    candidates: int = 100
+    loss: Loss = "token"
+    bits: int | None = None
+    group_size: str | None = None
+    symmetric: bool | None = None
+    clip_lr: float | None = None
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr is None:
+            object.__setattr__(self, "lr", _RATES[self.optimizer])
+        windows.check(self.window)
+        self._settle_grid()
+        for name in ("epochs", "batch_size", "candidates"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
+        for name in ("lr", "penalty", "d_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                place = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UsageError(f"{place} is not a number from 0 up", "leave it out")
+        if self.granularity not in ("row", "layer") and not (self.granularity.isdecimal() and int(self.granularity)):
+            raise UsageError(
+                f"--granularity '{self.granularity}' is neither row nor layer nor a number of rows",
+                "row gives every row a sparsity of its own",
+            )
+
+    def _settle_grid(self) -> None:
+        own = {"group_size": affine.GROUP, "symmetric": True, "clip_lr": _CLIP_RATE}
+        for name, default in own.items():
+            if self.bits is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            if self.bits is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} says nothing without --bits", "give --bits 4 with it")
+        if self.bits is not None and self.preset:
+            raise UsageError(
+                f"--bits {self.bits} and --preset {self.preset} exclude each other", "leave one of them out"
+            )
+        if self.clip_lr is not None and not 0 <= self.clip_lr < math.inf:
+            raise UsageError(f"--clip-lr {self.clip_lr} is not a number from 0 up", "leave it out")
+        _ = self.grid
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid on which the weights are put."""
+        if self.bits is None:
+            return None
+        return affine.grid(self.bits, self.group_size or affine.GROUP, symmetric=self.symmetric is not False)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is used."""
+        return float(self.lr or 0)
+
+    def group(self, rows: int) -> int:
+        """Rows of a linear with `rows` rows that share one mixture."""
+        return {"row": 1, "layer": rows}.get(self.granularity) or min(int(self.granularity), rows)
+
+
+def authors(granularity: str = "row") -> dict[str, Any]:
+    """The released program's options: see docs/method.md, section 3."""
+    target = "stream" if granularity == "layer" else "block"
+    return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": 5.0}

@@ -1,0 +1,133 @@
+"""The linears of one reconstruction window as BESA sees them: ranked rows, in groups that share a sparsity."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from besa_cli.choices import Importance
+from besa_cli.ops import affine, allocation, budget, importance, kernels, masks, obs
+from besa_cli.ops.affine import Quantized
+from besa_cli.ops.clipping import Clipped
+from besa_cli.pruners import wanda
+from besa_cli.pruners.besa.options import Options
+from besa_cli.stream.block import Block
+
+_DAMPING = 0.01
+_TIE = 1e-6  # of the source's scores beside those on the grid
+
+
+class Linear:
+    """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight.
+
+    Its masked weights are written into `room`, the block's own weights in the dtype of computation: nobody needs those
+    between the target and the end, and a copy of them would be a third of all that is held.
+    """
+
+    def __init__(
+        self, weight: Tensor, scores: Tensor, room: Tensor, group: int, clipped: Clipped | None = None
+    ) -> None:
+        dtype = room.dtype
+        exact = weight.dtype in (dtype, torch.bfloat16) and dtype != torch.float16
+        self.weight = (weight if exact else weight.to(dtype)).contiguous()
+        self.ranks = kernels.ranks(scores)
+        self.masked = room
+        self.rows, self.cols = weight.shape
+        self.zeros = int((weight == 0).sum())
+        self.group = group
+        self.groups = math.ceil(self.rows / group)
+        self.clipped = clipped
+
+    def restore(self, weight: Tensor) -> None:
+        """Give the block its own weights back."""
+        self.masked.copy_(weight)
+
+    def put(self, quantized: Quantized) -> None:
+        """Take the weights of a grid that is settled."""
+        self.weight = affine.dequantize(quantized).to(self.masked.dtype)
+
+    @property
+    def size(self) -> int:
+        """Weights in the linear."""
+        return self.rows * self.cols
+
+    def group_sizes(self) -> Tensor:
+        """Weights in each group, fp32."""
+        ones = torch.ones(self.rows, device=self.weight.device)
+        return allocation.of_groups(ones, self.group) * self.cols
+
+
+class Window:
+    """All linears of one reconstruction window, and the block that they belong to."""
+
+    def __init__(self, block: Block, options: Options) -> None:
+        self.block, self.options = block, options
+        self.scores = _scores(block, options.importance)
+        _ = block.target  # before the block's weights are written over
+        grid = options.grid
+        self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
+        self.linears = {
+            name: Linear(
+                weight,
+                self.score(name),
+                block.linears[name].weight.data,
+                options.group(len(weight)),
+                self.clipped.get(name),
+            )
+            for name, weight in block.weights.items()
+        }
+        self.device = next(iter(block.linears.values())).weight.device
+        self.sizes = torch.cat([linear.group_sizes() for linear in self.linears.values()])
+        self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
+        self.p = allocation.candidates(options.candidates).to(self.device)
+        self.goal = block.budget / sum(linear.size for linear in self.linears.values())
+
+    def score(self, name: str) -> Tensor:
+        """The scores of one linear, below zero where a weight is zero already."""
+        weight = self.block.weights[name]
+        scores = self.scores(name, weight)
+        if name in self.clipped:  # on the grid many weights are alike: the source's decide between them
+            scores = self.scores(name, self.clipped[name].nearest()) + _TIE * scores
+        return masks.zeros_first(scores, weight)
+
+    def split(self, groups: Tensor) -> list[Tensor]:
+        """The part of each linear in a tensor with one row a group."""
+        return list(torch.split(groups, [linear.groups for linear in self.linears.values()]))
+
+    def mixture(self, theta: Tensor) -> Tensor:
+        """β from the logits."""
+        return allocation.mixture(theta.sigmoid() if self.options.preset == "authors" else theta)
+
+    def counts(self, alpha: Tensor) -> list[Tensor]:
+        """Weights that each row of a group prunes while learning, from the groups' sparsities; one tensor a linear."""
+        real = alpha.detach() * self.cols
+        return self.split((real.floor() if self.options.preset == "authors" else real.round()).to(torch.int32))
+
+    def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
+        """Real counts for each row from each group's sparsity."""
+        return {
+            name: (allocation.of_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
+            for (name, linear), alpha in zip(self.linears.items(), self.split(sparsities), strict=True)
+        }
+
+    def uniform_shares(self) -> dict[str, budget.Floats]:
+        """The same share for every row."""
+        return {name: np.full(linear.rows, self.goal * linear.cols) for name, linear in self.linears.items()}
+
+
+def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
+    """The function that scores a linear by its name and weight; what it needs to know is gathered now, and is small."""
+    if kind == "magnitude":
+        return lambda name, weight: importance.magnitude(weight)
+    if kind == "sparsegpt":
+        grams = block.observe(importance.gram)
+        diagonals: dict[int, Tensor] = {}
+        for gram in grams.values():
+            if id(gram) not in diagonals:
+                diagonals[id(gram)] = obs.inverse_diagonal(gram, _DAMPING)
+        columns = {name: diagonals[id(gram)] for name, gram in grams.items()}
+        return lambda name, weight: importance.sparsegpt(weight, columns[name])
+    norms = wanda.norms(block)
+    return lambda name, weight: importance.wanda(weight, norms[name])

@@ -1,0 +1,225 @@
+"""The one loop over the model: load a block, let one function change it, store it, pass the activations on, drop it."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from besa_cli import compute
+from besa_cli.activations import Shelf
+from besa_cli.choices import Target
+from besa_cli.decoder.running import Decoder
+from besa_cli.ops import affine, losses
+from besa_cli.reports import BlockReport, LinearReport
+from besa_cli.stream.block import Block, Pruned, Step
+from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked
+from besa_cli.stream.propagation import advance, batches, collected, embed
+from besa_cli.windows import Segment, Window
+
+
+class Store(Protocol):
+    """Where finished blocks go: see `besa_cli.checkpoint.stages.Stage`."""
+
+    def finished(self) -> int:
+        """How many blocks are on disk, from the first on without a gap."""
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished block."""
+
+    def report(self, index: int) -> BlockReport:
+        """The report of a finished block."""
+
+    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+        """Put a block on disk, whole or not at all; the codes of linears on a grid beside its tensors."""
+
+
+def compress(
+    decoder: Decoder,
+    store: Store,
+    tokens: Tensor,
+    change: Callable[[Block], Pruned],
+    *,
+    segments: Sequence[Segment],
+    budgets: Sequence[int] | None,
+    target: Target,
+    batch: int,
+    seed: int,
+    on_step: Step = lambda done, total, phase: None,
+    shelf: Shelf | None = None,
+) -> Iterator[BlockReport]:
+    """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
+
+    Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes; where only some
+    blocks of a window are there, the window is pruned again.
+
+    Parameters
+    ----------
+    tokens : Tensor of shape (samples, seqlen)
+        Without any samples nothing passes through the blocks, and `change` sees their weights alone.
+    change : function of a Block to what becomes of it
+    segments : the model's windows
+    budgets : one number a window, or None
+        Weights to prune; None where a pattern N:M decides.
+    target : {"block", "stream"}
+        What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+    batch : int
+        Samples in a pass without gradients.
+    shelf : Shelf, optional
+        Where the hidden states lie; in memory by default.
+    """
+    finished = store.finished()
+    if finished == len(decoder):
+        yield from (store.report(index) for index in range(finished))
+        return
+    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
+    counts = iter(budgets or [])
+    for segment in segments:
+        start = time.perf_counter()
+        own = [next(counts, None) for _ in segment.windows]
+        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own)
+        for index in segment.blocks:
+            decoder.drop(index)
+        seconds = (time.perf_counter() - start) / len(reports)
+        for report in reports:
+            yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
+
+
+class _Walk:
+    """The state of `compress`: the compressed stream, and the dense one where it is the target."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: Store,
+        tokens: Tensor,
+        change: Callable[[Block], Pruned],
+        dense: bool,
+        batch: int,
+        seed: int,
+        on_step: Step,
+        shelf: Shelf,
+    ) -> None:
+        self._shelf = shelf
+        self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
+        self._batch, self._seed, self._on_step = batch, seed, on_step
+        self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._dense = embed(decoder, tokens, batch, shelf) if dense and len(tokens) else None
+
+    def replay(self, segment: Segment) -> list[BlockReport]:
+        """Pass the streams through blocks that are finished."""
+        for index in segment.blocks:
+            if self._dense is not None:
+                self._decoder.load(index)
+                self._advance(index, self._dense)
+            self._decoder.load(index, self._store.read(index))
+            self._advance(index, self._inputs)
+        return [self._store.report(index) for index in segment.blocks]
+
+    def prune(self, segment: Segment, budgets: Sequence[int | None]) -> list[BlockReport]:
+        """Decide the segment's windows one after the other, then store its blocks."""
+        sources = {index: self._decoder.load(index) for index in segment.blocks}
+        targets = self._dense_targets(segment)
+        alone = len(segment.windows) == 1
+        whole = None if alone else self._whole_target(segment)
+        decided: list[Decided] = []
+        for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
+            block = Block(
+                window, self._weights(window, sources), budget=budget,
+                inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
+                tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
+                shelf=self._shelf,
+            )  # fmt: skip
+            pruned = self._change(block)
+            check_counts(block, pruned)
+            decided.append(Decided(window=window, pruned=pruned, stored=masked(block.weights, pruned)))
+            if whole is None:
+                whole = block.target
+            if not alone:
+                self._put(decided[-1])
+            del block
+        return self._settle(segment, sources, decided, whole)
+
+    def _advance(self, index: int, hidden: Tensor) -> None:
+        advance(self._decoder, index, hidden, self._tokens, self._batch, lambda part, output: self._shelf.release())
+
+    def _collect(self, function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """`function` of the hidden states and their tokens, batch by batch."""
+        device = self._decoder.device
+        parts = batches(len(hidden), self._batch)
+        with torch.no_grad():
+            outputs = (function(hidden[part].to(device), self._tokens[part]) for part in parts)
+            return collected(outputs, len(hidden), self._shelf)
+
+    def _dense_targets(self, segment: Segment) -> list[Tensor | None]:
+        """What each window should give in the dense stream, which is passed on."""
+        if self._dense is None:
+            return [None for _ in segment.windows]
+        alone = len(segment.windows) == 1
+        halves = [] if alone else [self._collect(window.reach, self._dense) for window in segment.windows]
+        for index in segment.blocks:
+            self._advance(index, self._dense)
+        return [self._dense] if alone else [*halves]
+
+    def _whole_target(self, segment: Segment) -> Tensor:
+        """What the block of several windows should give, for its report."""
+        if self._dense is not None:
+            return self._dense
+        (index,) = segment.blocks
+        return self._collect(lambda hidden, tokens: self._decoder.forward(index, hidden, tokens), self._inputs)
+
+    def _weights(self, window: Window, sources: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        origins = {index: self._decoder.block_names(index) for index in window.blocks}
+        return {
+            name: sources[index][origins[index][f"{inner}.weight"]].to(self._decoder.device)
+            for name, (index, inner) in window.places.items()
+        }
+
+    def _put(self, decided: Decided) -> None:
+        """Let the windows that follow in the same block see what was decided."""
+        with torch.no_grad():
+            for name, weight in decided.stored.items():
+                decided.window.linears[name].weight.copy_(weight)
+
+    def _settle(
+        self,
+        segment: Segment,
+        sources: Mapping[int, Mapping[str, Tensor]],
+        decided: Sequence[Decided],
+        target: Tensor | None,
+    ) -> list[BlockReport]:
+        """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
+        tensors = {index: dict(source) for index, source in sources.items()}
+        codes: dict[int, dict[str, Tensor]] = {index: {} for index in segment.blocks}
+        linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
+        for each in decided:
+            for name, weight in each.stored.items():
+                index, inner = each.window.places[name]
+                origin = self._decoder.block_names(index)[f"{inner}.weight"]
+                tensors[index][origin] = weight.cpu()
+                if name in each.pruned.quantized:
+                    codes[index] |= affine.tensors(each.pruned.quantized[name], origin.removesuffix(".weight"))
+                linears[index].append(linear_report(inner, weight, each.pruned.masks[name]))
+        errors: list[float] = []
+
+        def compare(part: slice, output: Tensor) -> None:
+            if target is not None:
+                errors.append(float(losses.token(output, target[part].to(output.device))) * len(output))
+            self._shelf.release()
+            self._on_step(part.stop, len(self._inputs), "propagation")
+
+        for index in segment.blocks:
+            self._decoder.load(index, tensors[index])
+            last = index == segment.blocks[-1]
+            advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
+        error = math.fsum(errors) / len(self._inputs) if errors else None
+        reports = [
+            block_report(index, len(self._decoder), linears[index], decided, error if last else None)
+            for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
+        ]
+        for report in reports:
+            self._store.write(report, tensors[report.index], codes[report.index])
+        return reports
