@@ -2,17 +2,18 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from besa_cli import windows
+from besa_cli.activations import Shelf
 from besa_cli.choices import Target
 from besa_cli.decoder.running import Decoder
-from besa_cli.reports import BlockReport
-from besa_cli.stream import propagation, walk
+from besa_cli.stream import propagation
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.walk import Walk
 from besa_cli.windows import Segment
 
 _FIXED = ("update",)  # phases whose length does not depend on the number of samples
@@ -87,22 +88,6 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-class _Nowhere:
-    """A store that keeps nothing: see `besa_cli.stream.walk.Store`."""
-
-    def finished(self) -> int:
-        return 0
-
-    def read(self, index: int) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def report(self, index: int) -> BlockReport:
-        raise NotImplementedError
-
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Keep nothing."""
-
-
 def seconds(
     decoder: Decoder,
     tokens: Tensor,
@@ -131,13 +116,13 @@ def seconds(
     propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
-    reports = walk.compress(
-        decoder, _Nowhere(), few, change,
-        segments=[first], budgets=budgets[: len(first.windows)] if budgets else None,
-        target=target, batch=batch, seed=seed, on_step=meter.step,
+    trial = Walk(
+        decoder, lambda report, tensors, codes: None, few, change,
+        target=target, batch=batch, seed=seed, on_step=meter.step, shelf=Shelf(),
     )  # fmt: skip
-    for _ in reports:
-        pass
+    trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
+    for index in first.blocks:
+        decoder.drop(index)
     of_first = meter.extrapolated(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in segments]
     left = sum(size for size, segment in zip(sizes, segments, strict=True) if segment.blocks.stop > finished)

@@ -1,12 +1,10 @@
 """Where a run keeps its perplexities: one file a result; while one is measured, the losses of its windows so far."""
 
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, lock
+from besa_cli import disk, lock, result_files
 from besa_cli.checkpoint import manifests
 from besa_cli.evaluation import Loss, Measurement, Perplexity
 
@@ -74,23 +72,9 @@ class Results:
 
 def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to."""
-    record = {
-        "format": manifests.FORMAT,
-        "kind": "perplexity",
-        "model": model,
-        **asdict(result),
-        "versions": manifests.versions(),
-    }
-    disk.write_json(file, record)
+    result_files.save(result, file, "perplexity", model, manifests.versions())
 
 
 def load(file: Path) -> Perplexity | None:
     """A result that was saved, or None where there is none of the same versions."""
-    if not file.exists():
-        return None
-    record = disk.read_json(file)
-    fields = inspect.signature(Perplexity).parameters
-    needed = [name for name, field in fields.items() if field.default is field.empty]
-    if record.get("versions") != manifests.versions() or not all(name in record for name in needed):
-        return None
-    return Perplexity(**{name: record[name] for name in fields if name in record})
+    return result_files.load(Perplexity, file, manifests.versions())

@@ -22,7 +22,7 @@ LAYERS = (
     {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling", "sim"},
     {"models", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
-    {"texts", "windows"},
+    {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
     {
         "card",

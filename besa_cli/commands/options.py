@@ -101,7 +101,7 @@ DataDirOption = Annotated[
         "--data-dir",
         metavar="DIR",
         envvar="BESA_DATA",
-        help="Where local copies of the named data sets are looked for first.",
+        help="Where local copies of data sets and tasks are looked for first (see docs/data.md, docs/tasks.md).",
     ),
 ]
 

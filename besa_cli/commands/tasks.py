@@ -28,15 +28,6 @@ TasksArgument = Annotated[
         show_default="piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge",
     ),
 ]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-dir",
-        metavar="DIR",
-        envvar="BESA_DATA",
-        help="Where local files of the tasks are looked for first (docs/tasks.md lists their names).",
-    ),
-]
 ShotsOption = Annotated[
     int | None,
     typer.Option(
@@ -73,7 +64,7 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="Measure again wh
 def tasks(
     names: TasksArgument = None,
     model: options.OtherModelOption = None,
-    data_dir: DataDirOption = None,
+    data_dir: options.DataDirOption = None,
     num_fewshot: ShotsOption = None,
     limit: LimitOption = None,
     batch_size: BatchOption = "1",

@@ -20,6 +20,8 @@ from besa_cli.stream.decided import Decided, block_report, check_counts, linear_
 from besa_cli.stream.propagation import advance, batches, collected, embed
 from besa_cli.windows import Segment, Window
 
+Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
+
 
 class Store(Protocol):
     """Where finished blocks go: see `besa_cli.checkpoint.stages.Stage`."""
@@ -75,12 +77,15 @@ def compress(
     if finished == len(decoder):
         yield from (store.report(index) for index in range(finished))
         return
-    walk = _Walk(decoder, store, tokens, change, target == "stream", batch, seed, on_step, shelf or Shelf())
+    walk = Walk(
+        decoder, store.write, tokens, change, target=target, batch=batch, seed=seed, on_step=on_step,
+        shelf=shelf or Shelf(),
+    )  # fmt: skip
     counts = iter(budgets or [])
     for segment in segments:
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
-        reports = walk.replay(segment) if segment.blocks.stop <= finished else walk.prune(segment, own)
+        reports = walk.replay(segment, store) if segment.blocks.stop <= finished else walk.prune(segment, own)
         for index in segment.blocks:
             decoder.drop(index)
         seconds = (time.perf_counter() - start) / len(reports)
@@ -88,36 +93,40 @@ def compress(
             yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
 
 
-class _Walk:
-    """The state of `compress`: the compressed stream, and the dense one where it is the target."""
+class Walk:
+    """The state of `compress`: the compressed stream, and the dense one where it is the target.
+
+    `keep` takes a finished block's report, tensors and codes; the other parameters are those of `compress`.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
-        store: Store,
+        keep: Keep,
         tokens: Tensor,
         change: Callable[[Block], Pruned],
-        dense: bool,
+        *,
+        target: Target,
         batch: int,
         seed: int,
         on_step: Step,
         shelf: Shelf,
     ) -> None:
         self._shelf = shelf
-        self._decoder, self._store, self._tokens, self._change = decoder, store, tokens, change
+        self._decoder, self._keep, self._tokens, self._change = decoder, keep, tokens, change
         self._batch, self._seed, self._on_step = batch, seed, on_step
         self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
-        self._dense = embed(decoder, tokens, batch, shelf) if dense and len(tokens) else None
+        self._dense = embed(decoder, tokens, batch, shelf) if target == "stream" and len(tokens) else None
 
-    def replay(self, segment: Segment) -> list[BlockReport]:
+    def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
         for index in segment.blocks:
             if self._dense is not None:
                 self._decoder.load(index)
                 self._advance(index, self._dense)
-            self._decoder.load(index, self._store.read(index))
+            self._decoder.load(index, store.read(index))
             self._advance(index, self._inputs)
-        return [self._store.report(index) for index in segment.blocks]
+        return [store.report(index) for index in segment.blocks]
 
     def prune(self, segment: Segment, budgets: Sequence[int | None]) -> list[BlockReport]:
         """Decide the segment's windows one after the other, then store its blocks."""
@@ -221,5 +230,5 @@ class _Walk:
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
         ]
         for report in reports:
-            self._store.write(report, tensors[report.index], codes[report.index])
+            self._keep(report, tensors[report.index], codes[report.index])
         return reports

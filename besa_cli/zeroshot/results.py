@@ -1,16 +1,15 @@
 """What was measured on one task, and the file that keeps it."""
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, lock
+from besa_cli import disk, lock, result_files
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
 
@@ -155,23 +154,10 @@ def file_name(facts: Mapping[str, Any]) -> str:
 
 def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to, while nobody else writes results of the run."""
-    record = {
-        "format": manifests.FORMAT,
-        "kind": "tasks",
-        "model": dict(model),
-        **asdict(result),
-        "versions": versions(),
-    }
     with lock.moment(file.parent.parent):
-        disk.write_json(file, record)
+        result_files.save(result, file, "tasks", model, versions())
 
 
 def load(file: Path) -> Result | None:
     """A result that was saved, or None where there is none, or other versions made it."""
-    if not file.exists():
-        return None
-    record = disk.read_json(file)
-    names = inspect.signature(Result).parameters
-    if record.get("versions") != versions() or not all(name in record for name in names):
-        return None
-    return Result(**{name: record[name] for name in names})
+    return result_files.load(Result, file, versions())

@@ -1,0 +1,77 @@
+"""How good is the pruned demo model after how much work? Protocol A at 50 %, learned on fewer and fewer samples.
+
+    python benchmarks/time_to_quality.py TOKENS.jsonl --work DIR [--samples 16 32 64 128]
+
+Work is the CPU time of `besa prune`, process and reports included, in units of one plain pass without gradients of all
+blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too. Finished cells are
+kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table.
+"""
+
+import argparse
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_prune import CPU, plain_pass
+from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
+
+from besa_cli import models
+from besa_cli.decoder import Decoder
+
+LINES = HERE / "time_to_quality.jsonl"
+SPARSITY = "0.5"
+
+
+def unit(tokens: Path) -> float:
+    """CPU seconds of a plain pass over all rows."""
+    decoder = Decoder(models.resolve("smollm2-135m", notify=print).directory, CPU, torch.float32)
+    rows = [json.loads(line)["input_ids"] for line in tokens.read_text().splitlines()]
+    return plain_pass(decoder, torch.tensor(rows)).cpu
+
+
+def measure(samples: int, tokens: Path, work: Path) -> dict[str, Any]:
+    """Prune on so many rows and evaluate."""
+    run = work / str(samples)
+    besa("calibrate", "--data", str(tokens), "--samples", str(samples), "--seqlen", "512", "--run", str(run))
+    before, started = unit(tokens), _children()
+    stage = besa("prune", "--sparsity", SPARSITY, "--dtype", "float32", "--run", str(run))
+    took = _children() - started
+    units = took / ((before + unit(tokens)) / 2)
+    evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))
+    return {
+        "samples": samples,
+        "perplexity": evaluated["results"][0]["perplexity"],
+        "units": units,
+        "cpu_seconds": took,
+        "peak_memory": spent(run / "pruned")[1],
+        "counts": stage["counts"],
+        "compute": stage["compute"],
+        "machine": machine(),
+        "commit": commit(),
+    }
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--samples", type=int, nargs="+", default=[16, 32, 64, 128])
+    arguments = parser.parse_args()
+    for samples in arguments.samples:
+        if samples in {line["samples"] for line in read_lines(LINES)}:
+            continue
+        line = measure(samples, arguments.tokens, arguments.work)
+        append_line(LINES, line)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

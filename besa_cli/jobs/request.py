@@ -1,0 +1,129 @@
+"""What is asked of any method, whether it prunes or quantizes."""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from besa_cli import compute, windows
+from besa_cli.choices import Target
+from besa_cli.errors import UsageError, unknown
+from besa_cli.ops.affine import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(ABC):
+    """What is asked of a method: the part of a `besa_cli.jobs.plan.Plan` that all methods share.
+
+    Attributes
+    ----------
+    methods : mapping
+        The methods there are; of the class.
+    folder : str
+        The package of theirs, one module a method; of the class.
+    method : str
+        A key of `methods`.
+    options : mapping
+        The method's own options that were given, by the names of its `Options`.
+    device, dtype : str
+        As on the command line, ``auto`` included.
+    seed : int
+    calibration : str, optional
+        Directory of a calibration set that was named, for the record.
+    max_memory : int, optional
+        Bytes of memory that the process is to stay within; the hidden states go to files where they would not fit.
+    """
+
+    methods: ClassVar[Mapping[str, str]]
+    folder: ClassVar[str]
+
+    method: str
+    options: Mapping[str, Any]
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    calibration: str | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in self.methods:
+            raise unknown("method", self.method, self.methods)
+        self.check()
+        compute.device(self.device)
+        self.method_options()
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse values of the command's own fields.
+
+        Raises
+        ------
+        UsageError
+            One of them cannot be meant.
+        """
+
+    @property
+    def module(self) -> Any:
+        """The method's module."""
+        return self._module(self.method)
+
+    @property
+    def grid(self) -> Grid | None:
+        """See `besa_cli.jobs.plan.Plan`."""
+        grid: Grid | None = getattr(self.method_options(), "grid", None)
+        return grid
+
+    @property
+    def window(self) -> str:
+        """See `besa_cli.jobs.plan.Plan`."""
+        return str(getattr(self.method_options(), "window", windows.BLOCK))
+
+    @property
+    def target(self) -> Target:
+        """See `besa_cli.jobs.plan.Plan`."""
+        target: Target = getattr(self.method_options(), "target", "block")
+        return target
+
+    def facts(self) -> dict[str, Any]:
+        """See `besa_cli.jobs.plan.Plan`."""
+        return {"quantization": asdict(self.grid)} if self.grid else {}
+
+    def given(self) -> dict[str, Any]:
+        """The values for the method's `Options` that were given."""
+        return dict(self.options)
+
+    def method_options(self) -> Any:
+        """The method's `Options`.
+
+        Raises
+        ------
+        UsageError
+            An option that this method does not have; says which methods do.
+        """
+        known, given = self._option_names(self.method), self.given()
+        for name in given:
+            if name not in known:
+                having = [method for method in self.methods if name in self._option_names(method)]
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is no option of --method {self.method}",
+                    f"methods with that option: {', '.join(having) or 'none'}",
+                )
+        return self.module.Options(**given)
+
+    @abstractmethod
+    def amount(self) -> dict[str, Any]:
+        """The command's own options with their values, under the names of the command line."""
+
+    def record(self) -> dict[str, Any]:
+        """All options with their values, under the names of the command line."""
+        own = self.method_options()
+        named = {field.name: getattr(own, field.name) for field in fields(own) if field.name != "nm"}
+        where = {"device": self.device, "dtype": self.dtype, "seed": self.seed}
+        return {"method": self.method, **self.amount(), **named, **where}
+
+    def _module(self, method: str) -> Any:
+        return importlib.import_module(f"besa_cli.{self.folder}.{method}")
+
+    def _option_names(self, method: str) -> list[str]:
+        return [field.name for field in fields(self._module(method).Options)]
