@@ -59,7 +59,10 @@ class Linear:
 
 
 class Window:
-    """All linears of one reconstruction window, and the block that they belong to."""
+    """All linears of one reconstruction window, and the block that they belong to.
+
+    With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin.
+    """
 
     def __init__(self, block: Block, options: Options) -> None:
         self.block, self.options = block, options
