@@ -6,8 +6,10 @@ from pathlib import Path
 
 from besa_cli import disk
 from besa_cli.checkpoint import manifests
+from besa_cli.models import cache
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
+_OWN = (manifests.MANIFEST, manifests.EXPORT, cache.FILES)
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
@@ -19,11 +21,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def _is_copied(name: str) -> bool:
-    if (
-        name in (manifests.MANIFEST, manifests.EXPORT)
-        or name.startswith((".", "model-"))
-        or any(name.endswith(suffix) for suffix in _WEIGHTS)
-    ):
+    if name in _OWN or name.startswith((".", "model-")) or any(name.endswith(suffix) for suffix in _WEIGHTS):
         return False
     return name.endswith(_COPIED) or name.upper().startswith("LICENSE")
 

@@ -10,7 +10,7 @@ from typing import Any
 from besa_cli.disk import read_json, sha256_file, write_json
 from besa_cli.errors import BesaError
 
-_FILES = "besa-cache.json"
+FILES = "besa-cache.json"  # the digests of a cached directory
 
 
 def root() -> Path:
@@ -72,7 +72,7 @@ def _make(directory: Path, make: Callable[[Path], None], notify: Callable[[str],
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             files[str(path.relative_to(partial))] = path.stat().st_size
             _flush(path)
-        write_json(partial / _FILES, {"files": files})
+        write_json(partial / FILES, {"files": files})
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -84,7 +84,7 @@ def _flush(path: Path) -> None:
 
 
 def _is_whole(directory: Path) -> bool:
-    files = _noted(directory / _FILES).get("files", {})
+    files = _noted(directory / FILES).get("files", {})
     return bool(files) and all(
         (directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files.items()
     )

@@ -13,6 +13,7 @@ from strategies import fewer
 
 from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
+from besa_cli.ops import losses
 from besa_cli.pruners import besa, wanda
 from besa_cli.stream.block import Block, Pruned
 
@@ -167,7 +168,7 @@ def test_the_target_given_is_what_is_reproduced() -> None:
 def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> None:
     weights = toy.source()
     made = toy.block(weights, toy.size(weights) // 5, samples=16)
-    original, expected = besa.losses.sparsity_penalty, dict[float, list[float]]()
+    original, expected = losses.sparsity_penalty, dict[float, list[float]]()
     for penalty in (0.0, 50.0):
         noted: list[float] = []
 
@@ -176,7 +177,7 @@ def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> No
             return original(sparsity, goal)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(besa.losses, "sparsity_penalty", spy)
+            patch.setattr(losses, "sparsity_penalty", spy)
             besa.prune(made, besa.Options(penalty=penalty, lr=0.5, epochs=2))
         expected[penalty] = noted
     assert expected[0.0][0] == pytest.approx(0.0, abs=1e-5)  # both start at the goal
