@@ -2,41 +2,56 @@
 
 Loads every export in the *other* program (transformers, or llama.cpp out of the wheel `xllamacpp`) and prints one JSON
 line for each: its size, the relative error of its logits on the first window against those of the stage, the share of
-positions with the same likeliest token, and the perplexity of the first windows of WikiText-2 beside the stage's.
+positions with the same likeliest token, the perplexity of the first windows of WikiText-2 beside the stage's, and how
+many of the pruned weights are zero there, as that program (for GGUF, gguf's own reader) holds them.
 
     pip install xllamacpp compressed-tensors
     python benchmarks/bench_export.py --run besa-run --windows 8
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import export_values
 import numpy as np
 import torch
 from llama_cpp import LlamaCpp
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
-from besa_cli import datahub, texts
+from besa_cli import datahub, inspection, texts
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT
 from besa_cli.checkpoint.runs import Run
 
-Logits = Callable[[list[int]], np.ndarray]
+
+@dataclass(frozen=True)
+class Opened:
+    """An export in the program that loads it: logits of shape (tokens, vocabulary) in fp32, and its linears by name."""
+
+    program: str
+    logits: Callable[[list[int]], np.ndarray]
+    linear: export_values.Read
 
 
-def in_transformers(directory: Path) -> Logits:
-    """Logits of shape (tokens, vocabulary) from stock transformers, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def in_transformers(directory: Path) -> Opened:
+    """Stock transformers: weights as they are loaded, products in fp32."""
+    settings = {}
+    if json.loads((directory / "config.json").read_text()).get("quantization_config", {}).get("config_groups"):
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **settings).float()
+    state = model.state_dict()
 
     def logits(window: list[int]) -> np.ndarray:
         with torch.no_grad():
             return model(torch.tensor([window])).logits[0].numpy()
 
-    return logits
+    return Opened("transformers", logits, state.__getitem__)
 
 
 def losses(logits: np.ndarray, window: list[int]) -> np.ndarray:
@@ -53,15 +68,23 @@ def windows(stage: Path, count: int, seqlen: int) -> list[list[int]]:
     return [ids[start * seqlen : (start + 1) * seqlen] for start in range(count)]
 
 
-def opened(directory: Path, seqlen: int) -> Iterator[tuple[str, Logits]]:
-    """The program that loads an export, and its logits."""
+@contextlib.contextmanager
+def opened(directory: Path, stage: Path, seqlen: int) -> Iterator[Opened]:
+    """An export in the program that loads it."""
     files = list(directory.glob("*.gguf"))
     if not files:
-        yield "transformers", in_transformers(directory)
+        yield in_transformers(directory)
         return
-    model = LlamaCpp(files[0], seqlen)
-    yield "llama.cpp", model.logits
+    model = LlamaCpp(files[0], seqlen, torch.get_num_threads())
+    config = json.loads((stage / "config.json").read_text())
+    yield Opened("llama.cpp", model.logits, export_values.from_gguf(files[0], config))
     model.close()
+
+
+def over(model: Opened, text: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the first window, and the losses on all of them."""
+    first = model.logits(text[0])
+    return first, np.concatenate([losses(first, text[0]), *(losses(model.logits(each), each) for each in text[1:])])
 
 
 def main() -> None:
@@ -69,32 +92,31 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("besa-run"))
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--only", nargs="+", help="names of exports, in this order; all by default")
     given = parser.parse_args()
     run = Run(given.run)
     stage = run.newest()
     if stage is None:
         sys.exit(f"{given.run} has no stage")
     text = windows(stage, given.windows, given.seqlen)
-    model = in_transformers(stage)
-    first = model(text[0])
-    base = np.concatenate([losses(model(window), window) for window in text])
-    del model
-    print(json.dumps({"stage": str(stage), "perplexity": float(np.exp(base.mean()))}), flush=True)
-    for directory in sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}")):
-        for program, logits in opened(directory, given.seqlen):
-            found = logits(text[0])
-            here = np.concatenate([losses(logits(window), window) for window in text])
+    first, base = over(in_transformers(stage), text)
+    print(json.dumps({"stage": stage.name, "perplexity": float(np.exp(base.mean()))}), flush=True)
+    wanted = [run.exports / name for name in given.only] if given.only else inspection.exports(run)
+    for directory in wanted:
+        with opened(directory, stage, given.seqlen) as model:
+            found, here = over(model, text)
             facts = {
                 "export": directory.name,
-                "program": program,
+                "program": model.program,
                 "weights_mb": manifests.read(directory, EXPORT)["sizes"]["weights"] / 1e6,
                 "logits_relative_error": float(np.linalg.norm(found - first) / np.linalg.norm(first)),
                 "logits_largest_difference": float(np.abs(found - first).max()),
                 "same_likeliest_token": float((found.argmax(1) == first.argmax(1)).mean()),
                 "perplexity": float(np.exp(here.mean())),
                 "perplexity_ratio": float(np.exp(here.mean() - base.mean())),
+                **export_values.zeros(stage, model.linear),
             }
-            print(json.dumps(facts), flush=True)
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

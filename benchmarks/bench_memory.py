@@ -1,142 +1,188 @@
-"""Does the memory of `besa prune` grow with the number of blocks?
+"""Does the memory of a command grow with the number of blocks?
 
-Makes LLaMA-shaped random checkpoints that differ in nothing but their number of equal blocks, prunes each in a process
-of its own, and prints one JSON line for each: the peak resident memory above the level after the imports, in MB.
+Makes LLaMA-shaped random checkpoints that differ in nothing but their number of equal blocks, runs each command on each
+of them in a process of its own, and prints one JSON line for each: the peak resident memory above the level after the
+imports, in MB; at the end one line a command, with the growth. What a command needs is made by the commands before it.
 
-    python benchmarks/bench_memory.py                     # 4 and 16 blocks of 67 MB
+    python benchmarks/bench_memory.py                          # besa prune, 4 and 16 blocks of 67 MB
+    python benchmarks/bench_memory.py --case all --method wanda
     python benchmarks/bench_memory.py --method sparsegpt --dtype bfloat16
 """
 
 import argparse
+import importlib
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from random_checkpoint import Shape, checkpoint
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from besa_cli import __version__
 from besa_cli.checkpoint.manifests import versions
 
 VOCABULARY = 256
 
-MEASURED = """
-import json, sys
-from pathlib import Path
 
-def now(name):
+@dataclass(frozen=True)
+class Case:
+    """A command, ``{}`` standing for the directory of all runs, and the cases that it needs done."""
+
+    words: str
+    after: tuple[str, ...] = ()
+
+
+QUANTIZE = "quantize --model {}/pruned/pruned --calibration {}/pruned/calibration"
+EXPORT = "export --run {}/pruned --format"
+CASES = {
+    "prune": Case("prune --model {}/model --data {}/rows.jsonl --run {}/pruned"),
+    "quantize-rtn": Case(f"{QUANTIZE} --method rtn --run {{}}/rtn", ("prune",)),
+    "quantize-gptq": Case(f"{QUANTIZE} --method gptq --run {{}}/gptq", ("prune",)),
+    "quantize-clip": Case(f"{QUANTIZE} --method clip --run {{}}/clip", ("prune",)),
+    "export-hf": Case(f"{EXPORT} hf", ("prune",)),
+    "export-sparse": Case(f"{EXPORT} sparse", ("prune",)),
+    "export-sparse-zstd": Case(f"{EXPORT} sparse --compress zstd", ("prune",)),
+    "export-gguf-F16": Case(f"{EXPORT} gguf --type F16", ("prune",)),
+    "export-gguf-BF16": Case(f"{EXPORT} gguf --type BF16", ("prune",)),
+    "export-gguf-Q8_0": Case(f"{EXPORT} gguf --type Q8_0", ("prune",)),
+    "export-gguf-Q4_0": Case("export --run {}/rtn --format gguf --type Q4_0", ("prune", "quantize-rtn")),
+    "export-compressed-tensors": Case("export --run {}/rtn --format compressed-tensors", ("prune", "quantize-rtn")),
+    "export-sparse-codes": Case("export --run {}/rtn --format sparse", ("prune", "quantize-rtn")),
+    "import": Case("import {}/pruned/export/sparse --run {}/again", ("prune", "export-sparse")),
+    "import-zstd": Case(
+        "import {}/pruned/export/sparse-zstd --run {}/again-zstd", ("prune", "export-sparse-zstd")
+    ),
+}  # fmt: skip
+COMMANDS = ("prune", "quantize", "export", "import_")
+WORK = ("calibration", "exporting", "importing", "jobs", "lock", "preparation", "pruning", "quantizing")
+METHODS = {
+    "pruners": ("besa", "magnitude", "sparsegpt", "wanda"),
+    "quantizers": ("clip", "gptq", "rtn"),
+    "exporters": ("compressed_tensors", "gguf", "hf", "sparse"),
+}
+
+
+def import_all() -> None:
+    """Everything that a command imports, so that it counts as imports."""
+    names = [f"commands.{name}" for name in COMMANDS] + ["app", "console", *WORK]
+    names += [f"{folder}.{name}" for folder, files in METHODS.items() for name in files]
+    for name in ["transformers.models.llama.modeling_llama", "pyarrow", *(f"besa_cli.{name}" for name in names)]:
+        importlib.import_module(name)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the highest."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
-
-import torch, transformers, transformers.models.llama.modeling_llama
-from besa_cli import app, calibration, console, evaluation, lock, preparation, pruning
-from besa_cli.pruners import besa, magnitude, sparsegpt, wanda
-
-before = now("VmRSS")
-code = app.main(sys.argv[1:])
-print(json.dumps({"code": code, "imports": before, "peak": now("VmHWM")}))
-"""
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def checkpoint(directory: Path, blocks: int, hidden: int, intermediate: int, dtype: torch.dtype) -> int:
-    """Write a random LLaMA-shaped checkpoint, a shard a block; returns the bytes of one block."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    config.save_pretrained(directory)
-    square, up, down = (hidden, hidden), (intermediate, hidden), (hidden, intermediate)
-    matrices = {f"self_attn.{name}_proj": square for name in "qkvo"}
-    matrices |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
-    table, size = {}, 0
-    for index in range(blocks):
-        torch.manual_seed(index)
-        tensors = {
-            f"model.layers.{index}.{name}.weight": (torch.randn(shape) / hidden**0.5).to(dtype)
-            for name, shape in matrices.items()
-        }
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{index}.{name}.weight"] = torch.ones(hidden, dtype=dtype)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, directory / f"block-{index}.safetensors", metadata={"format": "pt"})
-        table |= dict.fromkeys(tensors, f"block-{index}.safetensors")
-    rest = {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, hidden).to(dtype),
-        "model.norm.weight": torch.ones(hidden, dtype=dtype),
-    }
-    save_file(rest, directory / "rest.safetensors", metadata={"format": "pt"})
-    table |= dict.fromkeys(rest, "rest.safetensors")
-    index_file = {"metadata": {}, "weight_map": table}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return size
+def _measured(words: Sequence[str], log: Path, answer: "multiprocessing.SimpleQueue[tuple[int, int, int]]") -> None:
+    from besa_cli.app import main as besa
+
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    before = resident("VmRSS")
+    code = besa(words)
+    answer.put((code, before, resident("VmHWM")))
 
 
-def measure(place: Path, model: Path, options: argparse.Namespace) -> dict[str, int]:
-    """Prune `model` in a process of its own; returns its resident bytes after the imports and at the peak."""
-    rows = place / "rows.jsonl"
+def measure(words: Sequence[str], log: Path) -> tuple[int, int]:
+    """Run a command in a fork of this process; its resident bytes at its beginning, and at the peak."""
+    fork = multiprocessing.get_context("fork")
+    answer = fork.SimpleQueue()
+    process = fork.Process(target=_measured, args=(words, log, answer))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(log.read_text())
+    code, before, peak = answer.get()
+    if code:
+        raise SystemExit(f"besa {' '.join(words)}: {log.read_text()}")
+    return before, peak
+
+
+def make(place: Path, shape: Shape, options: argparse.Namespace) -> None:
+    """The checkpoint with a tokenizer of bytes, and the calibration rows; in a process that ends with its memory."""
+    checkpoint(place / "model", shape, getattr(torch, options.dtype))
+    alphabet = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(place / "model")
     row = json.dumps({"input_ids": [number % VOCABULARY for number in range(options.seqlen)]})
-    rows.write_text(f"{row}\n" * options.samples)
-    words = ["prune", "--model", str(model), "--run", str(place / f"run-{model.name}"), "--method", options.method]
-    words += ["--data", str(rows), "--samples", str(options.samples), "--seqlen", str(options.seqlen)]
-    command = [sys.executable, "-c", MEASURED, *words, "--dtype", options.compute, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    if result.pop("code"):
-        raise SystemExit(done.stderr)
-    return result
+    (place / "rows.jsonl").write_text(f"{row}\n" * options.samples)
+
+
+def command(name: str, place: Path, options: argparse.Namespace) -> list[str]:
+    """The words of a case."""
+    words = CASES[name].words.replace("{}", str(place)).split()
+    if name == "prune":
+        words += ["--method", options.method, "--samples", str(options.samples), "--seqlen", str(options.seqlen)]
+    return words if name.startswith(("export", "import")) else [*words, "--dtype", options.compute, "--device", "cpu"]
+
+
+def measure_all(place: Path, shape: Shape, options: argparse.Namespace) -> dict[str, int]:
+    """Of each case asked for, the peak above the imports with a model of that shape; printed, too."""
+    maker = multiprocessing.get_context("fork").Process(target=make, args=(place, shape, options))
+    maker.start()
+    maker.join()
+    found = {}
+    needed = {name for case in options.case for name in (*CASES[case].after, case)}
+    for name in (name for name in CASES if name in needed):
+        start = time.perf_counter()
+        before, peak = measure(command(name, place, options), place / "log")
+        if name not in options.case:
+            continue
+        found[name] = peak - before
+        line = {
+            "case": name,
+            "blocks": shape.blocks,
+            "imports_mb": round(before / 1e6, 1),
+            "above_imports_mb": round(found[name] / 1e6, 1),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        print(json.dumps(line), flush=True)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print, a line a number of blocks, then one with the growth."""
+    """Measure and print, a line a number of blocks and case, then one a case with the growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=[*CASES, "all"], default=["prune"])
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--hidden", type=int, default=1024, help="a multiple of 64")
     parser.add_argument("--intermediate", type=int, default=4096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype to compute in")
-    parser.add_argument("--method", default="besa")
+    parser.add_argument("--method", default="besa", help="what prunes")
+    parser.add_argument("--work", type=Path, help="where the models lie meanwhile; where temporary files do by default")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=32)
     options = parser.parse_args(arguments)
-    above = []
+    options.case = list(CASES) if "all" in options.case else options.case
+    import_all()
+    above: list[dict[str, int]] = []
     for blocks in options.blocks:
-        with tempfile.TemporaryDirectory(prefix="besa-memory-") as name:
-            model = Path(name, f"{blocks}-blocks")
-            dtype = getattr(torch, options.dtype)
-            size = checkpoint(model, blocks, options.hidden, options.intermediate, dtype)
-            start = time.perf_counter()
-            found = measure(Path(name), model, options)
-            seconds = time.perf_counter() - start
-        above.append(found["peak"] - found["imports"])
-        line = {
-            "blocks": blocks,
-            "block_mb": round(size / 1e6, 1),
-            "method": options.method,
-            "imports_mb": round(found["imports"] / 1e6, 1),
-            "above_imports_mb": round(above[-1] / 1e6, 1),
-            "seconds": round(seconds, 1),
-        }
-        print(json.dumps(line), flush=True)
-    growth = {
-        "growth_mb": round((above[-1] - above[0]) / 1e6, 1),
-        "of_a_block": round((above[-1] - above[0]) / size, 3),
-    }
+        heads = options.hidden // 64
+        shape = Shape(
+            hidden=options.hidden, intermediate=options.intermediate, heads=heads, key_heads=heads, blocks=blocks,
+            vocabulary=VOCABULARY, longest=512, tied=True,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="besa-memory-", dir=options.work) as name:
+            above.append(measure_all(Path(name), shape, options))
+    matrices = sum(rows * cols for rows, cols in shape.linears().values())
+    block = (matrices + 2 * shape.hidden) * getattr(torch, options.dtype).itemsize
+    for case in options.case:
+        growth = above[-1][case] - above[0][case]
+        line = {"case": case, "growth_mb": round(growth / 1e6, 1), "of_a_block": round(growth / block, 3)}
+        print(json.dumps({**line, "block_mb": round(block / 1e6, 1)}))
     made = {"date": time.strftime("%Y-%m-%d"), "besa": __version__, **versions()}
-    print(json.dumps({**growth, "arguments": vars(options), "versions": made}))
+    print(json.dumps({"arguments": {**vars(options), "work": None}, "versions": made}))
 
 
 if __name__ == "__main__":

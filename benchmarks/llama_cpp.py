@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 _ROOM = 1024  # bytes; more than either structure of parameters has
-_SIZES = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")  # the first four numbers of llama_context_params
+# Where numbers stand in llama_context_params, and what they are by default in the library that this was written for.
+_PLACES = {"n_ctx": 0, "n_batch": 1, "n_ubatch": 2, "n_seq_max": 3, "n_threads": 7, "n_threads_batch": 8}
+_DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_threads": 4, "n_threads_batch": 4}
 
 
 class _Parameters(ctypes.Structure):
@@ -76,9 +78,10 @@ class LlamaCpp:
     path : Path
     length : int
         Tokens of a window.
+    threads : int
     """
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, threads: int) -> None:
         self._library = library()
         self._library.llama_log_set(ctypes.cast(_SILENT, ctypes.c_void_p), None)
         self._library.llama_backend_init()
@@ -91,11 +94,13 @@ class LlamaCpp:
         self.tokens = int(self._library.llama_vocab_n_tokens(self._vocabulary))
         self._length = length
         self._parameters = self._library.llama_context_default_params()
-        defaults = dict(zip(_SIZES, self._parameters.numbers, strict=False))
-        if defaults != {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1}:
+        defaults = {name: self._parameters.numbers[place] for name, place in _PLACES.items()}
+        if defaults != _DEFAULTS:
             raise SystemExit(f"this llama.cpp has other parameters than this script knows: {defaults}")
-        self._parameters.numbers[0] = length
-        self._parameters.numbers[1] = self._parameters.numbers[2] = min(length, 512)
+        part = min(length, 512)
+        chosen = {"n_ctx": length, "n_batch": part, "n_ubatch": part, "n_threads": threads, "n_threads_batch": threads}
+        for name, value in chosen.items():
+            self._parameters.numbers[_PLACES[name]] = value
 
     def logits(self, window: Sequence[int]) -> np.ndarray:
         """Logits of shape (tokens of the window, vocabulary), in fp32."""

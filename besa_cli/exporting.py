@@ -1,13 +1,14 @@
 """One export from a finished stage to a finished directory: whole under its own name, or not there."""
 
 import importlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, disk
+from besa_cli import card, compression, compute, disk
 from besa_cli.checkpoint import exchange, manifests, refusals
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
@@ -58,7 +59,7 @@ class Request:
     @property
     def directory(self) -> str:
         """The name of the export's directory: the format, and what was chosen of how weights are stored."""
-        chosen = [str(self.options[name]) for name in ("dtype", "type") if name in self.options]
+        chosen = [str(self.options[name]) for name in ("dtype", "type", "compress") if name in self.options]
         return disk.safe_name("-".join([self.format, *chosen]))
 
 
@@ -127,15 +128,17 @@ class Job:
             self._partial.mkdir(parents=True)
         except OSError as error:
             raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        compute.map_large_tensors()
         linear_bytes = rounded = 0
         for piece in self._module.write(self.source, self._partial, self._options):
             linear_bytes += piece.linear_bytes
             rounded += piece.rounded_to_zero
+            compute.give_back_memory()
             yield piece
         self._finish(linear_bytes, rounded)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
-        weights = _sizes(self._partial, ".safetensors", ".gguf")
+        weights = _sizes(self._partial, ".safetensors", ".gguf", compression.SUFFIX)
         dense_linears, dense = self.source.dense_bytes
         sizes = {
             "linears": linear_bytes,
@@ -161,7 +164,7 @@ class Job:
         )
         disk.publish(self._partial / card.FILE, lambda path: _write(path, text))
         manifest["files"] = {
-            str(path.relative_to(self._partial)): {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
+            str(path.relative_to(self._partial)): _flushed(path)
             for path in sorted(self._partial.rglob("*"))
             if path.is_file()
         }
@@ -179,6 +182,13 @@ def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sizes(directory: Path, *endings: str) -> int:
     return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in endings)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """A file's bytes and digest, once it is on the disk: a power cut must not leave an export without its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ real one in its place. (An unknown ``quant_method`` alone would make transformer
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from besa_cli import disk, sparse
+from besa_cli import compression, disk, sparse
 from besa_cli.errors import BesaError
 
 
@@ -80,6 +81,7 @@ class SparseQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: SparseConfig
+    _expanded: "TemporaryDirectory[str] | None" = None
     serialized_names = {sparse.WEIGHT: [sparse.WEIGHT, *sparse.PARTS]}  # noqa: RUF012 - read by transformers as it is
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
@@ -89,11 +91,20 @@ class SparseQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: object
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
     ) -> None:
-        files = [Path(file) for file in checkpoint_files or ()]
-        if files:
-            check_files(files[0].parent, files, self.quantization_config.index)
+        if not checkpoint_files:
+            return
+        files = [Path(file) for file in checkpoint_files]
+        check_files(files[0].parent, files, self.quantization_config.index)
+        if files[0].suffix == compression.SUFFIX:
+            self._expanded = TemporaryDirectory(prefix="besa-")
+            place = Path(self._expanded.name)
+            checkpoint_files[:] = [str(compression.expand(file, place)) for file in files]  # the list that is read next
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
+        if self._expanded is not None:
+            self._expanded.cleanup()
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """What transformers runs on the collected parts of each weight."""

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, sparse, weights
+from torch import Tensor
+
+from besa_cli import compression, compute, disk, sparse, weights
 from besa_cli.checkpoint import exchange, manifests, stages
 from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.runs import Run
@@ -69,11 +71,14 @@ class Job:
         except OSError as error:
             raise BesaError(f"cannot make {self._partial}: {error}", "name another --run") from error
         names = {shard_name(path.name): path.name for path in _shards(self._partial)}
-        if set(names) != set(self._digests):
-            odd = min(set(names) ^ set(self._digests))
+        files = {name.removesuffix(compression.SUFFIX): name for name in self._digests}
+        if set(names) != set(files):
+            odd = min(set(names) ^ set(files))
             raise BesaError(f"{self._export / INDEX} and the stage's own index differ about {odd}", "export it anew")
+        compute.map_large_tensors()
         for file, name in names.items():
-            self._expand(self._export / file, self._partial / name)
+            self._expand(self._export / files[file], self._partial / name)
+            compute.give_back_memory()
             yield name
         found = weights.check(weights.Weights(self._partial))
         if found != self._manifest["digest"]:
@@ -85,7 +90,7 @@ class Job:
         exchange.replace_stage(self.directory, self._partial)
 
     def _expand(self, source: Path, target: Path) -> None:
-        stored = weights.read_file(source)
+        stored = self._read(source)
         if disk.sha256_file(source) != self._digests[source.name]:
             raise BesaError(f"{source} is damaged: its SHA-256 is not the one in {INDEX}", "fetch the file again")
         codes = sparse.codes(stored, str(source))
@@ -93,6 +98,15 @@ class Job:
             disk.publish(target.parent / CODES / target.name, lambda temporary: disk.save_tensors(temporary, codes))
         tensors = sparse.decoded(stored, str(source))
         disk.publish(target, lambda temporary: disk.save_tensors(temporary, tensors))
+
+    def _read(self, source: Path) -> dict[str, Tensor]:
+        if source.suffix != compression.SUFFIX:
+            return weights.read_file(source)
+        plain = compression.expand(source, self._partial)
+        try:
+            return weights.read_file(plain)
+        finally:
+            plain.unlink()
 
     def finish(self) -> dict[str, Any]:
         """The manifest of the stage."""

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"choices", "errors", "reports"},
     {"activations", "anatomy", "compute", "datahub", "disk", "documents", "lock", "ops", "sampling", "sim"},
-    {"models", "sparse", "token_rows", "weights"},
+    {"compression", "models", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},

@@ -27,6 +27,12 @@ TypeOption = Annotated[
     options.GgufType | None,
     typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
 ]
+CompressOption = Annotated[
+    options.Compression | None,
+    typer.Option(
+        "--compress", help="sparse: compress every file of weights, for downloads.", show_default="as they are"
+    ),
+]
 PushOption = Annotated[
     str | None,
     typer.Option("--push-to", metavar="ORG/NAME", help="Then upload it to this repository on the Hugging Face hub."),
@@ -42,6 +48,7 @@ def export(
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
     type: TypeOption = None,
+    compress: CompressOption = None,
     push_to: PushOption = None,
     private: PrivateOption = True,
     yes: YesOption = False,
@@ -56,7 +63,8 @@ def export(
     from besa_cli.checkpoint.runs import Run
     from besa_cli.exporting import Job, Request
 
-    own = {"dtype": dtype, "shard_size": options.size_of(shard_size, "--shard-size"), "type": type}
+    size = options.size_of(shard_size, "--shard-size")
+    own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
     request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     if push_to is not None:

@@ -20,6 +20,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
+Compression = Literal["zstd"]
 
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
 OtherModelOption = Annotated[

@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from besa_cli import disk, sparse
+from besa_cli import compression, disk, sparse
 from besa_cli.checkpoint import copying, stages
 from besa_cli.exporters.stage import Piece, Source
 from besa_cli.sparse import INDEX, METHOD, NEEDS_IMPORT
@@ -15,7 +16,15 @@ STAGE_FILES = "stage"  # the directory in which the stage's own small files lie 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Nothing may be chosen."""
+    """What may be chosen of a sparse export.
+
+    Attributes
+    ----------
+    compress : str, optional
+        How every file of weights is compressed, for downloads.
+    """
+
+    compress: Literal["zstd"] | None = None
 
 
 def pieces(source: Source, options: Options) -> int:
@@ -45,10 +54,14 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
         }
         stored = tensors | {part: value for own in parts.values() for part, value in own.items()}
         disk.publish(file, lambda temporary, stored=stored: disk.save_tensors(temporary, stored))  # type: ignore[misc]
+        linear_bytes = sum(value.nbytes for own in parts.values() for value in own.values())
+        if options.compress:
+            file = compression.compress(file)
+            linear_bytes = file.stat().st_size if parts else 0
         table |= dict.fromkeys(stored, file.name)
         digests[file.name] = disk.sha256_file(file)
         total += sum(tensor.nbytes for tensor in stored.values())
-        yield Piece(linear_bytes=sum(value.nbytes for own in parts.values() for value in own.values()))
+        yield Piece(linear_bytes=linear_bytes)
     metadata = {"total_size": total, "sha256": digests}
     disk.write_json(target / INDEX, {"metadata": metadata, "weight_map": dict(sorted(table.items()))})
 
@@ -69,7 +82,8 @@ def copy_stage_files(source: Path, target: Path) -> None:
 
 def loading(options: Options) -> str:
     """How to load it, in Markdown."""
-    return """\
+    meanwhile = ", decompressed into the directory for temporary files" if options.compress else ""
+    return f"""\
 ```python
 import besa_cli.hf  # pip install besa-cli; without it loading fails
 
@@ -79,6 +93,6 @@ model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
-The weights are expanded while they are loaded: smaller on disk, not in memory. `besa import DIRECTORY --run RUN` gives
-back the very stage that it was made from, byte for byte.
+The weights are expanded while they are loaded{meanwhile}: smaller on disk, not in memory.
+`besa import DIRECTORY --run RUN` gives back the very stage that it was made from, byte for byte.
 """
