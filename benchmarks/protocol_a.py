@@ -13,9 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
+from besa_runs import HERE, append_line, besa, calibrated, commit, facts, newest, perplexity
 
 LINES = HERE / "protocol_a.jsonl"
+MODEL = "smollm2-135m"
 METHODS = {
     "magnitude": ["--method", "magnitude"],
     "wanda": ["--method", "wanda"],
@@ -31,36 +32,15 @@ def measure(cell: str, tokens: Path, work: Path) -> dict[str, Any]:
     """Prune and evaluate one cell."""
     method, sparsity = cell.rsplit("-", 1)
     run = work / cell
-    calibration = work / "tokens" / "calibration"
-    if not calibration.exists():
-        besa(
-            "calibrate", "--data", str(tokens), "--samples", "128", "--seqlen", "512", "--run", str(calibration.parent)
-        )
+    calibration = calibrated(tokens, work, MODEL)
     chosen = [*METHODS[method], "--sparsity", f"0.{sparsity}", "--calibration", str(calibration), "--run", str(run)]
-    stage = besa("prune", *chosen)
-    evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))
-    seconds, peak_memory = spent(run / "pruned")
-    return {
-        "cell": cell,
-        "perplexity": evaluated["results"][0]["perplexity"],
-        "counts": stage["counts"],
-        "compute": stage["compute"],
-        "versions": stage["versions"],
-        "seconds": round(seconds),
-        "peak_memory": peak_memory,
-        "machine": machine(),
-        "commit": commit(),
-    }
-
-
-def known() -> dict[str, dict[str, Any]]:
-    """The newest line of every cell."""
-    return {line["cell"]: line for line in read_lines(LINES)}
+    stage = besa("prune", "--model", MODEL, *chosen)
+    return {"cell": cell, "perplexity": perplexity("--no-baseline", "--run", str(run)), **facts(run / "pruned", stage)}
 
 
 def table() -> str:
     """The Markdown table of all cells that were measured."""
-    found = known()
+    found = newest(LINES)
     rows = [
         "| method | " + " | ".join(f"{sparsity} %" for sparsity in SPARSITIES) + " |",
         "|---|" + "---|" * len(SPARSITIES),
@@ -79,7 +59,7 @@ def table() -> str:
 def conditions() -> str:
     """Which cells were measured at which commit and with how many threads."""
     cells: dict[tuple[str, int], list[str]] = {}
-    for cell, line in known().items():
+    for cell, line in newest(LINES).items():
         if "compute" in line:
             cells.setdefault((str(line["commit"]), int(line["compute"]["threads"])), []).append(cell)
     return "".join(
@@ -96,11 +76,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["dense", *CELLS])
     arguments = parser.parse_args()
     for cell in arguments.only:
-        if cell in known():
+        if cell in newest(LINES):
             continue
         if cell == "dense":
-            result = besa("eval", "ppl", "wikitext2", "--limit", "16", "--model", "smollm2-135m")
-            line = {"cell": cell, "perplexity": result["results"][0]["perplexity"], "commit": commit()}
+            line = {"cell": cell, "perplexity": perplexity("--model", MODEL), "commit": commit()}
         else:
             line = measure(cell, arguments.tokens, arguments.work)
         append_line(LINES, line)

@@ -1,31 +1,35 @@
 """Protocol A with few bits: quantized, pruned then quantized, quantized then pruned, and both learned together.
 
-    python benchmarks/quant_protocol_a.py TOKENS.jsonl --work DIR [--pruned STAGE] [--only CELL ...]
+    python benchmarks/quant_protocol_a.py TOKENS.jsonl --work DIR [--pruned STAGE] [--reference PYTHON] [--only ...]
 
-The conditions are those of `protocol_a.py`, all pruning is to 50 %. Every cell is one or two real commands in a run
-directory of its own. Finished cells are kept (one JSON line each in benchmarks/quant_protocol_a.jsonl), an interrupted
-one is resumed; the table is written into benchmarks/QUANTIZATION.md.
+The conditions are those of `protocol_a.py`, which measured the dense model and BESA's; all pruning is to 50 %. Every
+cell is one or two real commands in a run directory of its own. Finished cells are kept (one JSON line each in
+benchmarks/quant_protocol_a.jsonl), an interrupted one is resumed; the table is written into benchmarks/QUANTIZATION.md.
 """
 
 import argparse
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
+from besa_runs import HERE, append_line, besa, calibrated, commit, facts, machine, newest, perplexity
 
 LINES = HERE / "quant_protocol_a.jsonl"
+WITHOUT = {"dense": "dense", "besa": "besa-row-50"}  # what has all its bits, by its name in protocol_a.jsonl
 PAGE = HERE / "QUANTIZATION.md"
 GRIDS = {"g128": "128", "channel": "channel"}
+GROUPS = {**GRIDS, "g64": "64"}  # what llm-compressor can do with 576 columns
+ORDERS = ("natural", "static")  # of its columns
 METHODS = ("rtn", "gptq", "clip")
 EQUAL = {"2bit": "2", "3bit": "3"}  # what dense 4-bit has to be left for to be as small as sparse 4-bit
 CELLS = [
-    "dense",
-    "besa",
     *[f"{kind}-{grid}" for grid in GRIDS for kind in ("rtn", "jwanda", "besa-rtn", "joint")],
     *[f"{kind}-{grid}" for grid in GRIDS for kind in ("gptq", "besa-gptq", "clip", "besa-clip")],
     *[f"{method}-{bits}-g128" for bits in EQUAL for method in METHODS],
+    "gptq-g64",
+    *[f"reference-{order}-g64" for order in ORDERS],
 ]
 ROWS = {
     "rtn": "RTN",
@@ -42,8 +46,8 @@ ROWS = {
 class Cells:
     """The cells of one work directory; a cell that another needs is made first."""
 
-    def __init__(self, tokens: Path, work: Path, model: str, pruned: Path | None) -> None:
-        self._tokens, self._work, self._model, self._pruned = tokens, work, model, pruned
+    def __init__(self, tokens: Path, work: Path, model: str, pruned: Path | None, reference: str | None) -> None:
+        self._tokens, self._work, self._model, self._pruned, self._reference = tokens, work, model, pruned, reference
 
     def make(self, cell: str) -> tuple[Path, dict[str, Any]]:
         """Run the commands of a cell; the stage that they end in, and its manifest."""
@@ -51,15 +55,15 @@ class Cells:
             return self._pruned, json.loads((self._pruned / "besa.json").read_text())
         run = self._work / cell
         stage, words = self._words(cell)
-        chosen = [*words, "--calibration", str(self._calibration()), "--run", str(run)]
-        return run / stage, besa(*chosen)
+        calibration = calibrated(self._tokens, self._work, self._model)
+        return run / stage, besa(*words, "--calibration", str(calibration), "--run", str(run))
 
     def _words(self, cell: str) -> tuple[str, Sequence[str]]:
         prune = ["prune", "--sparsity", "0.5"]
         if cell == "besa":
             return "pruned", [*prune, "--model", self._model]
         kind, _, grid = cell.rpartition("-")
-        bits = ["--bits", "4", "--group-size", GRIDS[grid]]
+        bits = ["--bits", "4", "--group-size", GROUPS[grid]]
         if kind == "joint":
             return "quantized", [*prune, "--model", self._model, *bits]
         if kind == "jwanda":
@@ -73,39 +77,29 @@ class Cells:
         bits[1] = EQUAL.get(low, "4")
         return "quantized", ["quantize", "--method", method, "--model", source, *bits]
 
-    def _calibration(self) -> Path:
-        there = self._work / "tokens" / "calibration"
-        if not there.exists():
-            drawn = ["--data", str(self._tokens), "--samples", "128", "--seqlen", "512"]
-            besa("calibrate", "--model", self._model, *drawn, "--run", str(there.parent))
-        return there
-
     def measure(self, cell: str) -> dict[str, Any]:
         """One line of results."""
-        measured = ["eval", "ppl", "wikitext2", "--limit", "16"]
-        if cell == "dense":
-            result = besa(*measured, "--model", self._model)
-            return {"cell": cell, "perplexity": result["results"][0]["perplexity"], "commit": commit()}
+        if cell.startswith("reference-"):
+            return self._measure_reference(cell)
         directory, stage = self.make(cell)
-        evaluated = besa(*measured, "--model", str(directory))
-        seconds, peak_memory = spent(directory)
         return {
             "cell": cell,
-            "perplexity": evaluated["results"][0]["perplexity"],
-            "counts": stage["counts"],
+            "perplexity": perplexity("--no-baseline", "--run", str(directory.parent)),
             "bits_per_weight": self._bits(cell, stage["counts"]),
-            "compute": stage["compute"],
-            "versions": stage["versions"],
-            "seconds": round(seconds),
-            "peak_memory": peak_memory,
-            "machine": machine(),
-            "commit": commit(),
+            **facts(directory, stage),
         }
+
+    def _measure_reference(self, cell: str) -> dict[str, Any]:
+        _, stage = self.make("gptq-g64")
+        if self._reference is None:
+            raise SystemExit(f"{cell} needs --reference PYTHON: see gptq_reference.py")
+        out, source = self._work / cell, stage["model"]["directory"]
+        command = [self._reference, str(HERE / "gptq_reference.py"), source, str(self._tokens), str(out)]
+        subprocess.run([*command, "--order", cell.split("-")[1], "--group-size", "64"], check=True)
+        return {"cell": cell, "perplexity": perplexity("--model", str(out)), "machine": machine(), "commit": commit()}
 
     def _bits(self, cell: str, counts: dict[str, Any]) -> float:
         """Bits that a weight takes with mask and scales; J-Wanda's codes are its parent's, its mask is its own."""
-        if cell == "besa":
-            return 16.0 * (1 - counts["sparsity"]) + 1
         if not cell.startswith("jwanda"):
             return float(counts["bits_per_weight"])
         _, parent = self.make(f"rtn-{cell.rpartition('-')[2]}")
@@ -114,8 +108,9 @@ class Cells:
 
 
 def known() -> dict[str, dict[str, Any]]:
-    """The newest line of every cell."""
-    return {line["cell"]: line for line in read_lines(LINES)}
+    """The newest line of every cell, those of `protocol_a.py` among them."""
+    there = newest(HERE / "protocol_a.jsonl")
+    return {cell: there[name] for cell, name in WITHOUT.items() if name in there} | newest(LINES)
 
 
 def table() -> str:
@@ -140,6 +135,13 @@ def table() -> str:
     )
     joint = f"{_perplexity(found, 'joint-g128')} | {_bits(found, 'joint-g128')}"
     rows.append(f"| joint, 50 % and 4 bits | | | {joint} |")
+    both = ["gptq-g64", *[f"reference-{order}-g64" for order in ORDERS]]
+    rows += [
+        "",
+        "| GPTQ, dense, 4 bits | besa | llm-compressor | llm-compressor, heaviest columns first |",
+        "|---|---|---|---|",
+    ]
+    rows.append(f"| groups of 64 | {' | '.join(_perplexity(found, cell) for cell in both)} |")
     return "\n".join(rows)
 
 
@@ -158,9 +160,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--pruned", type=Path, help="a finished BESA stage to take for the cell besa")
+    parser.add_argument("--reference", help="the Python of an environment with llm-compressor, see gptq_reference.py")
     parser.add_argument("--only", nargs="*", default=CELLS)
     arguments = parser.parse_args()
-    cells = Cells(arguments.tokens, arguments.work, arguments.model, arguments.pruned)
+    cells = Cells(arguments.tokens, arguments.work, arguments.model, arguments.pruned, arguments.reference)
     for cell in arguments.only:
         if cell not in known():
             line = cells.measure(cell)
@@ -168,8 +171,9 @@ def main() -> None:
             print(json.dumps(line), flush=True)
     head = (
         "# Few bits\n\nGenerated by `benchmarks/quant_protocol_a.py` from `quant_protocol_a.jsonl`.\n\n"
-        "SmolLM2-135M-Instruct; calibration 128 × 512 tokens of C4; WikiText-2 raw test, windows of 2048, the first 16"
-        "; perplexity. Scales are fp16 numbers; bits a weight are codes, scales and, where it saves, a mask.\n\n"
+        "SmolLM2-135M-Instruct; calibration 128 × 512 tokens of C4; WikiText-2 raw test, windows of 2048, the first "
+        "16; perplexity; `-` is not measured yet. Scales are fp16 numbers; bits a weight are codes, scales and, where "
+        "it saves, a mask.\n\n"
     )
     PAGE.write_text(head + table() + "\n")
 

@@ -67,7 +67,7 @@ BitsOption = Annotated[
     int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
 ]
 ClipRateOption = Annotated[
-    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.01", min=0.0)
+    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)
 ]
 
 

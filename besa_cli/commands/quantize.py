@@ -43,7 +43,7 @@ LossOption = Annotated[
 ]
 EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1)]
 BatchSizeOption = Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)]
-RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.01", min=0.0)]
+RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)]
 
 
 def quantize(

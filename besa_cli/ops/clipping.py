@@ -15,13 +15,13 @@ from torch import Tensor
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 
-START = 4.0  # sigmoid(4) = 0.982
+_WIDEST, _NARROWEST, _STEP = 4.0, -2.0, 0.25  # sigmoid(4) = 0.982, sigmoid(-1.75) = 0.148
 
 
-def initial(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups ends"]:
+def widest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups ends"]:
     """Logits of a grid that reaches nearly to the extremes; `ends` is 1 on a symmetric grid, else 2."""
     rows, cols = weight.shape
-    return torch.full((rows, grid.groups(cols), 1 if grid.symmetric else 2), START, device=weight.device)
+    return torch.full((rows, grid.groups(cols), 1 if grid.symmetric else 2), _WIDEST, device=weight.device)
 
 
 class _RoundHalf(torch.autograd.Function):
@@ -104,9 +104,22 @@ class Clipped:
         rows, cols = self.weight.shape
         return parts.reshape(rows, -1)[:, :cols].contiguous()
 
-    def nearest(self) -> Float[Tensor, "rows cols"]:
-        """Ŵ on the grid between the extremes."""
-        return affine.dequantize(affine.nearest(self.weight, self.grid))
+    def searched(self, sums: Float[Tensor, " cols"]) -> Float[Tensor, "rows groups ends"]:
+        """The logits, of 24 and alike at both ends, that make Σ_c ‖X_:,c‖²·(ŵ − w)² of each group least.
+
+        Parameters
+        ----------
+        sums : Tensor of shape (cols,)
+            ‖X_:,c‖² of the linear's inputs: `besa_cli.ops.importance.squared_sums`.
+        """
+        found = widest(self.weight, self.grid)
+        least = torch.full(found.shape[:2], torch.inf, device=found.device)
+        for logit in torch.arange(_WIDEST, _NARROWEST, -_STEP).tolist():
+            differences = self.weights(torch.full_like(found, logit)) - self.weight.float()
+            error = affine.grouped(differences.square() * sums, self.grid).sum(2)
+            found[error < least] = logit
+            least = torch.minimum(least, error)
+        return found
 
     def quantized(self, logits: Float[Tensor, "rows groups ends"]) -> Quantized:
         """The codes at these logits."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from besa_cli import compute
 from besa_cli.choices import Loss, Target
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.ops import affine, clipping, losses
+from besa_cli.ops import affine, importance, losses
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.quantizers import rtn
@@ -43,7 +43,7 @@ class Options:
     target: Target = "block"
     epochs: int = 1
     batch_size: int = 1
-    lr: float = 0.01
+    lr: float = 0.03
     loss: Loss = "token"
 
     def __post_init__(self) -> None:
@@ -73,7 +73,8 @@ def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
 def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quantized], float]:
     """Minimise the reconstruction error; the codes, and the mean loss of the last tenth of steps."""
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
-    logits = {name: clipping.initial(weight, grid).requires_grad_() for name, weight in block.weights.items()}
+    sums = block.observe(importance.squared_sums)
+    logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
     optimizer = torch.optim.AdamW(list(logits.values()), lr=options.lr, weight_decay=0.0, eps=_EPSILON, fused=True)
     measure, samples = _MEASURES[options.loss], len(block.inputs)
     generator = torch.Generator().manual_seed(block.seed)

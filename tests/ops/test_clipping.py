@@ -53,7 +53,7 @@ def plain(weight: Tensor, logits: Tensor, grid: Grid) -> Tensor:
 def test_values_and_gradients_are_those_of_the_formula(weight: Tensor, grid: Grid, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     clipped = Clipped(weight, grid)
-    start = clipping.initial(weight, grid)
+    start = clipping.widest(weight, grid)
     logits = torch.randn(start.shape, generator=generator)
     direction = torch.randn(weight.shape, generator=generator)
     mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_the_formula(weight: Tensor, grid: Gri
 @given(weight=weights(), grid=GRIDS, seed=st.integers(0, 99))
 def test_what_was_learned_with_is_what_is_stored(weight: Tensor, grid: Grid, seed: int) -> None:
     clipped = Clipped(weight, grid)
-    logits = 2 * torch.randn(clipping.initial(weight, grid).shape, generator=torch.Generator().manual_seed(seed))
+    logits = 2 * torch.randn(clipping.widest(weight, grid).shape, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(clipped.weights(logits), affine.dequantize(clipped.quantized(logits)))
     assert bool((clipped.weights(logits)[weight == 0] == 0).all())
 
@@ -77,5 +77,33 @@ def test_what_was_learned_with_is_what_is_stored(weight: Tensor, grid: Grid, see
 def test_a_grid_that_is_hardly_clipped_is_that_of_the_nearest() -> None:
     weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(2))
     clipped = Clipped(weight, Grid(bits=4, group_size=4, symmetric=False))
-    far = torch.full_like(clipping.initial(weight, clipped.grid), 40.0)
-    assert torch.equal(clipped.weights(far), clipped.nearest())
+    far = torch.full_like(clipping.widest(weight, clipped.grid), 40.0)
+    assert torch.equal(clipped.weights(far), affine.dequantize(affine.nearest(weight, clipped.grid)))
+
+
+@fewer
+@given(weight=weights(), grid=GRIDS, seed=st.integers(0, 99))
+def test_where_the_search_ends_nothing_that_it_tried_is_better(weight: Tensor, grid: Grid, seed: int) -> None:
+    sums = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    shape, size = clipping.widest(weight, grid).shape, grid.group_size or weight.shape[1]
+
+    def errors(logits: Tensor) -> Tensor:
+        off = (plain(weight, logits, grid) - weight).double().square() * sums
+        return torch.stack([part.sum(1) for part in off.split(size, dim=1)], dim=1)
+
+    found = Clipped(weight, grid).searched(sums)
+    assert found.shape == shape
+    tried = [errors(torch.full(shape, 4 - step / 4)) for step in range(24)]
+    torch.testing.assert_close(errors(found), torch.stack(tried).amin(0), rtol=1e-4, atol=1e-9)
+
+
+def test_the_search_gives_up_an_outlier_whose_input_is_small() -> None:
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(2))
+    weight[:, 7] = 40.0
+    sums = torch.ones(20)
+    grid = Grid(bits=4, group_size=None, symmetric=True)
+    heavy = Clipped(weight, grid).searched(sums).sigmoid()
+    sums[7] = 0.0
+    light = Clipped(weight, grid).searched(sums).sigmoid()
+    assert bool((light < 0.2).all())
+    assert bool((light < heavy).all())

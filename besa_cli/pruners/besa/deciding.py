@@ -33,8 +33,8 @@ def _decide(window: Window) -> Pruned:
     block, options = window.block, window.options
     if block.budget <= sum(linear.zeros for linear in window.linears.values()):
         kept = _masks(window, window.uniform_shares())
-        nearest = {name: affine.nearest(clipped.weight, clipped.grid) for name, clipped in window.clipped.items()}
-        return Pruned(masks=kept, **_on_grid(nearest, kept))
+        quantized = {name: clipped.quantized(window.start[name]) for name, clipped in window.clipped.items()}
+        return Pruned(masks=kept, **_on_grid(quantized, kept))
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():

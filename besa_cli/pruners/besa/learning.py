@@ -9,7 +9,7 @@ from torch import Tensor
 
 from besa_cli import compute
 from besa_cli.errors import BesaError
-from besa_cli.ops import allocation, clipping, losses
+from besa_cli.ops import allocation, losses
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
 
@@ -27,9 +27,7 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     if options.preset == "authors":
         theta = torch.zeros_like(theta)
     theta.requires_grad_()
-    strengths = {
-        name: clipping.initial(linear.weight, linear.grid).requires_grad_() for name, linear in window.clipped.items()
-    }
+    strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)

@@ -11,7 +11,7 @@ from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 
 _RATES = {"adamw": 0.1, "prodigy": 1.0}
-_CLIP_RATE = 0.01
+_CLIP_RATE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Options:
     bits, group_size, symmetric : optional
         The grid on which the weights are put, see `besa_cli.ops.affine.grid`; 128 and symmetric with `bits` alone.
     clip_lr : float, optional
-        AdamW's rate for the clipping strengths; 0.01 with `bits`.
+        AdamW's rate for the clipping strengths; 0.03 with `bits`.
     preset : {"authors"}, optional
         ``authors``: smoothed mixtures that start at 0.5, a rate that stays, rows that prune the floor of their learned
         share, and neither projection onto the exact budget nor a comparison with the uniform masks.

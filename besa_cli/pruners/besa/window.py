@@ -1,7 +1,7 @@
 """The linears of one reconstruction window as BESA sees them: ranked rows, in groups that share a sparsity."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from besa_cli.pruners.besa.options import Options
 from besa_cli.stream.block import Block
 
 _DAMPING = 0.01
-_TIE = 1e-6  # of the source's scores beside those on the grid
 
 
 class Linear:
@@ -60,14 +59,19 @@ class Linear:
 
 
 class Window:
-    """All linears of one reconstruction window, and the block that they belong to."""
+    """All linears of one reconstruction window, and the block that they belong to.
+
+    With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin.
+    """
 
     def __init__(self, block: Block, options: Options) -> None:
         self.block, self.options = block, options
-        self.scores = _scores(block, options.importance)
-        _ = block.target  # before the block's weights are written over
         grid = options.grid
+        norms = wanda.norms(block) if grid or options.importance == "wanda" else {}
+        self.scores = _scores(block, options.importance, norms)
+        _ = block.target  # before the block's weights are written over
         self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
+        self.start = {name: clipped.searched(norms[name].square()) for name, clipped in self.clipped.items()}
         self.linears = {
             name: Linear(
                 weight,
@@ -87,10 +91,7 @@ class Window:
     def score(self, name: str) -> Tensor:
         """The scores of one linear, below zero where a weight is zero already."""
         weight = self.block.weights[name]
-        scores = self.scores(name, weight)
-        if name in self.clipped:  # on the grid many weights are alike: the source's decide between them
-            scores = self.scores(name, self.clipped[name].nearest()) + _TIE * scores
-        return masks.zeros_first(scores, weight)
+        return masks.zeros_first(self.scores(name, weight), weight)
 
     def split(self, groups: Tensor) -> list[Tensor]:
         """The part of each linear in a tensor with one row a group."""
@@ -117,7 +118,7 @@ class Window:
         return {name: np.full(linear.rows, self.goal * linear.cols) for name, linear in self.linears.items()}
 
 
-def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
+def _scores(block: Block, kind: Importance, norms: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
     """The function that scores a linear by its name and weight; what it needs to know is gathered now, and is small."""
     if kind == "magnitude":
         return lambda name, weight: importance.magnitude(weight)
@@ -129,5 +130,4 @@ def _scores(block: Block, kind: Importance) -> Callable[[str, Tensor], Tensor]:
                 diagonals[id(gram)] = obs.inverse_diagonal(gram, _DAMPING)
         columns = {name: diagonals[id(gram)] for name, gram in grams.items()}
         return lambda name, weight: importance.sparsegpt(weight, columns[name])
-    norms = wanda.norms(block)
     return lambda name, weight: importance.wanda(weight, norms[name])
