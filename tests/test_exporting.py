@@ -124,6 +124,7 @@ def test_what_a_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     tensors = tiny.load_file(shard)
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
     exported.save_file(tensors, shard, metadata={"format": "pt"})
+    exported.settle(shard.parent)
     job = Job(run, Request(format="hf", options={"dtype": "float16"}))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight holds 1e\+06, too large for float16"):
         list(job.pieces())

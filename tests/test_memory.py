@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CASES = ["prune", "quantize-rtn", "export-sparse", "export-gguf-Q8_0", "import"]
+CASES = ["prune", "export-sparse", "export-gguf-Q8_0", "import"]
 SMALL = ["--hidden", "512", "--intermediate", "2048", "--method", "wanda", "--blocks", "2", "6", "--case", *CASES]
 
 
