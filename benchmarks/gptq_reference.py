@@ -11,14 +11,10 @@ does not divide the columns; 576 columns have no groups of 128.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from llmcompressor import oneshot
+from llm_compressor import compress
 from llmcompressor.modifiers.gptq import GPTQModifier
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
@@ -33,7 +29,6 @@ def main() -> None:
         "--order", choices=["natural", "static"], default="natural", help="static: heaviest columns first"
     )
     arguments = parser.parse_args()
-    rows = [json.loads(line)["input_ids"] for line in arguments.tokens.read_text().splitlines()]
     weights = {
         "num_bits": arguments.bits,
         "type": "int",
@@ -49,22 +44,7 @@ def main() -> None:
         dampening_frac=0.01,
         actorder=None if arguments.order == "natural" else "static",
     )
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
-        recipe=[modifier],
-        processor=tokenizer,
-        num_calibration_samples=len(rows),
-        max_seq_length=len(rows[0]),
-        shuffle_calibration_samples=False,
-    )
-    plain = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
-    made = model.state_dict()
-    plain.load_state_dict({name: made[name] for name in plain.state_dict()})
-    plain.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    compress(arguments.model, arguments.tokens, modifier, arguments.out)
 
 
 if __name__ == "__main__":
