@@ -86,9 +86,10 @@ class _StraightThrough(torch.autograd.Function):
         counts: Tensor,
         size: int,
         out: Tensor,
+        down: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, ranks, counts)
-        ctx.size, ctx.count = size, mixture.shape[1] - 1  # type: ignore[attr-defined]
+        ctx.size, ctx.count, ctx.down = size, mixture.shape[1] - 1, down  # type: ignore[attr-defined]
         kernels.mask(weight, ranks, of_rows(counts, size, len(weight)), out)
         ctx.mark_dirty(out)
         return out
@@ -96,12 +97,13 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, ranks, counts = ctx.saved_tensors  # type: ignore[attr-defined]
-        sums = kernels.candidate_sums(gradient, weight, ranks, ctx.count)  # type: ignore[attr-defined]
+        count, down = ctx.count, ctx.down  # type: ignore[attr-defined]
+        sums = kernels.candidate_sums(gradient, weight, ranks, count, down=down)
         of_weight = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             rows = of_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
             of_weight = kernels.mask(gradient, ranks, rows, torch.empty_like(gradient))
-        return of_groups(sums, ctx.size), of_weight, None, None, None, None  # type: ignore[attr-defined]
+        return of_groups(sums, ctx.size), of_weight, None, None, None, None, None  # type: ignore[attr-defined]
 
 
 def straight_through(
@@ -111,6 +113,8 @@ def straight_through(
     counts: Int[Tensor, " groups"],
     size: int = 1,
     out: Float[Tensor, "rows cols"] | None = None,
+    *,
+    down: bool = False,
 ) -> Float[Tensor, "rows cols"]:
     """Ŵ: the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P (Eq. 6).
 
@@ -128,9 +132,13 @@ def straight_through(
         Rows in a group.
     out : Tensor of shape (rows, cols), optional
         Written and returned; its dtype is the result's. It must not be needed by a backward pass that is still to come.
+    down : bool
+        The gradient sums over j < ⌊p_d·C⌋.
     """
     buffer = torch.empty_like(weight) if out is None else out.detach()
-    result: Tensor = _StraightThrough.apply(mixture, weight, ranks, counts, size, buffer)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+        mixture, weight, ranks, counts, size, buffer, down
+    )
     return result
 
 

@@ -48,6 +48,8 @@ def candidate_sums(
     weight: Float[Tensor, "rows cols"],
     ranks: Int[Tensor, "rows cols"],
     count: int,
+    *,
+    down: bool = False,
 ) -> Float[Tensor, "rows candidates"]:
     """dL/dβ_d = − Σ_{j < p_d·C} g_j for d = 0 … D, with g = (∂L/∂Ŵ)∘W in the order of the ranks j (BESA Eq. 6).
 
@@ -58,11 +60,13 @@ def candidate_sums(
     weight, ranks : Tensors of shape (rows, cols)
     count : int
         D: the candidates are 0, 1/D, …, 1.
+    down : bool
+        Sum over j < ⌊p_d·C⌋, as the paper's released program does.
 
     Returns
     -------
     Tensor of shape (rows, D + 1), fp32
     """
     form = fused if weight.is_cuda else native
-    found = form.candidate_sums(gradient, weight, ranks, count) if _wanted() else None
-    return plain.candidate_sums(gradient, weight, ranks, count) if found is None else found
+    found = form.candidate_sums(gradient, weight, ranks, count, down) if _wanted() else None
+    return plain.candidate_sums(gradient, weight, ranks, count, down) if found is None else found

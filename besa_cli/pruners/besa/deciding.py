@@ -39,7 +39,7 @@ def _decide(window: Window) -> Pruned:
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
         window.linears[name].put(each)
-    if options.preset == "authors":
+    if not options.manner.exact:
         return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
     sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
     uniform, learned = (_masks(window, shares) for shares in (window.uniform_shares(), window.shares(sparsities)))

@@ -1,7 +1,7 @@
 """The mixtures over candidate sparsities, learned by gradient with a straight-through mask."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from prodigyopt import Prodigy
@@ -22,21 +22,19 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
 
     Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
     """
-    block, options = window.block, window.options
+    block, options, manner = window.block, window.options, window.options.manner
     theta = allocation.initial_logits(len(window.sizes), window.p, window.goal)
-    if options.preset == "authors":
+    if manner.smoothed:
         theta = torch.zeros_like(theta)
     theta.requires_grad_()
     strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    generator = torch.Generator().manual_seed(block.seed)
     measure, world = MEASURES[options.loss], block.share.world
     history: list[float] = []
-    order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     with compute.repeated_passes():
-        for chosen in (part for epoch in order for part in torch.split(epoch, options.batch_size)):
+        for chosen in _chosen(samples, options, block.seed):
             weights, sparsity = _soft_weights(window, theta, strengths)
             inputs, target = block.take(chosen)
             output = block.forward(inputs, weights)
@@ -45,9 +43,9 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
             loss = reconstruction.detach()
-            world.sum([loss, *_gradients([theta, *strengths.values()])])
+            world.sum([loss, *_gradients([theta, *strengths.values()], 1 if manner.scaled else 1 / scale)])
             for optimizer, rate in learners:
-                if options.preset != "authors":
+                if manner.decaying:
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
                     optimizer.param_groups[0]["lr"] = rate * _half_cosine(len(history) / steps)
                 optimizer.step()
@@ -60,11 +58,19 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     return theta.detach(), settled, math.fsum(last) / len(last)
 
 
-def _gradients(learned: list[Tensor]) -> list[Tensor]:
-    """The gradients, made zero where nothing that this rank passed depends on what is learned."""
+def _chosen(samples: int, options: Options, seed: int) -> Iterator[Tensor]:
+    """The samples of every step, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(options.epochs):
+        shuffled = options.manner.shuffled
+        order = torch.randperm(samples, generator=generator) if shuffled else torch.arange(samples)
+        yield from torch.split(order, options.batch_size)
+
+
+def _gradients(learned: list[Tensor], factor: float) -> list[Tensor]:
+    """The gradients times a factor, made zero where nothing that this rank passed depends on what is learned."""
     for each in learned:
-        if each.grad is None:
-            each.grad = torch.zeros_like(each)
+        each.grad = torch.zeros_like(each) if each.grad is None else each.grad.mul_(factor)
     return [each.grad for each in learned if each.grad is not None]
 
 
@@ -109,7 +115,9 @@ def _soft_weights(window: Window, theta: Tensor, strengths: Mapping[str, Tensor]
     mixture = window.mixture(theta)
     alpha = allocation.expected_sparsity(mixture, window.p)
     weights = {
-        name: allocation.straight_through(part, sources[name], linear.ranks, count, linear.group, linear.masked)
+        name: allocation.straight_through(
+            part, sources[name], linear.ranks, count, linear.group, linear.masked, down=window.options.manner.floors
+        )
         for (name, linear), part, count in zip(
             window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
         )

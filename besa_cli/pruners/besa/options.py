@@ -15,6 +15,39 @@ _CLIP_RATE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
+class Manner:
+    """What no option says: how learning is done and what becomes of it. The defaults are `besa`'s own.
+
+    Attributes
+    ----------
+    smoothed : bool
+        β = softmax(sigmoid(θ)) with θ from 0, and not softmax(θ) from the target.
+    shuffled : bool
+        Samples come in a drawn order, and not in that of the calibration set.
+    decaying : bool
+        The rate falls to 0 along a half cosine, and does not stay.
+    scaled : bool
+        The optimizer sees the gradients of the loss times the step's tokens, so that its own eps is nothing beside
+        them, and not those of the mean.
+    floors : bool
+        Of the weights in a row the floor of its share is pruned, and of a candidate's; else α·C is rounded, and P(j) is
+        Eq. 4.
+    exact : bool
+        The learned sparsities are projected onto the budget and compared with the uniform ones.
+    """
+
+    smoothed: bool = False
+    shuffled: bool = True
+    decaying: bool = True
+    scaled: bool = True
+    floors: bool = False
+    exact: bool = True
+
+
+_AUTHORS = Manner(smoothed=True, shuffled=False, decaying=False, scaled=False, floors=True, exact=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of BESA.
 
@@ -46,8 +79,7 @@ class Options:
     clip_lr : float, optional
         AdamW's rate for the clipping strengths; 0.03 with `bits`.
     preset : {"authors"}, optional
-        ``authors``: smoothed mixtures that start at 0.5, a rate that stays, rows that prune the floor of their learned
-        share, and neither projection onto the exact budget nor a comparison with the uniform masks.
+        ``authors``: the manner of the paper's released program; its other options are those of `authors`.
     """
 
     window: str = windows.BLOCK
@@ -107,6 +139,11 @@ class Options:
         if self.bits is None:
             return None
         return affine.grid(self.bits, self.group_size or affine.GROUP, symmetric=self.symmetric is not False)
+
+    @property
+    def manner(self) -> Manner:
+        """How learning is done."""
+        return Manner() if self.preset is None else _AUTHORS
 
     @property
     def rate(self) -> float:

@@ -99,12 +99,12 @@ class Window:
 
     def mixture(self, theta: Tensor) -> Tensor:
         """β from the logits."""
-        return allocation.mixture(theta.sigmoid() if self.options.preset == "authors" else theta)
+        return allocation.mixture(theta.sigmoid() if self.options.manner.smoothed else theta)
 
     def counts(self, alpha: Tensor) -> list[Tensor]:
         """Weights that each row of a group prunes while learning, from the groups' sparsities; one tensor a linear."""
         real = alpha.detach() * self.cols
-        return self.split((real.floor() if self.options.preset == "authors" else real.round()).to(torch.int32))
+        return self.split((real.floor() if self.options.manner.floors else real.round()).to(torch.int32))
 
     def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
         """Real counts for each row from each group's sparsity."""

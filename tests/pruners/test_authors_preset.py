@@ -1,0 +1,62 @@
+"""`--preset authors` beside what the paper's released program does, written down plainly, on the same block."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import toy
+from torch import Tensor
+
+from besa_cli.pruners import besa
+from besa_cli.stream.block import Block
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def released() -> ModuleType:
+    """The restatement that also runs on whole models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        spec = importlib.util.spec_from_file_location("released_program", BENCHMARKS / "released_program.py")
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def large(share: float) -> Block:
+    weights = toy.source(hidden=208, inner=304)
+    return toy.block(weights, round(share * toy.size(weights)), samples=64, seqlen=12)
+
+
+def options(granularity: str) -> besa.Options:
+    # both granularities against the dense block here, so that they differ in nothing else
+    asked = {**besa.authors(granularity), "target": "block", "granularity": granularity}
+    return besa.Options(**asked, preset="authors", epochs=2)
+
+
+def spreads(masks: dict[str, Tensor]) -> list[int]:
+    """From the row of a linear that loses least to the one that loses most."""
+    counts = [(~mask).sum(1) for mask in masks.values()]
+    return [int(count.max() - count.min()) for count in counts]
+
+
+@pytest.mark.parametrize(("granularity", "share"), [("row", 0.42), ("row", 0.5), ("row", 0.58), ("layer", 0.58)])
+def test_the_preset_comes_to_the_allocation_of_the_released_program(
+    released: ModuleType, share: float, granularity: str
+) -> None:
+    expected = released.masks(large(share), options(granularity), share)
+    found = dict(besa.prune(large(share), options(granularity)).masks)
+    size = toy.size(expected)
+    # one weight more in every row of a linear is what a floor of its one sparsity may do
+    assert abs(toy.pruned(found) - toy.pruned(expected)) / size <= (0.002 if granularity == "row" else 0.005)
+    for name, mask in expected.items():
+        assert toy.pruned({name: found[name]}) / mask.numel() == pytest.approx(
+            toy.pruned({name: mask}) / mask.numel(), abs=0.01
+        ), name
+    if granularity == "row":  # else two starting points would be compared
+        assert max(spreads(expected)) > 20
+        assert max(spreads(found)) > 20
