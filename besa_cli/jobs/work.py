@@ -62,32 +62,21 @@ class Work:
 
     def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
+        task, world = self._task(), self._world
         return walk.compress(
-            self.decoder,
-            store,
-            self._tokens,
-            self._request.change,
-            segments=self.segments,
-            budgets=self._budgets,
-            target=self._request.target,
-            batch=self._settings["batch"],
-            seed=self._request.seed,
-            on_step=on_step,
-            shelf=shelf,
-            ahead=ahead,
-            world=self._world,
+            self.decoder, store, self._tokens, task, on_step=on_step, shelf=shelf, ahead=ahead, world=world
         )
 
     def seconds(self, finished: int) -> float:
         """How long it will take where `finished` blocks are done, from a trial of the first window."""
-        return forecast.seconds(
-            self.decoder,
-            self._tokens,
-            self._request.change,
+        return forecast.seconds(self.decoder, self._tokens, self._task(), finished)
+
+    def _task(self) -> walk.Task:
+        return walk.Task(
+            change=self._request.change,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.target,
-            batch=self._settings["batch"],
+            batch=self._settings["batch"],  # settled after this was made
             seed=self._request.seed,
-            finished=finished,
         )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -25,23 +25,43 @@ from besa_cli.windows import Segment, Window
 Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is done to a model, whoever does it.
+
+    Attributes
+    ----------
+    change : function of a Block to what becomes of it
+    segments : the model's windows
+    budgets : one number a window, or None
+        Weights to prune; None where a pattern N:M decides.
+    target : {"block", "stream"}
+        What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+    batch : int
+        Samples in a pass without gradients.
+    seed : int
+    """
+
+    change: Callable[[Block], Pruned]
+    segments: Sequence[Segment]
+    budgets: Sequence[int] | None
+    target: Target
+    batch: int
+    seed: int
+
+
 def compress(
     decoder: Decoder,
     store: Store | None,
     tokens: Tensor,
-    change: Callable[[Block], Pruned],
+    task: Task,
     *,
-    segments: Sequence[Segment],
-    budgets: Sequence[int] | None,
-    target: Target,
-    batch: int,
-    seed: int,
     on_step: Step = lambda done, total, phase: None,
     shelf: Shelf | None = None,
     ahead: bool = False,
     world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
-    """Walk the model, let `change` decide each window, store its blocks and go on from what was stored.
+    """Walk the model, let the task decide each window, store its blocks and go on from what was stored.
 
     Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes; where only some
     blocks of a window are there, the window is pruned again.
@@ -51,15 +71,8 @@ def compress(
     store : Store, optional
         Of several ranks only the first has it.
     tokens : Tensor of shape (samples, seqlen)
-        Those of all ranks. Without any nothing passes through the blocks, and `change` sees their weights alone.
-    change : function of a Block to what becomes of it
-    segments : the model's windows
-    budgets : one number a window, or None
-        Weights to prune; None where a pattern N:M decides.
-    target : {"block", "stream"}
-        What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
-    batch : int
-        Samples in a pass without gradients.
+        Those of all ranks. Without any nothing passes through the blocks, and their weights alone decide.
+    task : Task
     shelf : Shelf, optional
         Where the hidden states lie; in memory by default.
     ahead : bool
@@ -73,12 +86,9 @@ def compress(
     if finished == len(decoder):
         yield from (shared.report(index) for index in range(finished))
         return
-    walk = Walk(
-        decoder, shared.write, tokens, change, target=target, batch=batch, seed=seed, on_step=on_step,
-        shelf=shelf or Shelf(), share=share,
-    )  # fmt: skip
-    counts = iter(budgets or [])
-    for segment, following in zip_longest(segments, segments[1:]):
+    walk = Walk(decoder, shared.write, tokens, task, on_step=on_step, shelf=shelf or Shelf(), share=share)
+    counts = iter(task.budgets or [])
+    for segment, following in zip_longest(task.segments, task.segments[1:]):
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
         after = following.blocks if ahead and following else range(0)
@@ -101,21 +111,18 @@ class Walk:
         decoder: Decoder,
         keep: Keep,
         tokens: Tensor,
-        change: Callable[[Block], Pruned],
+        task: Task,
         *,
-        target: Target,
-        batch: int,
-        seed: int,
         on_step: Step,
         shelf: Shelf,
         share: Share | None = None,
     ) -> None:
         self._shelf, self._share = shelf, share or Share(len(tokens))
         tokens = tokens[self._share.own.start : self._share.own.stop]
-        self._decoder, self._keep, self._tokens, self._change = decoder, keep, tokens, change
-        self._batch, self._seed, self._on_step = batch, seed, on_step
-        self._inputs = embed(decoder, tokens, batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
-        self._dense = embed(decoder, tokens, batch, shelf) if target == "stream" and len(tokens) else None
+        self._decoder, self._keep, self._tokens, self._task = decoder, keep, tokens, task
+        self._batch, self._on_step = task.batch, on_step
+        self._inputs = embed(decoder, tokens, task.batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._dense = embed(decoder, tokens, task.batch, shelf) if task.target == "stream" and len(tokens) else None
 
     def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
@@ -140,10 +147,10 @@ class Walk:
             block = Block(
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
-                tokens=self._tokens, batch=self._batch, target=target, seed=self._seed, on_step=self._on_step,
+                tokens=self._tokens, batch=self._batch, target=target, seed=self._task.seed, on_step=self._on_step,
                 shelf=self._shelf, share=self._share,
             )  # fmt: skip
-            pruned = self._change(block)
+            pruned = self._task.change(block)
             check_counts(block, pruned)
             stored = masked(block.weights, pruned)
             self._share.world.equalize(list(stored.values()))
