@@ -248,8 +248,8 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
     digest = hashlib.sha256()
     for names in _portions(weights):
         for name, tensor in weights.read(names).items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                bad = int((~tensor.isfinite()).sum())
+            if not _finite(tensor):
+                bad = int((~tensor.float().isfinite()).sum())
                 raise BesaError(
                     f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
                     "fetch the model again, or use another one: these weights cannot be pruned",
@@ -258,6 +258,14 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
         del tensor
         compute.give_back_memory()
     return digest.hexdigest()
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, by the extremes: `isfinite` takes thirty times as long."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    known = tensor if tensor.dtype.itemsize > 1 else tensor.half()  # torch finds no extremes of 8-bit numbers
+    return all(bool(extreme.isfinite()) for extreme in known.aminmax())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
