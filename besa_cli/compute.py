@@ -16,8 +16,9 @@ from besa_cli.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-_PAGES, _MANY = 128 << 10, 65_536  # glibc's own trim threshold and number of mappings
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_PAGES = 128 << 10  # glibc's own trim threshold
+_LARGE, _HUGE = 4 << 20, 32 << 20  # tensors mapped by themselves, and within repeated passes; glibc takes no more
 _FASTER = 1.3  # bf16 products have to be this much faster than fp32 ones to be worth their rounding
 
 
@@ -63,26 +64,29 @@ def map_large_tensors() -> None:
     """
     library = _c_library()
     if library is not None:
-        library.mallopt(_MMAP_THRESHOLD, 4 << 20)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 @contextlib.contextmanager
 def repeated_passes() -> Iterator[None]:
-    """Within, freed memory is kept for the next tensor, whatever its size; at the end it goes back to the system.
+    """Within, freed memory is kept for the next tensor; at the end it goes back to the system.
 
     The passes over a block ask for the same tensors again and again. Mapped anew each time, they fault on every page:
-    that was a third of a pass. Nothing that stays should be made in here. Does nothing without glibc.
+    that was a third of a pass. Tensors beyond 32 MiB (the gradient of a linear of 7B has 180) are still mapped by
+    themselves: so much is computed for each of their numbers that faults hardly count, and a hole that one leaves in
+    the heap is cut up by smaller ones, until there are several. Nothing that stays should be made in here. Does nothing
+    without glibc.
     """
     library = _c_library()
     if library is None:
         yield
         return
-    library.mallopt(_MMAP_MAX, 0)
+    library.mallopt(_MMAP_THRESHOLD, _HUGE)
     library.mallopt(_TRIM_THRESHOLD, 1 << 30)
     try:
         yield
     finally:
-        library.mallopt(_MMAP_MAX, _MANY)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_TRIM_THRESHOLD, _PAGES)
         library.malloc_trim(0)
 
