@@ -144,6 +144,23 @@ def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: 
     verify(decoder, rows)
 
 
+def test_blocks_that_are_not_given_what_the_model_gives_them_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "llama"), CPU, torch.float32)
+    known = decoder.keywords
+
+    def turned(index: int, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, named = known(index, tokens)
+        cos, sin = named["position_embeddings"]
+        return args, {**named, "position_embeddings": (sin, cos)}
+
+    verify(decoder, tiny.tokens(2, 12))
+    monkeypatch.setattr(decoder, "keywords", turned)
+    with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
+        verify(decoder, tiny.tokens(2, 12))
+
+
 def test_mixed_attention_gives_each_block_arguments_of_its_own(tmp_path: Path) -> None:
     decoder = Decoder(tiny.checkpoint(tmp_path / "model", "gemma3"), CPU, torch.float32)
     rows = tiny.tokens(1, 12)

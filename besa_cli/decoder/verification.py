@@ -21,15 +21,10 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
         They differ: the blocks depend on more than the hidden states before them.
     """
     sample = tokens[:1, :_CHECK_TOKENS]
-    with _lazily_loaded(decoder):
+    stream = _Stream(decoder, sample)
+    with torch.no_grad(), stream.beside_the_model():
         expected = decoder.model.base_model(input_ids=sample.to(decoder.device), use_cache=False)[0]
-    hidden = decoder.embed(sample)
-    for index in range(len(decoder)):
-        decoder.load(index)
-        with torch.no_grad():
-            hidden = decoder.forward(index, hidden, sample)
-        decoder.drop(index)
-    found = decoder.normed(hidden, sample)
+    found = decoder.normed(stream.hidden, sample)
     error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
     if not error < 1e-3:
         raise BesaError(
@@ -38,15 +33,35 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
         )
 
 
-@contextlib.contextmanager
-def _lazily_loaded(decoder: Decoder) -> Iterator[None]:
-    handles = []
-    with torch.no_grad():
-        for number, block in enumerate(decoder.blocks):
-            handles.append(block.register_forward_pre_hook(lambda *_, number=number: decoder.load(number) and None))
-            handles.append(block.register_forward_hook(lambda *_, number=number: decoder.drop(number)))
+class _Stream:
+    """A sample's hidden states, passed through each block while the whole model has it loaded: each is read once."""
+
+    def __init__(self, decoder: Decoder, sample: Tensor) -> None:
+        self._decoder, self._sample = decoder, sample
+        self.hidden = decoder.embed(sample)
+        self._passing = False
+
+    @contextlib.contextmanager
+    def beside_the_model(self) -> Iterator[None]:
+        """Within, a call of the model loads block after block, and drops it when the stream has passed it, too."""
+        handles = []
+        for number, block in enumerate(self._decoder.blocks):
+            handles.append(block.register_forward_pre_hook(lambda *_, number=number: self._load(number)))
+            handles.append(block.register_forward_hook(lambda *_, number=number: self._pass(number)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _load(self, number: int) -> None:
+        if not self._passing:
+            self._decoder.load(number)
+
+    def _pass(self, number: int) -> None:
+        if self._passing:  # the stream's own call of the block
+            return
+        self._passing = True
+        self.hidden = self._decoder.forward(number, self.hidden, self._sample)
+        self._passing = False
+        self._decoder.drop(number)
