@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import options, subject
-from besa_cli.console import Console
+from besa_cli.console import Console, human_bytes, human_seconds
 from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def tasks(
     dtype: options.DtypeOption = "auto",
     run: subject.RunOption = None,
     restart: RestartOption = False,
+    dry_run: options.DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -96,6 +97,9 @@ def tasks(
         if streamed is None:
             settings = _chosen(measured, settings, console)
         parent = measured.parent
+        if dry_run:
+            _forecast([each for each in (measured, parent) if each], ready, settings, console, restart=restart)
+            return
         results = _measure(measured, ready, settings, console, restart=restart)
         dense = _measure(parent, ready, settings, console, restart=restart, parent=True) if parent else None
     _show(measured, results, dense, console)
@@ -145,6 +149,34 @@ def _measure(
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_way_on(kept, len([result for result in found.values() if result]))) from interrupt
     return [result for result in found.values() if result]
+
+
+def _forecast(
+    models: "Sequence[Subject]", ready: "Tasks", settings: "Settings", console: Console, *, restart: bool
+) -> None:
+    """Show what the tasks that are not measured yet would take, each tried on its first questions."""
+    from besa_cli import compute
+    from besa_cli.zeroshot import memory
+
+    seconds, rows, told = 0.0, [], []
+    for measured in models:
+        kept = measured.results
+        job = _job(measured, subject.digest(measured), ready, settings)
+        left = [name for name in ready.names if restart or kept is None or job.stored(name, kept) is None]
+        seconds = seconds or compute.age()
+        for trial in (job.forecast(name, notify=console.note) for name in left):
+            seconds += trial.seconds
+            rows.append((trial.task, measured.name, str(trial.questions), human_seconds(trial.seconds)))
+            told.append({"model": measured.name, **asdict(trial)})
+    if not rows:
+        console.note("all of it is measured already: nothing would be done")
+        console.emit_json({"done": True})
+        return
+    taken = compute.peak_resident()
+    available = memory.available(compute.device("cpu")) + compute.resident()
+    console.table("", ("task", "model", "questions", "takes"), [*rows, ("all", "", "", human_seconds(seconds))])
+    console.line(f"memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
+    console.emit_json({"done": False, "memory": taken, "available": available, "seconds": seconds, "tasks": told})
 
 
 def _way_on(kept: Path | None, count: int) -> str:

@@ -1,7 +1,8 @@
 """One checkpoint on several tasks: what was measured is taken from its file, the rest is measured and kept."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,17 @@ from besa_cli.zeroshot.watching import Notify, Progress, unwatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TRIED = (2, 8)  # questions of each task in the two trials of a forecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What measuring a task would take: its questions, and seconds."""
+
+    task: str
+    questions: int
+    seconds: float
 
 
 class Measurement:
@@ -90,6 +102,27 @@ class Measurement:
         if kept is not None:
             results.save(result, self._file(name, kept), model)
         return result
+
+    def forecast(self, name: str, *, notify: Notify = lambda line: None) -> Trial:
+        """What `measure` would take, from its first questions, few and some more: what grows with them is scaled."""
+        settings, began = self._settings, time.perf_counter()
+        model = self._built(unwatched, notify)
+        building = time.perf_counter() - began
+        taken: list[float] = []
+        tried: list[int] = []
+        whole = 0
+        for limit in _TRIED:
+            began = time.perf_counter()
+            loaded = harness.load(self._tasks, name, notify)
+            asked = min(limit, settings.limit or limit)
+            output = harness.evaluate(model, loaded, shots=settings.num_fewshot, limit=asked, notify=notify)
+            taken.append(time.perf_counter() - began)
+            counts = [count["original"] for count in output["n-samples"].values()]
+            tried.append(sum(min(count, asked) for count in counts))
+            whole = sum(min(count, settings.limit or count) for count in counts)
+        more = (taken[1] - taken[0]) / (tried[1] - tried[0]) if tried[1] > tried[0] else 0.0
+        seconds = building + taken[1] + max(more, 0.0) * (whole - tried[1])
+        return Trial(task=name, questions=whole, seconds=seconds)
 
     def _file(self, name: str, kept: Path) -> Path:
         return kept / results.file_name(self.facts(name))

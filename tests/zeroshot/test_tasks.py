@@ -9,6 +9,7 @@ import pytest
 import questions
 import tiny
 import torch
+import transformers
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
@@ -334,3 +335,42 @@ def test_a_measurement_without_a_directory_keeps_nothing(model: Path, data: Path
     assert found.averaged() == found.harness["results"]["piqa"]["acc,none"]
     assert not list(workplace.iterdir())
     assert torch.is_grad_enabled()
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    besa: Besa, data: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_TRIED", (2, 4))
+    words = ("eval", "tasks", BOTH, "--data-dir", data, "--dtype", "float32", "--json")
+    before = tiny.files(pruned, without=())
+    found = besa(*words, "--limit", 6, "--dry-run")
+    assert found.code == 0, found.err
+    said = json.loads(found.out)
+    assert [(trial["model"], trial["task"], trial["questions"]) for trial in said["tasks"]] == [
+        (model, task, 6) for model in ("wanda 95.00 %", "dense") for task in BOTH.split(",")
+    ]
+    assert said["seconds"] > sum(trial["seconds"] for trial in said["tasks"]) > 0  # and what it took to get there
+    assert said["memory"] > 50_000_000
+    assert tiny.files(pruned, without=()) == before
+    whole = json.loads(besa(*words, "--no-baseline", "--dry-run").out)
+    assert [trial["questions"] for trial in whole["tasks"]] == [9, 9]
+    assert besa(*words, "--limit", 6).code == 0
+    assert json.loads(besa(*words, "--limit", 6, "--dry-run").out) == {"done": True}
+
+
+def test_a_forecast_grows_with_the_questions(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trials of a clock that takes 3 s, and 0.5 s a question: 3 + 0.5·9 of all nine."""
+    clock = [0.0]
+    evaluate = harness.evaluate
+
+    def slow(*words: Any, limit: int, **named: Any) -> Json:
+        clock[0] += 3 + 0.5 * limit
+        return evaluate(*words, limit=limit, **named)
+
+    monkeypatch.setattr(harness, "evaluate", slow)
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    settings = Settings(dtype="float32")
+    with harness.prepared(("piqa",), data, shots=None, keep=None, notify=print) as ready:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        found = run.Measurement(model, "digest", tokenizer, "tokenizer", ready, settings).forecast("piqa")
+    assert (found.task, found.questions, found.seconds) == ("piqa", 9, pytest.approx(3 + 0.5 * 9))
