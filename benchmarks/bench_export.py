@@ -44,12 +44,14 @@ def in_transformers(directory: Path) -> Opened:
     settings = {}
     if json.loads((directory / "config.json").read_text()).get("quantization_config", {}).get("config_groups"):
         settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **settings).float()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **settings)
+    model = model.to(torch.float32)  # type: ignore[arg-type]
     state = model.state_dict()
 
     def logits(window: list[int]) -> np.ndarray:
         with torch.no_grad():
-            return model(torch.tensor([window])).logits[0].numpy()
+            found: np.ndarray = model(torch.tensor([window])).logits[0].numpy()
+        return found
 
     return Opened("transformers", logits, state.__getitem__)
 

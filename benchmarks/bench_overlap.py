@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from besa_cli.checkpoint.stages import Stage
 from besa_cli.jobs.job import Job
 from besa_cli.models import Model
 from besa_cli.pruning import Request
+
+
+def _always(answer: bool, device: torch.device) -> bool:
+    return answer
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="besa-overlap-") as place:
         for turn in range(2 * options.turns):
             overlapping = bool(turn % 2)
-            compute.overlaps = lambda device, overlapping=overlapping: overlapping
+            compute.overlaps = partial(_always, overlapping)
             job = Job(Run(Path(place) / str(turn)), model, calibration_set, request)
             with timed(walks[overlapping]):
                 blocks = len(list(job.blocks()))

@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def checkpoint(directory: Path, hidden: int, blocks: int) -> Path:
         num_attention_heads=heads, num_key_value_heads=groups, tie_word_embeddings=True, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     return directory
 
 
@@ -99,7 +100,7 @@ def plain_steps(block: Block, batch: int) -> None:
     weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
     with compute.repeated_passes():
         for part in propagation.batches(len(block.inputs), batch):
-            losses.token(block.forward(block.inputs[part]), block.target[part]).backward()
+            losses.token(block.forward(block.inputs[part]), block.target[part]).backward()  # type: ignore[no-untyped-call]
             for weight in weights:
                 weight.grad = None
     for weight in weights:
@@ -130,13 +131,19 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
     }
 
 
+def one_by_one(decoder: Decoder, index: int, hidden: torch.Tensor) -> None:
+    """Pass the samples through a block."""
+    for row in torch.split(hidden, 1):
+        decoder.forward(index, row, torch.zeros(row.shape[:2], dtype=torch.long))
+
+
 def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
     """Seconds of one pass without gradients of all blocks, a sample at a time; loading is not counted."""
     hidden, total = propagation.embed(decoder, tokens, 8), Took(0.0, 0.0)
     for index in range(len(decoder)):
         decoder.load(index)
         with torch.no_grad():
-            total += seconds(lambda index=index: [decoder.forward(index, row, tokens[:1]) for row in hidden.split(1)])
+            total += seconds(partial(one_by_one, decoder, index, hidden))
         decoder.drop(index)
     return total
 
@@ -152,7 +159,12 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
     with tempfile.TemporaryDirectory() as run:
         job = Job(Run(Path(run)), model, calibration.CalibrationSet(tokens=tokens, manifest=drawn), request)
         reports: list[Any] = []
-        took = seconds(lambda: (reports.extend(job.blocks()), job.finish()))
+
+        def prune() -> None:
+            reports.extend(job.blocks())
+            job.finish()
+
+        took = seconds(prune)
     passes = before + plain_pass(decoder, tokens)  # one before and one after
     return {
         "ratio": 2 * took.wall / passes.wall,

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def main() -> None:
     model = parser.parse_args().model
     for rows, cols in (DOWN, *((512 << step, 11008) for step in range(5))):
         mask = np.random.default_rng(0).random((rows, cols), dtype=np.float32) < 0.5
-        seconds, cpu = best(lambda mask=mask: simulate(mask))
+        seconds, cpu = best(partial(simulate, mask))
         each = {"nanoseconds_a_weight": round(1e9 * cpu / mask.size, 3)}
         report("mask", rows=rows, cols=cols, seconds=seconds, cpu_seconds=cpu, **each)
     if model is not None:

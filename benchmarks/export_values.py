@@ -31,7 +31,9 @@ def from_gguf(file: Path, config: Mapping[str, int]) -> Read:
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(_LLAMA_CPP[own])
         if heads is None:
             return whole
-        return whole.unflatten(0, (config[heads], -1, 2)).transpose(1, 2).flatten(0, 2)  # row 2 i + j is j half + i
+        rows, cols = whole.shape
+        pairs = whole.reshape(config[heads], -1, 2, cols)
+        return pairs.transpose(1, 2).reshape(rows, cols)  # row 2 i + j is j half + i
 
     return read
 

@@ -129,7 +129,8 @@ def texts(directory: Path, vocabulary: int, samples: int, seqlen: int) -> None:
     (directory / "text.txt").write_text(" ".join(f"w{number}" for row in rows for number in row))
     made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(directory)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(directory)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from bench_prune import CPU, plain_pass
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
 from besa_cli import models
-from besa_cli.decoder import Decoder
+from besa_cli.decoder.running import Decoder
 
 LINES = HERE / "time_to_quality.jsonl"
 SPARSITY = "0.5"
