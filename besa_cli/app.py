@@ -5,18 +5,16 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from traceback import print_exception
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from besa_cli import __version__, launch
+from besa_cli import __version__, launch, signals
 from besa_cli.commands import evaluate
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.config_file import origin
@@ -124,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
     """Run the command line; what goes wrong becomes a line and an exit code."""
     way_on = "everything finished is kept; run the same command again to go on from there"
-    with _signals_interrupt(settings):
+    with signals.interrupting(settings.signals, lambda: not settings.failed):
         try:
             code = _run(arguments, settings)
             sys.stdout.flush()
@@ -148,28 +146,6 @@ def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
 def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
     result = get_command(app).main(args=arguments, prog_name="besa", standalone_mode=False, obj=settings)
     return result if isinstance(result, int) else 0
-
-
-@contextmanager
-def _signals_interrupt(settings: Settings) -> Iterator[None]:
-    """Let SIGTERM unwind the program as Ctrl-C does, so that locks and temporary files go away; note which came."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if not settings.failed:
-            settings.signals.append(number)
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield
-        return
-    ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # as in the background of a shell
-    wanted = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
-    before = {number: signal.signal(number, interrupt) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _report(error: Exception, settings: Settings) -> int:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from besa_cli import __version__, calibration, models
+from besa_cli import __version__, calibration, models, signals
 from besa_cli.errors import BesaError, UsageError
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -152,6 +153,51 @@ def test_an_interrupt_that_an_extension_made_another_error_of(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.err.splitlines()[0]) == (code, "error: interrupted")
+
+
+class Callback:
+    """What goes wrong in here can only be ignored, as in a callback of an extension."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_was_ignored_comes_again(
+    number: signal.Signals, code: int, besa: Besa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        Callback(number)
+        for _ in range(200):
+            time.sleep(0.1)
+        raise AssertionError("the interrupt was lost")
+
+    monkeypatch.setattr(models, "resolve", resolve)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = besa("calibrate")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (outcome.code, outcome.err.splitlines()[0]) == (code, "error: interrupted")
+
+
+def test_an_interrupt_that_was_ignored_does_not_outlive_the_command(
+    besa: Besa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*_: object, **__: object) -> None:
+        Callback(signal.SIGTERM)
+        raise BesaError("no model")
+
+    monkeypatch.setattr(models, "resolve", resolve)
+    monkeypatch.setattr(signals, "_AGAIN", 3600.0)
+    assert besa("calibrate").code == 1
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for timer in timers:
+        timer.join(10)
+        assert not timer.is_alive()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each imports only from the layers above its own line; a folder's own files may import each other.
 LAYERS = (
-    {"choices", "errors", "reports"},
+    {"choices", "errors", "reports", "signals"},
     {
         "activations",
         "anatomy",
