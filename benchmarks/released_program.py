@@ -10,7 +10,9 @@ and both perplexities. Finished runs are kept.
 """
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -123,7 +125,8 @@ def main() -> None:
     own, other = options.work / f"preset-{name}", options.work / f"released-{name}"
     besa(*words, "--run", str(own))
     pruner.prune = prune
-    app.app([*words, "--run", str(other)], standalone_mode=False)
+    with contextlib.redirect_stdout(sys.stderr):
+        app.app([*words, "--run", str(other)], standalone_mode=False)
     perplexities = [perplexity("--no-baseline", "--run", str(run)) for run in (own, other)]
     line = {
         **{name: vars(options)[name] for name in ("model", "sparsity", "granularity")},

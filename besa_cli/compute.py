@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _PAGES = 128 << 10  # glibc's own trim threshold
-_LARGE, _HUGE = 4 << 20, 32 << 20  # tensors mapped by themselves, and within repeated passes; glibc takes no more
+_LARGE, _HUGE = 4 << 20, 32 << 20  # tensors mapped by themselves, and within repeated passes; older glibc takes no more
 _FASTER = 1.3  # bf16 products have to be this much faster than fp32 ones to be worth their rounding
 
 
@@ -72,7 +72,7 @@ def repeated_passes() -> Iterator[None]:
     """Within, freed memory is kept for the next tensor; at the end it goes back to the system.
 
     The passes over a block ask for the same tensors again and again. Mapped anew each time, they fault on every page:
-    that was a third of a pass. Tensors beyond 32 MiB (the gradient of a linear of 7B has 180) are still mapped by
+    that was a third of a pass. Tensors beyond 32 MiB (the gradient of a linear of 7B has 172) are still mapped by
     themselves: so much is computed for each of their numbers that faults hardly count, and a hole that one leaves in
     the heap is cut up by smaller ones, until there are several. Nothing that stays should be made in here. Does nothing
     without glibc.

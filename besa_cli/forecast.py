@@ -11,7 +11,7 @@ from besa_cli import windows
 from besa_cli.activations import Shelf
 from besa_cli.decoder.running import Decoder
 from besa_cli.stream import propagation
-from besa_cli.stream.walk import Task, Walk
+from besa_cli.stream.walk import Assignment, Walk
 
 _FIXED = ("update",)  # phases whose length does not depend on the number of samples
 _BATCHES = 2  # that the trial passes through the block
@@ -85,8 +85,8 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, task: Task, finished: int) -> float:
-    """Seconds that `stream.walk.compress` will need for a task, from a trial of its first windows.
+def seconds(decoder: Decoder, tokens: Tensor, assignment: Assignment, finished: int) -> float:
+    """Seconds that `stream.walk.compress` will need for an assignment, from a trial of its first windows.
 
     The trial passes two batches through them, learning included, and keeps nothing.
 
@@ -95,21 +95,21 @@ def seconds(decoder: Decoder, tokens: Tensor, task: Task, finished: int) -> floa
     finished : int
         Blocks that are done; they are only replayed.
     """
-    batch, budgets = task.batch, task.budgets
+    batch, budgets = assignment.batch, assignment.budgets
     few = tokens[: _BATCHES * batch]
     factor = len(tokens) / max(len(few), 1)
-    first, meter = task.segments[0], Meter()
+    first, meter = assignment.segments[0], Meter()
     began = time.perf_counter()
     propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
-    trial = Walk(decoder, lambda report, tensors, codes: None, few, task, on_step=meter.step, shelf=Shelf())
+    trial = Walk(decoder, lambda report, tensors, codes: None, few, assignment, on_step=meter.step, shelf=Shelf())
     trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
     for index in first.blocks:
         decoder.drop(index)
     of_first = meter.extrapolated(time.perf_counter() - began, factor)
-    sizes = [sum(windows.sizes([segment])) for segment in task.segments]
-    left = sum(size for size, segment in zip(sizes, task.segments, strict=True) if segment.blocks.stop > finished)
+    sizes = [sum(windows.sizes([segment])) for segment in assignment.segments]
+    left = sum(size for size, segment in zip(sizes, assignment.segments, strict=True) if segment.blocks.stop > finished)
     return embedding + of_first * left / sizes[0] + finished * meter.replayed(factor)
 
 

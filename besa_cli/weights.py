@@ -249,7 +249,7 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
     for names in _portions(weights):
         for name, tensor in weights.read(names).items():
             if not _finite(tensor):
-                bad = int((~tensor.float().isfinite()).sum())
+                bad = int((~_known(tensor).isfinite()).sum())
                 raise BesaError(
                     f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
                     "fetch the model again, or use another one: these weights cannot be pruned",
@@ -260,12 +260,21 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
     return digest.hexdigest()
 
 
+_NO_SPECIAL = {torch.float4_e2m1fn_x2}  # every value is a number
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity, by the extremes: `isfinite` takes thirty times as long."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    known = tensor if tensor.dtype.itemsize > 1 else tensor.half()  # torch finds no extremes of 8-bit numbers
-    return all(bool(extreme.isfinite()) for extreme in known.aminmax())
+    if tensor.dtype in _NO_SPECIAL:
+        return True
+    return all(bool(extreme.isfinite()) for extreme in _known(tensor).aminmax())
+
+
+def _known(tensor: Tensor) -> Tensor:
+    """The same numbers in a dtype that torch can compare."""
+    return tensor if tensor.dtype.itemsize > 1 else tensor.float()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

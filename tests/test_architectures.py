@@ -161,6 +161,23 @@ def test_blocks_that_are_not_given_what_the_model_gives_them_are_refused(
         verify(decoder, tiny.tokens(2, 12))
 
 
+def test_a_model_that_calls_its_blocks_in_another_order_is_refused(tmp_path: Path) -> None:
+    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "llama", blocks=3), CPU, torch.float32)
+    own = decoder.model.base_model
+    first, *others = own.layers
+    own.layers = torch.nn.ModuleList([*others, first])
+    with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
+        verify(decoder, tiny.tokens(2, 12))
+
+
+def test_the_comparison_reads_every_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "qwen2", blocks=3), CPU, torch.float32)
+    load, read = decoder.load, []
+    monkeypatch.setattr(decoder, "load", lambda index, *words: read.append(index) or load(index, *words))
+    verify(decoder, tiny.tokens(2, 12))
+    assert read == [0, 1, 2]
+
+
 def test_mixed_attention_gives_each_block_arguments_of_its_own(tmp_path: Path) -> None:
     decoder = Decoder(tiny.checkpoint(tmp_path / "model", "gemma3"), CPU, torch.float32)
     rows = tiny.tokens(1, 12)

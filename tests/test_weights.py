@@ -12,7 +12,15 @@ from strategies import fewer
 from besa_cli import weights
 from besa_cli.errors import BesaError
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+]
 
 
 def stored(place: Path, tensor: torch.Tensor) -> weights.Weights:
@@ -47,6 +55,17 @@ def test_every_shape_and_dtype_is_read(shape: tuple[int, ...], dtype: torch.dtyp
 def test_eight_bit_numbers_are_checked_too(tmp_path: Path) -> None:
     tensor = torch.ones(4, 5).to(torch.float8_e4m3fn)
     tensor[2, 3] = float("nan")
+    with pytest.raises(BesaError, match="holds 1 values"):
+        weights.check(stored(tmp_path, tensor))
+
+
+def test_powers_of_two_of_eight_bits_may_be_large(tmp_path: Path) -> None:
+    large = torch.full((4, 5), 2.0**25).to(torch.float8_e8m0fnu)
+    assert weights.check(stored(tmp_path, large))
+
+
+def test_numbers_beyond_fp32_are_numbers(tmp_path: Path) -> None:
+    tensor = torch.tensor([1e300, float("inf"), -1e300], dtype=torch.float64)
     with pytest.raises(BesaError, match="holds 1 values"):
         weights.check(stored(tmp_path, tensor))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,6 +60,12 @@ DefinitionsOption = Annotated[
     ),
 ]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Measure again what was measured before.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only check everything, and say what memory and time it would take; writes nothing."
+    ),
+]
 
 
 def tasks(
@@ -75,7 +82,7 @@ def tasks(
     dtype: options.DtypeOption = "auto",
     run: subject.RunOption = None,
     restart: RestartOption = False,
-    dry_run: options.DryRunOption = False,
+    dry_run: DryRunOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -92,7 +99,9 @@ def tasks(
         num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved,
         streamed=bool(streamed),
     )  # fmt: skip
-    with harness.prepared(wanted, data_dir, shots=num_fewshot, keep=definitions, notify=console.note) as ready:
+    with harness.prepared(
+        wanted, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
+    ) as ready:
         measured = subject.find(model, run, console, baseline=baseline)
         if streamed is None:
             settings = _chosen(measured, settings, console)
@@ -132,39 +141,51 @@ def _measure(
     """
     from besa_cli import lock
 
+    job, kept = _begun(measured, ready, settings, restart=restart, parent=parent)
+    if measured.results and not all(kept.values()):
+        lock.require_writable(measured.results.parent)
+    about = {"name": measured.name, "directory": str(measured.directory)}
+    found = kept.copy()
+    try:
+        for name, result in kept.items():
+            console.note(f"{name}, {measured.name}: {'measured already' if result else 'measuring'}")
+            if result is None:
+                progress = _progress(name, measured.name, console)
+                found[name] = job.measure(name, measured.results, about, progress=progress, notify=console.note)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(
+            _way_on(measured.results, len([result for result in found.values() if result]))
+        ) from interrupt
+    return [result for result in found.values() if result]
+
+
+def _begun(
+    measured: "Subject", ready: "Tasks", settings: "Settings", *, restart: bool, parent: bool
+) -> "tuple[Measurement, dict[str, Result | None]]":
+    """The measurement of a model after all checks of it, and every task's result where it is there."""
     digest = str(measured.digest) if parent else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
     found = {name: job.stored(name, kept) if kept and not restart else None for name in ready.names}
     if parent and not all(found.values()):
         subject.refuse_changed(measured)
-    if kept and not all(found.values()):
-        lock.require_writable(kept.parent)
-    about = {"name": measured.name, "directory": str(measured.directory)}
-    try:
-        for name, result in found.items():
-            console.note(f"{name}, {measured.name}: {'measured already' if result else 'measuring'}")
-            if result is None:
-                progress = _progress(name, measured.name, console)
-                found[name] = job.measure(name, kept, about, progress=progress, notify=console.note)
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted(_way_on(kept, len([result for result in found.values() if result]))) from interrupt
-    return [result for result in found.values() if result]
+    return job, found
 
 
 def _forecast(
     models: "Sequence[Subject]", ready: "Tasks", settings: "Settings", console: Console, *, restart: bool
 ) -> None:
     """Show what the tasks that are not measured yet would take, each tried on its first questions."""
-    from besa_cli import compute
+    from besa_cli import compute, disk
     from besa_cli.zeroshot import memory
 
-    seconds, rows, told = 0.0, [], []
-    for measured in models:
-        kept = measured.results
-        job = _job(measured, subject.digest(measured), ready, settings)
-        left = [name for name in ready.names if restart or kept is None or job.stored(name, kept) is None]
-        seconds = seconds or compute.age()
-        for trial in (job.forecast(name, notify=console.note) for name in left):
+    seconds, rows, told = compute.age(), [], []
+    for number, measured in enumerate(models):
+        began = time.perf_counter()
+        job, found = _begun(measured, ready, settings, restart=restart, parent=number > 0)
+        if measured.results:
+            disk.require_writable(measured.results)
+        seconds += time.perf_counter() - began
+        for trial in (job.forecast(name, notify=console.note) for name, result in found.items() if result is None):
             seconds += trial.seconds
             rows.append((trial.task, measured.name, str(trial.questions), human_seconds(trial.seconds)))
             told.append({"model": measured.name, **asdict(trial)})
@@ -175,7 +196,7 @@ def _forecast(
     taken = compute.peak_resident()
     available = memory.available(compute.device("cpu")) + compute.resident()
     console.table("", ("task", "model", "questions", "takes"), [*rows, ("all", "", "", human_seconds(seconds))])
-    console.line(f"memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
+    console.line(f"main memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
     console.emit_json({"done": False, "memory": taken, "available": available, "seconds": seconds, "tasks": told})
 
 

@@ -18,7 +18,8 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     Raises
     ------
     BesaError
-        They differ: the blocks depend on more than the hidden states before them.
+        They differ: the blocks depend on more than the hidden states before them, or the model calls them in another
+        order.
     """
     sample = tokens[:1, :_CHECK_TOKENS]
     stream = _Stream(decoder, sample)
@@ -26,7 +27,7 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
         expected = decoder.model.base_model(input_ids=sample.to(decoder.device), use_cache=False)[0]
     found = decoder.normed(stream.hidden, sample)
     error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
-    if not error < 1e-3:
+    if stream.passed != list(range(len(decoder))) or not error < 1e-3:
         raise BesaError(
             f"{type(decoder.model).__name__} gives other hidden states block by block than as a whole ({error:.2g})",
             "its blocks depend on each other in a way that besa cannot follow",
@@ -34,11 +35,15 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
 
 
 class _Stream:
-    """A sample's hidden states, passed through each block while the whole model has it loaded: each is read once."""
+    """A sample's hidden states, passed through each block while the whole model has it loaded: each is read once.
+
+    `passed` are the blocks in the order in which the model called them.
+    """
 
     def __init__(self, decoder: Decoder, sample: Tensor) -> None:
         self._decoder, self._sample = decoder, sample
         self.hidden = decoder.embed(sample)
+        self.passed: list[int] = []
         self._passing = False
 
     @contextlib.contextmanager
@@ -64,4 +69,5 @@ class _Stream:
         self._passing = True
         self.hidden = self._decoder.forward(number, self.hidden, self._sample)
         self._passing = False
+        self.passed.append(number)
         self._decoder.drop(number)

@@ -62,21 +62,21 @@ class Work:
 
     def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
-        task, world = self._task(), self._world
+        assignment, world = self._assignment(), self._world
         return walk.compress(
-            self.decoder, store, self._tokens, task, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+            self.decoder, store, self._tokens, assignment, on_step=on_step, shelf=shelf, ahead=ahead, world=world
         )
 
     def seconds(self, finished: int) -> float:
         """How long it will take where `finished` blocks are done, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._task(), finished)
+        return forecast.seconds(self.decoder, self._tokens, self._assignment(), finished)
 
-    def _task(self) -> walk.Task:
-        return walk.Task(
+    def _assignment(self) -> walk.Assignment:
+        return walk.Assignment(
             change=self._request.change,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.target,
-            batch=self._settings["batch"],  # settled after this was made
+            batch=self._settings["batch"],  # settled by the job after it has made this Work
             seed=self._request.seed,
         )

@@ -86,10 +86,10 @@ class _StraightThrough(torch.autograd.Function):
         counts: Tensor,
         size: int,
         out: Tensor,
-        down: bool,
+        floored: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, ranks, counts)
-        ctx.size, ctx.count, ctx.down = size, mixture.shape[1] - 1, down  # type: ignore[attr-defined]
+        ctx.size, ctx.count, ctx.floored = size, mixture.shape[1] - 1, floored  # type: ignore[attr-defined]
         kernels.mask(weight, ranks, of_rows(counts, size, len(weight)), out)
         ctx.mark_dirty(out)
         return out
@@ -97,8 +97,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, ranks, counts = ctx.saved_tensors  # type: ignore[attr-defined]
-        count, down = ctx.count, ctx.down  # type: ignore[attr-defined]
-        sums = kernels.candidate_sums(gradient, weight, ranks, count, down=down)
+        count, floored = ctx.count, ctx.floored  # type: ignore[attr-defined]
+        sums = kernels.candidate_sums(gradient, weight, ranks, count, floored=floored)
         of_weight = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             rows = of_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def straight_through(
     size: int = 1,
     out: Float[Tensor, "rows cols"] | None = None,
     *,
-    down: bool = False,
+    floored: bool = False,
 ) -> Float[Tensor, "rows cols"]:
     """Ŵ: the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P (Eq. 6).
 
@@ -127,17 +127,17 @@ def straight_through(
     weight, ranks : Tensors of shape (rows, cols)
         `ranks` as from `besa_cli.ops.kernels.ranks`.
     counts : integer Tensor of shape (groups,)
-        Weights pruned in each row of a group: round(α·C).
+        Weights pruned in each row of a group: α·C as a whole number.
     size : int
         Rows in a group.
     out : Tensor of shape (rows, cols), optional
         Written and returned; its dtype is the result's. It must not be needed by a backward pass that is still to come.
-    down : bool
-        The gradient sums over j < ⌊p_d·C⌋.
+    floored : bool
+        The gradient sums over j < ⌊p_d·C⌋, by default over j < p_d·C.
     """
     buffer = torch.empty_like(weight) if out is None else out.detach()
     result: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-        mixture, weight, ranks, counts, size, buffer, down
+        mixture, weight, ranks, counts, size, buffer, floored
     )
     return result
 

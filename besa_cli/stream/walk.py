@@ -26,8 +26,8 @@ Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is done to a model, whoever does it.
+class Assignment:
+    """What `compress` does to a model: how it is cut into windows, and what decides each.
 
     Attributes
     ----------
@@ -40,6 +40,7 @@ class Task:
     batch : int
         Samples in a pass without gradients.
     seed : int
+        Of the command; every block makes one of its own from it.
     """
 
     change: Callable[[Block], Pruned]
@@ -54,14 +55,14 @@ def compress(
     decoder: Decoder,
     store: Store | None,
     tokens: Tensor,
-    task: Task,
+    assignment: Assignment,
     *,
     on_step: Step = lambda done, total, phase: None,
     shelf: Shelf | None = None,
     ahead: bool = False,
     world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
-    """Walk the model, let the task decide each window, store its blocks and go on from what was stored.
+    """Walk the model, let the assignment decide each window, store its blocks and go on from what was stored.
 
     Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes; where only some
     blocks of a window are there, the window is pruned again.
@@ -72,7 +73,7 @@ def compress(
         Of several ranks only the first has it.
     tokens : Tensor of shape (samples, seqlen)
         Those of all ranks. Without any nothing passes through the blocks, and their weights alone decide.
-    task : Task
+    assignment : Assignment
     shelf : Shelf, optional
         Where the hidden states lie; in memory by default.
     ahead : bool
@@ -86,9 +87,9 @@ def compress(
     if finished == len(decoder):
         yield from (shared.report(index) for index in range(finished))
         return
-    walk = Walk(decoder, shared.write, tokens, task, on_step=on_step, shelf=shelf or Shelf(), share=share)
-    counts = iter(task.budgets or [])
-    for segment, following in zip_longest(task.segments, task.segments[1:]):
+    walk = Walk(decoder, shared.write, tokens, assignment, on_step=on_step, shelf=shelf or Shelf(), share=share)
+    counts = iter(assignment.budgets or [])
+    for segment, following in zip_longest(assignment.segments, assignment.segments[1:]):
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
         after = following.blocks if ahead and following else range(0)
@@ -111,7 +112,7 @@ class Walk:
         decoder: Decoder,
         keep: Keep,
         tokens: Tensor,
-        task: Task,
+        assignment: Assignment,
         *,
         on_step: Step,
         shelf: Shelf,
@@ -119,10 +120,12 @@ class Walk:
     ) -> None:
         self._shelf, self._share = shelf, share or Share(len(tokens))
         tokens = tokens[self._share.own.start : self._share.own.stop]
-        self._decoder, self._keep, self._tokens, self._task = decoder, keep, tokens, task
-        self._batch, self._on_step = task.batch, on_step
-        self._inputs = embed(decoder, tokens, task.batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
-        self._dense = embed(decoder, tokens, task.batch, shelf) if task.target == "stream" and len(tokens) else None
+        self._decoder, self._keep, self._tokens, self._assignment = decoder, keep, tokens, assignment
+        self._batch, self._on_step = assignment.batch, on_step
+        self._inputs = embed(decoder, tokens, assignment.batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._dense = (
+            embed(decoder, tokens, assignment.batch, shelf) if assignment.target == "stream" and len(tokens) else None
+        )
 
     def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
@@ -147,10 +150,10 @@ class Walk:
             block = Block(
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
-                tokens=self._tokens, batch=self._batch, target=target, seed=self._task.seed, on_step=self._on_step,
-                shelf=self._shelf, share=self._share,
+                tokens=self._tokens, batch=self._batch, target=target, seed=self._assignment.seed,
+                on_step=self._on_step, shelf=self._shelf, share=self._share,
             )  # fmt: skip
-            pruned = self._task.change(block)
+            pruned = self._assignment.change(block)
             check_counts(block, pruned)
             stored = masked(block.weights, pruned)
             self._share.world.equalize(list(stored.values()))

@@ -15,7 +15,7 @@ from besa_cli.zeroshot.watching import Notify, Progress, unwatched
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRIED = (2, 8)  # questions of each task in the two trials of a forecast
+_TRIED = (2, 2, 8)  # questions of each task in the trials of a forecast, of which the first only warms up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,9 @@ class Measurement:
             counts = [count["original"] for count in output["n-samples"].values()]
             tried.append(sum(min(count, asked) for count in counts))
             whole = sum(min(count, settings.limit or count) for count in counts)
-        more = (taken[1] - taken[0]) / (tried[1] - tried[0]) if tried[1] > tried[0] else 0.0
-        seconds = building + taken[1] + max(more, 0.0) * (whole - tried[1])
+        more = (taken[2] - taken[1]) / max(tried[2] - tried[1], 1)
+        each = more if more > 0 else taken[2] / tried[2]  # on a busy machine few questions may take as long as more
+        seconds = building + taken[2] + each * (whole - tried[2])
         return Trial(task=name, questions=whole, seconds=seconds)
 
     def _file(self, name: str, kept: Path) -> Path:

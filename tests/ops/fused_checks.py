@@ -98,9 +98,9 @@ def test_sums_of_whole_numbers_are_exact(shape: tuple[int, int], count: int) -> 
     assert found is not None
     assert found.dtype == torch.float32
     assert torch.equal(found, plain.candidate_sums(gradient, weight, ranks, count))
-    down = fused.candidate_sums(gradient, weight, ranks, count, down=True)
-    assert down is not None
-    assert torch.equal(down, plain.candidate_sums(gradient, weight, ranks, count, down=True))
+    floored = fused.candidate_sums(gradient, weight, ranks, count, floored=True)
+    assert floored is not None
+    assert torch.equal(floored, plain.candidate_sums(gradient, weight, ranks, count, floored=True))
 
 
 @pytest.mark.parametrize("stored", FLOATS, ids=NAMES.get)

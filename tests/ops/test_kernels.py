@@ -83,11 +83,11 @@ def test_mask_and_sums_are_those_of_a_loop(
     counts = torch.randint(0, cols + 1, (rows,), generator=torch.Generator().manual_seed(3))
     masked = form.mask(weight, ranks, counts, torch.empty(rows, cols, dtype=computed))
     sums = form.candidate_sums(gradient, weight, ranks, 7)
-    down = form.candidate_sums(gradient, weight, ranks, 7, down=True)
+    floored = form.candidate_sums(gradient, weight, ranks, 7, floored=True)
     if form is native and torch.float16 in (stored, computed):
         assert masked is None  # left to the plain form
         assert sums is None
-        assert down is None
+        assert floored is None
         return
     assert (masked.dtype, sums.dtype) == (computed, torch.float32)
     for row in range(rows):
@@ -96,7 +96,7 @@ def test_mask_and_sums_are_those_of_a_loop(
         for d, found in enumerate(sums[row].tolist()):
             terms = [g[c] * w[c] for c in range(cols) if rank[c] * 7 < d * cols]
             assert found == pytest.approx(-sum(terms), rel=1e-5, abs=1e-5 * sum(map(abs, terms)) + 1e-12)
-        for d, found in enumerate(down[row].tolist()):
+        for d, found in enumerate(floored[row].tolist()):
             terms = [g[c] * w[c] for c in range(cols) if rank[c] < d * cols // 7]
             assert found == pytest.approx(-sum(terms), rel=1e-5, abs=1e-5 * sum(map(abs, terms)) + 1e-12)
 

@@ -340,10 +340,10 @@ def test_a_measurement_without_a_directory_keeps_nothing(model: Path, data: Path
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     besa: Besa, data: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_TRIED", (2, 4))
+    monkeypatch.setattr(run, "_TRIED", (2, 2, 4))
     words = ("eval", "tasks", BOTH, "--data-dir", data, "--dtype", "float32", "--json")
     before = tiny.files(pruned, without=())
-    found = besa(*words, "--limit", 6, "--dry-run")
+    found = besa(*words, "--limit", 6, "--definitions", pruned / "definitions", "--dry-run")
     assert found.code == 0, found.err
     said = json.loads(found.out)
     assert [(trial["model"], trial["task"], trial["questions"]) for trial in said["tasks"]] == [
@@ -359,12 +359,12 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
 
 
 def test_a_forecast_grows_with_the_questions(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two trials of a clock that takes 3 s, and 0.5 s a question: 3 + 0.5·9 of all nine."""
-    clock = [0.0]
+    """Trials by a clock that takes 3 s, 0.5 s a question and 7 s the first time: 3 + 0.5·9 of all nine."""
+    clock, first = [0.0], [7.0]
     evaluate = harness.evaluate
 
     def slow(*words: Any, limit: int, **named: Any) -> Json:
-        clock[0] += 3 + 0.5 * limit
+        clock[0] += 3 + 0.5 * limit + (first.pop() if first else 0)
         return evaluate(*words, limit=limit, **named)
 
     monkeypatch.setattr(harness, "evaluate", slow)
@@ -374,3 +374,16 @@ def test_a_forecast_grows_with_the_questions(model: Path, data: Path, monkeypatc
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         found = run.Measurement(model, "digest", tokenizer, "tokenizer", ready, settings).forecast("piqa")
     assert (found.task, found.questions, found.seconds) == ("piqa", 9, pytest.approx(3 + 0.5 * 9))
+
+
+def test_a_dry_run_refuses_what_the_command_refuses(besa: Besa, data: Path, pruned: Path, model: Path) -> None:
+    words = ("eval", "tasks", "piqa", "--data-dir", data, "--dtype", "float32")
+    shard = next(model.glob("*.safetensors"))
+    before = shard.read_bytes()
+    try:
+        shard.write_bytes(before[:-4] + bytes(4))
+        real, dry = besa(*words), besa(*words, "--dry-run")
+    finally:
+        shard.write_bytes(before)
+    assert (dry.code, dry.out) == (1, "")
+    assert dry.err.splitlines()[-2:] == real.err.splitlines()[-2:]

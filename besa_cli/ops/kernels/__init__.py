@@ -49,7 +49,7 @@ def candidate_sums(
     ranks: Int[Tensor, "rows cols"],
     count: int,
     *,
-    down: bool = False,
+    floored: bool = False,
 ) -> Float[Tensor, "rows candidates"]:
     """dL/dβ_d = − Σ_{j < p_d·C} g_j for d = 0 … D, with g = (∂L/∂Ŵ)∘W in the order of the ranks j (BESA Eq. 6).
 
@@ -60,7 +60,7 @@ def candidate_sums(
     weight, ranks : Tensors of shape (rows, cols)
     count : int
         D: the candidates are 0, 1/D, …, 1.
-    down : bool
+    floored : bool
         Sum over j < ⌊p_d·C⌋, as the paper's released program does.
 
     Returns
@@ -68,5 +68,5 @@ def candidate_sums(
     Tensor of shape (rows, D + 1), fp32
     """
     form = fused if weight.is_cuda else native
-    found = form.candidate_sums(gradient, weight, ranks, count, down) if _wanted() else None
-    return plain.candidate_sums(gradient, weight, ranks, count, down) if found is None else found
+    found = form.candidate_sums(gradient, weight, ranks, count, floored) if _wanted() else None
+    return plain.candidate_sums(gradient, weight, ranks, count, floored) if found is None else found

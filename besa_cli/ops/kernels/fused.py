@@ -42,7 +42,7 @@ def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor |
     return out
 
 
-def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, down: bool = False) -> Tensor | None:
+def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor | None:
     """See `besa_cli.ops.kernels.candidate_sums`."""
     if not _suited(gradient, weight, ranks):
         return None
@@ -51,7 +51,7 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
     step = max(_CHUNK // cols, 1)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        _sums(gradient[part], weight[part], ranks[part], result[part], down)
+        _sums(gradient[part], weight[part], ranks[part], result[part], floored)
     return result
 
 
@@ -65,14 +65,14 @@ def _mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> None:
     _launch("mask", _grid(weight), weight, ranks, counts, out, weight.shape[1], WIDTH=_WIDTH)
 
 
-def _sums(gradient: Tensor, weight: Tensor, ranks: Tensor, out: Tensor, down: bool) -> None:
+def _sums(gradient: Tensor, weight: Tensor, ranks: Tensor, out: Tensor, floored: bool) -> None:
     (rows, cols), count = weight.shape, out.shape[1] - 1
-    longest, up = -(-cols // count), 0 if down else count - 1
+    longest, offset = -(-cols // count), 0 if floored else count - 1
     height = _power_of_2(count + 1)
     width = min(max(_TILE // height, 1), _power_of_2(longest))
     ranked = torch.empty(rows, cols, device=weight.device)
     _launch("products", _grid(weight), gradient, weight, ranks, ranked, cols, WIDTH=_WIDTH)
-    _launch("sums", (rows,), ranked, out, cols, count, up, longest, CANDIDATES=height, WIDTH=width)
+    _launch("sums", (rows,), ranked, out, cols, count, offset, longest, CANDIDATES=height, WIDTH=width)
 
 
 def _launch(name: str, grid: tuple[int, ...], first: Tensor, *others: Tensor | int, **sizes: int) -> None:

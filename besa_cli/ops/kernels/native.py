@@ -54,14 +54,14 @@ def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor |
     return out
 
 
-def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, down: bool = False) -> Tensor | None:
+def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor | None:
     """See `besa_cli.ops.kernels.candidate_sums`."""
     rows, cols = weight.shape
     function = _function("sums", gradient.dtype, weight.dtype, ranks.dtype)
     if function is None or not _suited(gradient, weight, ranks):
         return None
     result = torch.empty(rows, count + 1)
-    first_pruned = _first_pruned(count, cols, down)
+    first_pruned = _first_pruned(count, cols, floored)
     _call(function, gradient, weight, ranks, first_pruned, result, sizes=(rows, cols, count + 1))
     return result
 
@@ -76,9 +76,9 @@ def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[i
 
 
 @cache
-def _first_pruned(count: int, cols: int, down: bool) -> Tensor:
+def _first_pruned(count: int, cols: int, floored: bool) -> Tensor:
     """For every rank the first candidate that prunes it: uint16 numbers from 1 to `count`."""
     table = torch.empty(cols, dtype=torch.uint16)
-    for d, (start, stop) in enumerate(pairwise(plain.cuts(count, cols, down)), 1):
+    for d, (start, stop) in enumerate(pairwise(plain.cuts(count, cols, floored)), 1):
         table[start:stop] = d
     return table

@@ -14,9 +14,9 @@ def index_type(cols: int) -> torch.dtype:
 
 
 @cache
-def cuts(count: int, cols: int, down: bool = False) -> tuple[int, ...]:
-    """How many ranks j satisfy j < p_d·C, for d = 0 … D: ⌈d·C/D⌉, by whole numbers; ⌊d·C/D⌋ where rounded down."""
-    return tuple((d * cols if down else d * cols + count - 1) // count for d in range(count + 1))
+def cuts(count: int, cols: int, floored: bool = False) -> tuple[int, ...]:
+    """How many ranks j satisfy j < p_d·C, for d = 0 … D: ⌈d·C/D⌉, by whole numbers; ⌊d·C/D⌋ where floored."""
+    return tuple((d * cols if floored else d * cols + count - 1) // count for d in range(count + 1))
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor:
     return out.copy_(weight).masked_fill_(pruned, 0.0)
 
 
-def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, down: bool = False) -> Tensor:
+def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor:
     """See `besa_cli.ops.kernels.candidate_sums`."""
     rows, cols = weight.shape
-    ends = torch.tensor(cuts(count, cols, down), device=weight.device)
+    ends = torch.tensor(cuts(count, cols, floored), device=weight.device)
     result = torch.empty(rows, count + 1, device=weight.device)
     for part in _chunks(rows, cols):
         product = gradient[part].float() * weight[part].float()

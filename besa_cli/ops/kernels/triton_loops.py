@@ -38,16 +38,16 @@ def products(gradient, weight, ranks, out, cols, WIDTH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def sums(ranked, out, cols, count, up, longest, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr):
+def sums(ranked, out, cols, count, offset, longest, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr):
     """One row: what lies between a cut and the next, summed, then summed over the candidates and negated.
 
-    The cuts are ⌊(d·cols + up)/count⌋, at most `longest` apart. `CANDIDATES` is a power of two above `count`.
+    The cuts are ⌊(d·cols + offset)/count⌋, at most `longest` apart. `CANDIDATES` is a power of two above `count`.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, CANDIDATES)
     wanted = d <= count
-    start = ((tl.maximum(d - 1, 0).to(tl.int64) * cols + up) // count).to(tl.int32)
-    stop = tl.where(wanted, ((d.to(tl.int64) * cols + up) // count).to(tl.int32), 0)
+    start = ((tl.maximum(d - 1, 0).to(tl.int64) * cols + offset) // count).to(tl.int32)
+    stop = tl.where(wanted, ((d.to(tl.int64) * cols + offset) // count).to(tl.int32), 0)
     place = start[:, None] + tl.arange(0, WIDTH)[None, :]
     parts = tl.zeros([CANDIDATES, WIDTH], tl.float32)
     for offset in range(0, longest, WIDTH):

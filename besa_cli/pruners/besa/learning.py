@@ -116,7 +116,7 @@ def _soft_weights(window: Window, theta: Tensor, strengths: Mapping[str, Tensor]
     alpha = allocation.expected_sparsity(mixture, window.p)
     weights = {
         name: allocation.straight_through(
-            part, sources[name], linear.ranks, count, linear.group, linear.masked, down=window.options.manner.floors
+            part, sources[name], linear.ranks, count, linear.group, linear.masked, floored=window.options.manner.floors
         )
         for (name, linear), part, count in zip(
             window.linears.items(), window.split(mixture), window.counts(alpha), strict=True

@@ -30,8 +30,7 @@ class Manner:
         The optimizer sees the gradients of the loss times the step's tokens, so that its own eps is nothing beside
         them, and not those of the mean.
     floors : bool
-        Of the weights in a row the floor of its share is pruned, and of a candidate's; else α·C is rounded, and P(j) is
-        Eq. 4.
+        A row prunes ⌊α·C⌋ weights, and a candidate covers the ranks j < ⌊p_d·C⌋; else round(α·C), and j < p_d·C.
     exact : bool
         The learned sparsities are projected onto the budget and compared with the uniform ones.
     """
