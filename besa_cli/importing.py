@@ -43,6 +43,7 @@ class Job:
                 f"{export} is no whole sparse export: it lacks {INDEX} or {STAGE_FILES}/{MANIFEST}",
                 "name a directory that `besa export --format sparse` made",
             )
+        _require_stage_files(export)
         self._manifest = stages.finished(export / STAGE_FILES)
         name = str(self._manifest["stage"])
         if name not in STAGES:
@@ -111,6 +112,19 @@ class Job:
     def finish(self) -> dict[str, Any]:
         """The manifest of the stage."""
         return stages.finished(self.directory)
+
+
+def _require_stage_files(export: Path) -> None:
+    """Refuse a small file of the stage that is not what the export's own manifest says; without one none is known."""
+    manifest = export / manifests.EXPORT
+    told = disk.read_json(manifest).get("files", {}) if manifest.exists() else {}
+    for name, entry in told.items():
+        path = export / name
+        if name.startswith(f"{STAGE_FILES}/") and not (path.exists() and disk.sha256_file(path) == entry["sha256"]):
+            raise BesaError(
+                f"{path} is damaged or missing: its SHA-256 is not the one in {manifests.EXPORT}",
+                "fetch the file again",
+            )
 
 
 def _shards(stage: Path) -> list[Path]:

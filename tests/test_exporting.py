@@ -166,8 +166,21 @@ def test_half_an_export_is_not_imported(file: str, runs: Callable[..., Run], tmp
         importing.Job(directory, Run(tmp_path / "back"))
 
 
+@pytest.mark.parametrize("how", ["a bit", "the last byte", "all"])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "model-00002-of-00003.json"])
+def test_a_small_file_that_is_not_what_was_exported_is_refused(
+    name: str, how: str, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
+    spoil(directory / "stage" / name, how)
+    with pytest.raises(BesaError, match=rf"stage.{name} is damaged or missing"):
+        importing.Job(directory, Run(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
 def test_files_of_another_stage_do_not_pass_for_this_one(runs: Callable[..., Run], tmp_path: Path) -> None:
     directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
+    (directory / "export.json").unlink()  # it knows them all
     manifest = directory / "stage" / "besa.json"
     manifest.write_text(manifest.read_text().replace('"digest": "', '"digest": "0', 2))
     job = importing.Job(directory, Run(tmp_path / "back"))
