@@ -34,20 +34,25 @@ def job(made: Job, console: Console) -> None:
     show(made.forecast(), console)
 
 
-def show(forecast: "Forecast", console: Console) -> None:
-    """Show a forecast beside what the machine has."""
+def available() -> int:
+    """Bytes of main memory that this process could hold at most: what is free, and what it has."""
     from besa_cli import compute
     from besa_cli.zeroshot import memory
 
-    available = memory.available(compute.device("cpu")) + compute.resident()
+    return memory.available(compute.device("cpu")) + compute.resident()
+
+
+def show(forecast: "Forecast", console: Console) -> None:
+    """Show a forecast beside what the machine has."""
+    there = available()
     hidden = {None: "", True: "; hidden states in files", False: "; hidden states in memory"}[forecast.in_files]
     rows = [
-        ("memory", human_bytes(forecast.memory), human_bytes(available), f"most in: {forecast.phase}{hidden}"),
+        ("memory", human_bytes(forecast.memory), human_bytes(there), f"most in: {forecast.phase}{hidden}"),
         ("disk", human_bytes(forecast.disk), human_bytes(forecast.free), ""),
         ("time", human_seconds(forecast.seconds), "", f"{forecast.left} of {forecast.blocks} blocks are left"),
     ]
     console.table("", ("", "takes", "there is", ""), rows)
-    if forecast.memory > available:
+    if forecast.memory > there:
         smaller = ": give --max-memory, a shorter --seqlen or a narrower --window" if hidden else ""
         console.note(f"this is more memory than there is{smaller}")
-    console.emit_json({"done": False, **asdict(forecast), "available": available})
+    console.emit_json({"done": False, **asdict(forecast), "available": there})

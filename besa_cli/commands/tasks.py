@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import options, subject
+from besa_cli.commands import forecasting, options, subject
 from besa_cli.console import Console, human_bytes, human_seconds
 from besa_cli.errors import Interrupted
 
@@ -141,21 +141,19 @@ def _measure(
     """
     from besa_cli import lock
 
-    job, kept = _begun(measured, ready, settings, restart=restart, parent=parent)
-    if measured.results and not all(kept.values()):
-        lock.require_writable(measured.results.parent)
+    job, found = _begun(measured, ready, settings, restart=restart, parent=parent)
+    kept = measured.results
+    if kept and not all(found.values()):
+        lock.require_writable(kept.parent)
     about = {"name": measured.name, "directory": str(measured.directory)}
-    found = kept.copy()
     try:
-        for name, result in kept.items():
+        for name, result in found.items():
             console.note(f"{name}, {measured.name}: {'measured already' if result else 'measuring'}")
             if result is None:
                 progress = _progress(name, measured.name, console)
-                found[name] = job.measure(name, measured.results, about, progress=progress, notify=console.note)
+                found[name] = job.measure(name, kept, about, progress=progress, notify=console.note)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(
-            _way_on(measured.results, len([result for result in found.values() if result]))
-        ) from interrupt
+        raise Interrupted(_way_on(kept, len([result for result in found.values() if result]))) from interrupt
     return [result for result in found.values() if result]
 
 
@@ -176,7 +174,6 @@ def _forecast(
 ) -> None:
     """Show what the tasks that are not measured yet would take, each tried on its first questions."""
     from besa_cli import compute, disk
-    from besa_cli.zeroshot import memory
 
     seconds, rows, told = compute.age(), [], []
     for number, measured in enumerate(models):
@@ -193,8 +190,7 @@ def _forecast(
         console.note("all of it is measured already: nothing would be done")
         console.emit_json({"done": True})
         return
-    taken = compute.peak_resident()
-    available = memory.available(compute.device("cpu")) + compute.resident()
+    taken, available = compute.peak_resident(), forecasting.available()
     console.table("", ("task", "model", "questions", "takes"), [*rows, ("all", "", "", human_seconds(seconds))])
     console.line(f"main memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
     console.emit_json({"done": False, "memory": taken, "available": available, "seconds": seconds, "tasks": told})
