@@ -56,9 +56,9 @@ METHODS: Mapping[str, Held] = {
     "sparsegpt": Held(state=5, grams=True, changes=True),  # updated weights (4), masks (1)
     "rtn": Held(state=6, changes=True),  # codes (1), what they stand for (4), masks (1)
     "gptq": Held(state=6, grams=True, changes=True),
-    "clip": Held(state=11, learned=9, changes=True),  # weights (4), on the grid (4), two lots of codes, masks
+    "clip": Held(state=7, learned=5, changes=True),  # on the grid (4), two lots of codes, masks
 }
-_GRID = Held(state=15, learned=8, ranks=True, changes=True)  # BESA on a grid
+_GRID = Held(state=11, learned=4, ranks=True, changes=True)  # BESA on a grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from besa_cli.ops import affine
+from besa_cli.ops import affine, kernels
 from besa_cli.ops.affine import Grid, Quantized
 
 _WIDEST, _NARROWEST, _STEP = 4.0, -2.0, 0.25  # sigmoid(4) = 0.982, sigmoid(-1.75) = 0.148
@@ -49,28 +49,24 @@ class _Round(torch.autograd.Function):
 
 
 class _OnGrid(torch.autograd.Function):
-    """(clamp(round(W/h) + z) − z)·h of weights in groups; gradients to h and z."""
+    """(clamp(round(W/h) + z) − z)·h; gradients to h and z."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, parts: Tensor, scales: Tensor, zeros: Tensor, top: int
+        ctx: torch.autograd.function.FunctionCtx, weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid
     ) -> Tensor:
-        ctx.save_for_backward(parts, scales, zeros)
-        ctx.top = top  # type: ignore[attr-defined]
-        h, z = scales.unsqueeze(2), zeros.unsqueeze(2)
-        return (parts / h).round_().add_(z).clamp_(0, top).sub_(z).mul_(h)
+        ctx.save_for_backward(weight, scales, zeros)
+        ctx.grid = grid  # type: ignore[attr-defined]
+        return kernels.on_grid(weight, scales, zeros, grid.width(weight.shape[1]), grid.top)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        parts, scales, zeros = ctx.saved_tensors  # type: ignore[attr-defined]
-        h, z = scales.unsqueeze(2), zeros.unsqueeze(2)
-        steps = parts / h
-        wished = steps.round().add_(z)
-        codes = wished.clamp(0, ctx.top)  # type: ignore[attr-defined]
-        clipped = codes != wished
-        by_scale = codes.sub_(z).sub_(steps.masked_fill_(clipped, 0.0)).mul_(gradient).sum(2)
-        by_zero = (gradient * clipped).sum(2).mul_(-scales)
-        return None, by_scale, by_zero, None
+        weight, scales, zeros = ctx.saved_tensors  # type: ignore[attr-defined]
+        grid: Grid = ctx.grid  # type: ignore[attr-defined]
+        slopes = kernels.grid_slopes(
+            gradient.contiguous(), weight, scales, zeros, grid.width(weight.shape[1]), grid.top
+        )
+        return None, *slopes, None
 
 
 class Clipped:
@@ -85,7 +81,6 @@ class Clipped:
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         self.weight, self.grid = weight, grid
         self.low, self.high = affine.extremes(weight, grid)
-        self._parts = affine.grouped(weight.float(), grid)
 
     def reach(self, logits: Float[Tensor, "rows groups ends"]) -> tuple[Tensor, Tensor]:
         """Where the grid of each group begins and ends: γ0·min(W) and γ1·max(W), of shape (rows, groups)."""
@@ -100,9 +95,8 @@ class Clipped:
             zeros = torch.full_like(scales, float(self.grid.middle))
         else:
             zeros = _Round.apply(-low / scales, self.grid.top)  # type: ignore[no-untyped-call]
-        parts: Tensor = _OnGrid.apply(self._parts, scales, zeros, self.grid.top)  # type: ignore[no-untyped-call]
-        rows, cols = self.weight.shape
-        return parts.reshape(rows, -1)[:, :cols].contiguous()
+        found: Tensor = _OnGrid.apply(self.weight, scales, zeros, self.grid)  # type: ignore[no-untyped-call]
+        return found
 
     def searched(self, sums: Float[Tensor, " cols"]) -> Float[Tensor, "rows groups ends"]:
         """The logits, of 24 and alike at both ends, that make Σ_c ‖X_:,c‖²·(ŵ − w)² of each group least.

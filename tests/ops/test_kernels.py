@@ -101,16 +101,51 @@ def test_mask_and_sums_are_those_of_a_loop(
             assert found == pytest.approx(-sum(terms), rel=1e-5, abs=1e-5 * sum(map(abs, terms)) + 1e-12)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 64, 270, 300])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (6, 1), (3, 300)])
+def test_weights_on_a_grid_and_its_slopes_are_those_of_a_loop(
+    rows: int, cols: int, width: int, stored: torch.dtype, form: ModuleType
+) -> None:
+    top, groups = 7, -(-cols // width)
+    weight, gradient = random(rows, cols, dtype=stored), random(rows, cols, seed=1)
+    scales = random(rows, groups, seed=2).abs() / 4 + 0.05
+    zeros = random(rows, groups, seed=3).mul(9).round().clamp(0, top)
+    found = form.on_grid(weight, scales, zeros, width, top)
+    slopes = form.grid_slopes(gradient, weight, scales, zeros, width, top)
+    if form is native and stored == torch.float16:
+        assert found is None  # left to the plain form
+        assert slopes is None
+        return
+    for row in range(rows):
+        for group in range(groups):
+            h, z = scales[row, group], zeros[row, group]
+            by_scale, by_zero, largest = 0.0, 0.0, 0.0
+            for col in range(group * width, min((group + 1) * width, cols)):
+                steps, slope = float(weight[row, col].float() / h), float(gradient[row, col])
+                wished = round(steps) + float(z)
+                code = min(max(wished, 0.0), float(top))
+                assert found[row, col] == torch.tensor(code - float(z)) * h  # to the last bit
+                by_scale += slope * (code - float(z) - (steps if code == wished else 0.0))
+                by_zero -= slope * float(h) if code != wished else 0.0
+                largest += abs(slope) * (1 + abs(code - float(z)))
+            assert float(slopes[0][row, group]) == pytest.approx(by_scale, rel=1e-4, abs=1e-5 * largest)
+            assert float(slopes[1][row, group]) == pytest.approx(by_zero, rel=1e-4, abs=1e-5 * largest)
+
+
 @needs_native
 def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(threads: "Callable[[int], None]") -> None:
     weight, gradient, scores = random(37, 129), random(37, 129, seed=1), random(37, 129, seed=2)
-    counts = torch.arange(37)
+    counts, scales, zeros = torch.arange(37), random(37, 5, seed=3).abs() + 0.1, torch.full((37, 5), 7.0)
     found = []
     for number in (1, 2, 3, 50):
         threads(number)
         ranks = native.ranks(scores)
         masked = native.mask(weight, ranks, counts, torch.empty_like(weight))
-        found.append((ranks, masked, native.candidate_sums(gradient, weight, ranks, 100)))
+        sums = native.candidate_sums(gradient, weight, ranks, 100)
+        slopes = native.grid_slopes(gradient, weight, scales, zeros, 30, 15)
+        found.append((ranks, masked, sums, native.on_grid(weight, scales, zeros, 30, 15), *slopes))
     for others in found[1:]:
         assert all(torch.equal(first, other) for first, other in zip(found[0], others, strict=True))
 
@@ -119,6 +154,10 @@ def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(threads:
 def test_tensors_that_are_not_contiguous_are_left_to_the_plain_form() -> None:
     weight = random(6, 4).T
     assert native.ranks(weight) is None
+    ones = torch.ones(4, 1)
+    assert native.on_grid(weight, ones, ones, 6, 3) is None
+    assert native.grid_slopes(weight, weight.contiguous(), ones, ones, 6, 3) is None
+    assert torch.equal(kernels.on_grid(weight, ones, ones, 6, 3), plain.on_grid(weight, ones, ones, 6, 3))
     assert torch.equal(kernels.ranks(weight), plain.ranks(weight.contiguous()))
 
 

@@ -1,7 +1,7 @@
-"""The inner loops of learning an allocation: `plain` is torch on any device, `native` C++ for the CPU, `fused` Triton.
+"""The inner loops of learning: `plain` is torch on any device, `native` C++ for the CPU, `fused` Triton.
 
-All forms give the same ranks and masks, and the same sums up to the rounding of fp32. Which one is taken depends on the
-tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere.
+All forms give the same ranks, masks and weights on a grid, and the same sums up to the rounding of fp32. Which one is
+taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere.
 """
 
 import os
@@ -70,3 +70,45 @@ def candidate_sums(
     form = fused if weight.is_cuda else native
     found = form.candidate_sums(gradient, weight, ranks, count, floored) if _wanted() else None
     return plain.candidate_sums(gradient, weight, ranks, count, floored) if found is None else found
+
+
+def on_grid(
+    weight: Float[Tensor, "rows cols"],
+    scales: Float[Tensor, "rows groups"],
+    zeros: Float[Tensor, "rows groups"],
+    width: int,
+    top: int,
+) -> Float[Tensor, "rows cols"]:
+    """Ŵ = (Q − z)·h with Q = clamp(round(W/h) + z, 0, top): the weights on the grids of their groups, fp32.
+
+    Parameters
+    ----------
+    weight : Tensor of shape (rows, cols)
+    scales, zeros : Tensors of shape (rows, groups), fp32
+        h and z of each group: `width` consecutive columns, fewer in the last group of a row.
+    width, top : int
+        Columns in a group; the greatest code.
+    """
+    found = native.on_grid(weight, scales, zeros, width, top) if _wanted() else None
+    return plain.on_grid(weight, scales, zeros, width, top) if found is None else found
+
+
+def grid_slopes(
+    gradient: Float[Tensor, "rows cols"],
+    weight: Float[Tensor, "rows cols"],
+    scales: Float[Tensor, "rows groups"],
+    zeros: Float[Tensor, "rows groups"],
+    width: int,
+    top: int,
+) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
+    """∂L/∂h and ∂L/∂z of every group of `on_grid`, the rounding straight-through, fp32.
+
+    Of a weight within its grid ∂Ŵ/∂h = round(W/h) − W/h and ∂Ŵ/∂z = 0; of one that is clipped, Q − z and −h.
+
+    Parameters
+    ----------
+    gradient : Tensor of shape (rows, cols)
+        ∂L/∂Ŵ.
+    """
+    found = native.grid_slopes(gradient, weight, scales, zeros, width, top) if _wanted() else None
+    return plain.grid_slopes(gradient, weight, scales, zeros, width, top) if found is None else found

@@ -1,9 +1,10 @@
-// The inner loops of learning an allocation, for the CPU: ranks within rows, the hard mask, and the gradient of the
-// mixtures. No header of torch is used: `native.py` hands over plain pointers, the plain forms are in `plain.py`.
+// The inner loops of learning, for the CPU: ranks within rows, the hard mask, and the gradient of the mixtures; weights
+// on a grid, and the gradients of its scales and zero points. No header of torch is used: `native.py` hands over plain pointers, the plain forms are in `plain.py`.
 //
 // Every row is computed by one thread in one order, so the results do not depend on the number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <thread>
@@ -14,6 +15,9 @@
 #else
 #define MANY_PROCESSORS
 #endif
+
+// What a function for many processors calls has to become part of it, or is compiled for the plainest one.
+#define ALWAYS_INLINE __attribute__((always_inline))
 
 namespace {
 
@@ -53,7 +57,7 @@ inline void put(std::uint16_t weight, std::uint32_t keep, std::uint32_t& out) {
 inline void put(std::uint16_t weight, std::uint32_t keep, std::uint16_t& out) { out = weight & std::uint16_t(keep); }
 
 template <typename Weight, typename Rank, typename Out>
-inline __attribute__((always_inline)) void mask_rows(
+inline ALWAYS_INLINE void mask_rows(
     const Weight* __restrict weight, const Rank* __restrict ranks, const std::int32_t* counts, Out* __restrict out,
     Index cols, Index first, Index last) {
     for (Index row = first; row < last; ++row) {
@@ -66,7 +70,7 @@ inline __attribute__((always_inline)) void mask_rows(
 
 // Sums of gradient·weight by the first candidate that prunes the weight's rank, then summed over the candidates.
 template <typename Gradient, typename Weight, typename Rank>
-inline __attribute__((always_inline)) void sum_rows(
+inline ALWAYS_INLINE void sum_rows(
     const Gradient* gradient, const Weight* weight, const Rank* ranks, const std::uint16_t* first_pruned, float* out,
     Index cols, Index candidates, Index first, Index last) {
     constexpr Index width = 256;
@@ -124,6 +128,80 @@ void rank_rows(const float* scores, Rank* ranks, Index cols, Index first, Index 
     }
 }
 
+// One group's grid: its scale, zero point and greatest code.
+struct Grid {
+    float scale, zero, top;
+
+    // The nearest code of a weight that is `steps` scales long, before it is clipped.
+    inline float wished(float steps) const { return std::rint(steps) + zero; }
+    inline float code(float wished) const { return std::min(std::max(wished, 0.0f), top); }
+};
+
+// Calls body(grid, group, start, end) for every group of the rows: `width` columns, fewer in the last of a row.
+template <typename Body>
+inline ALWAYS_INLINE void over_groups(const float* scales, const float* zeros, Index cols, Index width,
+                                                       float top, Index first, Index last, const Body& body) {
+    const Index groups = (cols + width - 1) / width;
+    for (Index row = first; row < last; ++row) {
+        for (Index group = 0; group < groups; ++group) {
+            const Index at = row * groups + group, start = row * cols + group * width;
+            body(Grid{scales[at], zeros[at], top}, at, start, std::min(start + width, (row + 1) * cols));
+        }
+    }
+}
+
+template <typename Weight>
+inline ALWAYS_INLINE void grid_rows(const Weight* __restrict weight, const float* scales,
+                                                     const float* zeros, float* __restrict out, Index cols, Index width,
+                                                     Index top, Index first, Index last) {
+    over_groups(scales, zeros, cols, width, float(top), first, last, [=](Grid grid, Index, Index start, Index end) ALWAYS_INLINE {
+        for (Index i = start; i < end; ++i) {
+            out[i] = (grid.code(grid.wished(widen(weight[i]) / grid.scale)) - grid.zero) * grid.scale;
+        }
+    });
+}
+
+// Of each weight: ∂L/∂Ŵ times what Ŵ gains with the scale, and where it is clipped ∂L/∂Ŵ. No branch, so that compilers
+// use vectors: codes are whole numbers, so a clipped weight misses its own by 1 or more.
+template <typename Weight>
+inline ALWAYS_INLINE void slopes(const float* __restrict gradient, const Weight* __restrict weight,
+                                                  Grid grid, float* __restrict by_scale, float* __restrict by_end,
+                                                  Index count) {
+    for (Index i = 0; i < count; ++i) {
+        const float steps = widen(weight[i]) / grid.scale, wished = grid.wished(steps), code = grid.code(wished);
+        const float clipped = std::min(std::fabs(wished - code), 1.0f);
+        by_scale[i] = gradient[i] * ((code - grid.zero) - (1.0f - clipped) * steps);
+        by_end[i] = gradient[i] * clipped;
+    }
+}
+
+// The sums of these over each group, in `lanes` sums that are added in the end.
+template <typename Weight>
+inline ALWAYS_INLINE void slope_rows(const float* gradient, const Weight* weight, const float* scales,
+                                                      const float* zeros, float* by_scale, float* by_zero, Index cols,
+                                                      Index width, Index top, Index first, Index last) {
+    constexpr Index lanes = 16, chunk = 256;
+    over_groups(scales, zeros, cols, width, float(top), first, last, [=](Grid grid, Index at, Index start, Index end) ALWAYS_INLINE {
+        float scale_sums[lanes] = {}, end_sums[lanes] = {}, by_h[chunk], by_e[chunk];
+        for (Index from = start; from < end; from += chunk) {
+            const Index count = std::min(chunk, end - from);
+            slopes(gradient + from, weight + from, grid, by_h, by_e, count);
+            for (Index i = count; i % lanes != 0; ++i) by_h[i] = by_e[i] = 0.0f;
+            for (Index i = 0; i < count; i += lanes) {
+                for (Index lane = 0; lane < lanes; ++lane) scale_sums[lane] += by_h[i + lane];
+                for (Index lane = 0; lane < lanes; ++lane) end_sums[lane] += by_e[i + lane];
+            }
+        }
+        float scale_sum = 0.0f, end_sum = 0.0f;
+        for (Index lane = 0; lane < lanes; ++lane) {
+            scale_sum += scale_sums[lane];
+            end_sum += end_sums[lane];
+        }
+        by_scale[at] = scale_sum;
+        by_zero[at] = -grid.scale * end_sum;
+    });
+}
+
 }  // namespace
 
 #define MASK(NAME, WEIGHT, RANK, OUT)                                                                              \
@@ -157,6 +235,38 @@ void rank_rows(const float* scores, Rank* ranks, Index cols, Index first, Index 
         over_rows(rows, threads,                                                                              \
                   [=](Index first, Index last) { rank_rows(scores, ranks, cols, first, last); });             \
     }
+
+#define GRID(SUFFIX, WEIGHT)                                                                                           \
+    MANY_PROCESSORS static void grid_##SUFFIX##_rows(const WEIGHT* weight, const float* scales, const float* zeros,    \
+                                                     float* out, Index cols, Index width, Index top, Index first,      \
+                                                     Index last) {                                                     \
+        grid_rows(weight, scales, zeros, out, cols, width, top, first, last);                                          \
+    }                                                                                                                  \
+    extern "C" void grid_##SUFFIX(const WEIGHT* weight, const float* scales, const float* zeros, float* out,           \
+                                  Index rows, Index cols, Index width, Index top, Index threads) {                     \
+        over_rows(rows, threads, [=](Index first, Index last) {                                                        \
+            grid_##SUFFIX##_rows(weight, scales, zeros, out, cols, width, top, first, last);                           \
+        });                                                                                                            \
+    }
+
+#define SLOPES(SUFFIX, WEIGHT)                                                                                         \
+    MANY_PROCESSORS static void slopes_##SUFFIX##_rows(                                                                \
+        const float* gradient, const WEIGHT* weight, const float* scales, const float* zeros, float* by_scale,         \
+        float* by_zero, Index cols, Index width, Index top, Index first, Index last) {                                 \
+        slope_rows(gradient, weight, scales, zeros, by_scale, by_zero, cols, width, top, first, last);                 \
+    }                                                                                                                  \
+    extern "C" void slopes_##SUFFIX(const float* gradient, const WEIGHT* weight, const float* scales,                  \
+                                    const float* zeros, float* by_scale, float* by_zero, Index rows, Index cols,       \
+                                    Index width, Index top, Index threads) {                                           \
+        over_rows(rows, threads, [=](Index first, Index last) {                                                        \
+            slopes_##SUFFIX##_rows(gradient, weight, scales, zeros, by_scale, by_zero, cols, width, top, first, last); \
+        });                                                                                                            \
+    }
+
+GRID(float, float)
+GRID(bfloat16, Bfloat16)
+SLOPES(float, float)
+SLOPES(bfloat16, Bfloat16)
 
 #define FOR_RANK(SUFFIX, RANK)                                                   \
     MASK(mask_float_float_##SUFFIX, std::uint32_t, RANK, std::uint32_t)                          \

@@ -66,6 +66,28 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
     return result
 
 
+def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int) -> Tensor | None:
+    """See `besa_cli.ops.kernels.on_grid`."""
+    function = _function("grid", weight.dtype)
+    if function is None or not _suited(weight, scales, zeros):
+        return None
+    result = torch.empty_like(weight, dtype=torch.float32)
+    _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top))
+    return result
+
+
+def grid_slopes(
+    gradient: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int
+) -> tuple[Tensor, Tensor] | None:
+    """See `besa_cli.ops.kernels.grid_slopes`."""
+    function = _function("slopes", weight.dtype)
+    if function is None or not _suited(gradient, weight, scales, zeros) or gradient.dtype != torch.float32:
+        return None
+    found = torch.empty_like(scales), torch.empty_like(scales)
+    _call(function, gradient, weight, scales, zeros, *found, sizes=(*weight.shape, width, top))
+    return found
+
+
 def _suited(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
 

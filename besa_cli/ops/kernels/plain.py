@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # weights whose 64-bit indices exist at a time
+_CHUNK = 1 << 22  # weights whose indices, or places on a grid, exist at a time
 
 
 def index_type(cols: int) -> torch.dtype:
@@ -46,6 +46,39 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
         sums = torch.empty_like(product).scatter_(1, ranks[part].long(), product).cumsum(1)
         result[part] = torch.nn.functional.pad(sums, (1, 0))[:, ends]
     return result.neg_()
+
+
+def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int) -> Tensor:
+    """See `besa_cli.ops.kernels.on_grid`."""
+    result = torch.empty_like(weight, dtype=torch.float32)
+    for part in _chunks(*weight.shape):
+        h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
+        steps = _grouped(weight[part], width).div(h)
+        kept = steps.round_().add_(z).clamp_(0, top).sub_(z).mul_(h)
+        result[part] = kept.flatten(1)[:, : weight.shape[1]]
+    return result
+
+
+def grid_slopes(
+    gradient: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int
+) -> tuple[Tensor, Tensor]:
+    """See `besa_cli.ops.kernels.grid_slopes`."""
+    by_scale, by_zero = torch.empty_like(scales), torch.empty_like(scales)
+    for part in _chunks(*weight.shape):
+        h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
+        slope, steps = _grouped(gradient[part], width), _grouped(weight[part], width).div(h)
+        wished = steps.round().add_(z)
+        codes = wished.clamp(0, top)
+        clipped = codes != wished
+        by_scale[part] = codes.sub_(z).sub_(steps.masked_fill_(clipped, 0.0)).mul_(slope).sum(2)
+        by_zero[part] = (slope * clipped).sum(2).mul_(-scales[part])
+    return by_scale, by_zero
+
+
+def _grouped(matrix: Tensor, width: int) -> Tensor:
+    """(rows, groups, width), fp32; a shorter last group is filled up with zeros."""
+    missing = -matrix.shape[1] % width
+    return torch.nn.functional.pad(matrix.float(), (0, missing)).reshape(len(matrix), -1, width)
 
 
 def _chunks(rows: int, cols: int) -> list[slice]:
