@@ -81,6 +81,8 @@ class Shape:
         Bytes that a parameter takes on disk.
     rest : int
         Bytes on disk of what belongs to no block.
+    embedding : int
+        Bytes in memory of the token embedding, held until all samples have passed it.
     vocabulary : int
     dtype : torch.dtype
         Of computation.
@@ -97,6 +99,7 @@ class Shape:
     widest: int
     source: float
     rest: int
+    embedding: int
     vocabulary: int
     dtype: torch.dtype
     streams: int = 2
@@ -150,6 +153,7 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
         widest=max(max(each) for each in linears),
         source=stored / loaded,
         rest=decoder.weights.nbytes(decoder.rest_names()),
+        embedding=decoder.embedding_bytes(),
         vocabulary=int(text.vocab_size),
         dtype=decoder.dtype,
         streams=2 if len(segment.windows) == 1 else 4,
@@ -189,13 +193,15 @@ def compressing(
     passes = passing * widths * compute + passing * shape.widest * 4
     changed = 4 * shape.weights if held.changes else 0
     phases = {
-        "embeddings": shape.rest,
+        "embeddings": max(shape.rest, block),  # one block after the other is loaded beside it, to verify the model
         "statistics": block + grams + passes,
         "deciding": block + grams + state + factors + _SCRATCH * shape.largest,
         "propagation": block + stored + changed + passes,
     }
     if held.learned is not None:
         phases["learning"] = block + learned + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
+    freed = {name: held - shape.embedding for name, held in phases.items() if name != "embeddings"}
+    phases |= {name: max(held, 0) for name, held in freed.items()}
     hidden = shape.streams * tokens * shape.hidden * compute
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 

@@ -130,7 +130,11 @@ def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: 
         expected = whole(rows, output_hidden_states=True, use_cache=False)
     decoder = Decoder(directory, CPU, torch.float32)
     assert (len(decoder), decoder.prefix) == (4, tiny.blocks_of(family))
+    assert decoder.embedding_bytes() == decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[no-untyped-call]
     hidden = propagation.embed(decoder, rows, 2)  # batches of 2 and 1
+    decoder.drop_embedding()  # what follows needs it for the logits alone
+    assert decoder.embedding_bytes() == 0
+    assert all(each.is_meta for each in decoder.model.parameters() if len(each) == tiny.VOCABULARY)
     for index in range(4):
         torch.testing.assert_close(hidden, expected.hidden_states[index], rtol=1e-5, atol=1e-5)
         decoder.load(index)

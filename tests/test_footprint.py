@@ -1,5 +1,6 @@
 """The model of memory: against tensors counted by hand, and how a command is placed within a limit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ SHAPE = Shape(
     widest=30,
     source=2.0,
     rest=500,
+    embedding=0,
     vocabulary=64,
     dtype=torch.float32,
 )
@@ -42,6 +44,7 @@ def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: 
     if option != "attn-mlp":
         assert found.weights == blocks * sum(tensor.numel() for tensor in matrices)
     assert found.largest == max(tensor.numel() for tensor in matrices)
+    assert found.embedding == 2 * tensors["model.embed_tokens.weight"].nbytes
     assert found.widest == 54
     assert found.streams == (4 if option == "attn-mlp" else 2)
 
@@ -74,6 +77,16 @@ def test_what_must_be_there_is_counted(method: str) -> None:
     block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
     assert found.peak() - found.hidden > block.nbytes + source.nbytes + masks.nbytes
     assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
+
+
+def test_no_phase_but_its_own_holds_the_embedding() -> None:
+    without = footprint.compressing(SHAPE, "wanda", tokens=70, passing=7)
+    freed = footprint.compressing(replace(SHAPE, embedding=90), "wanda", tokens=70, passing=7)
+    for phase, held in without.phases.items():
+        assert freed.phases[phase] == held - (0 if phase == "embeddings" else 90)
+    large = footprint.compressing(replace(SHAPE, embedding=10**9, rest=2 * 10**9), "wanda", tokens=70, passing=7)
+    assert large.phase == "embeddings"
+    assert set(large.phases.values()) == {0, 2 * 10**9}
 
 
 @given(

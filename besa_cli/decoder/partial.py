@@ -86,7 +86,7 @@ class PartialModel:
         block = self.blocks[index]
         tensors = dict(source) if source is not None else self._ahead.take(index)
         block.to_empty(device=self.device)
-        self._restore_buffers(block)
+        self._restore_buffers(list(block.modules()))
         self._fill(block.state_dict(), self.block_names(index), tensors)
         return tensors
 
@@ -116,14 +116,45 @@ class PartialModel:
         own = {name for name, module in self.model.named_modules() if module is head}
         self._head = {name: origin for name, origin in wanted.items() if name.rpartition(".")[0] in own}
         now = {name: origin for name, origin in wanted.items() if name not in self._head}
-        tensors = self.weights.read(list(now.values()))
-        for module in _outside(self.model, self.blocks):
-            if module is not head:
-                _to_empty(module, self.device)
-        self._restore_buffers(self.model, skip=self.blocks)
-        self._fill(self.model.state_dict(), now, tensors)
+        self._fill_outside([module for module in _outside(self.model, self.blocks) if module is not head], now)
+        own = {name for name, module in self.model.named_modules() if module is self.embedding}
+        self._embedding = {name: origin for name, origin in now.items() if name.rpartition(".")[0] in own}
+
+    def _fill_outside(self, modules: Sequence[nn.Module], origins: Mapping[str, str]) -> None:
+        """Give modules outside the blocks their weights and buffers, and those that are tied to them theirs."""
+        tensors = self.weights.read(list(origins.values()))
+        for module in modules:
+            _to_empty(module, self.device)
+        self._restore_buffers(modules)
+        self._fill(self.model.state_dict(), origins, tensors)
         self.model.tie_weights()
         self.model.requires_grad_(False)
+
+    @property
+    def embedding(self) -> nn.Embedding | None:
+        """The module that gives each token its hidden state; None where the model makes them in another way."""
+        found = self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        return found if isinstance(found, nn.Embedding) else None
+
+    def embedding_bytes(self) -> int:
+        """Bytes of the token embedding, which `drop_embedding` would free; 0 where it is not held."""
+        held = self.embedding is not None and not self.embedding.weight.is_meta
+        return sum(self.model.get_parameter(name).nbytes for name in self._embedding) if held else 0
+
+    def drop_embedding(self) -> None:
+        """Free the token embedding, and a head that is tied to it; whatever needs it next reads it again."""
+        if self.embedding is None or not self._embedding:
+            return
+        weight = self.embedding.weight
+        for module in self.model.modules():
+            if any(parameter is weight for parameter in module._parameters.values()):
+                module.to("meta")
+        compute.give_back_memory()
+
+    def load_embedding(self) -> None:
+        """Read the token embedding where it was dropped."""
+        if self.embedding is not None and self.embedding.weight.is_meta:
+            self._fill_outside([self.embedding], self._embedding)
 
     def head_bytes(self) -> int:
         """Bytes that the head will take in memory, where it has weights of its own that are not loaded yet."""
@@ -136,12 +167,11 @@ class PartialModel:
             self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
             self._head = {}
 
-    def _restore_buffers(self, root: nn.Module, skip: nn.Module | None = None) -> None:
+    def _restore_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
-        skipped = set(skip.modules()) if skip is not None else set()
         with torch.no_grad():
-            for module in root.modules():
-                if module not in skipped and module._non_persistent_buffers_set:
+            for module in modules:
+                if module._non_persistent_buffers_set:
                     self.model._init_weights(module)  # type: ignore[no-untyped-call]
 
 

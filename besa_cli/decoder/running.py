@@ -41,7 +41,7 @@ class Decoder(PartialModel):
         """The positional (after the hidden states) and keyword arguments that the model hands to block `index`.
 
         They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that
-        only note what they are given and pass the hidden states on.
+        only note what they are given and pass the hidden states on; these are zeros where the embedding was dropped.
         """
         shape = (tokens.shape[0], tokens.shape[1])
         if shape not in self._keywords:
@@ -51,7 +51,8 @@ class Decoder(PartialModel):
                 records.append((args, _without_cache(kwargs)))
                 return self._as_block_output(hidden)
 
-            self._run(tokens, note)
+            with _blank(self.embedding):
+                self._run(tokens, note)
             if len(records) != len(self):
                 raise BesaError(
                     f"{type(self.model).__name__} calls {len(records)} blocks where it has {len(self)}",
@@ -95,6 +96,7 @@ class Decoder(PartialModel):
         def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             raise Caught(hidden)
 
+        self.load_embedding()
         try:
             self._run(tokens, catch)
         except Caught as caught:
@@ -114,6 +116,7 @@ class Decoder(PartialModel):
 
     def normed(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """What the head is given for the hidden states that left the last block: (samples, seqlen, hidden) as well."""
+        self.load_embedding()
         states: Tensor = self._run(tokens, self._injecting(hidden))[0]
         return states
 
@@ -131,6 +134,7 @@ class Decoder(PartialModel):
         -------
         Tensor of shape (samples, positions, vocabulary)
         """
+        self.load_embedding()
         self.load_head()
         inject = self._injecting(hidden)
         if part is None or not self._keeps_logits:
@@ -172,6 +176,24 @@ def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")
     }
+
+
+@contextlib.contextmanager
+def _blank(embedding: nn.Embedding | None) -> Iterator[None]:
+    """Within, an embedding that was dropped gives zeros."""
+    if embedding is None or not embedding.weight.is_meta:
+        yield
+        return
+    dtype, width = embedding.weight.dtype, embedding.embedding_dim
+
+    def forward(tokens: Tensor) -> Tensor:
+        return torch.zeros(*tokens.shape, width, device=tokens.device, dtype=dtype)
+
+    embedding.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del embedding.forward
 
 
 @contextlib.contextmanager

@@ -126,6 +126,7 @@ class Walk:
         self._dense = (
             embed(decoder, tokens, assignment.batch, shelf) if assignment.target == "stream" and len(tokens) else None
         )
+        decoder.drop_embedding()  # no block needs it
 
     def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
         """Pass the streams through blocks that are finished."""
