@@ -2,8 +2,8 @@
 
     python benchmarks/larger_models.py
 
-Nothing runs: sizes go into `besa_cli.footprint.compressing`. The 180B is Falcon's (arXiv 2311.16867): q, k and v are one
-linear, and no gate.
+Nothing runs: sizes go into `besa_cli.footprint.compressing`. The 180B is Falcon's (arXiv 2311.16867): q, k and v are
+one linear, and there is no gate.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from besa_runs import HERE, read_lines
 
 PAGE = HERE / "RESULTS.md"
 SPEED = HERE / "bench_prune.jsonl"
+QUALITY = HERE / "time_to_quality.jsonl"
 PARTS = {
     ("step", 1): "one learning step of one sample ÷ a plain forward and backward pass of the block",
     ("step", 4): "the same, four samples a step",
@@ -45,6 +46,15 @@ def _cell(line: Line | None) -> str:
     return f"{line['ratio']:.2f} ({line['cpu_ratio']:.2f})"
 
 
+def quality(lines: list[Line]) -> str:
+    """How good the pruned model is after how much work."""
+    newest = {line["samples"]: line for line in lines}
+    rows = ["| samples, a step each | perplexity | passes | GB |", "|---|---|---|---|"]
+    for samples, line in sorted(newest.items()):
+        rows.append(f"| {samples} | {line['perplexity']:.2f} | {line['units']:.2f} | {line['peak_memory'] / 1e9:.2f} |")
+    return "\n".join(rows)
+
+
 def _made(lines: list[Line]) -> str:
     made = {(line["dtype"], line["threads"], line["machine"], line["commit"]) for line in lines}
     return "".join(
@@ -66,7 +76,19 @@ def page() -> str:
         "`benchmarks/bench_prune.py`. Random LLaMA-shaped blocks, samples of 512 tokens, 128 of them for the whole of "
         "`prune`; medians of ratios within one process by wall time (in brackets by the CPU time of all threads, which "
         "other programs disturb less).\n\n"
-        f"{speed(lines)}\n\n{_made(lines)}"
+        f"{speed(lines)}\n\n{_made(lines)}{_quality()}"
+    )
+
+
+def _quality() -> str:
+    lines: list[Line] = [*read_lines(QUALITY)]
+    if not lines:
+        return ""
+    return (
+        "\n## Time to quality\n\n"
+        "`benchmarks/time_to_quality.py`. Protocol A at 50 % with the default settings, learned on the first so many "
+        "of the 128 rows; work in passes without gradients over all 128 rows, by CPU time, everything included.\n\n"
+        f"{quality(lines)}\n"
     )
 
 
