@@ -133,7 +133,7 @@ class PartialModel:
     @property
     def embedding(self) -> nn.Embedding | None:
         """The module that gives each token its hidden state; None where the model makes them in another way."""
-        found = self.model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        found = self.model.get_input_embeddings()
         return found if isinstance(found, nn.Embedding) else None
 
     def embedding_bytes(self) -> int:

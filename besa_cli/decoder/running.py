@@ -184,16 +184,17 @@ def _blank(embedding: nn.Embedding | None) -> Iterator[None]:
     if embedding is None or not embedding.weight.is_meta:
         yield
         return
+    module: nn.Module = embedding
     dtype, width = embedding.weight.dtype, embedding.embedding_dim
 
     def forward(tokens: Tensor) -> Tensor:
         return torch.zeros(*tokens.shape, width, device=tokens.device, dtype=dtype)
 
-    embedding.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
-        del embedding.forward
+        del module.forward
 
 
 @contextlib.contextmanager
