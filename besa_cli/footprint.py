@@ -206,15 +206,20 @@ def compressing(
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 
 
-def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int) -> Demand:
-    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass, in windows of `seqlen`."""
+def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
+    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass, in windows of `seqlen`.
+
+    A head of `head` bytes that is not loaded yet is, once the first portion has passed all blocks.
+    """
     compute = shape.dtype.itemsize
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
     logits = min(_LOGITS, seqlen) * shape.vocabulary * (compute + 4 + 4)
     return Demand(
         phases={
-            "blocks": round(shape.loaded * (compute + shape.source)) + passing * widths * compute,
-            "head": logits,
+            "blocks": round(shape.loaded * (compute + shape.source))
+            + passing * widths * compute
+            + (head if portions > 1 else 0),
+            "head": head + logits,
         },
         hidden=tokens * shape.hidden * compute,
     )

@@ -121,9 +121,14 @@ class Walk:
         shape = footprint.shape(self._decoder, segments(self._decoder, BLOCK))
         most = max(sizes)
         demand = footprint.measuring(
-            shape, tokens=most * seqlen, passing=min(self._batch, most) * seqlen, seqlen=seqlen
+            shape,
+            tokens=most * seqlen,
+            passing=min(self._batch, most) * seqlen,
+            seqlen=seqlen,
+            head=self._decoder.head_bytes(),
+            portions=len(self.portions),
         )
-        memory = compute.resident() + self._decoder.head_bytes() + demand.peak()
+        memory = compute.resident() + demand.peak()
         first = self.portions[0][0]
         part = Part(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))
         began = time.perf_counter()

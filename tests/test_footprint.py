@@ -106,6 +106,15 @@ def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, metho
     assert measured[1] > measured[0]
 
 
+def test_the_head_is_held_beside_blocks_where_a_second_portion_follows() -> None:
+    sizes = {"tokens": 9, "passing": 9, "seqlen": 9}
+    without = footprint.measuring(SHAPE, **sizes)
+    for portions, beside in ((1, 0), (2, 5_000)):
+        found = footprint.measuring(SHAPE, **sizes, head=5_000, portions=portions)
+        assert found.phases["head"] == without.phases["head"] + 5_000
+        assert found.phases["blocks"] == without.phases["blocks"] + beside
+
+
 def demand(batch: int) -> Demand:
     return Demand(phases={"statistics": 100 * batch, "deciding": 250}, hidden=1_000)
 
