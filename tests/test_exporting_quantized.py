@@ -126,6 +126,19 @@ def test_gguf_carries_the_codes_bit_for_bit(
     assert json.loads((file.parent / "export.json").read_text())["sizes"]["rounded_to_zero"] == 0
 
 
+@pytest.mark.parametrize("group", [16, 100])
+def test_q8_0_rounds_codes_whose_groups_do_not_fit_its_blocks(
+    group: int, pruned: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = quantized.stage(exported.copy_of(pruned("wide"), tmp_path / "run"), bits=8, group=group)
+    file, wanted = exported.export(run, "gguf", type="Q8_0") / "model-Q8_0.gguf", by_llama_cpp_name(run)
+    for tensor in GGUFReader(file).tensors:
+        if tensor.name in wanted:
+            values = torch.from_numpy(quants.dequantize(tensor.data, GGMLQuantizationType(tensor.tensor_type)).copy())
+            expected = wanted[tensor.name].float()
+            assert float((values - expected).norm() / expected.norm()) < 0.01
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric", "words"),
     [

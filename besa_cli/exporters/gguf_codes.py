@@ -16,8 +16,11 @@ _BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}
 
 
 def carries(source: Source, kind: Kind) -> bool:
-    """Whether a type holds the codes of this stage as they are."""
-    return source.grid is not None and source.grid["symmetric"] and source.grid["bits"] == _BITS.get(kind)
+    """Whether a type holds the codes of this stage as they are; of Q4_0, once `check` has passed."""
+    if source.grid is None or not source.grid["symmetric"] or source.grid["bits"] != _BITS.get(kind):
+        return False
+    size = source.grid["group_size"]
+    return kind is Kind.Q4_0 or size is None or size % BLOCK == 0
 
 
 def check(source: Source) -> None:
