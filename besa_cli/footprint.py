@@ -200,8 +200,8 @@ def compressing(
     }
     if held.learned is not None:
         phases["learning"] = block + learned + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
-    freed = {name: held - shape.embedding for name, held in phases.items() if name != "embeddings"}
-    phases |= {name: max(held, 0) for name, held in freed.items()}
+    freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
+    phases = {name: max(held - freed[name], 0) for name, held in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 

@@ -113,12 +113,15 @@ class PartialModel:
         wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        own = {name for name, module in self.model.named_modules() if module is head}
-        self._head = {name: origin for name, origin in wanted.items() if name.rpartition(".")[0] in own}
+        self._head = self._belonging(wanted, head)
         now = {name: origin for name, origin in wanted.items() if name not in self._head}
         self._fill_outside([module for module in _outside(self.model, self.blocks) if module is not head], now)
-        own = {name for name, module in self.model.named_modules() if module is self.embedding}
-        self._embedding = {name: origin for name, origin in now.items() if name.rpartition(".")[0] in own}
+        self._embedding = self._belonging(now, self.embedding)
+
+    def _belonging(self, origins: Mapping[str, str], owner: nn.Module | None) -> dict[str, str]:
+        """Those of the tensors that are the own ones of a module."""
+        own = {name for name, module in self.model.named_modules() if module is owner}
+        return {name: origin for name, origin in origins.items() if name.rpartition(".")[0] in own}
 
     def _fill_outside(self, modules: Sequence[nn.Module], origins: Mapping[str, str]) -> None:
         """Give modules outside the blocks their weights and buffers, and those that are tied to them theirs."""

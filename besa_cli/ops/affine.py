@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float16, Real, UInt8
 from torch import Tensor
 
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.ops.kernels import plain
 
 BITS = (2, 3, 4, 8)
 CHANNEL = "channel"
@@ -126,11 +127,7 @@ def spread(values: Real[Tensor, "rows groups"], grid: Grid, cols: int) -> Real[T
 
 def grouped(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups width"]:
     """The columns by group; a shorter last group is filled up with zeros."""
-    rows, cols = weight.shape
-    width, groups = grid.width(cols), grid.groups(cols)
-    if groups * width != cols:
-        weight = torch.nn.functional.pad(weight, (0, groups * width - cols))
-    return weight.reshape(rows, groups, width)
+    return plain.grouped(weight, grid.width(weight.shape[1]))
 
 
 def extremes(

@@ -53,7 +53,7 @@ def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int)
     result = torch.empty_like(weight, dtype=torch.float32)
     for part in _chunks(*weight.shape):
         h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
-        steps = _grouped(weight[part], width).div(h)
+        steps = grouped(weight[part].float(), width).div(h)
         kept = steps.round_().add_(z).clamp_(0, top).sub_(z).mul_(h)
         result[part] = kept.flatten(1)[:, : weight.shape[1]]
     return result
@@ -66,7 +66,7 @@ def grid_slopes(
     by_scale, by_zero = torch.empty_like(scales), torch.empty_like(scales)
     for part in _chunks(*weight.shape):
         h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
-        slope, steps = _grouped(gradient[part], width), _grouped(weight[part], width).div(h)
+        slope, steps = grouped(gradient[part].float(), width), grouped(weight[part].float(), width).div(h)
         wished = steps.round().add_(z)
         codes = wished.clamp(0, top)
         clipped = codes != wished
@@ -75,10 +75,13 @@ def grid_slopes(
     return by_scale, by_zero
 
 
-def _grouped(matrix: Tensor, width: int) -> Tensor:
-    """(rows, groups, width), fp32; a shorter last group is filled up with zeros."""
-    missing = -matrix.shape[1] % width
-    return torch.nn.functional.pad(matrix.float(), (0, missing)).reshape(len(matrix), -1, width)
+def grouped(matrix: Tensor, width: int) -> Tensor:
+    """(rows, groups, width): `width` columns a group; a shorter last group is filled up with zeros."""
+    rows, cols = matrix.shape
+    missing = -cols % width
+    if missing:
+        matrix = torch.nn.functional.pad(matrix, (0, missing))
+    return matrix.reshape(rows, -1, width)
 
 
 def _chunks(rows: int, cols: int) -> list[slice]:
