@@ -193,6 +193,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 _SEE_WHERE = "'besa --debug …' shows where"
+_IN_OUR_WORDS = {"int_parsing": "it is not a whole number", "float_parsing": "it is not a number"}
 
 
 def _usage_line(error: typer.TyperException) -> tuple[str, str]:
@@ -205,6 +206,7 @@ def _usage_line(error: typer.TyperException) -> tuple[str, str]:
     if reasons:
         name = max([parameter.name, *parameter.opts], key=len) if parameter.opts else parameter.name
         reason = str(reasons[0].get("msg", "")).removeprefix("Value error, ").rstrip(".")
+        reason = _IN_OUR_WORDS.get(str(reasons[0].get("type")), reason)
         message = f"invalid value '{reasons[0].get('input')}' for {name}: {reason}"
     return message + origin(context, parameter.name), hint
 

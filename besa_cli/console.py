@@ -128,7 +128,7 @@ class BlockProgress:
                 ("block", f"{report.index + 1}/{self._blocks}"),
                 *_sparsities(report.linears),
                 ("error", _change(report.error_before, report.error_after)),
-                ("loss", _scientific(report.learned_loss) + (" uniform" if report.kept_uniform else "")),
+                ("loss", _scientific(report.learned_loss) + (" not better" if report.kept_uniform else "")),
                 ("time", took),
                 ("left", self._time_left(0.0) or "-"),
                 ("memory", human_bytes(report.peak_memory) if report.peak_memory else "-"),

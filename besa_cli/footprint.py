@@ -39,6 +39,8 @@ class Held:
         Whether it holds the second-order statistics of every input.
     changes : bool
         Whether it changes weights: they are held in fp32 until they are stored.
+    codes : bool
+        Whether it puts weights on a grid: a byte each until they are stored.
     """
 
     state: float
@@ -46,6 +48,7 @@ class Held:
     ranks: bool = False
     grams: bool = False
     changes: bool = False
+    codes: bool = False
 
 
 _WANDA = Held(state=9)  # scores (4), the same with zeros marked (4), masks (1)
@@ -54,11 +57,11 @@ METHODS: Mapping[str, Held] = {
     "wanda": _WANDA,
     "magnitude": _WANDA,
     "sparsegpt": Held(state=5, grams=True, changes=True),  # updated weights (4), masks (1)
-    "rtn": Held(state=6, changes=True),  # codes (1), what they stand for (4), masks (1)
-    "gptq": Held(state=6, grams=True, changes=True),
-    "clip": Held(state=7, learned=5, changes=True),  # on the grid (4), two lots of codes, masks
+    "rtn": Held(state=6, changes=True, codes=True),  # codes (1), what they stand for (4), masks (1)
+    "gptq": Held(state=6, grams=True, changes=True, codes=True),
+    "clip": Held(state=7, learned=5, changes=True, codes=True),  # on the grid (4), two lots of codes, masks
 }
-_GRID = Held(state=11, learned=4, ranks=True, changes=True)  # BESA on a grid
+_GRID = Held(state=11, learned=4, ranks=True, changes=True, codes=True)  # BESA on a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +194,7 @@ def compressing(
     factors = 4 * 4 * max(shape.columns) ** 2 if held.grams else 0
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
     passes = passing * widths * compute + passing * shape.widest * 4
-    changed = 4 * shape.weights if held.changes else 0
+    changed = shape.weights * (4 * held.changes + held.codes)
     phases = {
         "embeddings": max(shape.rest, block),  # one block after the other is loaded beside it, to verify the model
         "statistics": block + grams + passes,

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from besa_cli import anatomy, calibration, corpora
 from besa_cli.disk import MANIFEST, read_json, sha256_file
 from besa_cli.errors import BesaError
@@ -28,6 +30,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+_ROW = 32  # tokens that show whether a model gives the same block by block as whole
 _VOCABULARIES = ("merges.txt", "spiece.model", "tokenizer.json", "tokenizer.model", "vocab.txt")
 
 
@@ -152,6 +155,14 @@ def calibrate(
     if keep:
         calibration.save(made, directory)
     return made
+
+
+def unobserved(model: Model) -> calibration.CalibrationSet:
+    """One short row of token ids, where a method decides from the weights alone; it needs no tokenizer and no text."""
+    config = anatomy.config_of(model.directory)
+    length = min(_ROW, anatomy.maximum_length(config) or _ROW)
+    rows = torch.arange(length)[None] % config.get_text_config().vocab_size
+    return calibration.CalibrationSet(tokens=rows, manifest={"options": {}, "sources": []})
 
 
 def reuse(model: Model, directory: Path) -> calibration.CalibrationSet:

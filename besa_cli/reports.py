@@ -28,12 +28,12 @@ class BlockReport:
     Attributes
     ----------
     error_before, error_after : float or None
-        Mean over the calibration tokens of ‖output − target‖² / ‖target‖²: under the uniform mask (methods that learn;
-        over the samples compared) and as delivered.
+        Mean over the calibration tokens of ‖output − target‖² / ‖target‖²: under the uniform mask, or of clipping with
+        the nearest codes (methods that compare; over the samples compared), and as delivered.
     learned_loss : float or None
         Mean reconstruction loss of the learning's last tenth of steps.
     kept_uniform : bool
-        The learned allocation was not better than the uniform one, which was kept.
+        What was learned was not better than the uniform allocation, or the nearest codes, which were kept.
     resumed : bool
         The block was found finished on disk; `seconds` is then the time of its replay.
     """

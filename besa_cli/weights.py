@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -234,11 +235,17 @@ def _opened(path: Path, names: Sequence[str], take: Callable[[Any, str], Found])
         raise BesaError(f"cannot read {names[0]} from {path}: {error}", _REMEDY) from error
 
 
-def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> str:
+def check(weights: Weights, extremes: dict[str, tuple[float, float]] | None = None) -> str:
     """Read every tensor once: refuse NaN and infinity by name, and return the digest of the whole content.
 
     The digest does not depend on how tensors are spread over files: SHA-256 over name, dtype, shape and bytes of each
     tensor, in the order of the names.
+
+    Parameters
+    ----------
+    weights : Weights
+    extremes : dict, optional
+        Filled with the least and the greatest number of every tensor that has any.
 
     Raises
     ------
@@ -248,13 +255,16 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
     digest = hashlib.sha256()
     for names in _portions(weights):
         for name, tensor in weights.read(names).items():
-            if not _finite(tensor):
+            found = _extremes(tensor)
+            if not all(map(math.isfinite, found)):
                 bad = int((~_known(tensor).isfinite()).sum())
                 raise BesaError(
                     f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
-                    "fetch the model again, or use another one: these weights cannot be pruned",
+                    "fetch the model again, or use another one: nothing can be made of these weights",
                 )
             _add(digest, name, tensor)
+            if extremes is not None and found:
+                extremes[name] = found
         del tensor
         compute.give_back_memory()
     return digest.hexdigest()
@@ -263,11 +273,15 @@ def check(weights: Weights, notify: Callable[[str], None] = lambda _: None) -> s
 _NO_SPECIAL = {torch.float4_e2m1fn_x2}  # every value is a number
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity, by the extremes: `isfinite` takes thirty times as long."""
+def _extremes(tensor: Tensor) -> tuple[float, float] | tuple[()]:
+    """The least and the greatest number; NaN if one is among them, which `isfinite` takes thirty times as long to say.
+
+    Nothing of a tensor that holds no numbers of that kind.
+    """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype in _NO_SPECIAL:
-        return True
-    return all(bool(extreme.isfinite()) for extreme in _known(tensor).aminmax())
+        return ()
+    low, high = _known(tensor).aminmax()
+    return float(low), float(high)
 
 
 def _known(tensor: Tensor) -> Tensor:

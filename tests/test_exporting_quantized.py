@@ -160,7 +160,7 @@ def test_what_q4_0_cannot_carry_is_refused(
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="needs compressed-tensors")
-@pytest.mark.parametrize(("bits", "group"), [(4, 24), (4, None), (8, 48)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 24), (4, None), (8, 48), (4, 40), (4, 1000)])
 @pytest.mark.parametrize("family", ["wide", "llama", "opt", "gpt_neox"])
 def test_stock_transformers_makes_the_stage_of_pack_quantized(
     family: str, bits: int, group: int | None, pruned: Callable[[str], Run], tmp_path: Path
@@ -174,6 +174,19 @@ def test_stock_transformers_makes_the_stage_of_pack_quantized(
     assert model.keys() == stage.keys()
     different = [name for name in stage if not torch.equal(model[name], stage[name])]
     assert not different
+
+
+@pytest.mark.parametrize(("group", "width"), [(24, 2), (36, 2), (48, 2), (54, None), (1000, None)])
+def test_scales_of_pack_quantized_are_repeated_as_little_as_the_format_allows(
+    group: int, width: int | None, pruned: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = quantized.stage(exported.copy_of(pruned("llama"), tmp_path / "run"), group=group)  # of 32, 48 and 54 columns
+    directory = exported.export(run, "compressed-tensors")
+    (made,) = json.loads((directory / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    assert made["weights"]["group_size"] == width
+    assert made["weights"]["strategy"] == ("group" if width else "channel")
+    scale = tiny.weights(directory)["model.layers.1.mlp.down_proj.weight_scale"]
+    assert scale.shape[1] == 54 // (width or 54)
 
 
 def test_pack_quantized_needs_a_symmetric_grid(pruned: Callable[[str], Run], tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
     rows = tiny.rows_file(workplace / "rows.jsonl", ROWS)
     drawn = ["--data", rows, "--samples", "3", "--seqlen", "12"]
     for words in (
-        ["quantize", "--run", "run", *drawn],
+        ["quantize", "--run", "run"],
+        ["quantize", "--method", "gptq", "--run", "run", *drawn],
         ["export", "--run", "run"],
         ["export", "--format", "sparse", "--run", "run"],
         ["eval", "ppl", "text.txt", "--seqlen", "12", "--run", "run", "--no-baseline"],
@@ -89,7 +90,7 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
         assert found.code == 1
         assert "error: run/pruned is damaged or was changed since it was made: digest " in found.err
     shard.write_bytes(content)
-    assert besa("quantize", "--run", "run", *drawn).code == 0
+    assert besa("quantize", "--run", "run").code == 0
     stage = Stage(workplace / "run" / "quantized", 3)
     assert stage.codes(1)
     harm.flip_a_bit(workplace / "run" / "quantized" / "codes" / stage.shard(1).name)
@@ -111,9 +112,7 @@ def test_what_belongs_to_no_block_is_compared_with_the_source_before_a_run_goes_
 
 def test_codes_with_a_flipped_bit_are_not_exported(besa: Besa, model: Path, workplace: Path) -> None:
     tiny.run(job(workplace / "run", model))
-    rows = tiny.rows_file(workplace / "rows.jsonl", ROWS)
-    drawn = ["--data", rows, "--samples", "3", "--seqlen", "12"]
-    quantized = besa("quantize", "--method", "rtn", "--symmetric", "--group-size", "16", "--run", "run", *drawn)
+    quantized = besa("quantize", "--method", "rtn", "--symmetric", "--group-size", "16", "--run", "run")
     assert quantized.code == 0, quantized.err
     stage = Stage(workplace / "run" / "quantized", 3)
     codes = workplace / "run" / "quantized" / "codes" / stage.shard(1).name

@@ -1,6 +1,8 @@
 """`besa quantize` and `besa prune --bits` from a checkpoint to a stage: stock loading, codes, counts, resume."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from besa_cli import disk, quantizing
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
+from besa_cli.errors import BesaError
 from besa_cli.jobs.job import Job
 from besa_cli.jobs.plan import Plan
 from besa_cli.ops import affine
@@ -33,6 +36,7 @@ PLANS: dict[str, Plan] = {
     "rtn": asked("rtn", bits=4, group_size="16"),
     "gptq": asked("gptq", bits=3, group_size="channel", symmetric=False),
     "clip": asked("clip", bits=2, group_size="16", epochs=2),
+    "eight": asked("rtn", bits=8, group_size="channel", symmetric=False),
     "joint": tiny.request("besa", sparsity=0.4, bits=4, group_size="20"),
     "joint-halves": tiny.request("besa", bits=3, symmetric=False, window="attn-mlp", optimizer="prodigy"),
 }
@@ -42,16 +46,22 @@ def job(run: Path, model: Path, plan: Plan) -> Job:
     return Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), plan)
 
 
-def unpacked(directory: Path, symmetric: bool, middle: int, group: int | None) -> dict[str, Tensor]:
-    """The weights as the specification says they are made from the codes, with none of the program's functions."""
-    found = {}
+def unpacked(directory: Path, grid: Grid, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as the specification says they are made from the codes, with none of the program's functions.
+
+    Also finds every code again in the weights that are `stored`.
+    """
+    found, group = {}, grid.group_size
     for file in sorted((directory / "codes").iterdir()):
         parts = load_file(file)
         for name in (name.removesuffix(".codes") for name in parts if name.endswith(".codes")):
             codes, scales = parts[f"{name}.codes"].float(), parts[f"{name}.scales"].float()
-            zeros = torch.full_like(scales, middle) if symmetric else parts[f"{name}.zeros"].float()
+            middle = torch.full_like(scales, 2 ** (grid.bits - 1))
+            zeros = middle if grid.symmetric else parts[f"{name}.zeros"].float()
             where = torch.arange(codes.shape[1]) // (group or codes.shape[1])
             found[f"{name}.weight"] = (codes - zeros[:, where]) * scales[:, where]
+            again = (stored[f"{name}.weight"].double() / scales[:, where].double()).round() + zeros[:, where]
+            assert torch.equal(again.clamp(0, 2**grid.bits - 1), codes.double())
     return found
 
 
@@ -67,9 +77,9 @@ def test_a_stage_loads_as_it_is_and_its_codes_are_its_weights(family: str, name:
     assert not any(information.values())
     state = loaded.state_dict()
     grid = Grid(**manifest["quantization"])
-    codes = unpacked(stage, grid.symmetric, 2 ** (grid.bits - 1), grid.group_size)
-    names = [each for block in tiny.linear_names(loaded, tiny.blocks_of(family)) for each in block]
     stored = tiny.weights(stage)
+    codes = unpacked(stage, grid, stored)
+    names = [each for block in tiny.linear_names(loaded, tiny.blocks_of(family)) for each in block]
     assert set(codes) <= set(stored)
     assert len(codes) == len(names)
     for weight_name, weight in codes.items():
@@ -191,6 +201,9 @@ def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
     [
         (["quantize", "--bits", "3.5"], 2, "3.5"),
         (["quantize", "--bits", "5"], 2, "--bits 5 is none of 2, 3, 4, 8"),
+        (["quantize", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
+        (["prune", "--bits", "4", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
+        (["prune", "--asymmetric"], 2, "--asymmetric says nothing without --bits"),
         (["quantize", "--group-size", "0"], 2, "--group-size '0' is neither channel nor a number"),
         (["quantize", "--method", "gtpq"], 2, "unknown method 'gtpq'"),
         (["quantize", "--method", "rtn", "--damping", "0.1"], 2, "--damping is no option of --method rtn"),
@@ -207,6 +220,76 @@ def test_bad_options_get_one_line_before_any_work(words: list[str], code: int, s
     assert says in refused.err
     assert refused.err.count("error:") == 1
     assert not Path("run").exists()
+
+
+def test_round_to_nearest_needs_no_tokenizer_and_draws_no_samples(besa: Besa, tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama")
+    words = ("quantize", "--model", model, "--group-size", 16, "--run", "run")
+    made = besa(*words, "--json")
+    assert made.code == 0, made.err
+    assert "calibration" not in made.err
+    assert not (tmp_path / "run" / "calibration").exists()
+    manifest = json.loads(made.out)
+    assert manifest["calibration"] == {"tokens_digest": None, "sources": []}
+    assert "is finished already" in besa(*words).err
+    older = tmp_path / "run" / "quantized" / "besa.json"
+    with_samples = json.loads(older.read_text())
+    with_samples["calibration"]["tokens_digest"] = "0" * 64
+    with_samples["options"] |= {"data": ["c4"], "samples": 128, "seqlen": 2048, "pack": None}
+    older.write_text(json.dumps(with_samples))
+    assert "is finished already" in besa(*words).err
+    for option, value in (("--samples", 4), ("--data", "c4"), ("--calibration", model)):
+        refused = besa(*words, option, value)
+        assert (refused.code, refused.out) == (2, "")
+        assert f"{option} says nothing with --method rtn, which looks at no samples" in refused.err
+
+
+def test_codes_that_are_gone_are_missed(besa: Besa, tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    tiny.run(job(tmp_path / "run", model, asked(group_size="16")))
+    gone = Stage(tmp_path / "run" / "quantized", 2).shard(1).name
+    (tmp_path / "run" / "quantized" / "codes" / gone).unlink()
+    for words in (["show", "run/quantized"], ["export", "--format", "compressed-tensors", "--run", "run"]):
+        refused = besa(*words)
+        assert refused.code == 1
+        assert f"codes/{gone} is missing" in refused.err
+        assert f"run/quantized/{gone}; in an unfinished stage" in refused.err  # the file to delete
+
+
+def test_codes_that_are_gone_are_missed_before_a_resumed_stage_is_finished(tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    tiny.run(job(tmp_path / "whole", model, asked(group_size="16")))
+    list(job(tmp_path / "cut", model, asked(group_size="16")).blocks())  # killed before `finish`
+    stage = Stage(tmp_path / "cut" / "quantized", 2)
+    (stage.directory / "codes" / stage.shard(0).name).unlink()
+    with pytest.raises(BesaError, match=f"codes/{stage.shard(0).name} is missing"):
+        tiny.run(job(tmp_path / "cut", model, asked(group_size="16")))
+    stage.shard(0).unlink()  # what the hint says
+    tiny.run(job(tmp_path / "cut", model, asked(group_size="16")))
+    assert tiny.files(tmp_path / "cut") == tiny.files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("command", ["quantize", "prune"])
+def test_weights_whose_scale_is_beyond_fp16_are_named_before_the_first_block(
+    command: str, symmetric: bool, tmp_path: Path
+) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    plan: Plan = asked(bits=4, symmetric=symmetric)
+    if command == "prune":
+        plan = tiny.request("besa", bits=4, symmetric=symmetric)
+    for value, refused in ((492_000.0, symmetric), (990_000.0, True)):  # 65,504 · 15 = 982,560, half of it each side
+        tensors[name][3, 5] = value
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(BesaError, match=re.escape(f"{name} has weights as large as {value:.3g}: their scale")):
+                job(tmp_path / "run", model, plan)
+            assert not (tmp_path / "run" / "quantized").exists()
+        else:
+            job(tmp_path / "run", model, plan)
+            shutil.rmtree(tmp_path / "run")
 
 
 def test_a_stored_linear_is_read_as_a_grid(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""What is refused before any work: to write over what is not ours, to read what was changed, to fill the disk."""
+"""What is refused before any work: writing over what is not ours, what was changed or fits no grid, a full disk."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from besa_cli import disk
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import BesaError
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
 
 
 def refuse_foreign(directory: Path, model: Path) -> None:
@@ -52,6 +55,29 @@ def refuse_damaged(directory: Path, found: str) -> None:
             f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
             f"restore its files, make it anew with --restart, or name it with --model {directory} to take it as it is",
         )
+
+
+def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) -> None:
+    """Refuse weights whose scales would be no fp16 numbers.
+
+    Parameters
+    ----------
+    extremes : mapping
+        The least and the greatest weight of each linear.
+    grid : Grid
+
+    Raises
+    ------
+    BesaError
+        There are such weights.
+    """
+    for name, (low, high) in extremes.items():
+        reach = 2 * max(-low, high) if grid.symmetric else max(high, 0.0) - min(low, 0.0)
+        if reach / grid.top > affine.LARGEST:
+            raise BesaError(
+                f"{name} has weights as large as {max(-low, high):.3g}: their scale on {grid} is beyond fp16",
+                "this model cannot be quantized so; is one of its weights damaged?",
+            )
 
 
 def require_space(directory: Path, needed: int) -> None:

@@ -64,30 +64,46 @@ class Stage:
     def _checked(self, path: Path, index: int, key: str) -> dict[str, Tensor]:
         """What a file holds, compared with the digest in the report of its block; older reports have none."""
         tensors = weights.read_file(path)
-        written = disk.read_json(self._report(index)).get(key)
+        written = self._record(index).get(key)
         if written not in (None, weights.digest(tensors)):
-            raise _damaged(path)
+            raise _damaged(path, self.shard(index))
         return tensors
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return disk.read_json(self._report(index))
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
 
     def codes(self, index: int) -> dict[str, Tensor]:
-        """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized."""
-        path = self._codes(index)
-        return self._checked(path, index, "codes_digest") if path.exists() else {}
+        """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized.
+
+        Raises
+        ------
+        BesaError
+            They are missing, or not those that were written.
+        """
+        return self._checked(self._codes(index), index, "codes_digest") if self._has_codes(index) else {}
 
     def code_names(self, index: int) -> list[str]:
         """The names of the tensors that `codes` reads."""
-        path = self._codes(index)
-        return list(weights.header(path)) if path.exists() else []
+        return list(weights.header(self._codes(index))) if self._has_codes(index) else []
 
     def _codes(self, index: int) -> Path:
         return self.directory / _CODES / self.shard(index).name
 
+    def _has_codes(self, index: int) -> bool:
+        """Whether the block has codes; older reports do not say."""
+        path = self._codes(index)
+        if path.exists():
+            return True
+        if "codes_digest" in self._record(index):
+            raise BesaError(f"{path} is missing", _made_anew(self.shard(index)))
+        return False
+
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
-        record = disk.read_json(self._report(index))
+        record = self._record(index)
         for key in ("digest", "codes_digest"):
             record.pop(key, None)
         return BlockReport.from_record(record)
@@ -119,7 +135,7 @@ class Stage:
             They are others.
         """
         if weights.digest(weights.read_file(self.shard(-1))) != digest:
-            raise _damaged(self.shard(-1))
+            raise _damaged(self.shard(-1), self.shard(-1))
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
@@ -145,6 +161,7 @@ class Stage:
         """
         for index in set(range(self.blocks)) - self._seen:
             self.read(index)
+            self.codes(index)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)
@@ -170,11 +187,12 @@ class Stage:
         return manifest
 
 
-def _damaged(path: Path) -> BesaError:
-    return BesaError(
-        f"{path} is damaged: it does not hold what was written",
-        "delete this file; in an unfinished stage the same command makes it anew, else give --restart",
-    )
+def _damaged(path: Path, shard: Path) -> BesaError:
+    return BesaError(f"{path} is damaged: it does not hold what was written", _made_anew(shard))
+
+
+def _made_anew(shard: Path) -> str:
+    return f"delete {shard}; in an unfinished stage the same command makes it anew, else give --restart"
 
 
 def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float]:

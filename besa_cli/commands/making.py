@@ -28,7 +28,8 @@ def stage(
 ) -> dict[str, Any] | None:
     """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
 
-    `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`.
+    `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`; a
+    method that observes none takes none of them.
     """
     from besa_cli import lock
     from besa_cli.jobs import joining
@@ -39,9 +40,12 @@ def stage(
         return None
     name = request.command
     with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
-        tokens = calibrating.calibration(
-            source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
-        )
+        if request.observes:
+            tokens = calibrating.calibration(
+                source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
+            )
+        else:
+            tokens = calibrating.none(source, shared, wanted, request.method)
         if dry_run:
             forecasting.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
             return None

@@ -86,7 +86,7 @@ def quantize(
     request = Request(
         method=method,
         bits=bits,
-        group_size=group_size or affine.GROUP,
+        group_size=affine.GROUP if group_size is None else group_size,
         symmetric=symmetric is not False,
         options={name: value for name, value in own.items() if value is not None},
         device=device,
@@ -133,6 +133,8 @@ def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     directory = run.stage("quantized")
     console.line(f"{directory}: {chosen['model']} quantized with {chosen['method']} to {grid_in_words(manifest)}")
     console.line(in_words(counts))
+    if kept := counts["blocks_kept_uniform"]:
+        console.line(f"{kept} blocks kept the nearest codes: learning did not beat them there")
     console.emit_json({"directory": str(directory), **manifest})
 
 
@@ -146,7 +148,7 @@ def grid_in_words(manifest: dict[str, Any]) -> str:
 def in_words(counts: dict[str, Any]) -> str:
     """Counts of a quantized stage in one line."""
     return (
-        f"{counts['bits_per_weight']:.3f} bits a weight with scales and, where it is worth it, mask; "
+        f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included; "
         f"{counts['pruned']:,} of {counts['weights']:,} weights pruned ({human_share(counts['sparsity'])}), "
         f"{counts['rounded_to_zero']:,} others rounded to zero"
     )

@@ -167,7 +167,9 @@ def _grid(manifest: Mapping[str, Any]) -> str:
     from besa_cli.ops.affine import Grid
 
     grid, counts = str(Grid(**manifest["quantization"])), manifest.get("counts")
-    return f"{grid}: {counts['bits_per_weight']:.3f} bits a weight with scales and mask" if counts else grid
+    if not counts:
+        return grid
+    return f"{grid}: {counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
 
 
 def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:

@@ -53,6 +53,11 @@ class PartialModel:
         names = self.blocks[index].state_dict().keys()
         return {name: self._names.origin(f"{self.prefix}.{index}.{name}") for name in names}
 
+    def linear_tensors(self) -> list[str]:
+        """The names in the checkpoint of the weights of all linears."""
+        places = [(self.block_names(index), name) for index in range(len(self)) for name in self.linears(index)]
+        return [origins[f"{name}.weight"] for origins, name in places]
+
     def source_names(self, index: int) -> list[str]:
         """All tensors of the checkpoint that belong to block `index`, also those the model does not use."""
         return self._names.below(f"{self.prefix}.{index}.")

@@ -55,10 +55,13 @@ def pieces(source: Source, options: Options) -> int:
 def group_size(source: Source) -> int | None:
     """The columns that share a scale in every linear; None where each row has one scale.
 
-    The format needs groups of one size that divide the columns: where the stage's do not, their scales are repeated.
+    transformers reads groups of one size that divides the columns: where the stage's do not, their scales are repeated.
     """
     size = source.grid["group_size"] if source.grid else None
-    return None if size is None else gcd(size, *(source.shape(name)[1] for name in source.linears))
+    columns = [source.shape(name)[1] for name in source.linears]
+    if size is None or size >= max(columns):
+        return None
+    return gcd(*(cols if cols <= size else gcd(size, cols) for cols in columns))
 
 
 def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:

@@ -25,12 +25,6 @@ def new_manifest(
 
     Nothing in it depends on the number of `ranks`, as long as they have the same number of threads together.
     """
-    calibration = calibration_set.manifest
-    drawn = {name: calibration["options"][name] for name in ("data", "samples", "seqlen", "pack")}
-    if request.calibration is not None:
-        drawn = {"calibration": request.calibration}
-    elif calibration["options"].get("seed") != request.seed:
-        drawn = {"calibration": str(run.calibration.resolve())}
     device = compute.device(request.device)
     seqlen = calibration_set.tokens.shape[1]
     parent = run.stage_at(model.directory)
@@ -38,7 +32,7 @@ def new_manifest(
         "format": manifests.FORMAT,
         "stage": request.stage,
         "command": request.command,
-        "options": {"model": model.name, **request.record(), **drawn},
+        "options": {"model": model.name, **request.record(), **_drawn(run, calibration_set, request)},
         "compute": {
             "device": device.type,
             "dtype": compute.name_of(compute.dtype(request.dtype, device)),
@@ -55,11 +49,26 @@ def new_manifest(
             **({"stage": parent} if parent else {}),
         },
         **request.facts(),
-        "calibration": {"tokens_digest": calibration_set.digest, "sources": calibration["sources"]},
+        "calibration": {
+            "tokens_digest": calibration_set.digest if request.observes else None,
+            "sources": calibration_set.manifest["sources"],
+        },
         "versions": manifests.versions(),
         "history": history(model.directory),
         "status": "new",
     }
+
+
+def _drawn(run: Run, calibration_set: CalibrationSet, request: Plan) -> dict[str, Any]:
+    """The options that say where the calibration samples come from; none where none are observed."""
+    if not request.observes:
+        return {}
+    options = calibration_set.manifest["options"]
+    if request.calibration is not None:
+        return {"calibration": request.calibration}
+    if options.get("seed") != request.seed:
+        return {"calibration": str(run.calibration.resolve())}
+    return {name: options[name] for name in ("data", "samples", "seqlen", "pack")}
 
 
 def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> tuple[Path, dict[str, Any]]:
@@ -107,6 +116,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         }
         for each in (old, new)
     )
+    if asked["calibration"] is None:  # no samples are observed; older stages name some all the same
+        mine["calibration"] = None
     for name in ("data", "samples", "seqlen", "pack"):  # the tokens themselves are compared
         mine.pop(name, None)
         asked.pop(name, None)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +73,8 @@ class Job:
         for place in (self._final, self._beside):
             refusals.refuse_foreign(place, model.directory)
         source = weights.Weights(model.directory)
-        self._digest = weights.check(source)
+        extremes: dict[str, tuple[float, float]] = {}
+        self._digest = weights.check(source, extremes)
         self._checking = time.perf_counter() - began
         refusals.refuse_damaged(model.directory, self._digest)
         new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
@@ -82,14 +83,21 @@ class Job:
             notify(
                 f"{self._directory} was begun with {beginning.listed(self.manifest['versions'])}, not with those here"
             )
-        self._check_and_begin(source, notify)
+        if not self.done and self.manifest["compute"].get("kernels") != new["compute"]["kernels"]:
+            notify(
+                f"{self._directory} was begun with {self.manifest['compute'].get('kernels')} inner loops, "
+                f"here they are {new['compute']['kernels']}: sums may differ in their last digits"
+            )
+        self._check_and_begin(source, extremes, notify)
 
     @property
     def done(self) -> bool:
         """Whether the stage was finished before."""
         return bool(self.manifest["status"] == "complete")
 
-    def _check_and_begin(self, source: weights.Weights, notify: Callable[[str], None]) -> None:
+    def _check_and_begin(
+        self, source: weights.Weights, extremes: Mapping[str, tuple[float, float]], notify: Callable[[str], None]
+    ) -> None:
         if self.done:
             self._stage = Stage(self._directory, int(self.manifest["blocks"]))
             return
@@ -97,6 +105,9 @@ class Job:
         self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(self._work.decoder))
         self._work.decoder.weights.refuse_change(source)
+        if self.request.grid:
+            names = self._work.decoder.linear_tensors()
+            refusals.refuse_beyond_fp16({name: extremes[name] for name in names if name in extremes}, self.request.grid)
         placing = self._place_in_memory()
         hidden = self._work.demand(placing.batch).hidden * self._world.size if placing.in_files else 0
         whole = int(source.nbytes(source.names) * 1.02) + (sum(self._work.sizes) if self.request.grid else 0)
@@ -165,9 +176,10 @@ class Job:
     def title(self) -> str:
         """What is about to be done, in one line."""
         settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
+        observed = f"{samples} x {seqlen} calibration tokens, " if self.request.observes else ""
         return (
-            f"{self.request.doing(self.model.name)}: {self.number_of_blocks} blocks, "
-            f"{samples} x {seqlen} calibration tokens, {settings['dtype']} on {settings['device']}"
+            f"{self.request.doing(self.model.name)}: {self.number_of_blocks} blocks, {observed}"
+            f"{settings['dtype']} on {settings['device']}"
         )
 
     @property

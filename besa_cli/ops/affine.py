@@ -20,7 +20,8 @@ from besa_cli.ops.kernels import plain
 BITS = (2, 3, 4, 8)
 CHANNEL = "channel"
 GROUP = "128"  # columns that share a scale where nothing else is said
-_SMALLEST = 2.0**-24  # of the fp16 numbers above zero
+LARGEST = 65504.0  # of the fp16 numbers
+_SMALLEST = 2.0**-24  # of those above zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,22 @@ def dequantize(quantized: Quantized) -> Float[Tensor, "rows cols"]:
     cols, grid = quantized.codes.shape[1], quantized.grid
     h, z = spread(quantized.scales.float(), grid, cols), spread(quantized.zeros.float(), grid, cols)
     return (quantized.codes.float() - z) * h
+
+
+def carried(quantized: Quantized, dtype: torch.dtype) -> Quantized:
+    """The same with codes that `encode` finds again in weights rounded to `dtype`; it alters a code by a few at most.
+
+    A code moves only where two neighbours may round to one number: 8 bits, asymmetric, in bf16, whose numbers are
+    further apart than h beyond 128·h. To round and to encode keep the order of codes, so that this comes to an end.
+    """
+    farthest = quantized.grid.middle if quantized.grid.symmetric else quantized.grid.top
+    if farthest * torch.finfo(dtype).eps <= 1:
+        return quantized
+    while True:
+        found = encode(dequantize(quantized).to(dtype), quantized.scales, quantized.zeros, quantized.grid)
+        if torch.equal(found, quantized.codes):
+            return quantized
+        quantized = replace(quantized, codes=found)
 
 
 def nearest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Quantized:

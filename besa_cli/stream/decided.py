@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from besa_cli.ops import affine
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.stream.block import Block, Pruned
 from besa_cli.windows import Window
@@ -18,6 +19,13 @@ class Decided:
     window: Window
     pruned: Pruned
     stored: Mapping[str, Tensor]
+
+
+def settled(weights: Mapping[str, Tensor], pruned: Pruned) -> Pruned:
+    """The same with codes that the weights still tell when they are stored in the dtype of `weights`, the source's."""
+    quantized = {name: affine.carried(each, weights[name].dtype) for name, each in pruned.quantized.items()}
+    moved = {name: affine.dequantize(each) for name, each in quantized.items() if each is not pruned.quantized[name]}
+    return replace(pruned, quantized=quantized, weights={**pruned.weights, **moved})
 
 
 def masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:

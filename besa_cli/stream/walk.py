@@ -17,7 +17,7 @@ from besa_cli.ops import affine, losses
 from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.stream.block import Block, Pruned, Step
-from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked
+from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked, settled
 from besa_cli.stream.propagation import advance, batches, collected, embed
 from besa_cli.stream.sharing import Share, SharedStore, Store
 from besa_cli.windows import Segment, Window
@@ -154,7 +154,7 @@ class Walk:
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._assignment.seed,
                 on_step=self._on_step, shelf=self._shelf, share=self._share,
             )  # fmt: skip
-            pruned = self._assignment.change(block)
+            pruned = settled(block.weights, self._assignment.change(block))
             check_counts(block, pruned)
             stored = masked(block.weights, pruned)
             self._share.world.equalize(list(stored.values()))

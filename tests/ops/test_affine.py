@@ -76,11 +76,32 @@ def test_a_zero_stays_a_zero_and_no_weight_is_further_away_than_half_a_step(weig
     weight=dead_columns(weights()), grid=GRIDS, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 )
 def test_every_code_is_recovered_from_the_stored_weight(weight: Tensor, grid: Grid, dtype: torch.dtype) -> None:
-    made = affine.nearest(weight, grid)
-    stored = affine.dequantize(made).to(dtype)
-    cols = weight.shape[1]
-    h, z = (affine.spread(each.double(), grid, cols) for each in (made.scales, made.zeros))
-    assert torch.equal((stored.double() / h).round() + z, made.codes.double())
+    made = affine.carried(affine.nearest(weight, grid), dtype)
+    assert torch.equal(recovered(affine.dequantize(made).to(dtype), made), made.codes.double())
+
+
+def recovered(stored: Tensor, made: affine.Quantized) -> Tensor:
+    """The codes of stored weights by the formula, in fp64."""
+    h, z = (affine.spread(each.double(), made.grid, stored.shape[1]) for each in (made.scales, made.zeros))
+    return ((stored.double() / h).round() + z).clamp(0, made.grid.top)
+
+
+@pytest.mark.parametrize("zero", [0, 90, 255])
+def test_every_code_of_every_scale_is_recovered_in_bf16(zero: int) -> None:
+    grid = Grid(bits=8, group_size=None, symmetric=False)
+    scales = (1.0 + torch.arange(1024) / 1024).half()[:, None]  # every fp16 number from 1 to 2; other powers are alike
+    codes = torch.arange(256, dtype=torch.uint8).expand(1024, -1).contiguous()
+    zeros = torch.full((1024, 1), zero, dtype=torch.uint8)
+    every = affine.Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
+    lost = recovered(affine.dequantize(every).to(torch.bfloat16), every) != codes
+    beyond = (codes.int() - zero).abs() > 128
+    assert bool(lost[beyond].any())
+    assert not bool(lost[~beyond].any())
+    made = affine.carried(every, torch.bfloat16)
+    assert torch.equal(recovered(affine.dequantize(made).to(torch.bfloat16), made), made.codes.double())
+    assert torch.equal(made.codes[~lost], codes[~lost])
+    assert int((made.codes.int() - codes.int()).abs().max()) <= 2
+    assert affine.carried(every, torch.float16) is every
 
 
 @few

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from besa_cli.ops import affine
 from besa_cli.pruners import besa
+from besa_cli.quantizers import clip
 from besa_cli.stream.block import Block
 
 JOINT = {"bits": 4, "group_size": "7", "epochs": 4}
@@ -38,6 +39,23 @@ def test_together_beats_one_after_the_other(symmetric: bool) -> None:
     assert toy.pruned(together.masks) == toy.pruned(alone.masks) == block().budget
     assert together.error_after == pytest.approx(error(block(), dict(together.weights)), rel=1e-3)
     assert error(block(), dict(together.weights)) < 0.9 * error(block(), rounded)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_where_enough_is_zero_already_only_the_grids_are_learned_as_by_clipping(share: float, symmetric: bool) -> None:
+    weights = toy.source(hidden=20, inner=33)
+    for index, weight in enumerate(weights.values()):
+        zero = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)) < share
+        weight.masked_fill_(zero, 0.0)
+    blocks = [toy.block(weights, int(0.2 * share * toy.size(weights)), samples=24, seed=3) for _ in range(2)]
+    joint = besa.prune(blocks[0], besa.Options(bits=3, group_size="9", epochs=4, symmetric=symmetric))
+    clipped = clip.quantize(blocks[1], affine.grid(3, "9", symmetric=symmetric), clip.Options(epochs=4))
+    assert not clipped.kept_uniform
+    assert joint.learned_loss == clipped.learned_loss
+    for name, weight in weights.items():
+        assert torch.equal(joint.masks[name], weight != 0)
+        assert torch.equal(joint.weights[name], clipped.weights[name])
 
 
 def test_every_row_loses_the_weights_that_the_source_scores_lowest() -> None:

@@ -85,7 +85,7 @@ def on_grid(
     ----------
     weight : Tensor of shape (rows, cols)
     scales, zeros : Tensors of shape (rows, groups), fp32
-        h and z of each group: `width` consecutive columns, fewer in the last group of a row.
+        h and z of each group, z a whole number: `width` consecutive columns, fewer in the last group of a row.
     width, top : int
         Columns in a group; the greatest code.
     """

@@ -1,5 +1,6 @@
 // The inner loops of learning, for the CPU: ranks within rows, the hard mask, and the gradient of the mixtures; weights
-// on a grid, and the gradients of its scales and zero points. No header of torch is used: `native.py` hands over plain pointers, the plain forms are in `plain.py`.
+// on a grid, and the gradients of its scales and zero points. No header of torch is used: `native.py` hands over plain
+// pointers, the plain forms are in `plain.py`.
 //
 // Every row is computed by one thread in one order, so the results do not depend on the number of threads.
 

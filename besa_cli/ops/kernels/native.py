@@ -69,7 +69,7 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
 def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int) -> Tensor | None:
     """See `besa_cli.ops.kernels.on_grid`."""
     function = _function("grid", weight.dtype)
-    if function is None or not _suited(weight, scales, zeros):
+    if function is None or not _suited(weight, scales, zeros) or not _fit(weight, scales, zeros, width):
         return None
     result = torch.empty_like(weight, dtype=torch.float32)
     _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top))
@@ -83,6 +83,8 @@ def grid_slopes(
     function = _function("slopes", weight.dtype)
     if function is None or not _suited(gradient, weight, scales, zeros) or gradient.dtype != torch.float32:
         return None
+    if gradient.shape != weight.shape or not _fit(weight, scales, zeros, width):
+        return None
     found = torch.empty_like(scales), torch.empty_like(scales)
     _call(function, gradient, weight, scales, zeros, *found, sizes=(*weight.shape, width, top))
     return found
@@ -90,6 +92,12 @@ def grid_slopes(
 
 def _suited(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+
+
+def _fit(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> bool:
+    """Whether there is an fp32 number for each group; the plain form says what is wrong where there is not."""
+    groups = (weight.shape[0], -(-weight.shape[1] // width))
+    return all(each.shape == groups and each.dtype == torch.float32 for each in (scales, zeros))
 
 
 def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...]) -> None:

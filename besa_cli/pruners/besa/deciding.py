@@ -30,15 +30,16 @@ def prune(block: Block, options: Options) -> Pruned:
 
 
 def _decide(window: Window) -> Pruned:
-    block, options = window.block, window.options
-    if block.budget <= sum(linear.zeros for linear in window.linears.values()):
-        kept = _masks(window, window.uniform_shares())
-        quantized = {name: clipped.quantized(window.start[name]) for name, clipped in window.clipped.items()}
-        return Pruned(masks=kept, **_on_grid(quantized, kept))
+    options = window.options
+    if window.spent and not window.clipped:
+        return Pruned(masks=_masks(window, window.uniform_shares()))
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
         window.linears[name].put(each)
+    if window.spent:
+        kept = _masks(window, window.uniform_shares())
+        return Pruned(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
     if not options.manner.exact:
         return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
     sparsities = allocation.project(theta, window.sizes, window.p, window.goal)

@@ -18,15 +18,12 @@ _EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of th
 
 
 def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Minimise reconstruction + penalty.
+    """Minimise reconstruction + penalty; where the window's budget is spent, the grids alone are learned.
 
     Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
     """
     block, options, manner = window.block, window.options, window.options.manner
-    theta = allocation.initial_logits(len(window.sizes), window.p, window.goal)
-    if manner.smoothed:
-        theta = torch.zeros_like(theta)
-    theta.requires_grad_()
+    theta = _initial_logits(window).requires_grad_()
     strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.share.samples
@@ -39,7 +36,8 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             inputs, target = block.take(chosen)
             output = block.forward(inputs, weights)
             reconstruction = measure(output, target.to(output.device), world.totalled)
-            penalty = len(inputs) / len(chosen) * losses.sparsity_penalty(sparsity, window.goal)
+            penalty = 0.0 if sparsity is None else losses.sparsity_penalty(sparsity, window.goal)
+            penalty = len(inputs) / len(chosen) * penalty
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
             (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
             loss = reconstruction.detach()
@@ -56,6 +54,12 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     last = history[-max(len(history) // 10, 1) :]
     settled = {name: logits.detach() for name, logits in strengths.items()}
     return theta.detach(), settled, math.fsum(last) / len(last)
+
+
+def _initial_logits(window: Window) -> Tensor:
+    if window.spent or window.options.manner.smoothed:
+        return torch.zeros(len(window.sizes), len(window.p), device=window.device)
+    return allocation.initial_logits(len(window.sizes), window.p, window.goal)
 
 
 def _chosen(samples: int, options: Options, seed: int) -> Iterator[Tensor]:
@@ -106,12 +110,16 @@ def _finite(value: float, index: int) -> float:
     return value
 
 
-def _soft_weights(window: Window, theta: Tensor, strengths: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """The masked weights, differentiable in the logits, and the window's expected sparsity."""
+def _soft_weights(
+    window: Window, theta: Tensor, strengths: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The masked weights, differentiable in the logits, and the window's expected sparsity; None where it is spent."""
     sources = {
         name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
         for name, linear in window.linears.items()
     }
+    if window.spent:  # and a zero is zero on every grid
+        return sources, None
     mixture = window.mixture(theta)
     alpha = allocation.expected_sparsity(mixture, window.p)
     weights = {

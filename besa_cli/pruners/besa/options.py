@@ -123,7 +123,8 @@ class Options:
             if self.bits is not None and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
             if self.bits is None and getattr(self, name) is not None:
-                raise UsageError(f"--{name.replace('_', '-')} says nothing without --bits", "give --bits 4 with it")
+                flag = "asymmetric" if name == "symmetric" and not self.symmetric else name.replace("_", "-")
+                raise UsageError(f"--{flag} says nothing without --bits", "give --bits 4 with it")
         if self.bits is not None and self.preset:
             raise UsageError(
                 f"--bits {self.bits} and --preset {self.preset} exclude each other", "leave one of them out"
@@ -137,7 +138,8 @@ class Options:
         """The grid on which the weights are put."""
         if self.bits is None:
             return None
-        return affine.grid(self.bits, self.group_size or affine.GROUP, symmetric=self.symmetric is not False)
+        group_size = affine.GROUP if self.group_size is None else self.group_size
+        return affine.grid(self.bits, group_size, symmetric=self.symmetric is not False)
 
     @property
     def manner(self) -> Manner:

@@ -61,7 +61,8 @@ class Linear:
 class Window:
     """All linears of one reconstruction window, and the block that they belong to.
 
-    With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin.
+    With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin. `spent`
+    is whether as many weights are zero already as are to be pruned, so that no allocation is left to be learned.
     """
 
     def __init__(self, block: Block, options: Options) -> None:
@@ -87,6 +88,7 @@ class Window:
         self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
         self.p = allocation.candidates(options.candidates).to(self.device)
         self.goal = block.budget / sum(linear.size for linear in self.linears.values())
+        self.spent = block.budget <= sum(linear.zeros for linear in self.linears.values())
 
     def score(self, name: str) -> Tensor:
         """The scores of one linear, below zero where a weight is zero already."""
