@@ -239,9 +239,10 @@ def test_round_to_nearest_needs_no_tokenizer_and_draws_no_samples(besa: Besa, tm
     older.write_text(json.dumps(with_samples))
     assert "is finished already" in besa(*words).err
     for option, value in (("--samples", 4), ("--data", "c4"), ("--calibration", model)):
-        refused = besa(*words, option, value)
+        refused = besa(*words[:-1], "elsewhere", option, value)
         assert (refused.code, refused.out) == (2, "")
         assert f"{option} says nothing with --method rtn, which looks at no samples" in refused.err
+    assert not Path("elsewhere").exists()
 
 
 def test_codes_that_are_gone_are_missed(besa: Besa, tmp_path: Path) -> None:

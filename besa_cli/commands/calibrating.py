@@ -45,11 +45,14 @@ def calibration(
     return preparation.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart, keep=keep)
 
 
-def none(model: "Model", shared: Path | None, wanted: dict[str, Any], method: str) -> "CalibrationSet":
-    """What stands in for the set where a method observes no samples; refuses what was said of any."""
-    from besa_cli import preparation
+def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> None:
+    """Refuse options that say where samples come from, for a method that observes none.
 
+    Raises
+    ------
+    UsageError
+        There is such an option.
+    """
     for name, value in {"calibration": shared, **wanted}.items():
         if value is not None:
             raise UsageError(f"--{name} says nothing with --method {method}, which looks at no samples", "leave it out")
-    return preparation.unobserved(model)

@@ -31,21 +31,24 @@ def stage(
     `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`; a
     method that observes none takes none of them.
     """
-    from besa_cli import lock
+    from besa_cli import lock, preparation
     from besa_cli.jobs import joining
     from besa_cli.jobs.job import Job
 
     if world is not None and not world.leads:
         joining.follow(source, request, world)
         return None
+    if not request.observes:
+        calibrating.refuse_samples(shared, wanted, request.method)
     name = request.command
     with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
-        if request.observes:
-            tokens = calibrating.calibration(
+        tokens = (
+            calibrating.calibration(
                 source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
             )
-        else:
-            tokens = calibrating.none(source, shared, wanted, request.method)
+            if request.observes
+            else preparation.unobserved(source)
+        )
         if dry_run:
             forecasting.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
             return None
