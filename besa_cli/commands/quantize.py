@@ -29,6 +29,16 @@ MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_
 BitsOption = Annotated[int, typer.Option("--bits", help="Bits of a weight: 2, 3, 4 or 8.")]
 
 
+SearchOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--search/--no-search",
+        help="GPTQ: search how far each group's grid reaches, or lay it from extreme to extreme.",
+        show_default="--search",
+    ),
+]
+
+
 def _clip(name: str, text: str, default: str, **settings: Any) -> Any:
     return typer.Option(name, help=text, show_default=default, rich_help_panel="Learned clipping", **settings)
 
@@ -53,6 +63,7 @@ def quantize(
     symmetric: options.SymmetricOption = None,
     method: MethodOption = "rtn",
     damping: options.DampingOption = None,
+    search: SearchOption = None,
     target: TargetOption = None,
     loss: LossOption = None,
     epochs: EpochsOption = None,
@@ -76,7 +87,7 @@ def quantize(
 ) -> None:
     """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
     own: dict[str, Any] = {
-        "damping": damping, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "damping": damping, "search": search, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
     }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run

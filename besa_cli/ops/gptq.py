@@ -6,6 +6,7 @@ from torch import Tensor
 
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
+from besa_cli.ops.clipping import Clipped
 
 
 def quantize(
@@ -14,6 +15,7 @@ def quantize(
     factor: Float[Tensor, "cols cols"],
     grid: Grid,
     *,
+    search: bool = False,
     width: int = 128,
 ) -> Quantized:
     """Quantize column by column; each column's error, also that of what has to stay zero, is spread to the right.
@@ -28,6 +30,10 @@ def quantize(
         False where a weight has to be exactly zero.
     factor : Tensor of shape (cols, cols)
         Upper Cholesky factor of the inverse Hessian: `besa_cli.ops.obs.inverse_factor`.
+    search : bool
+        Lay the grid of each group where Σ_c (ŵ − w)²/U_cc² of its nearest codes is least, among those of
+        `besa_cli.ops.clipping.Clipped.searched`, and not from extreme to extreme. The sum is what the errors of its
+        columns cost, each by the formula of the paper, as if none passed its own on to the next.
     width : int
         Columns after which the error is spread over all columns further right.
 
@@ -42,6 +48,8 @@ def quantize(
     scales = torch.empty(rows, grid.groups(cols), dtype=torch.float16, device=weight.device)
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
+    costs = factor.diagonal().square().reciprocal()
+    lonely = Grid(bits=grid.bits, group_size=None, symmetric=grid.symmetric)
     for start in range(0, cols, _step(group, width)):
         part = slice(start, min(start + _step(group, width), cols))
         errors = torch.zeros_like(updated[:, part])
@@ -50,8 +58,8 @@ def quantize(
             if index % group == 0:
                 members = slice(index, min(index + group, cols))
                 kept = updated[:, members].masked_fill(~keep[:, members], 0.0)
-                lonely = Grid(bits=grid.bits, group_size=None, symmetric=grid.symmetric)
-                scales[:, own], zeros[:, own] = affine.fit(*affine.extremes(kept, lonely), lonely)
+                reach = _reach(kept, lonely, costs[members]) if search else affine.extremes(kept, lonely)
+                scales[:, own], zeros[:, own] = affine.fit(*reach, lonely)
             column = updated[:, index : index + 1]
             wished = column.masked_fill(~keep[:, index : index + 1], 0.0)
             code = affine.encode(wished, scales[:, own], zeros[:, own], grid)
@@ -62,6 +70,13 @@ def quantize(
             errors[:, index - part.start] = error[:, 0]
         updated[:, part.stop :] -= errors @ factor[part, part.stop :]
     return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
+
+
+def _reach(
+    weight: Float[Tensor, "rows cols"], grid: Grid, costs: Float[Tensor, " cols"]
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    clipped = Clipped(weight, grid)
+    return clipped.reach(clipped.searched(costs))
 
 
 def _step(group: int, width: int) -> int:

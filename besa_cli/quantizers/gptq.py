@@ -16,9 +16,18 @@ OBSERVES = True
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of GPTQ: `damping`, the share of the mean diagonal of XᵀX added to it."""
+    """Options of GPTQ.
+
+    Attributes
+    ----------
+    damping : float
+        Share of the mean diagonal of XᵀX added to it.
+    search : bool
+        Search how far each group's grid reaches; else it reaches from extreme to extreme, as in the paper.
+    """
 
     damping: float = 0.01
+    search: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:
@@ -34,6 +43,6 @@ def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
         gram = grams[name]
         if id(gram) not in factors:
             factors = {id(gram): obs.inverse_factor(gram, options.damping)}  # linears of one input follow each other
-        quantized[name] = gptq.quantize(weight, weight != 0, factors[id(gram)], grid)
+        quantized[name] = gptq.quantize(weight, weight != 0, factors[id(gram)], grid, search=options.search)
         block.on_step(done, len(block.weights), "update")
     return rtn.decided(block, quantized)
