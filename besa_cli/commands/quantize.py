@@ -87,7 +87,8 @@ def quantize(
 ) -> None:
     """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
     own: dict[str, Any] = {
-        "damping": damping, "search": search, "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
+        "damping": damping, "search": search,
+        "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
     }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
