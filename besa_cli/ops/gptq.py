@@ -8,6 +8,8 @@ from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 
+_CHUNK = 1 << 20  # weights whose places on one grid after the other exist at a time
+
 
 def quantize(
     weight: Float[Tensor, "rows cols"],
@@ -75,8 +77,12 @@ def quantize(
 def _reach(
     weight: Float[Tensor, "rows cols"], grid: Grid, costs: Float[Tensor, " cols"]
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-    clipped = Clipped(weight, grid)
-    return clipped.reach(clipped.searched(costs))
+    found = []
+    for part in torch.split(weight, max(_CHUNK // weight.shape[1], 1)):
+        clipped = Clipped(part, grid)
+        found.append(clipped.reach(clipped.searched(costs)))
+    low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+    return low, high
 
 
 def _step(group: int, width: int) -> int:
