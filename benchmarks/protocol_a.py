@@ -23,6 +23,7 @@ METHODS = {
     "sparsegpt": ["--method", "sparsegpt"],
     "besa-layer": ["--method", "besa", "--granularity", "layer"],
     "besa-row": ["--method", "besa", "--granularity", "row"],
+    "besa-row-window-2": ["--method", "besa", "--granularity", "row", "--window", "2"],
 }
 SPARSITIES = (50, 60, 70)
 CELLS = [f"{method}-{sparsity}" for sparsity in SPARSITIES for method in METHODS]

@@ -21,7 +21,7 @@ def held(run: Path, command: str) -> Iterator[None]:
     BesaError
         Another process holds it (named), or the directory cannot be written.
     """
-    holder = run / ".holder.json"
+    holder, new = run / ".holder.json", not run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / ".lock", timeout=0)
@@ -35,7 +35,13 @@ def held(run: Path, command: str) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        came = not new or not run.exists() or any(path.name != ".lock" for path in run.iterdir())
+        if not came:
+            (run / ".lock").unlink()  # while it is held: who comes now makes a lock of its own
         lock.release()
+        if not came:
+            with contextlib.suppress(OSError):  # somebody came
+                run.rmdir()
 
 
 @contextlib.contextmanager

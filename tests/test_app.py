@@ -61,7 +61,7 @@ def test_without_a_verb_the_help_is_an_error(besa: Besa, words: tuple[str, ...])
     [
         (("pruen",), "No such command 'pruen'. Did you mean 'prune'"),
         (("calibrate", "--sampels", "3"), "No such option: --sampels (Possible options: --model, --samples)"),
-        (("calibrate", "--samples", "many"), "invalid value 'many' for --samples: Input should be a valid integer"),
+        (("calibrate", "--samples", "many"), "invalid value 'many' for --samples: it is not a whole number"),
         (("calibrate", "--seed", "-1"), "invalid value '-1' for --seed: Input should be greater than or equal to 0"),
         (("prune", "--device", "gpu"), "invalid value 'gpu' for --device: 'gpu' is not one of 'auto', 'cpu', 'cuda'"),
         (("show", "a", "b"), "Got unexpected extra argument(s) (b)"),

@@ -241,7 +241,7 @@ def test_round_to_nearest_needs_no_tokenizer_and_draws_no_samples(besa: Besa, tm
     for option, value in (("--samples", 4), ("--data", "c4"), ("--calibration", model)):
         refused = besa(*words[:-1], "elsewhere", option, value)
         assert (refused.code, refused.out) == (2, "")
-        assert f"{option} says nothing with --method rtn, which looks at no samples" in refused.err
+        assert f"{option} {value} says nothing with --method rtn, which looks at no samples" in refused.err
     assert not Path("elsewhere").exists()
 
 
@@ -257,10 +257,13 @@ def test_codes_that_are_gone_are_missed(besa: Besa, tmp_path: Path) -> None:
         assert f"run/quantized/{gone}; in an unfinished stage" in refused.err  # the file to delete
 
 
-def test_codes_that_are_gone_are_missed_before_a_resumed_stage_is_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("done", [1, 2])
+def test_codes_that_are_gone_are_missed_before_a_stage_goes_on(done: int, tmp_path: Path) -> None:
     model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
     tiny.run(job(tmp_path / "whole", model, asked(group_size="16")))
-    list(job(tmp_path / "cut", model, asked(group_size="16")).blocks())  # killed before `finish`
+    blocks = job(tmp_path / "cut", model, asked(group_size="16")).blocks()
+    for _ in range(done):  # then killed
+        next(blocks)
     stage = Stage(tmp_path / "cut" / "quantized", 2)
     (stage.directory / "codes" / stage.shard(0).name).unlink()
     with pytest.raises(BesaError, match=f"codes/{stage.shard(0).name} is missing"):
@@ -291,6 +294,34 @@ def test_weights_whose_scale_is_beyond_fp16_are_named_before_the_first_block(
         else:
             job(tmp_path / "run", model, plan)
             shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fp16_weights_at_the_end_of_fp16_stay_finite(symmetric: bool, bits: int, tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama", dtype=torch.float16)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5], tensors[name][4, 7] = -65472.0, 65504.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    manifest = tiny.run(job(tmp_path / "run", model, asked(bits=bits, group_size="16", symmetric=symmetric)))
+    stored = tiny.weights(tmp_path / "run" / "quantized")
+    codes = unpacked(tmp_path / "run" / "quantized", Grid(**manifest["quantization"]), stored)
+    assert bool(stored[name].isfinite().all())
+    assert float(stored[name][3, 5]) < -32000
+    assert all(torch.equal(weight.half(), stored[each]) for each, weight in codes.items())
+
+
+def test_a_refusal_leaves_nothing_behind(besa: Besa, tmp_path: Path) -> None:
+    model = tiny.checkpoint(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = 1e6
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert besa("quantize", "--model", model, "--run", "run").code == 1
+    assert not Path("run").exists()
+    Path("run").mkdir()
+    assert besa("quantize", "--model", model, "--run", "run").code == 1
+    assert Path("run").exists()
 
 
 def test_a_stored_linear_is_read_as_a_grid(tmp_path: Path) -> None:

@@ -176,3 +176,14 @@ def test_variables_that_say_too_little_are_named(besa: Besa, monkeypatch: pytest
     assert (found.code, found.err.splitlines()[0]) == (2, "error: WORLD_SIZE is 2, but RANK is not set")
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert besa("prune").err.startswith("error: WORLD_SIZE is 'two' and no number")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_ranks_learn_grids_where_nothing_is_to_be_pruned(batch: int, words: list[object], workplace: Path) -> None:
+    joint = [*words, "--bits", 4, "--group-size", 16, "--sparsity", 0, "--batch-size", batch]
+    for size in (1, 2):
+        prune(workplace, size, *joint, "--run", f"of-{size}")
+    one, two = (tiny.weights(workplace / f"of-{size}" / "quantized") for size in (1, 2))
+    total = sum(weight.numel() for weight in one.values())
+    apart = sum(int((~torch.isclose(one[name].float(), two[name].float(), rtol=1e-2, atol=1e-3)).sum()) for name in one)
+    assert apart < 0.02 * total

@@ -58,7 +58,7 @@ def refuse_damaged(directory: Path, found: str) -> None:
 
 
 def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) -> None:
-    """Refuse weights whose scales would be no fp16 numbers.
+    """Refuse weights whose scales would surely be no fp16 numbers, wherever the groups lie.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) 
         There are such weights.
     """
     for name, (low, high) in extremes.items():
-        reach = 2 * max(-low, high) if grid.symmetric else max(high, 0.0) - min(low, 0.0)
+        reach = max(-low, high) * (2 if grid.symmetric else 1)
         if reach / grid.top > affine.LARGEST:
             raise BesaError(
                 f"{name} has weights as large as {max(-low, high):.3g}: their scale on {grid} is beyond fp16",

@@ -46,14 +46,15 @@ class Stage:
         return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by checkpoint name.
+        """The tensors of a finished block, by checkpoint name; its codes are looked at, too.
 
         Raises
         ------
         BesaError
-            They are not those that were written.
+            They are not those that were written, or the codes are not or are missing.
         """
         tensors = self._checked(self.shard(index), index, "digest")
+        self.codes(index)
         self._seen.add(index)
         return tensors
 
@@ -161,7 +162,6 @@ class Stage:
         """
         for index in set(range(self.blocks)) - self._seen:
             self.read(index)
-            self.codes(index)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)

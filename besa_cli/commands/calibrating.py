@@ -55,4 +55,5 @@ def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> 
     """
     for name, value in {"calibration": shared, **wanted}.items():
         if value is not None:
-            raise UsageError(f"--{name} says nothing with --method {method}, which looks at no samples", "leave it out")
+            said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+            raise UsageError(f"{said} says nothing with --method {method}, which looks at no samples", "leave it out")

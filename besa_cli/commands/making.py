@@ -38,8 +38,6 @@ def stage(
     if world is not None and not world.leads:
         joining.follow(source, request, world)
         return None
-    if not request.observes:
-        calibrating.refuse_samples(shared, wanted, request.method)
     name = request.command
     with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
         tokens = (

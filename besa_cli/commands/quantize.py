@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import making, options
+from besa_cli.commands import calibrating, making, options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -107,9 +107,11 @@ def quantize(
         calibration=None if calibration is None else str(calibration.resolve()),
         max_memory=options.size_of(max_memory),
     )
+    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    if not request.observes:
+        calibrating.refuse_samples(calibration, wanted, method)
     directory = Run(run)
     source = _source(model, directory, console)
-    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
     made = making.stage(
         request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
     )

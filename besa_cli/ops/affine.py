@@ -203,10 +203,14 @@ def dequantize(quantized: Quantized) -> Float[Tensor, "rows cols"]:
 def carried(quantized: Quantized, dtype: torch.dtype) -> Quantized:
     """The same with codes that `encode` finds again in weights rounded to `dtype`; it alters a code by a few at most.
 
-    A code moves only where two neighbours may round to one number: 8 bits, asymmetric, in bf16, whose numbers are
-    further apart than h beyond 128·h. To round and to encode keep the order of codes, so that this comes to an end.
+    A code moves where its weight would be beyond the greatest number, of fp16; and where two neighbours may round to
+    one: 8 bits, asymmetric, in bf16, whose numbers are further apart than h beyond 128·h. To round and to encode keep
+    the order of codes, so that this comes to an end.
     """
-    farthest = quantized.grid.middle if quantized.grid.symmetric else quantized.grid.top
+    grid, greatest = quantized.grid, torch.finfo(dtype).max
+    farthest = grid.middle if grid.symmetric else grid.top
+    if farthest * float(quantized.scales.max()) > greatest:
+        quantized = _within(quantized, greatest)
     if farthest * torch.finfo(dtype).eps <= 1:
         return quantized
     while True:
@@ -214,6 +218,15 @@ def carried(quantized: Quantized, dtype: torch.dtype) -> Quantized:
         if torch.equal(found, quantized.codes):
             return quantized
         quantized = replace(quantized, codes=found)
+
+
+def _within(quantized: Quantized, greatest: float) -> Quantized:
+    """The same without weights beyond ±`greatest`: the last codes before it are taken for them."""
+    grid, cols = quantized.grid, quantized.codes.shape[1]
+    most = spread((greatest / quantized.scales.float()).floor().clamp_max(grid.top), grid, cols)
+    z = spread(quantized.zeros.float(), grid, cols)
+    codes = torch.minimum(torch.maximum(quantized.codes.float(), z - most), z + most)
+    return replace(quantized, codes=codes.to(torch.uint8))
 
 
 def nearest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Quantized:

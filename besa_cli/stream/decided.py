@@ -22,10 +22,16 @@ class Decided:
 
 
 def settled(weights: Mapping[str, Tensor], pruned: Pruned) -> Pruned:
-    """The same with codes that the weights still tell when they are stored in the dtype of `weights`, the source's."""
-    quantized = {name: affine.carried(each, weights[name].dtype) for name, each in pruned.quantized.items()}
-    moved = {name: affine.dequantize(each) for name, each in quantized.items() if each is not pruned.quantized[name]}
-    return replace(pruned, quantized=quantized, weights={**pruned.weights, **moved})
+    """The same with codes that the weights still tell when they are stored in the dtype of `weights`, the source's.
+
+    Where codes move, the weights of `pruned` are written over.
+    """
+    quantized = {}
+    for name, each in pruned.quantized.items():
+        quantized[name] = affine.carried(each, weights[name].dtype)
+        if quantized[name] is not each:
+            pruned.weights[name].copy_(affine.dequantize(quantized[name]))
+    return replace(pruned, quantized=quantized)
 
 
 def masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:

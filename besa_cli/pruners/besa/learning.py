@@ -39,7 +39,9 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             penalty = 0.0 if sparsity is None else losses.sparsity_penalty(sparsity, window.goal)
             penalty = len(inputs) / len(chosen) * penalty
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
-            (scale * (reconstruction + options.penalty * penalty)).backward()  # type: ignore[no-untyped-call]
+            objective = scale * (reconstruction + options.penalty * penalty)
+            if objective.requires_grad:  # not so on a rank that has none of the samples, where nothing is pruned
+                objective.backward()  # type: ignore[no-untyped-call]
             loss = reconstruction.detach()
             world.sum([loss, *_gradients([theta, *strengths.values()], 1 if manner.scaled else 1 / scale)])
             for optimizer, rate in learners:
