@@ -27,16 +27,19 @@ EQUAL = {"2bit": "2", "3bit": "3"}  # what dense 4-bit has to be left for to be 
 CELLS = [
     *[f"{kind}-{grid}" for grid in GRIDS for kind in ("rtn", "jwanda", "besa-rtn", "joint")],
     *[f"{kind}-{grid}" for grid in GRIDS for kind in ("gptq", "besa-gptq", "clip", "besa-clip")],
+    *[f"{kind}-{grid}" for grid in GRIDS for kind in ("gptq-plain", "besa-gptq-plain")],
     *[f"{method}-{bits}-g128" for bits in EQUAL for method in METHODS],
-    "gptq-g64",
+    "gptq-plain-g64",
     *[f"reference-{order}-g64" for order in ORDERS],
 ]
 ROWS = {
     "rtn": "RTN",
+    "gptq-plain": "GPTQ, grids from extreme to extreme",
     "gptq": "GPTQ",
     "clip": "clip",
     "jwanda": "RTN then Wanda (J-Wanda)",
     "besa-rtn": "BESA then RTN",
+    "besa-gptq-plain": "BESA then GPTQ, grids from extreme to extreme",
     "besa-gptq": "BESA then GPTQ",
     "besa-clip": "BESA then clip",
     "joint": "joint: BESA with 4 bits",
@@ -55,8 +58,9 @@ class Cells:
             return self._pruned, json.loads((self._pruned / "besa.json").read_text())
         run = self._work / cell
         stage, words = self._words(cell)
-        calibration = calibrated(self._tokens, self._work, self._model)
-        return run / stage, besa(*words, "--calibration", str(calibration), "--run", str(run))
+        if "rtn" not in words:  # which looks at no samples
+            words = [*words, "--calibration", str(calibrated(self._tokens, self._work, self._model))]
+        return run / stage, besa(*words, "--run", str(run))
 
     def _words(self, cell: str) -> tuple[str, Sequence[str]]:
         prune = ["prune", "--sparsity", "0.5"]
@@ -75,7 +79,8 @@ class Cells:
             source = str(pruned)
         method, _, low = kind.removeprefix("besa-").partition("-")
         bits[1] = EQUAL.get(low, "4")
-        return "quantized", ["quantize", "--method", method, "--model", source, *bits]
+        plain = ["--no-search"] if low == "plain" else []
+        return "quantized", ["quantize", "--method", method, *plain, "--model", source, *bits]
 
     def measure(self, cell: str) -> dict[str, Any]:
         """One line of results."""
@@ -90,7 +95,7 @@ class Cells:
         }
 
     def _measure_reference(self, cell: str) -> dict[str, Any]:
-        _, stage = self.make("gptq-g64")
+        _, stage = self.make("gptq-plain-g64")
         if self._reference is None:
             raise SystemExit(f"{cell} needs --reference PYTHON: see gptq_reference.py")
         out, source = self._work / cell, stage["model"]["directory"]
@@ -135,10 +140,10 @@ def table() -> str:
     )
     joint = f"{_perplexity(found, 'joint-g128')} | {_bits(found, 'joint-g128')}"
     rows.append(f"| joint, 50 % and 4 bits | | | {joint} |")
-    both = ["gptq-g64", *[f"reference-{order}-g64" for order in ORDERS]]
+    both = ["gptq-plain-g64", *[f"reference-{order}-g64" for order in ORDERS]]
     rows += [
         "",
-        "| GPTQ, dense, 4 bits | besa | llm-compressor | llm-compressor, heaviest columns first |",
+        "| GPTQ, dense, 4 bits, grids from extreme to extreme | besa | llm-compressor | llm-compressor, heaviest columns first |",
         "|---|---|---|---|",
     ]
     rows.append(f"| groups of 64 | {' | '.join(_perplexity(found, cell) for cell in both)} |")
