@@ -143,7 +143,7 @@ def table() -> str:
     both = ["gptq-plain-g64", *[f"reference-{order}-g64" for order in ORDERS]]
     rows += [
         "",
-        "| GPTQ, dense, 4 bits, grids from extreme to extreme | besa | llm-compressor | llm-compressor, heaviest columns first |",
+        "| GPTQ, dense, 4 bits, plain grids | besa | llm-compressor | llm-compressor, heaviest columns first |",
         "|---|---|---|---|",
     ]
     rows.append(f"| groups of 64 | {' | '.join(_perplexity(found, cell) for cell in both)} |")
