@@ -35,11 +35,11 @@ def held(run: Path, command: str) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
-        came = not new or not run.exists() or any(path.name != ".lock" for path in run.iterdir())
-        if not came:
+        empty = new and run.exists() and all(path.name == ".lock" for path in run.iterdir())
+        if empty:
             (run / ".lock").unlink()  # while it is held: who comes now makes a lock of its own
         lock.release()
-        if not came:
+        if empty:
             with contextlib.suppress(OSError):  # somebody came
                 run.rmdir()
 

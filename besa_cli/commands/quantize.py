@@ -27,8 +27,6 @@ ModelOption = Annotated[
 ]
 MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
 BitsOption = Annotated[int, typer.Option("--bits", help="Bits of a weight: 2, 3, 4 or 8.")]
-
-
 SearchOption = Annotated[
     bool | None,
     typer.Option(
@@ -159,10 +157,15 @@ def grid_in_words(manifest: dict[str, Any]) -> str:
     return str(Grid(**manifest["quantization"]))
 
 
+def bits_in_words(counts: dict[str, Any]) -> str:
+    """What a weight of a quantized stage takes."""
+    return f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
+
+
 def in_words(counts: dict[str, Any]) -> str:
     """Counts of a quantized stage in one line."""
     return (
-        f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included; "
+        f"{bits_in_words(counts)}; "
         f"{counts['pruned']:,} of {counts['weights']:,} weights pruned ({human_share(counts['sparsity'])}), "
         f"{counts['rounded_to_zero']:,} others rounded to zero"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import options
+from besa_cli.commands import quantize as quantized
 from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
@@ -162,14 +163,10 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     }
 
 
-def _grid(manifest: Mapping[str, Any]) -> str:
+def _grid(manifest: dict[str, Any]) -> str:
     """The grid of a quantized stage and, once it is complete, what a weight takes on it."""
-    from besa_cli.ops.affine import Grid
-
-    grid, counts = str(Grid(**manifest["quantization"])), manifest.get("counts")
-    if not counts:
-        return grid
-    return f"{grid}: {counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
+    grid, counts = quantized.grid_in_words(manifest), manifest.get("counts")
+    return f"{grid}: {quantized.bits_in_words(counts)}" if counts else grid
 
 
 def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:

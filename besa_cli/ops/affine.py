@@ -20,8 +20,8 @@ from besa_cli.ops.kernels import plain
 BITS = (2, 3, 4, 8)
 CHANNEL = "channel"
 GROUP = "128"  # columns that share a scale where nothing else is said
-LARGEST = 65504.0  # of the fp16 numbers
-_SMALLEST = 2.0**-24  # of those above zero
+LARGEST = torch.finfo(torch.float16).max
+_SMALLEST = 2.0**-24  # of the fp16 numbers above zero
 
 
 @dataclass(frozen=True, kw_only=True)

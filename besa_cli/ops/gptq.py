@@ -1,5 +1,7 @@
 """GPTQ: put a linear on a grid column by column; the columns that follow make up for the error (arXiv 2210.17323)."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -51,7 +53,7 @@ def quantize(
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
     costs = factor.diagonal().square().reciprocal()
-    lonely = Grid(bits=grid.bits, group_size=None, symmetric=grid.symmetric)
+    lonely = replace(grid, group_size=None)
     for start in range(0, cols, _step(group, width)):
         part = slice(start, min(start + _step(group, width), cols))
         errors = torch.zeros_like(updated[:, part])
