@@ -10,9 +10,9 @@ step    one learning step ÷ one plain forward and backward pass of the block (w
 whole   all of `besa prune` ÷ one plain pass without gradients of all blocks over the calibration set, one sample a time
 state   bytes of ranks, mixtures, their gradients and the optimizer's moments ÷ weights
 
-All parts of one line are timed in one process: of wall time, and of the CPU time of all threads (`cpu_ratio`), which
-other programs on the machine disturb less. A step's line holds the median of the ratios of several turns; the whole is
-done once, between two plain passes whose mean is the unit.
+All parts of one line are timed in one process, in turn, and the line holds the median of the turns' ratios: of wall
+time, and of the CPU time of all threads (`cpu_ratio`), which other programs on the machine disturb less. The unit of a
+whole is the mean of the plain passes before and after it.
 """
 
 import argparse
@@ -121,15 +121,7 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
             found.append((learning.wall / plain.wall, learning.cpu / plain.cpu, plain.wall))
     steps = -(-len(tokens) // batch)
     walls, cpus, plains = zip(*found, strict=True)
-    return {
-        "ratio": statistics.median(walls),
-        "lowest": min(walls),
-        "highest": max(walls),
-        "cpu_ratio": statistics.median(cpus),
-        "cpu_lowest": min(cpus),
-        "cpu_highest": max(cpus),
-        "plain_ms": 1e3 * statistics.median(plains) / steps,
-    }
+    return {**_spread(walls, cpus), "plain_ms": 1e3 * statistics.median(plains) / steps}
 
 
 def one_by_one(decoder: Decoder, index: int, hidden: torch.Tensor) -> None:
@@ -153,30 +145,46 @@ def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
     return total
 
 
-def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor) -> dict[str, float]:
+def whole_ratio(
+    directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor, turns: int
+) -> dict[str, float]:
     """All of `besa prune`, checks and reports included but not the start of Python, ÷ one plain pass."""
     settings = {"options": {"data": [], "samples": len(tokens), "seqlen": tokens.shape[1], "seed": 0, "pack": None}}
     drawn = {**settings, "sources": [], "tokens_digest": calibration.tokens_digest(tokens)}
+    calibrated = calibration.CalibrationSet(tokens=tokens, manifest=drawn)
     model = Model(name="random", kind="local", directory=directory, revision=None)
     request = Request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
-    decoder = Decoder(directory, CPU, dtype)
-    before = plain_pass(decoder, tokens)
-    with tempfile.TemporaryDirectory() as run:
-        calibrated = calibration.CalibrationSet(tokens=tokens, manifest=drawn)
-        reports: list[Any] = []
+    decoder, reports = Decoder(directory, CPU, dtype), list[Any]()
 
-        def prune() -> None:
+    def prune() -> None:
+        with tempfile.TemporaryDirectory() as run:
             job = Job(Run(Path(run)), model, calibrated, request)
             reports.extend(job.blocks())
             job.finish()
 
-        took = seconds(prune)
-    passes = before + plain_pass(decoder, tokens)  # one before and one after
+    found, before = [], plain_pass(decoder, tokens)
+    for _ in range(turns):
+        took, after = seconds(prune), plain_pass(decoder, tokens)
+        found.append((2 * took.wall / (before + after).wall, 2 * took.cpu / (before + after).cpu, after.wall))
+        before = after
+    walls, cpus, passes = zip(*found, strict=True)
     return {
-        "ratio": 2 * took.wall / passes.wall,
-        "cpu_ratio": 2 * took.cpu / passes.cpu,
-        "pass_seconds": passes.wall / 2,
+        **_spread(walls, cpus),
+        "turns": turns,
+        "pass_seconds": statistics.median(passes),
         "kept_uniform": sum(report.kept_uniform for report in reports),
+    }
+
+
+def _spread(walls: Sequence[float], cpus: Sequence[float]) -> dict[str, float]:
+    """The medians and the extremes of the turns' ratios."""
+    return {
+        "ratio": statistics.median(walls),
+        "lowest": min(walls),
+        "highest": max(walls),
+        "cpu_ratio": statistics.median(cpus),
+        "cpu_lowest": min(cpus),
+        "cpu_highest": max(cpus),
     }
 
 
@@ -209,7 +217,7 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if "whole" in arguments.only:
                 for target in ("block", "stream"):
                     yield {"what": "whole", "hidden": hidden, "target": target, "samples": len(tokens),
-                           **whole_ratio(directory, dtype, target, tokens)}  # fmt: skip
+                           **whole_ratio(directory, dtype, target, tokens, arguments.whole_turns)}  # fmt: skip
             if "state" in arguments.only:
                 yield {"what": "state", "hidden": hidden, **state_bytes(directory, tokens[:1, :16])}
 
@@ -225,7 +233,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--step-samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=5, help="of steps")
+    parser.add_argument("--whole-turns", type=int, default=3, help="of the whole")
     arguments = parser.parse_args(words)
     made = {
         "dtype": arguments.dtype, "seqlen": arguments.seqlen, "threads": torch.get_num_threads(),

@@ -72,6 +72,8 @@ def test_ranks_take_16_bits_where_they_suffice(cols: int, dtype: torch.dtype, fo
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
         (torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -84,7 +86,7 @@ def test_mask_and_sums_are_those_of_a_loop(
     masked = form.mask(weight, ranks, counts, torch.empty(rows, cols, dtype=computed))
     sums = form.candidate_sums(gradient, weight, ranks, 7)
     floored = form.candidate_sums(gradient, weight, ranks, 7, floored=True)
-    if form is native and torch.float16 in (stored, computed):
+    if form is native and computed == torch.float16:
         assert masked is None  # left to the plain form
         assert sums is None
         assert floored is None
@@ -92,7 +94,8 @@ def test_mask_and_sums_are_those_of_a_loop(
     assert (masked.dtype, sums.dtype) == (computed, torch.float32)
     for row in range(rows):
         w, g, rank = weight[row].tolist(), gradient[row].tolist(), ranks[row].tolist()
-        assert masked[row].tolist() == [0.0 if rank[c] < counts[row] else w[c] for c in range(cols)]
+        rounded = weight[row].to(computed).tolist()
+        assert masked[row].tolist() == [0.0 if rank[c] < counts[row] else rounded[c] for c in range(cols)]
         for d, found in enumerate(sums[row].tolist()):
             terms = [g[c] * w[c] for c in range(cols) if rank[c] * 7 < d * cols]
             assert found == pytest.approx(-sum(terms), rel=1e-5, abs=1e-5 * sum(map(abs, terms)) + 1e-12)
@@ -114,10 +117,6 @@ def test_weights_on_a_grid_and_its_slopes_are_those_of_a_loop(
     zeros = random(rows, groups, seed=3).mul(9).round().clamp(0, top)
     found = form.on_grid(weight, scales, zeros, width, top)
     slopes = form.grid_slopes(gradient, weight, scales, zeros, width, top)
-    if form is native and stored == torch.float16:
-        assert found is None  # left to the plain form
-        assert slopes is None
-        return
     for row in range(rows):
         for group in range(groups):
             h, z = scales[row, group], zeros[row, group]
@@ -132,6 +131,17 @@ def test_weights_on_a_grid_and_its_slopes_are_those_of_a_loop(
                 largest += abs(slope) * (1 + abs(code - float(z)))
             assert float(slopes[0][row, group]) == pytest.approx(by_scale, rel=1e-4, abs=1e-5 * largest)
             assert float(slopes[1][row, group]) == pytest.approx(by_zero, rel=1e-4, abs=1e-5 * largest)
+
+
+@needs_native
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+def test_every_finite_half_is_widened_and_rounded_as_torch_does(computed: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite()].unsqueeze(0)
+    ranks, none = plain.ranks(finite.float()), torch.zeros(1, dtype=torch.int32)
+    found = native.mask(finite, ranks, none, torch.empty_like(finite, dtype=computed))
+    number = torch.int32 if computed == torch.float32 else torch.int16
+    assert torch.equal(found.view(number), finite.to(computed).view(number))
 
 
 @needs_native

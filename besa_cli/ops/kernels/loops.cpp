@@ -43,19 +43,40 @@ inline float as_float(std::uint32_t bits) {
     return value;
 }
 
+inline std::uint32_t as_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
 struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+struct Float16 {
     std::uint16_t bits;
 };
 
 inline float widen(float value) { return value; }
 inline float widen(Bfloat16 value) { return as_float(std::uint32_t(value.bits) << 16); }
+// Of finite numbers: the exponent is 112 less than that of the same number in 32 bits. No branch.
+inline float widen(Float16 value) {
+    const float size = as_float(std::uint32_t(value.bits & 0x7fff) << 13) * 0x1p112f;
+    return as_float(as_bits(size) | std::uint32_t(value.bits & 0x8000) << 16);
+}
+
+// To the nearest, of two the even one.
+inline std::uint16_t narrow(float value) {
+    const std::uint32_t bits = as_bits(value);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
 
 // A weight's bits where `keep` is all ones, +0 where it is 0. Branch-free, so that compilers use vectors.
-inline void put(std::uint32_t weight, std::uint32_t keep, std::uint32_t& out) { out = weight & keep; }
-inline void put(std::uint16_t weight, std::uint32_t keep, std::uint32_t& out) {
-    out = (std::uint32_t(weight) << 16) & keep;
-}
-inline void put(std::uint16_t weight, std::uint32_t keep, std::uint16_t& out) { out = weight & std::uint16_t(keep); }
+template <typename Weight>
+inline void put(Weight weight, std::uint32_t keep, float& out) { out = as_float(as_bits(widen(weight)) & keep); }
+template <typename Weight>
+inline void put(Weight weight, std::uint32_t keep, Bfloat16& out) { out.bits = narrow(widen(weight)) & keep; }
+inline void put(Bfloat16 weight, std::uint32_t keep, Bfloat16& out) { out.bits = weight.bits & keep; }
 
 template <typename Weight, typename Rank, typename Out>
 inline ALWAYS_INLINE void mask_rows(
@@ -266,16 +287,21 @@ inline ALWAYS_INLINE void slope_rows(const float* gradient, const Weight* weight
 
 GRID(float, float)
 GRID(bfloat16, Bfloat16)
+GRID(float16, Float16)
 SLOPES(float, float)
 SLOPES(bfloat16, Bfloat16)
+SLOPES(float16, Float16)
 
-#define FOR_RANK(SUFFIX, RANK)                                                   \
-    MASK(mask_float_float_##SUFFIX, std::uint32_t, RANK, std::uint32_t)                          \
-    MASK(mask_bfloat16_float_##SUFFIX, std::uint16_t, RANK, std::uint32_t)                    \
-    MASK(mask_bfloat16_bfloat16_##SUFFIX, std::uint16_t, RANK, std::uint16_t)              \
-    SUMS(sums_float_float_##SUFFIX, float, float, RANK)                          \
-    SUMS(sums_float_bfloat16_##SUFFIX, float, Bfloat16, RANK)                    \
-    SUMS(sums_bfloat16_bfloat16_##SUFFIX, Bfloat16, Bfloat16, RANK)              \
+#define FOR_WEIGHT(NAME, WEIGHT, SUFFIX, RANK)                     \
+    MASK(mask_##NAME##_float_##SUFFIX, WEIGHT, RANK, float)        \
+    MASK(mask_##NAME##_bfloat16_##SUFFIX, WEIGHT, RANK, Bfloat16)  \
+    SUMS(sums_float_##NAME##_##SUFFIX, float, WEIGHT, RANK)        \
+    SUMS(sums_bfloat16_##NAME##_##SUFFIX, Bfloat16, WEIGHT, RANK)
+
+#define FOR_RANK(SUFFIX, RANK)                     \
+    FOR_WEIGHT(float, float, SUFFIX, RANK)         \
+    FOR_WEIGHT(bfloat16, Bfloat16, SUFFIX, RANK)   \
+    FOR_WEIGHT(float16, Float16, SUFFIX, RANK)     \
     RANKS(ranks_##SUFFIX, RANK)
 
 FOR_RANK(short, std::int16_t)

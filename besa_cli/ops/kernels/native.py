@@ -11,7 +11,13 @@ from torch import Tensor
 from besa_cli.ops.kernels import plain
 
 LIBRARY = Path(__file__).with_name("loops.so")
-_NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "short", torch.int32: "int"}
+_NAMES = {
+    torch.float32: "float",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int16: "short",
+    torch.int32: "int",
+}
 
 
 @cache

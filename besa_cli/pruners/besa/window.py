@@ -21,16 +21,14 @@ _DAMPING = 0.01
 class Linear:
     """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight.
 
-    Its masked weights are written into `room`, the block's own weights in the dtype of computation: nobody needs those
-    between the target and the end, and a copy of them would be a third of all that is held.
+    Its masked weights are written into `room`, the block's own weights in the dtype of computation, from the weights as
+    they are stored: nobody needs those between the target and the end, and a copy would be a third of all that is held.
     """
 
     def __init__(
         self, weight: Tensor, scores: Tensor, room: Tensor, group: int, clipped: Clipped | None = None
     ) -> None:
-        dtype = room.dtype
-        exact = weight.dtype in (dtype, torch.bfloat16) and dtype != torch.float16
-        self.weight = (weight if exact else weight.to(dtype)).contiguous()
+        self.weight = weight.contiguous()
         self.ranks = kernels.ranks(scores)
         self.masked = room
         self.rows, self.cols = weight.shape
