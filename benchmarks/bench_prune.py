@@ -145,9 +145,7 @@ def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
     return total
 
 
-def whole_ratio(
-    directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor, turns: int
-) -> dict[str, float]:
+def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor, turns: int) -> dict[str, float]:
     """All of `besa prune`, checks and reports included but not the start of Python, ÷ one plain pass."""
     settings = {"options": {"data": [], "samples": len(tokens), "seqlen": tokens.shape[1], "seed": 0, "pack": None}}
     drawn = {**settings, "sources": [], "tokens_digest": calibration.tokens_digest(tokens)}

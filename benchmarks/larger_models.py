@@ -12,8 +12,9 @@ import torch
 from random_checkpoint import SHAPES
 
 from besa_cli import footprint
+from besa_cli.pruning import Request
 
-SAMPLES, SEQLEN, PASSING, CANDIDATES = 128, 2048, 4096, 100
+SAMPLES, SEQLEN, PASSING = 128, 2048, 4096
 LIBRARIES = 0.5e9  # bytes that the imports hold
 SOURCE = 2  # bytes of a stored number
 CASES = (
@@ -57,6 +58,7 @@ def peak(sizes: Sizes, method: str, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes in memory, and those of the hidden states in files."""
     embedding = sizes.vocabulary * sizes.hidden
     shape = footprint.Shape(
+        blocks=1,
         loaded=sizes.weights,
         weights=sizes.weights,
         largest=max(rows * cols for rows, cols in sizes.linears),
@@ -70,9 +72,8 @@ def peak(sizes: Sizes, method: str, dtype: torch.dtype) -> tuple[float, float]:
         vocabulary=sizes.vocabulary,
         dtype=dtype,
     )
-    demand = footprint.compressing(
-        shape, method, tokens=SAMPLES * SEQLEN, passing=PASSING, learning=SEQLEN, candidates=CANDIDATES
-    )
+    held = Request(method=method, options={}).held()
+    demand = footprint.compressing(shape, held, tokens=SAMPLES * SEQLEN, passing=PASSING, learning=SEQLEN)
     return LIBRARIES + shape.embedding + demand.peak(in_files=True), demand.hidden
 
 

@@ -25,16 +25,20 @@ _ROOM = 80 << 20  # the allocator's holes, buffers of the matrix products, what 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Bytes that a method holds for each weight of a window, beside the block and its source.
+    """What a method holds beside the block and its source. Every method says it of its options: `held(options)`.
 
     Attributes
     ----------
     state : float
-        When it has decided, whatever the dtype of computation.
+        Bytes for each weight of a window when it has decided, whatever the dtype of computation.
     learned : float, optional
-        While it learns; None where it passes no gradients through the block.
+        The same while it learns; None where it passes no gradients through the block.
+    batch : int
+        Samples in a learning step.
     ranks : bool
         Whether it holds the order of every row's weights.
+    candidates : int
+        Candidate sparsities of the mixtures that it learns, as many mixtures as rows at most.
     grams : bool
         Whether it holds the second-order statistics of every input.
     changes : bool
@@ -45,23 +49,12 @@ class Held:
 
     state: float
     learned: float | None = None
+    batch: int = 1
     ranks: bool = False
+    candidates: int = 0
     grams: bool = False
     changes: bool = False
     codes: bool = False
-
-
-_WANDA = Held(state=9)  # scores (4), the same with zeros marked (4), masks (1)
-METHODS: Mapping[str, Held] = {
-    "besa": Held(state=2, learned=0, ranks=True),  # two masks (1 each) when they are compared
-    "wanda": _WANDA,
-    "magnitude": _WANDA,
-    "sparsegpt": Held(state=5, grams=True, changes=True),  # updated weights (4), masks (1)
-    "rtn": Held(state=6, changes=True, codes=True),  # codes (1), what they stand for (4), masks (1)
-    "gptq": Held(state=6, grams=True, changes=True, codes=True),
-    "clip": Held(state=7, learned=5, changes=True, codes=True),  # on the grid (4), two lots of codes, masks
-}
-_GRID = Held(state=11, learned=4, ranks=True, changes=True, codes=True)  # BESA on a grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +63,10 @@ class Shape:
 
     Attributes
     ----------
+    blocks : int
+        Blocks that the window lies in.
     loaded : int
-        Parameters of the blocks that the window lies in.
+        Their parameters.
     weights : int
         Weights of its linears.
     largest : int
@@ -93,6 +88,7 @@ class Shape:
         Tensors of hidden states of all samples.
     """
 
+    blocks: int
     loaded: int
     weights: int
     largest: int
@@ -147,6 +143,7 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     stored = sum(decoder.weights.nbytes(decoder.source_names(index)) for index in segment.blocks)
     text = decoder.config.get_text_config()
     return Shape(
+        blocks=len(segment.blocks),
         loaded=loaded,
         weights=max(counts),
         largest=max(rows * cols for rows, cols in linears),
@@ -163,33 +160,26 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     )
 
 
-def compressing(
-    shape: Shape, method: str, *, tokens: int, passing: int, learning: int = 0, candidates: int = 0, grid: bool = False
-) -> Demand:
+def compressing(shape: Shape, held: Held, *, tokens: int, passing: int, learning: int = 0) -> Demand:
     """What a prune or quantize command holds.
 
     Parameters
     ----------
     shape : Shape
-    method : str
-        A key of `METHODS`; one that is not there counts as one that learns.
+    held : Held
+        By the method.
     tokens : int
         Of all calibration samples.
     passing, learning : int
         Tokens in a pass without gradients, and in a learning step.
-    candidates : int
-        Candidate sparsities of the mixtures, as for a mixture of every row.
-    grid : bool
-        Whether pruning and quantizing are learned together.
     """
-    held = _GRID if method == "besa" and grid else METHODS.get(method, _GRID)
     compute = shape.dtype.itemsize
     block = round(shape.loaded * (compute + shape.source))
     state, learned = round(shape.weights * held.state), round(shape.weights * (held.learned or 0))
     stored = round(shape.weights * (shape.source + 1))  # as they will be stored, and the masks
     if held.ranks:
         ranks = sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
-        state, learned = state + ranks, learned + ranks + _MIXTURES * 4 * candidates * sum(shape.rows)
+        state, learned = state + ranks, learned + ranks + _MIXTURES * 4 * held.candidates * sum(shape.rows)
     grams = 4 * sum(cols * cols for cols in _inputs(shape)) if held.grams else 0
     factors = 4 * 4 * max(shape.columns) ** 2 if held.grams else 0
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
@@ -202,7 +192,8 @@ def compressing(
         "propagation": block + stored + changed + passes,
     }
     if held.learned is not None:
-        phases["learning"] = block + learned + round(learning * widths * compute * _KEPT) + 2 * compute * shape.largest
+        kept = round(windows.kept(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
+        phases["learning"] = block + learned + learning * kept * compute + 2 * compute * shape.largest
     freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
     phases = {name: max(held - freed[name], 0) for name, held in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute

@@ -71,7 +71,7 @@ class Span:
         hidden = inputs
         for index in self.blocks:
             named = _inside(weights, self.places, index)
-            if named and len(self.blocks) > _KEPT:
+            if named and kept(len(self.blocks)) < len(self.blocks):
                 hidden = checkpoint(self._decoder.forward, index, hidden, tokens, named, use_reentrant=False)
             else:
                 hidden = self._decoder.forward(index, hidden, tokens, named)
@@ -120,6 +120,11 @@ class MLP(_Half):
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """See `Window`."""
         return parts.forward_part(self._decoder, self._index, self._part, inputs, self._inside(weights))
+
+
+def kept(blocks: int) -> int:
+    """How many of a window's blocks have their activations in memory at a time while it is learned."""
+    return blocks if blocks <= _KEPT else 1
 
 
 def check(option: str) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,12 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from besa_cli import footprint, windows
+from besa_cli import footprint, pruning, quantizing, windows
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import UsageError
-from besa_cli.footprint import Demand, Shape
+from besa_cli.footprint import Demand, Held, Shape
+from besa_cli.pruners import PRUNERS, sparsegpt
+from besa_cli.quantizers import QUANTIZERS, gptq
 
 SHAPE = Shape(
+    blocks=1,
     loaded=1_100,
     weights=1_000,
     largest=400,
@@ -40,6 +44,7 @@ def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: 
     assert found.loaded == sum(tensor.numel() for tensor in inside.values()) * blocks // 3
     assert found.source == 2.0
     assert found.rest == sum(tensor.nbytes for name, tensor in tensors.items() if name not in inside)
+    assert found.blocks == blocks
     matrices = [tensor for name, tensor in inside.items() if ".layers.0." in name and tensor.dim() == 2]
     if option != "attn-mlp":
         assert found.weights == blocks * sum(tensor.numel() for tensor in matrices)
@@ -69,22 +74,80 @@ def test_the_head_is_there_when_logits_are_wanted_and_not_before(tied: bool, tmp
     assert decoder.head_bytes() == 0
 
 
-@pytest.mark.parametrize("method", footprint.METHODS)
-def test_what_must_be_there_is_counted(method: str) -> None:
-    found = footprint.compressing(SHAPE, method, tokens=70, passing=7, learning=7, candidates=10)
+def requests() -> list[Any]:
+    """Every method there is, and what changes what it holds."""
+    plain = [pruning.Request(method=name, options={}) for name in PRUNERS]
+    plain += [quantizing.Request(method=name, options={}) for name in QUANTIZERS]
+    chosen = [{"bits": 4}, {"importance": "sparsegpt"}, {"candidates": 1000, "batch_size": 3}]
+    return plain + [pruning.Request(method="besa", options=options) for options in chosen]
+
+
+@pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method}-{asked.options}")
+def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
+    held = request_.held()
+    found = footprint.compressing(SHAPE, held, tokens=70, passing=7, learning=7)
     inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
     assert found.hidden == inputs.nbytes + targets.nbytes
     block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
-    assert found.peak() - found.hidden > block.nbytes + source.nbytes + masks.nbytes
+    always = block.nbytes + source.nbytes
+    gram = torch.empty(20, 20) if request_.module in (sparsegpt, gptq) or "importance" in request_.options else None
+    second = 0 if gram is None else gram.nbytes
+    assert found.phases["statistics"] > always + second
+    assert found.phases["deciding"] > always + masks.nbytes + 3 * second  # it, its factor, and one in work
+    stored, widest = torch.empty(1_000, dtype=torch.bfloat16), torch.empty(7, 30)
+    changed = torch.empty(1_000) if request_.grid or request_.module is sparsegpt else torch.empty(0)
+    assert found.phases["propagation"] > always + stored.nbytes + masks.nbytes + changed.nbytes + widest.nbytes
+    assert ("learning" in found.phases) == (request_.method in ("besa", "clip"))
+    if request_.method == "besa":
+        ranks, mixtures = torch.empty(1_000, dtype=torch.int16), torch.empty(50, request_.method_options().candidates)
+        learned = ranks.nbytes + 4 * mixtures.nbytes  # logits, gradients, two moments
+        assert found.phases["learning"] > always + learned + (torch.empty(1_000).nbytes if request_.grid else 0)
+    assert found.peak() >= max(found.phases.values()) + found.hidden
     assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
 
 
+@pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (2, 2), (3, 1), (9, 1)])
+def test_activations_are_kept_for_two_blocks_at_most(blocks: int, kept: int) -> None:
+    held = pruning.Request(options={"batch_size": 3}).held()
+    shape = replace(SHAPE, blocks=blocks)
+    few, many = (footprint.compressing(shape, held, tokens=70, passing=7, learning=each) for each in (7, 8))
+    token = many.phases["learning"] - few.phases["learning"]
+    one = footprint.compressing(SHAPE, held, tokens=70, passing=7, learning=8).phases["learning"]
+    alone = one - footprint.compressing(SHAPE, held, tokens=70, passing=7, learning=7).phases["learning"]
+    between = torch.empty(20).nbytes  # a hidden state at each boundary
+    assert token == kept * (alone - between) + blocks * between
+
+
+def test_the_kept_activations_are_those_of_a_real_window(tmp_path: Path) -> None:
+    """Bytes that autograd keeps for a step of `--window 1` to 4, against the number of blocks that is counted."""
+    directory = tiny.checkpoint(tmp_path, "llama", blocks=4, dtype=torch.float32)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    for index in range(4):
+        decoder.load(index)
+    saved = []
+    for blocks in (1, 2, 3, 4):
+        span = windows.Span(decoder, range(blocks))
+        own = {name: linear.weight.detach().clone().requires_grad_() for name, linear in span.linears.items()}
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            span.forward(torch.randn(1, 9, decoder.config.hidden_size), tiny.tokens(1, 9), own)
+        saved.append(sum(sizes))
+    assert saved[1] > 1.8 * saved[0]
+    assert saved[3] < saved[2] * 1.5 < saved[1]
+
+
 def test_no_phase_but_its_own_holds_the_embedding() -> None:
-    without = footprint.compressing(SHAPE, "wanda", tokens=70, passing=7)
-    freed = footprint.compressing(replace(SHAPE, embedding=90), "wanda", tokens=70, passing=7)
+    wanda = pruning.Request(method="wanda", options={}).held()
+    without = footprint.compressing(SHAPE, wanda, tokens=70, passing=7)
+    freed = footprint.compressing(replace(SHAPE, embedding=90), wanda, tokens=70, passing=7)
     for phase, held in without.phases.items():
         assert freed.phases[phase] == held - (0 if phase == "embeddings" else 90)
-    large = footprint.compressing(replace(SHAPE, embedding=10**9, rest=2 * 10**9), "wanda", tokens=70, passing=7)
+    large = footprint.compressing(replace(SHAPE, embedding=10**9, rest=2 * 10**9), wanda, tokens=70, passing=7)
     assert large.phase == "embeddings"
     assert set(large.phases.values()) == {0, 2 * 10**9}
 
@@ -93,11 +156,11 @@ def test_no_phase_but_its_own_holds_the_embedding() -> None:
     tokens=st.integers(1, 10**6),
     passing=st.integers(1, 10**5),
     more=st.integers(1, 10**5),
-    method=st.sampled_from(sorted(footprint.METHODS)),
+    held=st.sampled_from([request.held() for request in requests()]),
 )
-def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, method: str) -> None:
-    few = footprint.compressing(SHAPE, method, tokens=tokens, passing=passing)
-    many = footprint.compressing(SHAPE, method, tokens=tokens + more, passing=passing + more)
+def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: Held) -> None:
+    few = footprint.compressing(SHAPE, held, tokens=tokens, passing=passing)
+    many = footprint.compressing(SHAPE, held, tokens=tokens + more, passing=passing + more)
     assert many.peak() >= few.peak()
     assert many.peak() - many.hidden == many.peak(in_files=True)
     measured = [

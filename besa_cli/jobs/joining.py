@@ -23,7 +23,7 @@ def require_even_steps(request: Plan, world: Ranks) -> None:
     UsageError
         The samples in a step, more than one, are no multiple of the ranks.
     """
-    batch = getattr(request.method_options(), "batch_size", 1)
+    batch = request.held().batch
     if batch > 1 and batch % world.size:
         raise UsageError(
             f"--batch-size {batch} cannot be shared out evenly over {world.size} ranks",

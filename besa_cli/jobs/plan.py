@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from besa_cli.choices import Target
+from besa_cli.footprint import Held
 from besa_cli.ops.affine import Grid
 from besa_cli.stream.block import Block, Pruned
 
@@ -70,9 +71,5 @@ class Plan(Protocol):
     def change(self, block: Block) -> Pruned:
         """What becomes of a block."""
 
-    @property
-    def method(self) -> str:
-        """The method's name."""
-
-    def method_options(self) -> Any:
-        """The method's `Options`."""
+    def held(self) -> Held:
+        """What the method holds in memory."""

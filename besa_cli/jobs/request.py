@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from besa_cli import compute, windows
 from besa_cli.choices import Target
 from besa_cli.errors import UsageError, unknown
+from besa_cli.footprint import Held
 from besa_cli.ops.affine import Grid
 
 
@@ -84,6 +85,11 @@ class Request(ABC):
         """See `besa_cli.jobs.plan.Plan`."""
         target: Target = getattr(self.method_options(), "target", "block")
         return target
+
+    def held(self) -> Held:
+        """See `besa_cli.jobs.plan.Plan`."""
+        held: Held = self.module.held(self.method_options())
+        return held
 
     def facts(self) -> dict[str, Any]:
         """See `besa_cli.jobs.plan.Plan`."""

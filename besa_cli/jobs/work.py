@@ -47,17 +47,14 @@ class Work:
 
     def demand(self, batch: int) -> footprint.Demand:
         """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
-        own, size = self._request.method_options(), self._world.size
-        observed, learned = len(self._tokens), min(self._samples, getattr(own, "batch_size", 1))
-        passed = -(-observed // size)
+        held, size = self._request.held(), self._world.size
+        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, held.batch) // size)
         return footprint.compressing(
             footprint.shape(self.decoder, self.segments),
-            self._request.method,
+            held,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
-            learning=-(-learned // size) * self._seqlen,
-            candidates=getattr(own, "candidates", 0),
-            grid=self._request.grid is not None,
+            learning=learned * self._seqlen,
         )
 
     def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:

@@ -1,4 +1,5 @@
-"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass) and `prune(block, options) -> Pruned`.
+"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass), `prune(block, options) -> Pruned` and
+`held(options) -> Held`, what it holds in memory.
 
 A new method is a file in this folder and a line in `PRUNERS`.
 """

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from besa_cli.footprint import Held
 from besa_cli.ops import importance
 from besa_cli.pruners import wanda
 from besa_cli.stream.block import Block, Pruned
@@ -12,6 +13,11 @@ class Options:
     """Options of magnitude pruning: `nm` = (n, m) prunes n of every m columns instead of the block's budget."""
 
     nm: tuple[int, int] | None = None
+
+
+def held(options: Options) -> Held:
+    """As Wanda: scores (4 bytes), the same with zeros marked (4), masks (1)."""
+    return Held(state=9)
 
 
 def prune(block: Block, options: Options) -> Pruned:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from besa_cli.footprint import Held
 from besa_cli.ops import importance, obs
 from besa_cli.pruners import wanda
 from besa_cli.stream.block import Block, Pruned
@@ -21,6 +22,11 @@ class Options:
 
     nm: tuple[int, int] | None = None
     damping: float = 0.01
+
+
+def held(options: Options) -> Held:
+    """Updated weights (4 bytes), masks (1)."""
+    return Held(state=5, grams=True, changes=True)
 
 
 def prune(block: Block, options: Options) -> Pruned:

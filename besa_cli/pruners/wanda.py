@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from besa_cli.footprint import Held
 from besa_cli.ops import budget, importance, masks
 from besa_cli.stream.block import Block, Pruned
 
@@ -15,6 +16,11 @@ class Options:
     """Options of Wanda: `nm` = (n, m) prunes n of every m columns instead of the block's budget."""
 
     nm: tuple[int, int] | None = None
+
+
+def held(options: Options) -> Held:
+    """Scores (4 bytes), the same with zeros marked (4), masks (1)."""
+    return Held(state=9)
 
 
 def prune(block: Block, options: Options) -> Pruned:

@@ -10,6 +10,7 @@ from torch import Tensor
 from besa_cli import compute
 from besa_cli.choices import Loss, Target
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.footprint import Held
 from besa_cli.ops import affine, importance, losses
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
@@ -52,6 +53,11 @@ class Options:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
         if not 0 <= self.lr < math.inf:
             raise UsageError(f"--lr {self.lr} is not a number from 0 up", "leave it out")
+
+
+def held(options: Options) -> Held:
+    """What stands on the grid (4 bytes), two lots of codes and masks (1 each) when they are compared."""
+    return Held(state=7, learned=5, batch=options.batch_size, changes=True, codes=True)
 
 
 def quantize(block: Block, grid: Grid, options: Options) -> Pruned:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from besa_cli.errors import UsageError
+from besa_cli.footprint import Held
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
@@ -32,6 +33,11 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:
             raise UsageError(f"--damping {self.damping} is not a number from 0 up", "leave it out")
+
+
+def held(options: Options) -> Held:
+    """Codes (1 byte), what they stand for (4), masks (1)."""
+    return Held(state=6, grams=True, changes=True, codes=True)
 
 
 def quantize(block: Block, grid: Grid, options: Options) -> Pruned:

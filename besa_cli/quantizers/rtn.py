@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from besa_cli.footprint import Held
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.stream.block import Block, Pruned
@@ -14,6 +15,11 @@ OBSERVES = False
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Round to nearest has no options of its own."""
+
+
+def held(options: Options) -> Held:
+    """Codes (1 byte), what they stand for (4), masks (1)."""
+    return Held(state=6, changes=True, codes=True)
 
 
 def quantize(block: Block, grid: Grid, options: Options) -> Pruned:

@@ -7,6 +7,7 @@ from typing import Any
 from besa_cli import windows
 from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
 from besa_cli.errors import UsageError
+from besa_cli.footprint import Held
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 
@@ -157,6 +158,15 @@ class Options:
 
 
 def authors(granularity: str = "row") -> dict[str, Any]:
-    """The released program's options: see docs/method.md, section 3."""
+    """The released program's options: see docs/method.md, section 4."""
     target = "stream" if granularity == "layer" else "block"
     return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": 5.0}
+
+
+def held(options: Options) -> Held:
+    """Two masks (1 byte each) when they are compared; on a grid what stands on it (4), its codes and the masks."""
+    learning = {"batch": options.batch_size, "ranks": True, "candidates": options.candidates}
+    grams = options.importance == "sparsegpt"
+    if options.grid:
+        return Held(state=11, learned=4, grams=grams, changes=True, codes=True, **learning)
+    return Held(state=2, learned=0, grams=grams, **learning)
