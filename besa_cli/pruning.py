@@ -38,6 +38,13 @@ class Request(request.Request):
             raise UsageError(
                 f"--nm '{self.nm[0]}:{self.nm[1]}' is no pattern N:M with 0 < N < M", "2:4 prunes 2 of every 4 columns"
             )
+        low, high = self.method_options().reach if self.options.get("preset") else (0.0, 1.0)
+        if not low <= self.sparsity <= high:
+            raise UsageError(
+                f"--sparsity {self.sparsity} is beyond what --preset {self.options['preset']} can learn: "
+                f"{low:.3f} to {high:.3f}",
+                "leave the preset out; the released program itself needs --no-sigmoid-smooth there",
+            )
 
     @property
     def stage(self) -> str:

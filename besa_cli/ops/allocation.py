@@ -39,6 +39,18 @@ def mixture(logits: Float[Tensor, "groups candidates"]) -> Float[Tensor, "groups
     return logits.softmax(dim=1)
 
 
+def smoothed_reach(count: int) -> tuple[float, float]:
+    """The least and the greatest α of softmax(sigmoid(θ)) over the candidates 0, 1/D … 1, D = `count`.
+
+    No logit of the softmax is further than 1 from another, so no candidate weighs more than e times another; the
+    greatest α gives that weight to all candidates from some one on.
+    """
+    p = candidates(count).double()
+    upper = [torch.where(p >= start, torch.e, 1.0).double() for start in p]
+    greatest = max(float(weights @ p / weights.sum()) for weights in upper)
+    return 1 - greatest, greatest
+
+
 def expected_sparsity(
     mixture: Float[Tensor, "groups candidates"], candidates: Float[Tensor, " candidates"]
 ) -> Float[Tensor, " groups"]:

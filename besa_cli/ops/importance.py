@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def squared_sums(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, " cols"]:
-    """Σ over all tokens of each input column's square, in fp32: what `column_norms` is the root of."""
+    """Σ over all tokens of each input column's square, in fp32: what Wanda's ‖X_:,c‖₂ is the root of."""
     return inputs.reshape(-1, inputs.shape[-1]).float().square().sum(0)
 
 
@@ -37,6 +37,8 @@ def sparsegpt(
     weight: Float[Tensor, "rows cols"], inverse_diagonal: Float[Tensor, " cols"]
 ) -> Float[Tensor, "rows cols"]:
     """δ = W² / [(XᵀX + λI)⁻¹]_cc: the output error that SparseGPT can not make up for (arXiv 2301.00774, Eq. 3).
+
+    0 in columns without any input, where no weight matters.
 
     Parameters
     ----------

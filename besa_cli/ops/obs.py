@@ -37,8 +37,9 @@ def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Te
 
 
 def inverse_diagonal(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, " cols"]:
-    """The diagonal of the inverse that `inverse_factor` factors."""
-    return inverse_factor(gram, damping).square().sum(0)
+    """The diagonal of the inverse that `inverse_factor` factors; infinite for columns without any input."""
+    inverse = inverse_factor(gram, damping).square().sum(0)
+    return inverse.masked_fill(gram.diagonal() == 0, torch.inf)
 
 
 def prune(

@@ -49,6 +49,26 @@ def test_mixture_rows_sum_to_one_and_keep_the_order_of_the_logits(theta: Tensor)
 
 @few
 @given(logits())
+def test_no_mixture_behind_a_sigmoid_leaves_its_reach(theta: Tensor) -> None:
+    count = theta.shape[1] - 1
+    low, high = allocation.smoothed_reach(count)
+    alpha = allocation.expected_sparsity(allocation.mixture(theta.sigmoid()), allocation.candidates(count))
+    assert bool((alpha >= low - 1e-6).all())
+    assert bool((alpha <= high + 1e-6).all())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_reach_of_mixtures_behind_a_sigmoid_is_attained(count: int) -> None:
+    steps = [torch.where(torch.arange(count + 1) >= start, 50.0, -50.0) for start in range(count + 2)]
+    theta = torch.stack(steps + [-step for step in steps])
+    alpha = allocation.expected_sparsity(allocation.mixture(theta.sigmoid()), allocation.candidates(count))
+    assert (float(alpha.min()), float(alpha.max())) == pytest.approx(allocation.smoothed_reach(count), abs=1e-6)
+    if count == 100:
+        assert allocation.smoothed_reach(count) == pytest.approx((0.376, 0.624), abs=5e-4)  # as the paper's code
+
+
+@few
+@given(logits())
 def test_expected_sparsity_is_the_weighted_sum_and_lies_between_the_candidates(theta: Tensor) -> None:
     beta, p = allocation.mixture(theta), allocation.candidates(theta.shape[1] - 1)
     alpha = allocation.expected_sparsity(beta, p)

@@ -8,7 +8,7 @@ from besa_cli import windows
 from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
 from besa_cli.errors import UsageError
 from besa_cli.footprint import Held
-from besa_cli.ops import affine
+from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 
 _RATES = {"adamw": 0.1, "prodigy": 1.0}
@@ -146,6 +146,11 @@ class Options:
     def manner(self) -> Manner:
         """How learning is done."""
         return Manner() if self.preset is None else _AUTHORS
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least and the greatest sparsity that can be learned."""
+        return allocation.smoothed_reach(self.candidates) if self.manner.smoothed else (0.0, 1.0)
 
     @property
     def rate(self) -> float:
