@@ -27,6 +27,11 @@ class Setting:
     importance: str = "wanda"
     epochs: int = 1
     candidates: int = 100
+    target: str = "block"
+    loss: str = "token"
+    optimizer: str = "adamw"
+    penalty: float = 5.0
+    batch_size: int = 1
 
     def record(self) -> dict[str, Any]:
         """The fields that this method has."""
@@ -35,7 +40,7 @@ class Setting:
     def words(self) -> list[str]:
         """The options of `besa prune`; the samples are drawn before."""
         named = {name: value for name, value in self.record().items() if name != "samples"}
-        return [word for name, value in named.items() for word in (f"--{name}", str(value))]
+        return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     @property
     def name(self) -> str:
@@ -149,7 +154,75 @@ def experiments(samples: int) -> dict[str, Experiment]:
         ),
         "sparsity": _sparsity({"BESA row": base, "BESA layer": layer, "Wanda": wanda, "SparseGPT": sparsegpt}),
         "samples": _samples({"BESA": base, "Wanda": wanda, "SparseGPT": sparsegpt}, base),
+        "choices": _sweep(
+            "What else is chosen",
+            "choice",
+            {
+                "default": base,
+                "target stream": replace(base, target="stream"),
+                "loss channel": replace(base, loss="channel"),
+                "loss frobenius": replace(base, loss="frobenius"),
+                "optimizer prodigy": replace(base, optimizer="prodigy"),
+                "penalty 0.5": replace(base, penalty=0.5),
+                "penalty 50": replace(base, penalty=50.0),
+                "batch size 4": replace(base, batch_size=4),
+            },
+        ),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the paper says of its choices: that one setting is better than each of the others, or as good.
+
+    Attributes
+    ----------
+    text : str
+    chosen : Setting
+    others : mapping of name to Setting
+    enough : bool
+        The others cost more, and are said to be no better.
+    """
+
+    text: str
+    chosen: Setting
+    others: Mapping[str, Setting]
+    enough: bool = False
+
+
+def claims(samples: int) -> list[Claim]:
+    """What the paper says of what is measured here."""
+    base = Setting(samples=samples)
+    steps = {str(1 / n): replace(base, candidates=n) for n in (1000, 10)}
+    return [
+        Claim(
+            text="Two blocks are better than one",
+            chosen=replace(base, window="2"),
+            others={"one block": base},
+        ),
+        Claim(
+            text="A block is better than its halves, and those than layers",
+            chosen=base,
+            others={"its halves": replace(base, window="attn-mlp"), "layers (Wanda)": replace(base, method="wanda")},
+        ),
+        Claim(
+            text="A sparsity for every row is better than one for every layer",
+            chosen=base,
+            others={"layer": replace(base, granularity="layer")},
+        ),
+        Claim(
+            text="Wanda's importance is better than others",
+            chosen=base,
+            others={kind: replace(base, importance=kind) for kind in ("sparsegpt", "magnitude")},
+        ),
+        Claim(
+            text="One epoch is enough",
+            chosen=base,
+            others={f"{n} epochs": replace(base, epochs=n) for n in (3, 10, 30)},
+            enough=True,
+        ),
+        Claim(text="A step of 0.01 is fine enough", chosen=base, others={"0.001": steps["0.001"]}, enough=True),
+    ]
 
 
 def _sweep(title: str, axis: str, settings: Mapping[str, Setting]) -> Experiment:

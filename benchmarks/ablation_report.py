@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation_plan import DENSE, Cell, Experiment, Line, Setting, Setup, experiments
+from ablation_plan import DENSE, Cell, Claim, Experiment, Line, Setting, Setup, claims, experiments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ Curves = dict[str, list[tuple[float, float, float]]]  # series → (point, perpl
 FIGURES = {"sparsity": "linear", "samples": "log"}  # experiment → scale of its axis
 COLOURS = {"BESA": "tab:blue", "Wanda": "tab:orange", "SparseGPT": "tab:green"}
 NONE = "-"
+ALIKE = 0.01  # relative differences of perplexity up to this count as none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,39 @@ def markdown(setup: Setup, found: Found, paper: Paper) -> str:
     """The whole page."""
     planned = experiments(setup.samples)
     parts = ["# Ablations", _head(setup, found, paper)]
+    dataset = measured_sets(found, paper)[0]
+    said = [sentence for each in claims(setup.samples) if (sentence := judged(each, found, dataset))]
+    if said:
+        parts += ["## What holds here of what the paper says", "\n".join(f"- {sentence}" for sentence in said)]
     for name, experiment in planned.items():
-        beside = paper["experiments"][name]
-        parts.append(f"## {experiment.title} (the paper's {beside['source']})")
+        beside = paper["experiments"].get(name, {"perplexity": {}})
+        parts.append(f"## {experiment.title}" + (f" (the paper's {beside['source']})" if "source" in beside else ""))
         parts.append(_table(experiment, found, paper, beside["perplexity"]))
         parts += [beside["note"]] if "note" in beside else []
-        if name in FIGURES and curves(experiment, found, measured_sets(found, paper)[0]):
+        if name in FIGURES and curves(experiment, found, dataset):
             parts.append(f"![Perplexity by {experiment.axis}](figures/{name}.svg)")
     return "\n\n".join([*parts, "## The cells", _cells(planned.values(), found)]) + "\n"
+
+
+def judged(claim: Claim, found: Found, dataset: str) -> str | None:
+    """A sentence on whether a claim of the paper holds on the seeds that both settings have; None where none has."""
+    parts, holds = [], True
+    chosen = {line["seed"]: line["perplexity"].get(dataset) for line in lines_of(claim.chosen, found)}
+    for name, setting in claim.others.items():
+        other = {line["seed"]: line["perplexity"].get(dataset) for line in lines_of(setting, found)}
+        seeds = sorted(seed for seed in chosen.keys() & other.keys() if chosen[seed] and other[seed])
+        if not seeds:
+            continue
+        ratios = [other[seed] / chosen[seed] for seed in seeds]
+        limit = 1 - ALIKE if claim.enough else 1.0
+        behind = sum(ratio > limit for ratio in ratios)
+        holds = holds and behind == len(seeds)
+        ours, theirs = (statistics.mean(each[seed] for seed in seeds) for each in (chosen, other))
+        verb = "no better than 1 %" if claim.enough else "worse"
+        parts.append(f"{name} {theirs:.2f} against {ours:.2f}, {verb} with {behind} of {len(seeds)} seeds")
+    if not parts:
+        return None
+    return f"**{claim.text}: {'holds' if holds else 'does not hold'}** ({'; '.join(parts)})."
 
 
 def _head(setup: Setup, found: Found, paper: Paper) -> str:
@@ -85,13 +111,17 @@ def _head(setup: Setup, found: Found, paper: Paper) -> str:
         "versions": _distinct(" ".join(pair) for line in pruned for pair in line["versions"].items()),
         "commits": _distinct(line["commit"] for line in pruned),
     }
+    data = ", ".join(about["data"])
+    drawn_from = data if files in (data, NONE) else f"{data} ({files})"
     return "\n".join(
         [
-            "Written by `benchmarks/ablations.py` from `ablations.jsonl` and `paper.json`.",
+            "Written by `benchmarks/ablations.py` from `ablations.jsonl` and `paper.json`:",
+            "",
+            f"    {_command(setup)}",
             "",
             f"- Model: {about['model']}; dense: {_dense(found)}.",
-            f"- Calibration: {setup.samples} × {setup.seqlen} tokens of {', '.join(about['data'])} ({files}) where "
-            "nothing else is said. The seed draws them and leads the learning.",
+            f"- Calibration: {setup.samples} × {setup.seqlen} tokens of {drawn_from} where nothing else is said. The "
+            "seed draws them and leads the learning.",
             "- Sparsity: half of the weights where nothing else is said.",
             f"- Perplexity: windows of {setup.context} tokens without overlap, {windows}; mean ± sample standard "
             f"deviation over n seeds; {NONE} where nothing was measured.",
@@ -100,6 +130,14 @@ def _head(setup: Setup, found: Found, paper: Paper) -> str:
             f"one run each. {paper['source']}.",
         ]
     )
+
+
+def _command(setup: Setup) -> str:
+    """What writes this page anew."""
+    about = setup.record()
+    words = ["--report", "--model", about["model"], "--data", *about["data"], "--samples", setup.samples]
+    words += ["--seqlen", setup.seqlen, "--context", setup.context, "--windows", setup.windows or "all"]
+    return " ".join(map(str, ["python benchmarks/ablations.py", *words]))
 
 
 def _dense(found: Found) -> str:

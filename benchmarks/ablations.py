@@ -3,12 +3,13 @@
     python benchmarks/ablations.py --work DIR                              # all of it, on the demo model
     python benchmarks/ablations.py --work DIR --only window epochs         # these experiments, in this order
     python benchmarks/ablations.py --list                                  # what is left, and about how long it takes
-    python benchmarks/ablations.py --report                                # write the tables and plots of what is there
+    python benchmarks/ablations.py --report --samples 32 ...               # write the tables and plots of what is there
 
 Typed again it goes on: a finished cell is a line of ablations.jsonl and is not measured again, an interrupted one goes
 on where `besa prune` goes on. A cell that serves several experiments is measured once a seed. The seed draws the
-calibration samples and leads the learning; a file of token ids is taken as it is, whatever the seed. The report is on
-the model, the data and the windows that are named with it, and takes all seeds that are there.
+calibration samples and leads the learning; a file of token ids is taken as it is, whatever the seed. A page is on one
+model, data and windows, takes all seeds that are there, and names the words that write it anew; what is measured on
+others needs a directory of its own, --out.
 """
 
 import argparse
@@ -156,6 +157,21 @@ def measure_all(cells: Sequence[Cell], setup: Setup, sets: Sequence[str], work: 
     return refused
 
 
+def refusal(lines: Sequence[Line], setup: Setup, *, report: bool) -> str | None:
+    """Why a page on this setup would take the place of one on another; None where it does not."""
+    found = measured(lines, setup)
+    pruned = [cell for cell in found if cell != DENSE]
+    based = not report or not pruned or any(cell.setting.samples == setup.samples for cell in pruned)
+    if not lines or (found and based):
+        return None
+    there = sorted({json.dumps(line["setup"]) for line in lines})
+    counts = sorted({line["setting"]["samples"] for line in lines} - {DENSE.setting.samples})
+    return (
+        f"{LINES} has {', '.join(there)} with {', '.join(map(str, counts))} samples, "
+        f"and not {json.dumps(setup.record())} with {setup.samples}: name the same words, or another --out"
+    )
+
+
 def write_report(setup: Setup, out: Path) -> None:
     """Write the page, and the plots where matplotlib is there."""
     found = measured(read_lines(out / LINES), setup)
@@ -197,7 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = made.parse_args(arguments)
     fields = {name: getattr(asked, name) for name in ("model", "samples", "seqlen", "context", "windows")}
     setup = Setup(data=tuple(asked.data), **fields)
-    found = measured(read_lines(asked.out / LINES), setup)
+    lines = read_lines(asked.out / LINES)
+    found = measured(lines, setup)
+    if not asked.list and (why := refusal(lines, setup, report=asked.report)):
+        made.error(why)
     if asked.list:
         print(listing(setup, asked.only, asked.seeds, asked.sets, found))
         return 0

@@ -76,12 +76,12 @@ def row(text: str, title: str, point: str) -> list[str]:
 def test_the_base_is_what_besa_does_by_default() -> None:
     default = {field.name: field.default for field in fields(besa.Options)}
     own = {name: value for name, value in BASE.record().items() if name in default}
-    assert len(own) == 5
+    assert len(own) == 10
     assert own == {name: default[name] for name in own}
     assert BASE.sparsity == Request(options={}).sparsity
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", PAPER["experiments"])
 def test_every_figure_of_the_paper_has_a_place_in_the_plan(name: str) -> None:
     printed = PAPER["experiments"][name]["perplexity"]
     assert "wikitext2" in printed
@@ -91,11 +91,11 @@ def test_every_figure_of_the_paper_has_a_place_in_the_plan(name: str) -> None:
 
 
 def test_the_paper_has_all_experiments_and_no_other() -> None:
-    assert set(PAPER["experiments"]) == set(EXPERIMENTS)
+    assert set(PAPER["experiments"]) | {"choices"} == set(EXPERIMENTS)
 
 
 def test_every_cell_is_planned_once_however_many_experiments_it_serves() -> None:
-    assert len(CELLS) == len(set(CELLS)) == 3 * 72
+    assert len(CELLS) == len(set(CELLS)) == 3 * 79
     serving = [name for name, each in EXPERIMENTS.items() if BASE in each.settings.values()]
     assert serving == list(EXPERIMENTS)
     wanted = {setting for each in EXPERIMENTS.values() for setting in each.settings.values()}
@@ -240,6 +240,77 @@ def test_the_time_left_follows_from_the_finished_cells() -> None:
     seconds, unknown = ablations.estimate([next_one, other], found)
     assert seconds == pytest.approx(8 * 128 / 40 + 10)
     assert unknown == [other]
+
+
+def claimed(*values: tuple[Any, int, float]) -> list[str]:
+    """The page's sentences on lines of (setting, seed, perplexity)."""
+    text = page([line(plans.Cell(setting=setting, seed=seed), value) for setting, seed, value in values])
+    if "## What holds" not in text:
+        return []
+    return text.split("## What holds")[1].split("\n## ")[0].strip().splitlines()[2:]
+
+
+def test_a_claim_of_the_paper_is_judged_on_the_seeds_that_both_have() -> None:
+    two = replace(BASE, window="2")
+    assert claimed((BASE, 0, 40.0)) == claimed((two, 0, 40.0), (BASE, 1, 30.0)) == []
+    held = claimed((BASE, 0, 40.0), (BASE, 1, 38.0), (BASE, 2, 9.0), (two, 0, 37.0), (two, 1, 36.0))
+    assert held == [
+        "- **Two blocks are better than one: holds** (one block 39.00 against 36.50, worse with 2 of 2 seeds)."
+    ]
+    (lost,) = claimed((BASE, 0, 40.0), (BASE, 1, 36.0), (two, 0, 37.0), (two, 1, 36.0))
+    assert "does not hold" in lost
+    assert "worse with 1 of 2 seeds" in lost
+
+
+@pytest.mark.parametrize(("three", "verdict"), [(39.7, "holds"), (41.0, "holds"), (39.5, "does not hold")])
+def test_one_epoch_is_enough_where_more_gain_less_than_a_hundredth(three: float, verdict: str) -> None:
+    (said,) = claimed((BASE, 0, 40.0), (replace(BASE, epochs=3), 0, three))
+    assert said.startswith(f"- **One epoch is enough: {verdict}** (3 epochs {three:.2f} against 40.00")
+
+
+def test_every_claim_is_on_what_is_planned() -> None:
+    planned = {cell.setting for cell in CELLS}
+    for claim in plans.claims(SETUP.samples):
+        assert {claim.chosen, *claim.others.values()} <= planned
+
+
+def test_a_page_is_never_written_over_with_another_setup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = plans.Cell(setting=BASE, seed=0)
+    besa_runs.append_line(tmp_path / "ablations.jsonl", line(cell, 36.45))
+    for words in (
+        ["--report", "--data", "ptb"],
+        ["--work", str(tmp_path), "--seqlen", "9"],
+        ["--report", "--samples", "9"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            ablations.main(["--out", str(tmp_path), *words])
+        assert caught.value.code == 2
+        assert "128 samples" in capsys.readouterr().err
+        assert not (tmp_path / "ABLATIONS.md").exists()
+
+
+def test_the_words_on_the_page_write_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    setup = plans.Setup(data=("a.jsonl", "b.txt"), samples=7, seqlen=9, context=11, windows=None)
+    base = plans.Cell(setting=replace(BASE, samples=7), seed=0)
+    besa_runs.append_line(tmp_path / "ablations.jsonl", line(base, 36.45, setup))
+    ablations.write_report(setup, tmp_path)
+    written = (tmp_path / "ABLATIONS.md").read_text()
+    words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
+    (tmp_path / "ABLATIONS.md").unlink()
+    assert ablations.main(["--out", str(tmp_path), *words]) == 0
+    assert (tmp_path / "ABLATIONS.md").read_text() == written
+
+
+def test_the_committed_page_is_that_of_its_lines() -> None:
+    """Of the words on it: no line was added without it."""
+    written = (BENCHMARKS / "ABLATIONS.md").read_text()
+    words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
+    asked = ablations.parser().parse_args(words)
+    names = ("model", "samples", "seqlen", "context", "windows")
+    setup = plans.Setup(data=tuple(asked.data), **{name: getattr(asked, name) for name in names})
+    found = plans.measured(besa_runs.read_lines(BENCHMARKS / "ablations.jsonl"), setup)
+    assert written == report.markdown(setup, found, PAPER)
 
 
 SHARD = "model-00002-of-00002.safetensors"

@@ -77,7 +77,7 @@ def test_sparsegpts_score_is_the_squared_weight_over_the_inverses_diagonal(weigh
 
 @pytest.mark.parametrize("shared", [0.0, 99.99])
 def test_sparsegpts_score_of_a_column_without_input_is_zero(shared: float) -> None:
-    """Live columns may have a small diagonal, or be nearly the same: their weights come before a dead one in any case."""
+    """Also where live columns have a small diagonal, or are nearly the same."""
     alive = 100.0 if shared else 0.01
     gram = torch.tensor([[alive, shared, 0.0], [shared, alive, 0.0], [0.0, 0.0, 0.0]])
     scores = importance.sparsegpt(torch.tensor([[0.1, -0.1, 9.0]]), obs.inverse_diagonal(gram, 0.01))
