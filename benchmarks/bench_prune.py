@@ -236,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     made = {
         "dtype": arguments.dtype, "seqlen": arguments.seqlen, "threads": torch.get_num_threads(),
-        "kernels": kernels.name(), "machine": machine(), "commit": commit(),
+        "kernels": kernels.name(CPU), "machine": machine(), "commit": commit(),
         "versions": versions(),
     }  # fmt: skip
     for line in lines(arguments):

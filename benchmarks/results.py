@@ -24,18 +24,22 @@ Line = Mapping[str, Any]
 
 
 def speed(lines: list[Line]) -> str:
-    """What learning costs, the newest line of every part at every hidden size."""
-    found = {(_part(line), line["hidden"]): line for line in lines}
-    sizes = sorted({hidden for _, hidden in found})
-    rows = [f"| | {' | '.join(f'hidden {size:,}' for size in sizes)} |", "|---|" + "---|" * len(sizes)]
+    """What learning costs, the newest line of every part in every dtype at every hidden size."""
+    found = newest(lines)
+    sizes = sorted({hidden for *_, hidden in found})
+    rows = [f"| | | {' | '.join(f'hidden {size:,}' for size in sizes)} |", "|---|---|" + "---|" * len(sizes)]
     for part, title in PARTS.items():
-        cells = [_cell(found.get((part, size))) for size in sizes]
-        rows.append(f"| {title} | {' | '.join(cells)} |")
+        for dtype in sorted({dtype for known, dtype, _ in found if known == part}):
+            cells = [_cell(found.get((part, dtype, size))) for size in sizes]
+            rows.append(f"| {title} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _part(line: Line) -> tuple[str, Any]:
-    return line["what"], line.get("batch", line.get("target"))
+def newest(lines: list[Line]) -> dict[tuple[tuple[str, Any], str, int], Line]:
+    """The lines that count, by part, dtype and hidden size."""
+    return {
+        ((line["what"], line.get("batch", line.get("target"))), line["dtype"], line["hidden"]): line for line in lines
+    }
 
 
 def _cell(line: Line | None) -> str:
@@ -56,10 +60,13 @@ def quality(lines: list[Line]) -> str:
 
 
 def _made(lines: list[Line]) -> str:
-    made = {(line["dtype"], line["threads"], line["machine"], line["commit"]) for line in lines}
+    made: dict[tuple[str, int, str], set[str]] = {}
+    for (part, _, hidden), line in newest(lines).items():
+        name = " ".join(str(word) for word in (*part, hidden) if word is not None)
+        made.setdefault((line["commit"], line["threads"], line["machine"]), set()).add(name)
     return "".join(
-        f"- {dtype}, {threads} threads, {machine}, commit {commit}\n"
-        for dtype, threads, machine, commit in sorted(made)
+        f"- commit {commit}, {threads} threads, {machine}: {', '.join(sorted(names))}\n"
+        for (commit, threads, machine), names in sorted(made.items())
     )
 
 

@@ -36,7 +36,7 @@ def measure(samples: int, tokens: Path, work: Path) -> dict[str, Any]:
     run = work / str(samples)
     besa("calibrate", "--data", str(tokens), "--samples", str(samples), "--seqlen", "512", "--run", str(run))
     before, started = unit(tokens), _children()
-    stage = besa("prune", "--sparsity", SPARSITY, "--dtype", "float32", "--run", str(run))
+    stage = besa("prune", "--sparsity", SPARSITY, "--dtype", "float32", "--restart", "--run", str(run))
     took = _children() - started
     units = took / ((before + unit(tokens)) / 2)
     evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))

@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
     """Run the command line; what goes wrong becomes a line and an exit code."""
-    way_on = "everything finished is kept; run the same command again to go on from there"
+    way_on = "nothing that was finished is lost; run the same command again"
     with signals.interrupting(settings.signals, lambda: not settings.failed):
         try:
             code = _run(arguments, settings)

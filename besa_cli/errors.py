@@ -30,7 +30,7 @@ class UsageError(BesaError):
 
 
 class Interrupted(BesaError):
-    """The command was interrupted, and there is more to say than that everything finished is kept (exit code 130).
+    """The command was interrupted, and there is more to say than that nothing finished is lost (exit code 130).
 
     Parameters
     ----------

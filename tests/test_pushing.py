@@ -1,5 +1,6 @@
 """`besa export --push-to`: asked first, refused before any work where it cannot be, and the very files."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,36 @@ def test_the_files_of_the_export_are_pushed(private: str, workplace: Path, besa:
     assert "https://hub/org/name" in outcome.err
 
 
+class Terminal(io.StringIO):
+    """Somebody who could answer sits before it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_and_a_yes_nothing_is_exported(workplace: Path, besa: Besa, hub: Recorder) -> None:
+    run = exported.stage(workplace)
+    outcome = besa("export", "--run", run.path, "--push-to", "org/name")
+    assert outcome.code == 2
+    assert "--yes" in outcome.err
+    assert not run.exports.exists()
+
+
 def test_nothing_is_pushed_without_a_yes(
     workplace: Path, besa: Besa, hub: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = exported.stage(workplace)
     asked: list[str] = []
 
-    def answer_no(text: str, **_: object) -> None:
+    def answer_no(text: str, **_: object) -> bool:
         asked.append(text)
-        raise typer.Abort
+        return False
 
     monkeypatch.setattr(typer, "confirm", answer_no)
+    monkeypatch.setattr("sys.stdin", Terminal())
     outcome = besa("export", "--run", run.path, "--push-to", "org/name")
-    assert outcome.code == 130
+    assert outcome.code == 0
+    assert "not pushed" in outcome.err
     assert "org/name" in asked[0]
     assert hub.made == hub.uploaded == []
     assert (run.exports / "hf" / "export.json").exists()
@@ -81,7 +99,7 @@ def test_what_cannot_be_pushed_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     run = exported.stage(workplace)
-    outcome = besa("export", "--run", run.path, "--push-to", repo)
+    outcome = besa("export", "--run", run.path, "--push-to", repo, "--yes")
     assert outcome.code in (1, 2)
     assert said in outcome.err
     assert not run.exports.exists()

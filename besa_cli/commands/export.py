@@ -1,5 +1,6 @@
 """`besa export`: the newest stage → a directory that other programs load."""
 
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from besa_cli.commands import forecasting, options
 from besa_cli.console import Console, human_bytes
+from besa_cli.errors import UsageError
 from besa_cli.exporters import EXPORTERS
 
 if TYPE_CHECKING:
@@ -70,6 +72,10 @@ def export(
     options.require_run(run)
     if push_to is not None:
         pushing.check(push_to)
+        if not yes and not sys.stdin.isatty():
+            raise UsageError(
+                "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
+            )
     with lock.free(run) if dry_run else lock.held(run, f"besa export --run {run}"):
         job = Job(Run(run), request, restart=restart)
         if dry_run:
@@ -86,7 +92,9 @@ def export(
     if push_to is not None:
         if not yes:
             size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
-            typer.confirm(f"Push {human_bytes(size)} to {push_to}?", abort=True, err=True)
+            if not typer.confirm(f"Push {human_bytes(size)} to {push_to}?", err=True):
+                console.note(f"not pushed; the export is in {job.directory}")
+                return
         console.note(f"pushed to {pushing.push(job.directory, push_to, private=private)}")
 
 

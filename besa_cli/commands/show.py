@@ -72,6 +72,8 @@ def _print_config(place: Path, console: Console) -> None:
     from besa_cli import inspection
     from besa_cli.checkpoint import manifests
 
+    if (place / manifests.EXPORT).exists():
+        raise BesaError(f"{place} is an export and no stage", f"what made it is in {place / manifests.EXPORT}")
     if not (place / manifests.MANIFEST).exists():
         raise BesaError(
             f"{place} was not made by besa: it has no {manifests.MANIFEST}", "name a stage: besa show --config DIR"

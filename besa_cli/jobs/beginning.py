@@ -38,7 +38,7 @@ def new_manifest(
             "dtype": compute.name_of(compute.dtype(request.dtype, device)),
             "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS // seqlen, 1),
-            "kernels": kernels.name(),
+            "kernels": kernels.name(device),
         },
         "model": {
             "name": model.name,

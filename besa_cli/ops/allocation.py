@@ -58,20 +58,6 @@ def expected_sparsity(
     return mixture @ candidates
 
 
-def prune_probability(mixture: Float[Tensor, "groups candidates"], cols: int) -> Float[Tensor, "groups cols"]:
-    """P(j) = Σ_{d : p_d·C > j} β_d for every rank j (BESA Eq. 4).
-
-    The plain form, kept as the oracle of `straight_through`.
-    """
-    count = mixture.shape[1] - 1
-    probability = [mixture[:, cuts_above].sum(1) for cuts_above in _above(count, cols)]
-    return torch.stack(probability, dim=1)
-
-
-def _above(count: int, cols: int) -> list[list[int]]:
-    return [[d for d in range(count + 1) if d * cols > rank * count] for rank in range(cols)]
-
-
 def of_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "groups ..."]:
     """Sums over each group of `size` rows."""
     if size == 1:

@@ -5,12 +5,16 @@ With ``TRITON_INTERPRET=1`` the kernels are interpreted, on the CPU; without it 
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import toy
 from torch import Tensor
 
+from besa_cli.ops import allocation, kernels
 from besa_cli.ops.kernels import fused, plain
+from besa_cli.pruners import besa
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -179,6 +183,56 @@ def test_what_the_kernels_do_not_serve_is_left_to_others() -> None:
         assert fused.candidate_sums(weight, other, ranks, 7) is None
     assert fused.candidate_sums(weight, weight, ranks.long(), 7) is None
     assert fused.candidate_sums(weight, weight, ranks.T.contiguous().T, 7) is None
+
+
+@pytest.mark.parametrize("floored", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 5], ids=["row", "group", "layer"])
+def test_the_straight_through_linear_takes_these_kernels_and_learns_as_with_the_plain_ones(
+    size: int, floored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernels.name(DEVICE) == "fused"
+    groups = -(-5 // size)
+    ranks, counts = plain.ranks(normal(5, 300, seed=2)), some_counts(groups, 300)
+    found = []
+    for choice in ("fused", "plain"):
+        monkeypatch.setenv("BESA_KERNELS", choice)
+        theta, weight = normal(groups, 11, seed=4).requires_grad_(), normal(5, 300).requires_grad_()
+        room = torch.empty(5, 300, device=DEVICE)
+        masked = allocation.straight_through(
+            allocation.mixture(theta), weight, ranks, counts, size, room, floored=floored
+        )
+        (masked @ normal(300, 3, seed=5)).square().sum().backward()
+        found.append((masked.detach().clone(), weight.grad, theta.grad))
+    (masked, of_weight, of_theta), expected = found
+    assert torch.equal(masked, expected[0])
+    torch.testing.assert_close(of_weight, expected[1])
+    torch.testing.assert_close(of_theta, expected[2])
+
+
+def test_a_whole_block_is_pruned_as_with_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, calls = toy.source(hidden=24, inner=34), list[str]()
+    for name in ("mask", "candidate_sums"):
+        served = getattr(fused, name)
+
+        def spy(*words: Any, name: str = name, served: Any = served, **more: Any) -> Any:
+            found = served(*words, **more)
+            calls.append(name if found is not None else "left to others")
+            return found
+
+        monkeypatch.setattr(fused, name, spy)
+    results = []
+    for choice in ("fused", "plain"):
+        monkeypatch.setenv("BESA_KERNELS", choice)
+        made = toy.block(weights, toy.size(weights) // 2)
+        made.linears = {name: linear.to(DEVICE) for name, linear in made.linears.items()}
+        made.weights = {name: weight.to(DEVICE) for name, weight in made.weights.items()}
+        results.append(besa.prune(made, besa.Options(candidates=20)))
+    assert set(calls) == {"mask", "candidate_sums"}
+    assert calls.count("candidate_sums") == 8 * 3  # a step a sample, three linears
+    first, second = results
+    assert first.learned_loss == pytest.approx(second.learned_loss, rel=1e-4)
+    differing = sum(int((first.masks[name] != second.masks[name]).sum()) for name in weights)
+    assert differing <= 2  # what is pruned in another place: a rounding of the sums may move a weight
 
 
 @pytest.fixture

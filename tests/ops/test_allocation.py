@@ -3,7 +3,6 @@
 import math
 from fractions import Fraction
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -98,16 +97,6 @@ def test_the_start_is_the_mixture_of_greatest_entropy() -> None:
         moved = start + 1e-3 * start.min() * (step - basis @ (basis.T @ step))
         assert float(moved.sum()) == pytest.approx(1.0, abs=1e-6)
         assert float(-(moved * moved.log()).sum()) < float(entropy)
-
-
-@few
-@given(logits(), st.integers(1, 12))
-def test_prune_probability_is_equation_4_and_falls_with_the_rank(theta: Tensor, cols: int) -> None:
-    beta = allocation.mixture(theta)
-    found = allocation.prune_probability(beta, cols)
-    assert torch.allclose(found.double(), oracles.prune_probability(beta, cols), atol=1e-6)
-    assert bool((found.diff(dim=1) <= 1e-6).all())
-    assert bool(((found >= 0) & (found <= 1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -121,3 +121,59 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
     assert toy.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
+
+
+@fewer
+@given(
+    st.integers(2, 7),
+    SIZES,
+    st.floats(0.1, 0.9),
+    st.sampled_from(["row", "layer", "2"]),
+    st.sampled_from(["wanda", "magnitude"]),
+    st.integers(0, 10**6),
+)
+def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
+    hidden: int, inner: int, share: float, granularity: str, importance: Any, seed: int
+) -> None:
+    """Of whole allocations with drawn logits: those of a block whose inputs come in another order, and of one whose
+    rows of gate are scaled. There equal shares are rounded by the next weight's score, so rows get shares of their own.
+    """
+    weights = toy.source(hidden=hidden, inner=inner, seed=seed)
+    budget = round(share * toy.size(weights))
+    if not 0 < budget < toy.size(weights):
+        return
+    order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
+    sizes = 2.0 ** torch.randint(-3, 4, (inner, 1), generator=torch.Generator().manual_seed(seed))
+    moved = {**weights, "gate": weights["gate"][:, order], "up": weights["up"][:, order]}
+    scaled = {**weights, "gate": weights["gate"] * sizes}
+    options = besa.Options(granularity=granularity, importance=importance, candidates=20)
+    logits = 3 * random(sum(map(len, weights.values())), 21, seed=seed).float()
+
+    def masks(source: dict[str, Tensor], columns: Tensor, options: besa.Options) -> dict[str, Tensor]:
+        made = toy.block(source, budget)
+        _ = made.target  # of the inputs as they were: a residual in another order would not be the block's
+        made.inputs = made.inputs[..., columns]
+        window = Window(made, options)
+        sparsities = allocation.project(logits[: len(window.sizes)], window.sizes, window.p, window.goal)
+        return deciding._masks(window, window.shares(sparsities))
+
+    same = torch.arange(hidden)
+    first, second = masks(weights, same, options), masks(moved, order, options)
+    assert torch.equal(second["gate"], first["gate"][:, order])
+    assert torch.equal(second["up"], first["up"][:, order])
+    assert torch.equal(second["down"], first["down"])
+    own = besa.Options(granularity="row", importance=importance, candidates=20)
+    assert torch.equal(masks(scaled, same, own)["gate"], masks(weights, same, own)["gate"])
+
+
+@fewer
+@given(st.integers(2, 7), SIZES, st.floats(0.1, 0.9), st.sampled_from(["row", "layer", "2"]), st.integers(0, 10**6))
+def test_the_budget_is_exact_where_all_weights_are_alike(
+    hidden: int, inner: int, share: float, granularity: str, seed: int
+) -> None:
+    weights = {name: weight.sign() / 4 for name, weight in toy.source(hidden=hidden, inner=inner, seed=seed).items()}
+    window = made_window(granularity, weights, round(share * toy.size(weights)))
+    logits = 3 * random(len(window.sizes), 21, seed=seed).float()
+    if 0 < window.block.budget < toy.size(weights):
+        sparsities = allocation.project(logits, window.sizes, window.p, window.goal)
+        assert toy.pruned(deciding._masks(window, window.shares(sparsities))) == window.block.budget

@@ -173,6 +173,6 @@ def test_tensors_that_are_not_contiguous_are_left_to_the_plain_form() -> None:
 
 def test_the_environment_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BESA_KERNELS", "plain")
-    assert kernels.name() == "plain"
+    assert kernels.name(torch.device("cpu")) == "plain"
     monkeypatch.delenv("BESA_KERNELS")
-    assert kernels.name() == ("native" if native.available() else "plain")
+    assert kernels.name(torch.device("cpu")) == ("native" if native.available() else "plain")

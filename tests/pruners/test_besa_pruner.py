@@ -208,8 +208,9 @@ def test_every_importance_and_optimizer_learns_and_meets_the_budget(
     assert toy.pruned(result.masks) == made.budget
     assert not result.kept_uniform
     assert toy.error(made, result.masks) == pytest.approx(result.error_after, rel=1e-4)
-    for name, inputs in seen(made).items():  # within each row the weights that go have the lowest scores
-        weight, products = made.weights[name].double(), inputs.T @ inputs
+    for name, inputs in toy.linear_inputs(made).items():  # within each row the weights that go have the lowest scores
+        weight, inputs = made.weights[name].double(), inputs.double()
+        products = inputs.T @ inputs
         damped = products + 0.01 * products.diagonal().mean() * torch.eye(len(products))
         scores = {
             "magnitude": weight.abs(),
@@ -219,15 +220,6 @@ def test_every_importance_and_optimizer_learns_and_meets_the_budget(
         mask = result.masks[name]
         gone, kept = scores.masked_fill(mask, 0.0), scores.masked_fill(~mask, float("inf"))
         assert bool((gone.max(1).values <= kept.min(1).values * (1 + 1e-5)).all()), name
-
-
-def seen(made: Block) -> dict[str, torch.Tensor]:
-    """The inputs of the toy block's linears, of shape (tokens, cols), in fp64."""
-    hidden = made.inputs.flatten(0, 1).double()
-    gate, up = (made.weights[name].double() for name in ("gate", "up"))
-    bias = made.linears["up"].bias.double()
-    inner = torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T + bias)
-    return {"gate": hidden, "up": hidden, "down": inner}
 
 
 def test_groups_of_rows_share_their_count() -> None:

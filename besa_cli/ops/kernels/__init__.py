@@ -6,6 +6,7 @@ taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment ta
 
 import os
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,9 +15,11 @@ from besa_cli.ops.kernels import fused, native, plain
 _CHOICE = "BESA_KERNELS"
 
 
-def name() -> str:
-    """``native`` or ``plain``: what serves tensors on the CPU."""
-    return "native" if _wanted() and native.available() else "plain"
+def name(device: torch.device) -> str:
+    """``fused``, ``native`` or ``plain``: what serves a device's tensors."""
+    if _wanted() and fused.available(device):
+        return "fused"
+    return "native" if _wanted() and device.type == "cpu" and native.available() else "plain"
 
 
 def _wanted() -> bool:
@@ -39,7 +42,8 @@ def mask(
     out: Float[Tensor, "rows cols"],
 ) -> Float[Tensor, "rows cols"]:
     """Write the weight without the `counts[r]` lowest ranks of row r into `out`, in the dtype of `out`; returns it."""
-    found = (fused if weight.is_cuda else native).mask(weight, ranks, counts, out) if _wanted() else None
+    form = fused if fused.available(weight.device) else native
+    found = form.mask(weight, ranks, counts, out) if _wanted() else None
     return plain.mask(weight, ranks, counts, out) if found is None else found
 
 
@@ -67,7 +71,7 @@ def candidate_sums(
     -------
     Tensor of shape (rows, D + 1), fp32
     """
-    form = fused if weight.is_cuda else native
+    form = fused if fused.available(weight.device) else native
     found = form.candidate_sums(gradient, weight, ranks, count, floored) if _wanted() else None
     return plain.candidate_sums(gradient, weight, ranks, count, floored) if found is None else found
 
