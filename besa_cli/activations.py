@@ -27,11 +27,6 @@ class Shelf:
         self._directory = directory
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a mapping lives as long as its tensor
 
-    @property
-    def in_files(self) -> bool:
-        """Whether the tensors lie in files."""
-        return self._directory is not None
-
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape whose values are not set.
 

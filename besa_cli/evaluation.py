@@ -14,13 +14,13 @@ from torch import Tensor
 from besa_cli import compute, disk
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.footprint import HEAD_TOKENS
 from besa_cli.texts import EvaluationText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Loss = tuple[float, int]  # of a window: the sum of −log p over its counted tokens, and how many they are
-_HEAD_TOKENS = 512  # positions whose logits exist at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +235,8 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
     """
     last = tokens.shape[1] - 1
     parts = []
-    for start in range(0, last, _HEAD_TOKENS):
-        stop = min(start + _HEAD_TOKENS, last)
+    for start in range(0, last, HEAD_TOKENS):
+        stop = min(start + HEAD_TOKENS, last)
         logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
         targets = tokens[:, start + 1 : stop + 1].to(logits.device)
         flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")

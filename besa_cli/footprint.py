@@ -19,7 +19,7 @@ _KEPT = 2.5  # times as many are held for the backward pass
 _MIXTURES = 7  # tensors of one number a candidate and group: logits, gradient, two moments, and three that come and go
 _SCRATCH = 12  # bytes for each weight of the linear in work: scores, ranks, their order
 _SHORT = 1 << 15  # columns up to which a rank takes two bytes
-_LOGITS = 512  # positions whose logits exist at a time
+HEAD_TOKENS = 512  # positions whose logits exist at a time
 _ROOM = 80 << 20  # the allocator's holes, buffers of the matrix products, what libraries load on first use
 
 
@@ -207,7 +207,7 @@ def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int
     """
     compute = shape.dtype.itemsize
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
-    logits = min(_LOGITS, seqlen) * shape.vocabulary * (compute + 4 + 4)
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (compute + 4 + 4)
     return Demand(
         phases={
             "blocks": round(shape.loaded * (compute + shape.source))

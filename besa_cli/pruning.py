@@ -48,30 +48,30 @@ class Request(request.Request):
 
     @property
     def stage(self) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return "quantized" if self.grid else "pruned"
 
     @property
     def command(self) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return "prune"
 
     @property
     def observes(self) -> bool:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return True
 
     def doing(self, model: str) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         bits = f" to {self.grid}" if self.grid else ""
         return f"pruning {model} with {self.method}{bits}"
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return None if self.nm else budget.window_counts(self.sparsity, sizes)
 
     def change(self, block: Block) -> Pruned:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         pruned: Pruned = self.module.prune(block, self.method_options())
         return pruned
 

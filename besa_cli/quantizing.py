@@ -37,34 +37,34 @@ class Request(request.Request):
 
     @property
     def grid(self) -> Grid:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return affine.grid(self.bits, self.group_size, symmetric=self.symmetric)
 
     @property
     def stage(self) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return "quantized"
 
     @property
     def command(self) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return "quantize"
 
     @property
     def observes(self) -> bool:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return bool(self.module.OBSERVES)
 
     def doing(self, model: str) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         return f"quantizing {model} with {self.method} to {self.grid}"
 
     def budgets(self, sizes: Sequence[int]) -> None:
-        """See `besa_cli.jobs.plan.Plan`: nothing is pruned."""
+        """See `besa_cli.jobs.request.Request`: nothing is pruned."""
         return
 
     def change(self, block: Block) -> Pruned:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """See `besa_cli.jobs.request.Request`."""
         quantized: Pruned = self.module.quantize(block, self.grid, self.method_options())
         return quantized
 

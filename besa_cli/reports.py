@@ -49,11 +49,6 @@ class BlockReport:
     seconds: float = 0.0
     peak_memory: int = 0
 
-    @property
-    def sparsity(self) -> float:
-        """Pruned share of the block's linears."""
-        return sum(linear.pruned for linear in self.linears) / sum(linear.rows * linear.cols for linear in self.linears)
-
     def record(self) -> dict[str, Any]:
         """The part of the report that is the same whenever and however often the command is run."""
         fields = asdict(self)

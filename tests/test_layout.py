@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import besa_cli
+from besa_cli.exporters import EXPORTERS
 from besa_cli.pruners import PRUNERS
+from besa_cli.quantizers import QUANTIZERS
 
 PACKAGE = Path(besa_cli.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -37,6 +39,7 @@ LAYERS = (
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
+    {"descent"},
     {
         "card",
         "comparison",
@@ -126,14 +129,26 @@ def test_help_loads_nothing_heavy() -> None:
     assert "Usage: besa" in done.stdout
 
 
-def test_methods_offered_are_the_files_and_folders_there_are() -> None:
-    there = {path.stem for path in (PACKAGE / "pruners").iterdir()} - {"__init__", "__pycache__"}
-    assert there == set(PRUNERS)
+METHODS = {"pruners": PRUNERS, "quantizers": QUANTIZERS}
 
 
-@pytest.mark.parametrize("name", PRUNERS)
-def test_a_method_is_options_and_one_function(name: str) -> None:
-    module = importlib.import_module(f"besa_cli.pruners.{name}")
+@pytest.mark.parametrize("folder", METHODS)
+def test_methods_offered_are_the_files_and_folders_there_are(folder: str) -> None:
+    there = {path.stem for path in (PACKAGE / folder).iterdir()} - {"__init__", "__pycache__"}
+    assert there == set(METHODS[folder])
+
+
+@pytest.mark.parametrize(("folder", "name"), [(folder, name) for folder, names in METHODS.items() for name in names])
+def test_a_method_is_options_and_two_functions(folder: str, name: str) -> None:
+    module = importlib.import_module(f"besa_cli.{folder}.{name}")
     assert is_dataclass(module.Options)
-    assert callable(module.prune)
-    assert PRUNERS[name]
+    assert callable(module.held)
+    assert callable(module.prune if folder == "pruners" else module.quantize)
+    assert METHODS[folder][name]
+
+
+def test_formats_offered_have_a_file_that_writes_them() -> None:
+    for name in EXPORTERS:
+        module = importlib.import_module(f"besa_cli.exporters.{name.replace('-', '_')}")
+        assert is_dataclass(module.Options)
+        assert callable(module.write)

@@ -114,7 +114,7 @@ def test_neither_batches_nor_the_heads_portions_matter(
     batch_size: int, head_tokens: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = measured(measurement(model, text_of()))
-    monkeypatch.setattr(evaluation, "_HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(evaluation, "HEAD_TOKENS", head_tokens)
     found = measured(measurement(model, text_of(), batch_size=batch_size))
     assert found.nll == pytest.approx(plain.nll, rel=1e-6)
 

@@ -19,7 +19,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.jobs.job import Job
-from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.request import Request
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 
@@ -32,7 +32,7 @@ def asked(method: str = "rtn", **options: Any) -> quantizing.Request:
     return quantizing.Request(method=method, options=own, device="cpu", dtype="float32", **options)
 
 
-PLANS: dict[str, Plan] = {
+PLANS: dict[str, Request] = {
     "rtn": asked("rtn", bits=4, group_size="16"),
     "gptq": asked("gptq", bits=3, group_size="channel", symmetric=False),
     "clip": asked("clip", bits=2, group_size="16", epochs=2),
@@ -42,7 +42,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def job(run: Path, model: Path, plan: Plan) -> Job:
+def job(run: Path, model: Path, plan: Request) -> Job:
     return Job(Run(run), tiny.local(model), tiny.calibration_set(ROWS), plan)
 
 
@@ -281,7 +281,7 @@ def test_weights_whose_scale_is_beyond_fp16_are_named_before_the_first_block(
     model = tiny.checkpoint(tmp_path / "model", "llama")
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
-    plan: Plan = asked(bits=4, symmetric=symmetric)
+    plan: Request = asked(bits=4, symmetric=symmetric)
     if command == "prune":
         plan = tiny.request("besa", bits=4, symmetric=symmetric)
     for value, refused in ((492_000.0, symmetric), (990_000.0, True)):  # 65,504 · 15 = 982,560, half of it each side

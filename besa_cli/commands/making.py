@@ -8,13 +8,13 @@ from besa_cli.console import Console
 
 if TYPE_CHECKING:
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs.plan import Plan
+    from besa_cli.jobs.request import Request
     from besa_cli.models import Model
     from besa_cli.ranks import Ranks
 
 
 def stage(
-    request: "Plan",
+    request: "Request",
     source: "Model",
     run: "Run",
     shared: Path | None,

@@ -11,7 +11,7 @@ from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import manifests, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
-from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.request import Request
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 
@@ -19,7 +19,7 @@ _PASS_TOKENS = 4096  # tokens in a pass without gradients
 
 
 def new_manifest(
-    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Plan, ranks: int = 1
+    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Request, ranks: int = 1
 ) -> dict[str, Any]:
     """The manifest of what is asked, before anything of it is done; `digest` is the model's.
 
@@ -59,7 +59,7 @@ def new_manifest(
     }
 
 
-def _drawn(run: Run, calibration_set: CalibrationSet, request: Plan) -> dict[str, Any]:
+def _drawn(run: Run, calibration_set: CalibrationSet, request: Request) -> dict[str, Any]:
     """The options that say where the calibration samples come from; none where none are observed."""
     if not request.observes:
         return {}

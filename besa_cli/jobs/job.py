@@ -16,7 +16,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verification import verify
 from besa_cli.jobs import beginning, joining
-from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
 from besa_cli.models import Model
 from besa_cli.ranks import Ranks
@@ -34,7 +34,7 @@ class Job:
         Its lock is held by the caller.
     model : Model
     calibration : CalibrationSet
-    request : Plan
+    request : Request
     restart : bool
         Begin anew; a finished stage is replaced when the new one is finished.
     dry : bool
@@ -55,7 +55,7 @@ class Job:
         run: Run,
         model: Model,
         calibration: CalibrationSet,
-        request: Plan,
+        request: Request,
         *,
         restart: bool = False,
         dry: bool = False,

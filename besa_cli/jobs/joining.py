@@ -9,13 +9,13 @@ from besa_cli import weights
 from besa_cli.activations import Shelf
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
-from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
 from besa_cli.models import Model
 from besa_cli.ranks import Ranks
 
 
-def require_even_steps(request: Plan, world: Ranks) -> None:
+def require_even_steps(request: Request, world: Ranks) -> None:
     """Refuse learning steps that cannot be shared out evenly.
 
     Raises
@@ -46,7 +46,7 @@ def require_samples(samples: int, world: Ranks) -> None:
 
 
 def lead(
-    request: Plan,
+    request: Request,
     digest: str,
     tokens: Tensor,
     settings: dict[str, Any],
@@ -59,7 +59,7 @@ def lead(
 
     Parameters
     ----------
-    request : Plan
+    request : Request
     digest : str
         The model's.
     tokens : Tensor of shape (samples, seqlen)
@@ -80,7 +80,7 @@ def dismiss(world: Ranks) -> None:
     world.tell(None)
 
 
-def follow(model: Model, request: Plan, world: Ranks) -> None:
+def follow(model: Model, request: Request, world: Ranks) -> None:
     """Do the part of a rank that is not the first; nothing of it is written.
 
     Raises
@@ -104,6 +104,6 @@ def follow(model: Model, request: Plan, world: Ranks) -> None:
         pass
 
 
-def _facts(request: Plan, digest: str) -> dict[str, Any]:
+def _facts(request: Request, digest: str) -> dict[str, Any]:
     """What has to be the same on all ranks."""
     return {**request.record(), "model digest": digest, **manifests.versions()}

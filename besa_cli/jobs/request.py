@@ -1,8 +1,8 @@
-"""What is asked of any method, whether it prunes or quantizes."""
+"""What a job is told to do: what is asked of any method, whether it prunes or quantizes."""
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -11,11 +11,12 @@ from besa_cli.choices import Target
 from besa_cli.errors import UsageError, unknown
 from besa_cli.footprint import Held
 from besa_cli.ops.affine import Grid
+from besa_cli.stream.block import Block, Pruned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ABC):
-    """What is asked of a method: the part of a `besa_cli.jobs.plan.Plan` that all methods share.
+    """What is asked of a method: see `besa_cli.pruning.Request` and `besa_cli.quantizing.Request`.
 
     Attributes
     ----------
@@ -70,29 +71,56 @@ class Request(ABC):
         return self._module(self.method)
 
     @property
+    @abstractmethod
+    def stage(self) -> str:
+        """The stage that is made."""
+
+    @property
+    @abstractmethod
+    def command(self) -> str:
+        """The command that makes it."""
+
+    @property
+    @abstractmethod
+    def observes(self) -> bool:
+        """Whether anything is decided from calibration samples; where not, none pass through the model."""
+
+    @abstractmethod
+    def doing(self, model: str) -> str:
+        """What is done to a model of this name, in a few words."""
+
+    @abstractmethod
+    def budgets(self, sizes: Sequence[int]) -> list[int] | None:
+        """Weights that each window prunes, from the windows' numbers of weights; None where none are counted out."""
+
+    @abstractmethod
+    def change(self, block: Block) -> Pruned:
+        """What becomes of a block."""
+
+    @property
     def grid(self) -> Grid | None:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """The grid that weights are put on."""
         grid: Grid | None = getattr(self.method_options(), "grid", None)
         return grid
 
     @property
     def window(self) -> str:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """What is reconstructed together, see `besa_cli.windows.segments`."""
         return str(getattr(self.method_options(), "window", windows.BLOCK))
 
     @property
     def target(self) -> Target:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """What a window should keep, see `besa_cli.stream.walk.compress`."""
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
     def held(self) -> Held:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """What the method holds in memory."""
         held: Held = self.module.held(self.method_options())
         return held
 
     def facts(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.plan.Plan`."""
+        """What else the manifest says of what is made."""
         return {"quantization": asdict(self.grid)} if self.grid else {}
 
     def given(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from besa_cli import compute, footprint, forecast, windows
 from besa_cli.activations import Shelf
 from besa_cli.decoder.running import Decoder
-from besa_cli.jobs.plan import Plan
+from besa_cli.jobs.request import Request
 from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport
 from besa_cli.stream import walk
@@ -25,7 +25,7 @@ class Work:
     ----------
     directory : Path
         The model's checkpoint.
-    request : Plan
+    request : Request
     settings : mapping
         ``compute`` of the job's manifest; its threads are those of all ranks together.
     tokens : Tensor of shape (samples, seqlen)
@@ -34,7 +34,7 @@ class Work:
     """
 
     def __init__(
-        self, directory: Path, request: Plan, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
+        self, directory: Path, request: Request, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
     ) -> None:
         torch.set_num_threads(max(settings["threads"] // world.size, 1))
         self._request, self._settings, self._world = request, settings, world

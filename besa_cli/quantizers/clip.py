@@ -1,26 +1,20 @@
 """Learned clipping: how far each group's grid reaches, so that the block keeps its output (OmniQuant's LWC)."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from besa_cli import compute
+from besa_cli import compute, descent
 from besa_cli.choices import Loss, Target
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.errors import UsageError
 from besa_cli.footprint import Held
-from besa_cli.ops import affine, importance, losses
+from besa_cli.ops import affine, importance
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.quantizers import rtn
 from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.propagation import batches
-
-_MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
-_EPSILON = 1e-16  # AdamW's: the gradient of one group's strength is small beside 1e-8
-_COMPARED = 16  # samples on which what was learned has to beat rounding to nearest
 
 OBSERVES = True
 
@@ -64,7 +58,7 @@ def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
     """Learn the block's grids; round to nearest is kept where learning did not beat it on the same samples."""
     nearest = rtn.nearest(block, grid)
     learned, loss = _learn(block, grid, options)
-    before, after = (_errors(block, each, _MEASURES[options.loss]) for each in (nearest, learned))
+    before, after = (_errors(block, each, options.loss) for each in (nearest, learned))
     better = after[0] < before[0]
     return rtn.decided(
         block,
@@ -81,8 +75,8 @@ def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quanti
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
-    optimizer = torch.optim.AdamW(list(logits.values()), lr=options.lr, weight_decay=0.0, eps=_EPSILON, fused=True)
-    measure, samples = _MEASURES[options.loss], len(block.inputs)
+    optimizer = descent.adamw(list(logits.values()), options.lr)
+    measure, samples = descent.MEASURES[options.loss], len(block.inputs)
     generator = torch.Generator().manual_seed(block.seed)
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]
@@ -94,34 +88,16 @@ def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quanti
             output = block.forward(block.inputs[chosen], weights)
             loss = measure(output, block.target[chosen].to(output.device))
             (output[..., 0].numel() * loss).backward()  # type: ignore[no-untyped-call]
-            optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * len(history) / len(steps)))
+            optimizer.param_groups[0]["lr"] = options.lr * descent.half_cosine(len(history) / len(steps))
             optimizer.step()
             optimizer.zero_grad()
-            history.append(_finite(float(loss.detach()), block.index))
+            history.append(descent.finite(float(loss.detach()), block.index, "--lr"))
             block.on_step(len(history), len(steps), "learning")
-    last = history[-max(len(history) // 10, 1) :]
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
-    return found, math.fsum(last) / len(last)
+    return found, descent.settled(history)
 
 
-def _finite(value: float, index: int) -> float:
-    if not math.isfinite(value):
-        raise BesaError(
-            f"learning in block {index} gave {value}", "compute with --dtype float32, or give a smaller --lr"
-        )
-    return value
-
-
-def _errors(
-    block: Block, quantized: Mapping[str, Quantized], measure: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[float, float]:
-    """The mean loss and the mean relative error of each token, over the first `_COMPARED` samples."""
+def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:
+    """The mean loss and the mean relative error of each token on these grids."""
     dtype = next(iter(block.linears.values())).weight.dtype
-    weights = {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}
-    found: list[tuple[float, float]] = []
-    with torch.no_grad(), compute.repeated_passes():
-        for sample in batches(min(len(block.inputs), _COMPARED), 1):
-            output = block.forward(block.inputs[sample], weights)
-            target = block.target[sample].to(output.device)
-            found.append((float(measure(output, target)), float(losses.token(output, target))))
-    return math.fsum(pair[0] for pair in found) / len(found), math.fsum(pair[1] for pair in found) / len(found)
+    return descent.errors(block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss)

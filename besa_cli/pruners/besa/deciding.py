@@ -1,22 +1,18 @@
 """What becomes of a window: the allocation learned, projected onto the exact budget, compared with the uniform one."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from besa_cli import compute
-from besa_cli.ops import affine, allocation, budget, losses, masks
+from besa_cli import descent
+from besa_cli.ops import affine, allocation, budget, masks
 from besa_cli.ops.affine import Quantized
-from besa_cli.pruners.besa.learning import MEASURES, learn
+from besa_cli.pruners.besa.learning import learn
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
 from besa_cli.stream.block import Block, Pruned
-
-_COMPARED = 16  # samples on which the learned allocation has to beat the uniform one
 
 
 def prune(block: Block, options: Options) -> Pruned:
@@ -86,21 +82,9 @@ def _masks(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, Ten
 
 
 def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The mean loss and the mean relative error of each token under fixed masks, over the first `_COMPARED` samples."""
-    block, measure = window.block, MEASURES[window.options.loss]
+    """The mean loss and the mean relative error of each token under fixed masks."""
     weights = {
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()
     }
-    compared = min(block.share.samples, _COMPARED)
-    found: list[tuple[float, float]] = []
-    with torch.no_grad(), compute.repeated_passes():
-        for chosen in torch.split(torch.arange(compared), block.share.world.size):
-            inputs, target = block.take(chosen)
-            if len(inputs):
-                output = block.forward(inputs, weights)
-                target = target.to(output.device)
-                found.append((float(measure(output, target)), float(losses.token(output, target))))
-    total = block.share.world.total
-    loss, error = (total(math.fsum(pair[which] for pair in found)) / compared for which in (0, 1))
-    return loss, error
+    return descent.errors(window.block, weights, window.options.loss)

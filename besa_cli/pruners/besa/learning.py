@@ -7,14 +7,10 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor
 
-from besa_cli import compute
-from besa_cli.errors import BesaError
+from besa_cli import compute, descent
 from besa_cli.ops import allocation, losses
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
-
-MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
-_EPSILON = 1e-16  # AdamW's; the gradient of one logit falls with the size of the block, and must not drown in it
 
 
 def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
@@ -28,7 +24,7 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    measure, world = MEASURES[options.loss], block.share.world
+    measure, world = descent.MEASURES[options.loss], block.share.world
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):
@@ -47,15 +43,13 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             for optimizer, rate in learners:
                 if manner.decaying:
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
-                    optimizer.param_groups[0]["lr"] = rate * _half_cosine(len(history) / steps)
+                    optimizer.param_groups[0]["lr"] = rate * descent.half_cosine(len(history) / steps)
                 optimizer.step()
                 optimizer.zero_grad()
             history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
-    last = history[-max(len(history) // 10, 1) :]
-    settled = {name: logits.detach() for name, logits in strengths.items()}
-    return theta.detach(), settled, math.fsum(last) / len(last)
+    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, descent.settled(history)
 
 
 def _initial_logits(window: Window) -> Tensor:
@@ -88,28 +82,14 @@ def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list
         )
         found = [(prodigy, options.rate)]
     else:
-        found = [(_adamw([theta], options.rate), options.rate)]
+        found = [(descent.adamw([theta], options.rate), options.rate)]
     if strengths:
-        found.append((_adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
+        found.append((descent.adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
     return found
 
 
-def _adamw(learned: list[Tensor], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(learned, lr=rate, weight_decay=0.0, eps=_EPSILON, fused=True)
-
-
-def _half_cosine(progress: float) -> float:
-    """From 1 at the start to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def _finite(value: float, index: int) -> float:
-    if not math.isfinite(value):
-        raise BesaError(
-            f"learning in block {index} gave {value}",
-            "compute with --dtype float32, or give a smaller --lr or --penalty",
-        )
-    return value
+    return descent.finite(value, index, "--lr", "--penalty")
 
 
 def _soft_weights(

@@ -1,7 +1,7 @@
 """The options of BESA."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from besa_cli import windows
@@ -170,8 +170,12 @@ def authors(granularity: str = "row") -> dict[str, Any]:
 
 def held(options: Options) -> Held:
     """Two masks (1 byte each) when they are compared; on a grid what stands on it (4), its codes and the masks."""
-    learning = {"batch": options.batch_size, "ranks": True, "candidates": options.candidates}
-    grams = options.importance == "sparsegpt"
-    if options.grid:
-        return Held(state=11, learned=4, grams=grams, changes=True, codes=True, **learning)
-    return Held(state=2, learned=0, grams=grams, **learning)
+    held = Held(
+        state=2,
+        learned=0,
+        batch=options.batch_size,
+        ranks=True,
+        candidates=options.candidates,
+        grams=options.importance == "sparsegpt",
+    )
+    return replace(held, state=11, learned=4, changes=True, codes=True) if options.grid else held
