@@ -65,7 +65,7 @@ def refused(outcome: Any, code: int, *said: str) -> None:
 
 
 USAGE = [
-    (("--method", "sparsegpt", "--damping", "nan"), ("--damping nan", "not a number from 0 up")),
+    (("--method", "sparsegpt", "--damping", "nan"), ("nan", "--damping")),
     (("--preset", "authors", "--sparsity", "0.7"), ("--sparsity 0.7", "--preset authors can learn: 0.376 to 0.624")),
     (("--sparsity", "1.0"), ("--sparsity 1.0", "[0, 1)")),
     (("--sparsity", "-0.1"), ("--sparsity -0.1", "[0, 1)")),
