@@ -195,7 +195,7 @@ def compressing(shape: Shape, held: Held, *, tokens: int, passing: int, learning
         kept = round(windows.kept(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
         phases["learning"] = block + learned + learning * kept * compute + 2 * compute * shape.largest
     freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
-    phases = {name: max(held - freed[name], 0) for name, held in phases.items()}
+    phases = {name: max(needed - freed[name], 0) for name, needed in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 

@@ -72,7 +72,7 @@ def export(
     options.require_run(run)
     if push_to is not None:
         pushing.check(push_to)
-        if not yes and not sys.stdin.isatty():
+        if not (yes or dry_run or sys.stdin.isatty()):
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
