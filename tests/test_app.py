@@ -1,18 +1,25 @@
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from besa_cli import __version__, calibration, models, signals
+from besa_cli.app import app
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.pruners import besa as besa_pruner
+from besa_cli.pruners import sparsegpt
+from besa_cli.quantizers import clip, gptq
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -247,6 +254,27 @@ def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     for option, value in stated.items():
         assert f"[default: {value}]" in text.split(f" --{option} ")[1].split(" --")[0]
     assert f"[default: ({default.seqlen}, or" in text.split("--seqlen ")[1]
+
+
+METHOD_OPTIONS = {
+    "prune": [besa_pruner.Options(), sparsegpt.Options()],
+    "quantize": [clip.Options(), gptq.Options()],
+}
+
+
+@pytest.mark.parametrize("command", METHOD_OPTIONS)
+def test_the_help_of_a_method_states_the_defaults_that_hold(command: str) -> None:
+    shown = {param.name: param for param in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    for own in METHOD_OPTIONS[command]:
+        for field in fields(own):
+            value = getattr(own, field.name)
+            if value is None or field.name == "nm":
+                continue
+            said = shown[field.name].show_default
+            stated = f"{value:g}" if isinstance(value, float) else str(value)
+            if isinstance(value, bool):
+                stated = field.name if value else f"no-{field.name}"
+            assert re.search(rf"(^|\W){re.escape(stated)}(\W|$)", str(said)), (field.name, said, stated)
 
 
 def test_waiting_threads_do_not_spin_unless_asked_to(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
