@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from transformers import AutoConfig
 
 from besa_cli import compute, forecast
 from besa_cli.checkpoint.runs import Run
@@ -37,13 +39,28 @@ def test_prune_says_what_it_would_take_and_writes_nothing(
     said = json.loads(found.out)
     assert tiny.files(workplace, without=()) == before
     assert (said["blocks"], said["left"], said["in_files"], said["batch"]) == (3, 3, False, 341)
-    assert said["memory"] > 50_000_000  # a process with torch is more
     assert said["seconds"] > 0
     weights = sum(tensor.nbytes for tensor in tiny.weights(workplace / "model").values())
     assert weights <= said["disk"] < 1.2 * weights
     assert besa(*words, "--method", method).code == 0
     again = besa(*words, "--method", method, "--dry-run", "--json")
     assert json.loads(again.out) == {"done": True}
+
+
+def test_the_memory_that_is_said_is_that_of_the_model_of_memory(
+    besa: Besa, words: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what this process holds: a sample more is two hidden states of 12 tokens, and 12 tokens in a pass."""
+    for name in ("resident", "peak_resident"):
+        monkeypatch.setattr(compute, name, lambda: 0)
+    said = []
+    for samples in ("2", "3", "4"):
+        found = besa(*words, "--method", "wanda", "--samples", samples, "--dry-run", "--json")
+        assert found.code == 0, found.err
+        said.append(json.loads(found.out)["memory"])
+    hidden = AutoConfig.from_pretrained(workplace / "model").hidden_size
+    states = 2 * 12 * hidden * 4
+    assert all(states <= more - fewer < 20 * states for fewer, more in pairwise(said))
 
 
 def test_what_would_be_refused_is_refused(besa: Besa, words: list[str], workplace: Path) -> None:
@@ -95,7 +112,7 @@ def test_an_export_says_what_it_would_take_and_writes_nothing(
     assert tiny.files(workplace, without=()) == before
     said = json.loads(found.out)
     assert (said["done"], said["blocks"], said["left"], said["in_files"]) == (False, 3, 3, None)
-    assert said["memory"] >= compute.peak_resident() // 2
+    assert said["memory"] >= compute.peak_resident()  # what its trial has taken is in it
     made = besa("export", *more, "--json")
     assert made.code == 0, made.err
     files = json.loads(made.out)["files"]
