@@ -1,6 +1,7 @@
 """The errors a user may meet: one line says what is wrong, with the value and the place; a hint says what to do."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -60,3 +61,29 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     meant = f"did you mean '{near[0]}'? " if near else ""
     return UsageError(f"unknown {kind} '{value}'", f"{meant}known: {', '.join(names)}")
+
+
+def require_counts(**options: int | None) -> None:
+    """Refuse numbers below 1, by the options' names; None was not given.
+
+    Raises
+    ------
+    UsageError
+        There is one.
+    """
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "give 1 or more")
+
+
+def require_factors(**options: float | None) -> None:
+    """Refuse what is not a number from 0 up, by the options' names; None was not given.
+
+    Raises
+    ------
+    UsageError
+        There is one.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not a number from 0 up", "leave it out")

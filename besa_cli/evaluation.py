@@ -13,7 +13,7 @@ from torch import Tensor
 
 from besa_cli import compute, disk
 from besa_cli.decoder.running import Decoder
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.footprint import HEAD_TOKENS
 from besa_cli.texts import EvaluationText
 
@@ -56,10 +56,7 @@ class Settings:
             raise UsageError(
                 f"--stride {self.stride} is not in 1 … {self.seqlen} (--seqlen)", "leave it out for no overlap"
             )
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is less than 1", "give 1 or more")
+        require_counts(limit=self.limit, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

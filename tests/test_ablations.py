@@ -1,6 +1,5 @@
 """The runner of the paper's ablations: what it plans, what it skips, what it writes. No model is run."""
 
-import importlib.util
 import json
 import random
 import statistics
@@ -9,31 +8,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import scripts
 from typer.main import get_command
 
 from besa_cli.app import app
 from besa_cli.pruners import besa
 from besa_cli.pruning import Request
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = scripts.BENCHMARKS
 PAPER = json.loads((BENCHMARKS / "paper.json").read_text())
 
 
-def load(name: str) -> ModuleType:
-    """A file of `benchmarks/`, which is no package, under the name by which the others there import it."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-besa_runs, plans, report, ablations = map(load, ("besa_runs", "ablation_plan", "ablation_report", "ablations"))
+besa_runs, plans, report, ablations = map(scripts.load, ("besa_runs", "ablation_plan", "ablation_report", "ablations"))
 
 SETUP = plans.Setup()
 EXPERIMENTS = plans.experiments(SETUP.samples)

@@ -1,37 +1,17 @@
 """The pages of results are those of the lines that were measured, and the README quotes them."""
 
-import importlib
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks() -> Iterator[None]:
-    """The scripts there import each other by their names alone."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize(("name", "page"), [("results", "RESULTS.md"), ("quant_protocol_a", "QUANTIZATION.md")])
 def test_the_committed_pages_are_those_of_their_lines(name: str, page: str) -> None:
-    assert (BENCHMARKS / page).read_text(encoding="utf-8") == script(name).page()
+    assert (scripts.BENCHMARKS / page).read_text(encoding="utf-8") == scripts.load(name).page()
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -42,9 +22,10 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_the_readme_quotes_what_was_measured() -> None:
+    protocol_a = scripts.load("protocol_a")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = rows(text.split("<!-- results:protocol-a -->")[1].split("<!-- /results -->")[0])
-    found = script("protocol_a").newest(script("protocol_a").LINES)
+    found = protocol_a.newest(protocol_a.LINES)
     names = {
         "magnitude": "magnitude",
         "Wanda": "wanda",
@@ -58,7 +39,7 @@ def test_the_readme_quotes_what_was_measured() -> None:
 
 
 def test_a_line_of_another_dtype_takes_no_other_lines_place() -> None:
-    results = script("results")
+    results = scripts.load("results")
     line = {"what": "state", "hidden": 8, "commit": "a", "threads": 2, "machine": "m"}
     lines = [
         {**line, "dtype": "float32", "bytes_per_weight": 1.0},

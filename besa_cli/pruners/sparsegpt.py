@@ -1,9 +1,8 @@
 """SparseGPT: prune column by column and let the surviving weights make up for it (arXiv 2301.00774)."""
 
-import math
 from dataclasses import dataclass
 
-from besa_cli.errors import UsageError
+from besa_cli.errors import require_factors
 from besa_cli.footprint import Held
 from besa_cli.ops import importance, obs
 from besa_cli.pruners import wanda
@@ -26,8 +25,7 @@ class Options:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
-            raise UsageError(f"--damping {self.damping} is not a number from 0 up", "leave it out")
+        require_factors(damping=self.damping)
 
 
 def held(options: Options) -> Held:

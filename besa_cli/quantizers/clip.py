@@ -1,6 +1,5 @@
 """Learned clipping: how far each group's grid reaches, so that the block keeps its output (OmniQuant's LWC)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 
 from besa_cli import compute, descent
 from besa_cli.choices import Loss, Target
-from besa_cli.errors import UsageError
+from besa_cli.errors import require_counts, require_factors
 from besa_cli.footprint import Held
 from besa_cli.ops import affine, importance
 from besa_cli.ops.affine import Grid, Quantized
@@ -42,11 +41,8 @@ class Options:
     loss: Loss = "token"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
-        if not 0 <= self.lr < math.inf:
-            raise UsageError(f"--lr {self.lr} is not a number from 0 up", "leave it out")
+        require_counts(epochs=self.epochs, batch_size=self.batch_size)
+        require_factors(lr=self.lr)
 
 
 def held(options: Options) -> Held:

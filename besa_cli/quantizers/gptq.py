@@ -1,11 +1,10 @@
 """GPTQ: column by column, on the second-order statistics of the inputs (Frantar et al. 2022, arXiv 2210.17323)."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from besa_cli.errors import UsageError
+from besa_cli.errors import require_factors
 from besa_cli.footprint import Held
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
@@ -31,8 +30,7 @@ class Options:
     search: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
-            raise UsageError(f"--damping {self.damping} is not a number from 0 up", "leave it out")
+        require_factors(damping=self.damping)
 
 
 def held(options: Options) -> Held:

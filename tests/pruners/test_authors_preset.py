@@ -1,30 +1,20 @@
 """`--preset authors` beside what the paper's released program does, written down plainly, on the same block."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scripts
 import toy
 from torch import Tensor
 
 from besa_cli.pruners import besa
 from besa_cli.stream.block import Block
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def released() -> ModuleType:
     """The restatement that also runs on whole models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        spec = importlib.util.spec_from_file_location("released_program", BENCHMARKS / "released_program.py")
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+    return scripts.load("released_program")
 
 
 def large(share: float) -> Block:

@@ -5,6 +5,7 @@ taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment ta
 """
 
 import os
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +18,16 @@ _CHOICE = "BESA_KERNELS"
 
 def name(device: torch.device) -> str:
     """``fused``, ``native`` or ``plain``: what serves a device's tensors."""
-    if _wanted() and fused.available(device):
-        return "fused"
-    return "native" if _wanted() and device.type == "cpu" and native.available() else "plain"
+    return _form(device).__name__.rpartition(".")[2]
+
+
+def _form(device: torch.device) -> ModuleType:
+    """The fastest form for a device's tensors; for some it gives None, and the plain one has to serve."""
+    if not _wanted():
+        return plain
+    if fused.available(device):
+        return fused
+    return native if device.type == "cpu" and native.available() else plain
 
 
 def _wanted() -> bool:
@@ -42,8 +50,7 @@ def mask(
     out: Float[Tensor, "rows cols"],
 ) -> Float[Tensor, "rows cols"]:
     """Write the weight without the `counts[r]` lowest ranks of row r into `out`, in the dtype of `out`; returns it."""
-    form = fused if fused.available(weight.device) else native
-    found = form.mask(weight, ranks, counts, out) if _wanted() else None
+    found = _form(weight.device).mask(weight, ranks, counts, out)
     return plain.mask(weight, ranks, counts, out) if found is None else found
 
 
@@ -71,8 +78,7 @@ def candidate_sums(
     -------
     Tensor of shape (rows, D + 1), fp32
     """
-    form = fused if fused.available(weight.device) else native
-    found = form.candidate_sums(gradient, weight, ranks, count, floored) if _wanted() else None
+    found = _form(weight.device).candidate_sums(gradient, weight, ranks, count, floored)
     return plain.candidate_sums(gradient, weight, ranks, count, floored) if found is None else found
 
 

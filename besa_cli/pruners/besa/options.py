@@ -1,12 +1,11 @@
 """The options of BESA."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 from besa_cli import windows
 from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
-from besa_cli.errors import UsageError
+from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.footprint import Held
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
@@ -105,13 +104,8 @@ class Options:
             object.__setattr__(self, "lr", _RATES[self.optimizer])
         windows.check(self.window)
         self._settle_grid()
-        for name in ("epochs", "batch_size", "candidates"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)} is less than 1", "give 1 or more")
-        for name in ("lr", "penalty", "d_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                place = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UsageError(f"{place} is not a number from 0 up", "leave it out")
+        require_counts(epochs=self.epochs, batch_size=self.batch_size, candidates=self.candidates)
+        require_factors(lr=self.lr, penalty=self.penalty, d_coef=self.d_coef)
         if self.granularity not in ("row", "layer") and not (self.granularity.isdecimal() and int(self.granularity)):
             raise UsageError(
                 f"--granularity '{self.granularity}' is neither row nor layer nor a number of rows",
@@ -130,8 +124,7 @@ class Options:
             raise UsageError(
                 f"--bits {self.bits} and --preset {self.preset} exclude each other", "leave one of them out"
             )
-        if self.clip_lr is not None and not 0 <= self.clip_lr < math.inf:
-            raise UsageError(f"--clip-lr {self.clip_lr} is not a number from 0 up", "leave it out")
+        require_factors(clip_lr=self.clip_lr)
         _ = self.grid
 
     @property
