@@ -1,15 +1,16 @@
 """How good is the pruned demo model after how much work? Protocol A at 50 %, learned on fewer and fewer samples.
 
-    python benchmarks/time_to_quality.py TOKENS.jsonl --work DIR [--samples 16 32 64 128]
+    python benchmarks/time_to_quality.py TOKENS.jsonl --work DIR [--samples 16 32 64 128] [--window block 2]
 
 Work is the CPU time of `besa prune`, process and reports included, in units of one plain pass without gradients of all
-blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too. Finished cells are
-kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table.
+blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too, on the first rows.
+Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table.
 """
 
 import argparse
 import json
 import resource
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,30 @@ from besa_cli.decoder.running import Decoder
 
 LINES = HERE / "time_to_quality.jsonl"
 SPARSITY = "0.5"
+_TIMED = 16  # rows of which a plain pass is timed
 
 
 def unit(tokens: Path) -> float:
-    """CPU seconds of a plain pass over all rows."""
+    """CPU seconds of a plain pass over all rows, from one over the first."""
     decoder = Decoder(models.resolve("smollm2-135m", notify=print).directory, CPU, torch.float32)
     rows = [json.loads(line)["input_ids"] for line in tokens.read_text().splitlines()]
-    return plain_pass(decoder, torch.tensor(rows)).cpu
+    timed = rows[:_TIMED]
+    return plain_pass(decoder, torch.tensor(timed)).cpu * len(rows) / len(timed)
 
 
-def measure(samples: int, tokens: Path, work: Path) -> dict[str, Any]:
+def measure(samples: int, window: str, tokens: Path, work: Path) -> dict[str, Any]:
     """Prune on so many rows and evaluate."""
-    run = work / str(samples)
+    run = work / f"{samples}-{window}"
     besa("calibrate", "--data", str(tokens), "--samples", str(samples), "--seqlen", "512", "--run", str(run))
     before, started = unit(tokens), _children()
-    stage = besa("prune", "--sparsity", SPARSITY, "--dtype", "float32", "--restart", "--run", str(run))
+    words = ["--sparsity", SPARSITY, "--window", window, "--dtype", "float32"]
+    stage = besa("prune", *words, "--restart", "--run", str(run))
     took = _children() - started
     units = took / ((before + unit(tokens)) / 2)
     evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))
     return {
         "samples": samples,
+        "window": window,
         "perplexity": evaluated["results"][0]["perplexity"],
         "units": units,
         "cpu_seconds": took,
@@ -64,11 +69,12 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--window", nargs="+", default=["block"])
     arguments = parser.parse_args()
-    for samples in arguments.samples:
-        if samples in {line["samples"] for line in read_lines(LINES)}:
+    for window, samples in product(arguments.window, arguments.samples):
+        if (window, samples) in {(line["window"], line["samples"]) for line in read_lines(LINES)}:
             continue
-        line = measure(samples, arguments.tokens, arguments.work)
+        line = measure(samples, window, arguments.tokens, arguments.work)
         append_line(LINES, line)
         print(json.dumps(line), flush=True)
 

@@ -15,7 +15,7 @@ from besa_cli.jobs.request import Request
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 
-_PASS_TOKENS = 4096  # tokens in a pass without gradients
+_PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what more takes leaves a processor's cache
 
 
 def new_manifest(
@@ -37,7 +37,7 @@ def new_manifest(
             "device": device.type,
             "dtype": compute.name_of(compute.dtype(request.dtype, device)),
             "threads": torch.get_num_threads() * ranks,
-            "batch": max(_PASS_TOKENS // seqlen, 1),
+            "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
             "kernels": kernels.name(device),
         },
         "model": {
