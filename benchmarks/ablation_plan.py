@@ -200,9 +200,14 @@ def claims(samples: int) -> list[Claim]:
             others={"one block": base},
         ),
         Claim(
-            text="A block is better than its halves, and those than layers",
+            text="A block is better than its halves",
             chosen=base,
-            others={"its halves": replace(base, window="attn-mlp"), "layers (Wanda)": replace(base, method="wanda")},
+            others={"its halves": replace(base, window="attn-mlp")},
+        ),
+        Claim(
+            text="Halves of a block are better than layers",
+            chosen=replace(base, window="attn-mlp"),
+            others={"layers (Wanda)": replace(base, method="wanda")},
         ),
         Claim(
             text="A sparsity for every row is better than one for every layer",

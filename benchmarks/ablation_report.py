@@ -80,12 +80,13 @@ def markdown(setup: Setup, found: Found, paper: Paper) -> str:
 
 def judged(claim: Claim, found: Found, dataset: str) -> str | None:
     """A sentence on whether a claim of the paper holds on the seeds that both settings have; None where none has."""
-    parts, holds = [], True
+    parts, holds, missing = [], True, []
     chosen = {line["seed"]: line["perplexity"].get(dataset) for line in lines_of(claim.chosen, found)}
     for name, setting in claim.others.items():
         other = {line["seed"]: line["perplexity"].get(dataset) for line in lines_of(setting, found)}
         seeds = sorted(seed for seed in chosen.keys() & other.keys() if chosen[seed] and other[seed])
         if not seeds:
+            missing.append(name)
             continue
         ratios = [other[seed] / chosen[seed] for seed in seeds]
         limit = 1 - ALIKE if claim.enough else 1.0
@@ -96,7 +97,9 @@ def judged(claim: Claim, found: Found, dataset: str) -> str | None:
         parts.append(f"{name} {theirs:.2f} against {ours:.2f}, {verb} with {behind} of {len(seeds)} seeds")
     if not parts:
         return None
-    return f"**{claim.text}: {'holds' if holds else 'does not hold'}** ({'; '.join(parts)})."
+    parts += [f"not measured: {', '.join(missing)}"] if missing else []
+    verdict = "does not hold" if not holds else "not settled" if missing else "holds"
+    return f"**{claim.text}: {verdict}** ({'; '.join(parts)})."
 
 
 def _head(setup: Setup, found: Found, paper: Paper) -> str:

@@ -9,10 +9,13 @@ Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl)
 
 import argparse
 import json
+import os
 import resource
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does: before torch reads it
 
 import torch
 from bench_prune import CPU, plain_pass

@@ -253,8 +253,16 @@ def test_a_claim_of_the_paper_is_judged_on_the_seeds_that_both_have() -> None:
 
 @pytest.mark.parametrize(("three", "verdict"), [(39.7, "holds"), (41.0, "holds"), (39.5, "does not hold")])
 def test_one_epoch_is_enough_where_more_gain_less_than_a_hundredth(three: float, verdict: str) -> None:
-    (said,) = claimed((BASE, 0, 40.0), (replace(BASE, epochs=3), 0, three))
+    others = [(replace(BASE, epochs=n), 0, 40.0) for n in (10, 30)]
+    (said,) = claimed((BASE, 0, 40.0), (replace(BASE, epochs=3), 0, three), *others)
     assert said.startswith(f"- **One epoch is enough: {verdict}** (3 epochs {three:.2f} against 40.00")
+
+
+@pytest.mark.parametrize(("three", "verdict"), [(40.0, "not settled"), (39.5, "does not hold")])
+def test_a_claim_holds_only_where_all_its_rivals_are_measured(three: float, verdict: str) -> None:
+    (said,) = claimed((BASE, 0, 40.0), (replace(BASE, epochs=3), 0, three))
+    assert said.startswith(f"- **One epoch is enough: {verdict}** (3 epochs")
+    assert said.endswith("; not measured: 10 epochs, 30 epochs).")
 
 
 def test_every_claim_is_on_what_is_planned() -> None:

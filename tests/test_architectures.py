@@ -1,5 +1,6 @@
 """Every architecture: the block stream against the whole stock model, and what each method leaves in a stage."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -171,6 +172,22 @@ def test_a_model_that_calls_its_blocks_in_another_order_is_refused(tmp_path: Pat
     first, *others = own.layers
     own.layers = torch.nn.ModuleList([*others, first])
     with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
+        verify(decoder, tiny.tokens(2, 12))
+
+
+@pytest.mark.parametrize("wide", [8, 0])
+def test_blocks_that_are_given_something_of_every_token_are_refused(wide: int, tmp_path: Path) -> None:
+    """Gemma 4 looks its tokens up again for every block; without that its blocks see hidden states alone."""
+    config = transformers.Gemma4TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=54, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, global_head_dim=12, max_position_embeddings=64, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, pad_token_id=0,
+        hidden_size_per_layer_input=wide, vocab_size_per_layer_input=128,
+    )  # fmt: skip
+    tiny.built(config).save_pretrained(tmp_path / "model")
+    decoder = Decoder(tmp_path / "model", CPU, torch.float32)
+    refused = pytest.raises(BesaError, match="Gemma4ForCausalLM hands its blocks arguments that depend on the tokens")
+    with refused if wide else contextlib.nullcontext():
         verify(decoder, tiny.tokens(2, 12))
 
 

@@ -42,24 +42,39 @@ class Decoder(PartialModel):
 
         They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that
         only note what they are given and pass the hidden states on; these are zeros where the embedding was dropped.
+
+        Raises
+        ------
+        BesaError
+            They depend on which tokens there are, or the model skips or repeats blocks.
         """
         shape = (tokens.shape[0], tokens.shape[1])
         if shape not in self._keywords:
-            records: list[tuple[tuple[Any, ...], Keywords]] = []
-
-            def note(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                records.append((args, _without_cache(kwargs)))
-                return self._as_block_output(hidden)
-
-            with _blank(self.embedding):
-                self._run(tokens, note)
-            if len(records) != len(self):
+            records = self._recorded(tokens)
+            if not self._keywords and not _alike(records, self._recorded(tokens.flip(1))):
                 raise BesaError(
-                    f"{type(self.model).__name__} calls {len(records)} blocks where it has {len(self)}",
-                    "a decoder that skips or repeats blocks cannot be pruned block by block",
+                    f"{type(self.model).__name__} hands its blocks arguments that depend on the tokens themselves",
+                    "besa passes hidden states from block to block; this decoder cannot be followed that way",
                 )
             self._keywords[shape] = records
         return self._keywords[shape][index]
+
+    def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], Keywords]]:
+        """What every block is given besides the hidden states."""
+        records: list[tuple[tuple[Any, ...], Keywords]] = []
+
+        def note(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            records.append((args, _without_cache(kwargs)))
+            return self._as_block_output(hidden)
+
+        with _blank(self.embedding):
+            self._run(tokens, note)
+        if len(records) != len(self):
+            raise BesaError(
+                f"{type(self.model).__name__} calls {len(records)} blocks where it has {len(self)}",
+                "a decoder that skips or repeats blocks cannot be pruned block by block",
+            )
+        return records
 
     def _as_block_output(self, hidden: Tensor) -> Any:
         return hidden if not self._outputs else (hidden, *[None] * (self._outputs - 1))
@@ -169,6 +184,17 @@ def states_of(output: Any) -> Tensor:
     """The hidden states in what a block or one of its modules returns."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether arguments hold the same tensors; what is neither tensor nor container counts as the same."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(_alike(*pair) for pair in zip(one, other, strict=True))
+    return isinstance(one, Tensor) == isinstance(other, Tensor)
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
