@@ -110,12 +110,12 @@ def plain_steps(block: Block, batch: int) -> None:
 
 def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Tensor, turns: int) -> dict[str, float]:
     """One learning step ÷ one plain forward and backward pass."""
-    decoder = Decoder(directory, CPU, dtype)
-    block = first_block(decoder, tokens)
+    block = first_block(Decoder(directory, CPU, dtype, quick=True), tokens)
+    stock = first_block(Decoder(directory, CPU, dtype), tokens)
     window = Window(block, besa.Options(batch_size=batch))
     found = []
     for turn in range(turns + 1):
-        plain = seconds(lambda: plain_steps(block, batch))
+        plain = seconds(lambda: plain_steps(stock, batch))
         learning = seconds(lambda: learn(window))
         if turn:  # the first warms up
             found.append((learning.wall / plain.wall, learning.cpu / plain.cpu, plain.wall))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from besa_cli.decoder import attention
 from besa_cli.decoder.partial import PartialModel
 from besa_cli.errors import BesaError
 
@@ -28,10 +29,19 @@ class Caught(Exception):
 
 
 class Decoder(PartialModel):
-    """A partial model that runs: from tokens to hidden states, through loaded blocks, to logits; see `PartialModel`."""
+    """A partial model that runs: from tokens to hidden states, through loaded blocks, to logits; see `PartialModel`.
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    Parameters
+    ----------
+    quick : bool
+        Compute causal attention on a CPU with `besa_cli.ops.attention`: for passes by the thousand, where the last bit
+        of bf16 does not matter. By default everything is computed as stock transformers does.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> None:
         super().__init__(directory, device, dtype)
+        if quick and device.type == "cpu":
+            attention.in_chunks(self.model)
         self._keywords: dict[tuple[int, int], list[tuple[tuple[Any, ...], Keywords]]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._outputs = 0  # how many values a block returns in a tuple; 0 where it returns the hidden states alone

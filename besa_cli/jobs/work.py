@@ -40,7 +40,8 @@ class Work:
         self._request, self._settings, self._world = request, settings, world
         self._samples, self._seqlen = tokens.shape
         self._tokens = tokens if request.observes else tokens[:0]
-        self.decoder = Decoder(directory, compute.device(settings["device"]), compute.DTYPES[settings["dtype"]])
+        device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
+        self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.window)
         self.sizes = list(windows.sizes(self.segments))
         self._budgets = request.budgets(self.sizes)

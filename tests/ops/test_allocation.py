@@ -257,7 +257,8 @@ def test_projection_keeps_the_order_of_a_group_that_leans_to_higher_sparsities(
     first, second = allocation.project(torch.cat([base, leaning]), sizes, p, target).tolist()
     assert second >= first - 1e-9
     same, twin = allocation.project(torch.cat([base, base]), sizes, p, target).tolist()
-    assert same == twin == pytest.approx(target, abs=1e-7)
+    assert same == pytest.approx(twin, abs=1e-12)  # where rows of a matrix product lie may change their last bit
+    assert twin == pytest.approx(target, abs=1e-7)
 
 
 @few

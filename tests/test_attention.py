@@ -1,0 +1,85 @@
+"""A decoder that computes attention in chunks against the same decoder as stock transformers computes it."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor
+
+from besa_cli.checkpoint.runs import Run
+from besa_cli.decoder.attention import in_chunks
+from besa_cli.decoder.running import Decoder
+from besa_cli.jobs.job import Job
+from besa_cli.ops import attention
+
+CPU = torch.device("cpu")
+BLOCKS = 4
+FEWER = {  # blocks in chunks, of 4, where 5 tokens are exceeded
+    "gemma2": 0,  # it caps its scores, for which transformers has its eager attention alone
+    "gemma3": 2,  # a window of 5 tokens slides over half of the blocks
+    "mistral": 0,  # and over all
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the queries that are computed in chunks."""
+    seen: list[tuple[int, ...]] = []
+    own = attention.causal
+
+    def noted(query: Tensor, *others: Tensor) -> Tensor:
+        seen.append(tuple(query.shape))
+        return own(query, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "causal", noted)
+    return seen
+
+
+def through(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
+    """The hidden states after every block."""
+    hidden, found = decoder.embed(tokens), []
+    for index in range(len(decoder)):
+        decoder.load(index)
+        with torch.no_grad():
+            hidden = decoder.forward(index, hidden, tokens)
+        found.append(hidden)
+    return found
+
+
+@pytest.mark.parametrize("seqlen", [3, 40])  # within a window that slides, and beyond
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_blocks_give_what_they_give_in_stock_transformers(
+    family: str, seqlen: int, tmp_path: Path, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_CHUNK", 16)
+    directory, tokens = tiny.checkpoint(tmp_path / "model", family, blocks=BLOCKS), tiny.tokens(3, seqlen)
+    expected = through(Decoder(directory, CPU, torch.float32), tokens)
+    assert not calls
+    quick = through(Decoder(directory, CPU, torch.float32, quick=True), tokens)
+    for one, other in zip(quick, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    fewer = seqlen > 5 or family == "gemma2"
+    assert [shape[2] for shape in calls].count(seqlen) == (FEWER.get(family, BLOCKS) if fewer else BLOCKS)
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("FalconConfig", "num_attention_heads"), ("GPTJConfig", "n_head")])
+def test_a_model_with_attention_of_its_own_keeps_it(kind: str, heads: str) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, heads: 4}
+    model = tiny.built(getattr(transformers, kind)(**sizes))
+    before = model.config._attn_implementation
+    assert not in_chunks(model)
+    assert model.config._attn_implementation == before
+
+
+def test_pruning_computes_in_chunks_and_says_nothing_of_it_in_the_model(
+    tmp_path: Path, calls: list[tuple[int, ...]]
+) -> None:
+    model = tiny.checkpoint(tmp_path / "model")
+    job = Job(Run(tmp_path / "run"), tiny.local(model), tiny.calibration_set(tiny.tokens(2, 12)), tiny.request("besa"))
+    tiny.run(job)
+    assert calls
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert "besa" not in (tmp_path / "run" / "pruned" / "config.json").read_text()
