@@ -30,7 +30,8 @@ class Setting:
     target: str = "block"
     loss: str = "token"
     optimizer: str = "adamw"
-    penalty: float = 5.0
+    lr: float = 0.2
+    penalty: float | None = None
     batch_size: int = 1
 
     def record(self) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class Setting:
 
     def words(self) -> list[str]:
         """The options of `besa prune`; the samples are drawn before."""
-        named = {name: value for name, value in self.record().items() if name != "samples"}
+        named = {name: value for name, value in self.record().items() if name != "samples" and value is not None}
         return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     @property
@@ -84,6 +85,8 @@ class Setup:
         Tokens of a window of the evaluation.
     windows : int, optional
         Windows of the evaluation; all where None.
+    dtype : str
+        In which both compute.
     """
 
     model: str = DEMO
@@ -92,6 +95,7 @@ class Setup:
     seqlen: int = 512
     context: int = 2048
     windows: int | None = 16
+    dtype: str = "float32"
 
     def record(self) -> dict[str, Any]:
         """What stands in a line; of a path only the last part, since lines are published."""
@@ -101,6 +105,7 @@ class Setup:
             "seqlen": self.seqlen,
             "context": self.context,
             "windows": self.windows,
+            "dtype": self.dtype,
         }
 
 
@@ -162,10 +167,12 @@ def experiments(samples: int) -> dict[str, Experiment]:
                 "target stream": replace(base, target="stream"),
                 "loss channel": replace(base, loss="channel"),
                 "loss frobenius": replace(base, loss="frobenius"),
-                "optimizer prodigy": replace(base, optimizer="prodigy"),
+                "optimizer prodigy": replace(base, optimizer="prodigy", lr=1.0),
+                "lr 0.1": replace(base, lr=0.1),
+                "lr 0.4": replace(base, lr=0.4),
                 "penalty 0.5": replace(base, penalty=0.5),
-                "penalty 50": replace(base, penalty=50.0),
-                "batch size 4": replace(base, batch_size=4),
+                "penalty 5": replace(base, penalty=5.0),
+                "batch size 4, as many steps": replace(base, batch_size=4, epochs=4),
             },
         ),
     }

@@ -29,6 +29,8 @@ import ablation_report
 from ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
+from besa_cli import compute
+
 LINES, PAGE, FIGURES = "ablations.jsonl", "ABLATIONS.md", "figures"
 _KEPT = ("besa.json", "timing.jsonl", "model-*.json")  # of a pruned model, once it is measured
 _REFUSED = (1, 2)  # exit codes of `besa`: it could not, or was asked for nonsense; others mean that it was stopped
@@ -37,7 +39,7 @@ _REFUSED = (1, 2)  # exit codes of `besa`: it could not, or was asked for nonsen
 def place(setup: Setup, work: Path) -> Path:
     """The directory of one setup's runs."""
     about = setup.record()
-    parts = [about["model"], *about["data"], setup.seqlen, f"{setup.windows or 'all'}x{setup.context}"]
+    parts = [about["model"], *about["data"], setup.seqlen, f"{setup.windows or 'all'}x{setup.context}", setup.dtype]
     return work / "-".join(str(part).replace("/", "--") for part in parts)
 
 
@@ -47,7 +49,7 @@ def measure(cell: Cell, setup: Setup, sets: Sequence[str], work: Path) -> dict[s
         return {**_asked(cell, setup), **_evaluated(["--model", setup.model], setup, sets), **_made()}
     run, calibration = place(setup, work) / cell.name, _calibration(cell, setup, work)
     words = [*cell.setting.words(), "--seed", str(cell.seed), "--calibration", str(calibration), "--run", str(run)]
-    stage = besa("prune", "--model", setup.model, *words)
+    stage = besa("prune", "--model", setup.model, "--dtype", setup.dtype, *words)
     evaluated = _evaluated(["--no-baseline", "--run", str(run)], setup, sets)
     seconds, peak_memory = spent(run / "pruned")
     return {
@@ -84,7 +86,8 @@ def _evaluated(subject: Sequence[str], setup: Setup, sets: Sequence[str]) -> dic
     """Perplexity on every evaluation set, and the seconds it took."""
     start = time.perf_counter()
     limit = [] if setup.windows is None else ["--limit", str(setup.windows)]
-    results = besa("eval", "ppl", *sets, *limit, "--seqlen", str(setup.context), *subject)["results"]
+    how = ["--seqlen", str(setup.context), "--dtype", setup.dtype]
+    results = besa("eval", "ppl", *sets, *limit, *how, *subject)["results"]
     perplexity = {label(name): result["perplexity"] for name, result in zip(sets, results, strict=True)}
     return {"perplexity": perplexity, "evaluation_seconds": round(time.perf_counter() - start, 1)}
 
@@ -193,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=default.seqlen, help="tokens of a calibration sample")
     made.add_argument("--windows", type=_count, default=default.windows, metavar="N|all", help="windows to evaluate")
     made.add_argument("--context", type=int, default=default.context, help="tokens of such a window")
+    made.add_argument("--dtype", choices=("auto", *compute.DTYPES), default="auto", help="in which all is computed")
     made.add_argument("--sets", nargs="+", default=["wikitext2"], help="what to evaluate on, as for besa eval ppl")
     made.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     made.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -212,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser()
     asked = made.parse_args(arguments)
     fields = {name: getattr(asked, name) for name in ("model", "samples", "seqlen", "context", "windows")}
-    setup = Setup(data=tuple(asked.data), **fields)
+    dtype = compute.name_of(compute.dtype(asked.dtype, compute.device("auto")))
+    setup = Setup(data=tuple(asked.data), dtype=dtype, **fields)
     lines = read_lines(asked.out / LINES)
     found = measured(lines, setup)
     if not asked.list and (why := refusal(lines, setup, report=asked.report)):

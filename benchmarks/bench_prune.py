@@ -121,7 +121,7 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
             found.append((learning.wall / plain.wall, learning.cpu / plain.cpu, plain.wall))
     steps = -(-len(tokens) // batch)
     walls, cpus, plains = zip(*found, strict=True)
-    return {**_spread(walls, cpus), "plain_ms": 1e3 * statistics.median(plains) / steps}
+    return {**_spread(walls, cpus), "turns": turns, "plain_ms": 1e3 * statistics.median(plains) / steps}
 
 
 def one_by_one(decoder: Decoder, index: int, hidden: torch.Tensor) -> None:
@@ -210,7 +210,7 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             few = tokens[: arguments.step_samples]
             if "step" in arguments.only:
                 for batch in arguments.batch:
-                    yield {"what": "step", "hidden": hidden, "batch": batch,
+                    yield {"what": "step", "hidden": hidden, "batch": batch, "samples": len(few),
                            **step_ratio(directory, dtype, batch, few, arguments.turns)}  # fmt: skip
             if "whole" in arguments.only:
                 for target in ("block", "stream"):
@@ -234,9 +234,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5, help="of steps")
     parser.add_argument("--whole-turns", type=int, default=3, help="of the whole")
     arguments = parser.parse_args(words)
+    dtype = compute.DTYPES[arguments.dtype]
     made = {
-        "dtype": arguments.dtype, "seqlen": arguments.seqlen, "threads": torch.get_num_threads(),
-        "kernels": kernels.name(CPU), "machine": machine(), "commit": commit(),
+        "dtype": arguments.dtype, "blocks": arguments.blocks, "seqlen": arguments.seqlen,
+        "threads": torch.get_num_threads(), "kernels": kernels.name(CPU, dtype), "machine": machine(),
+        "commit": commit(),
         "versions": versions(),
     }  # fmt: skip
     for line in lines(arguments):

@@ -76,7 +76,7 @@ def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
             error = (((target[0] - output) / target[0].norm(dim=0)) ** 2).sum() / output.shape[-1]
             shares = [linear.sparsities().mean() * (linear.weight.numel() / size) for linear in linears.values()]
             optimizer.zero_grad()
-            (error + options.penalty * ((torch.stack(shares).sum() - goal) / goal) ** 2).backward()
+            (error + (options.penalty or 0.0) * ((torch.stack(shares).sum() - goal) / goal) ** 2).backward()
             optimizer.step()
             block.on_step(sample + 1, len(block.inputs), "learning")
     return {name: linear.kept() for name, linear in linears.items()}

@@ -4,13 +4,16 @@
 
 Work is the CPU time of `besa prune`, process and reports included, in units of one plain pass without gradients of all
 blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too, on the first rows.
-Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table.
+Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table. A cell
+is known by all of the stage's options, so that none survives a change of a default.
 """
 
 import argparse
 import json
 import os
 import resource
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,35 +24,41 @@ import torch
 from bench_prune import CPU, plain_pass
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
-from besa_cli import models
+from besa_cli import compute, models
 from besa_cli.decoder.running import Decoder
+from besa_cli.pruners.besa import Options
 
 LINES = HERE / "time_to_quality.jsonl"
 SPARSITY = "0.5"
 _TIMED = 16  # rows of which a plain pass is timed
 
 
-def unit(tokens: Path) -> float:
+def unit(tokens: Path, dtype: torch.dtype) -> float:
     """CPU seconds of a plain pass over all rows, from one over the first."""
-    decoder = Decoder(models.resolve("smollm2-135m", notify=print).directory, CPU, torch.float32)
+    decoder = Decoder(models.resolve("smollm2-135m", notify=print).directory, CPU, dtype)
     rows = [json.loads(line)["input_ids"] for line in tokens.read_text().splitlines()]
     timed = rows[:_TIMED]
     return plain_pass(decoder, torch.tensor(timed)).cpu * len(rows) / len(timed)
 
 
-def measure(samples: int, window: str, tokens: Path, work: Path) -> dict[str, Any]:
+def cell(samples: int, window: str, dtype: str) -> dict[str, Any]:
+    """What tells a measurement from others."""
+    return {"samples": samples, "dtype": dtype, "options": asdict(Options(window=window))}
+
+
+def measure(samples: int, window: str, dtype: str, tokens: Path, work: Path) -> dict[str, Any]:
     """Prune on so many rows and evaluate."""
-    run = work / f"{samples}-{window}"
+    run = work / f"{samples}-{window}-{dtype}"
     besa("calibrate", "--data", str(tokens), "--samples", str(samples), "--seqlen", "512", "--run", str(run))
-    before, started = unit(tokens), _children()
-    words = ["--sparsity", SPARSITY, "--window", window, "--dtype", "float32"]
+    before, started = unit(tokens, compute.DTYPES[dtype]), _children()
+    words = ["--sparsity", SPARSITY, "--window", window, "--dtype", dtype]
     stage = besa("prune", *words, "--restart", "--run", str(run))
     took = _children() - started
-    units = took / ((before + unit(tokens)) / 2)
-    evaluated = besa("eval", "ppl", "wikitext2", "--limit", "16", "--no-baseline", "--run", str(run))
+    units = took / ((before + unit(tokens, compute.DTYPES[dtype])) / 2)
+    how = ["--limit", "16", "--no-baseline", "--dtype", dtype]
+    evaluated = besa("eval", "ppl", "wikitext2", *how, "--run", str(run))
     return {
-        "samples": samples,
-        "window": window,
+        **cell(samples, window, dtype),
         "perplexity": evaluated["results"][0]["perplexity"],
         "units": units,
         "cpu_seconds": took,
@@ -66,18 +75,21 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--window", nargs="+", default=["block"])
-    arguments = parser.parse_args()
+    parser.add_argument("--dtype", choices=("auto", *compute.DTYPES), default="auto")
+    arguments = parser.parse_args(words)
+    dtype = compute.name_of(compute.dtype(arguments.dtype, CPU))
     for window, samples in product(arguments.window, arguments.samples):
-        if (window, samples) in {(line["window"], line["samples"]) for line in read_lines(LINES)}:
+        wanted = cell(samples, window, dtype)
+        if any(wanted.items() <= line.items() for line in read_lines(LINES)):
             continue
-        line = measure(samples, window, arguments.tokens, arguments.work)
+        line = measure(samples, window, dtype, arguments.tokens, arguments.work)
         append_line(LINES, line)
         print(json.dumps(line), flush=True)
 

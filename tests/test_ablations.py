@@ -49,6 +49,11 @@ def line(cell: Any, perplexity: float, setup: Any = SETUP) -> dict[str, Any]:
     }
 
 
+def main(words: Sequence[str]) -> int:
+    """The runner, in the dtype of `SETUP` on every machine."""
+    return int(ablations.main(["--dtype", SETUP.dtype, *words]))
+
+
 def page(lines: Sequence[dict[str, Any]]) -> str:
     """The report on lines, as they come back from a file."""
     stored = [json.loads(json.dumps(each)) for each in lines]
@@ -65,8 +70,8 @@ def row(text: str, title: str, point: str) -> list[str]:
 def test_the_base_is_what_besa_does_by_default() -> None:
     default = {field.name: field.default for field in fields(besa.Options)}
     own = {name: value for name, value in BASE.record().items() if name in default}
-    assert len(own) == 10
-    assert own == {name: default[name] for name in own}
+    assert len(own) == 11
+    assert own == {name: default[name] for name in own} | {"lr": besa.Options().lr}  # which the optimizer decides
     assert BASE.sparsity == Request(options={}).sparsity
 
 
@@ -84,7 +89,7 @@ def test_the_paper_has_all_experiments_and_no_other() -> None:
 
 
 def test_every_cell_is_planned_once_however_many_experiments_it_serves() -> None:
-    assert len(CELLS) == len(set(CELLS)) == 3 * 79
+    assert len(CELLS) == len(set(CELLS)) == 3 * 81
     serving = [name for name, each in EXPERIMENTS.items() if BASE in each.settings.values()]
     assert serving == list(EXPERIMENTS)
     wanted = {setting for each in EXPERIMENTS.values() for setting in each.settings.values()}
@@ -124,7 +129,8 @@ def test_what_is_there_is_not_measured_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "other"}, {"data": ("ptb",)}, {"seqlen": 64}, {"context": 64}, {"windows": None}]
+    "change",
+    [{"model": "other"}, {"data": ("ptb",)}, {"seqlen": 64}, {"context": 64}, {"windows": None}, {"dtype": "bfloat16"}],
 )
 def test_a_line_of_another_setup_counts_for_nothing(change: dict[str, Any]) -> None:
     lines = [line(cell, 1.0, replace(SETUP, **change)) for cell in CELLS]
@@ -216,7 +222,7 @@ def test_without_matplotlib_the_page_is_written_and_the_rest_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert ablations.main(["--report", "--out", str(tmp_path)]) == 0
+    assert main(["--report", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "ABLATIONS.md").read_text() == page([])
     assert "pip install matplotlib" in capsys.readouterr().err
 
@@ -280,7 +286,7 @@ def test_a_page_is_never_written_over_with_another_setup(tmp_path: Path, capsys:
         ["--report", "--samples", "9"],
     ):
         with pytest.raises(SystemExit) as caught:
-            ablations.main(["--out", str(tmp_path), *words])
+            main(["--out", str(tmp_path), *words])
         assert caught.value.code == 2
         assert "128 samples" in capsys.readouterr().err
         assert not (tmp_path / "ABLATIONS.md").exists()
@@ -295,7 +301,7 @@ def test_the_words_on_the_page_write_it_anew(tmp_path: Path, monkeypatch: pytest
     written = (tmp_path / "ABLATIONS.md").read_text()
     words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
     (tmp_path / "ABLATIONS.md").unlink()
-    assert ablations.main(["--out", str(tmp_path), *words]) == 0
+    assert main(["--out", str(tmp_path), *words]) == 0
     assert (tmp_path / "ABLATIONS.md").read_text() == written
 
 
@@ -304,7 +310,7 @@ def test_the_committed_page_is_that_of_its_lines() -> None:
     written = (BENCHMARKS / "ABLATIONS.md").read_text()
     words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
     asked = ablations.parser().parse_args(words)
-    names = ("model", "samples", "seqlen", "context", "windows")
+    names = ("model", "samples", "seqlen", "context", "windows", "dtype")
     setup = plans.Setup(data=tuple(asked.data), **{name: getattr(asked, name) for name in names})
     found = plans.measured(besa_runs.read_lines(BENCHMARKS / "ablations.jsonl"), setup)
     assert written == report.markdown(setup, found, PAPER)
@@ -359,7 +365,7 @@ def options(place: Path, *more: str) -> list[str]:
 
 
 def test_a_second_run_measures_nothing(tmp_path: Path, fake: Besa) -> None:
-    assert ablations.main(options(tmp_path)) == 0
+    assert main(options(tmp_path)) == 0
     kinds = [words[0] for words in fake.calls]
     assert (kinds.count("calibrate"), kinds.count("prune"), kinds.count("eval")) == (3, 6, 7)  # the dense model, too
     stored = besa_runs.read_lines(tmp_path / "out" / "ablations.jsonl")
@@ -367,38 +373,38 @@ def test_a_second_run_measures_nothing(tmp_path: Path, fake: Besa) -> None:
     assert [each["peak_memory"] for each in stored[1:]] == [5] * 6
     assert "30.00 ± 0.00 (n=3)" in (tmp_path / "out" / "ABLATIONS.md").read_text()
     fake.calls.clear()
-    assert ablations.main(options(tmp_path)) == 0
+    assert main(options(tmp_path)) == 0
     assert fake.calls == []
-    assert ablations.main(options(tmp_path, "--sets", "wikitext2", "notes.txt")) == 0
+    assert main(options(tmp_path, "--sets", "wikitext2", "notes.txt")) == 0
     assert [words[0] for words in fake.calls].count("prune") == 6
 
 
 def test_only_the_weights_go(tmp_path: Path, fake: Besa) -> None:
-    ablations.main(options(tmp_path, "--seeds", "0"))
+    main(options(tmp_path, "--seeds", "0"))
     kept = {path.name for path in (tmp_path / "work").rglob("report/*")}
     assert kept == {"besa.json", "timing.jsonl", "model-00002-of-00002.json"}
     assert not list((tmp_path / "work").rglob("pruned"))
 
 
 def test_weights_that_a_kill_has_left_go_the_next_time(tmp_path: Path, fake: Besa) -> None:
-    ablations.main(options(tmp_path, "--seeds", "0"))
+    main(options(tmp_path, "--seeds", "0"))
     kept = next((tmp_path / "work").rglob("report"))
     (kept.rename(kept.with_name("pruned")) / SHARD).touch()
-    ablations.main(options(tmp_path, "--seeds", "0"))
+    main(options(tmp_path, "--seeds", "0"))
     assert not list((tmp_path / "work").rglob(SHARD))
     assert kept.exists()
 
 
 def test_a_cell_that_besa_refuses_does_not_stop_the_others(tmp_path: Path, fake: Besa) -> None:
     fake.refuses = lambda words: int(words[0] == "prune" and "layer" in words)
-    assert ablations.main(options(tmp_path, "--seeds", "0")) == 1
+    assert main(options(tmp_path, "--seeds", "0")) == 1
     assert len(besa_runs.read_lines(tmp_path / "out" / "ablations.jsonl")) == 2  # the dense model and the row-wise one
 
 
 def test_a_besa_that_was_stopped_stops_the_runner(tmp_path: Path, fake: Besa) -> None:
     fake.refuses = lambda words: 130 * (words[0] == "prune")
     with pytest.raises(subprocess.CalledProcessError):
-        ablations.main(options(tmp_path))
+        main(options(tmp_path))
     assert [words[0] for words in fake.calls].count("prune") == 1
 
 
@@ -407,7 +413,7 @@ def test_the_list_counts_shared_cells_once_and_runs_nothing(
 ) -> None:
     besa_runs.append_line(tmp_path / "ablations.jsonl", line(plans.Cell(setting=BASE, seed=0), 1.0))
     chosen = ["--only", "epochs", "granularity", "--seeds", "0"]
-    assert ablations.main(["--list", "--out", str(tmp_path), *chosen]) == 0
+    assert main(["--list", "--out", str(tmp_path), *chosen]) == 0
     rows = {words[0]: words[1:4] for words in map(str.split, capsys.readouterr().out.splitlines())}
     assert (rows["epochs"], rows["granularity"]) == (["4", "1", "3"], ["2", "1", "1"])
     assert (rows["dense"], rows["together"]) == (["1", "0", "1"], ["6", "1", "5"])
@@ -416,5 +422,5 @@ def test_the_list_counts_shared_cells_once_and_runs_nothing(
 
 def test_measuring_needs_a_place_to_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        ablations.main(["--out", str(tmp_path)])
+        main(["--out", str(tmp_path)])
     assert "--work" in capsys.readouterr().err

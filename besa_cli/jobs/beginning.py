@@ -26,6 +26,7 @@ def new_manifest(
     Nothing in it depends on the number of `ranks`, as long as they have the same number of threads together.
     """
     device = compute.device(request.device)
+    dtype = compute.dtype(request.dtype, device)
     seqlen = calibration_set.tokens.shape[1]
     parent = run.stage_at(model.directory)
     return {
@@ -35,10 +36,10 @@ def new_manifest(
         "options": {"model": model.name, **request.record(), **_drawn(run, calibration_set, request)},
         "compute": {
             "device": device.type,
-            "dtype": compute.name_of(compute.dtype(request.dtype, device)),
+            "dtype": compute.name_of(dtype),
             "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
-            "kernels": kernels.name(device),
+            "kernels": kernels.name(device, dtype),
         },
         "model": {
             "name": model.name,

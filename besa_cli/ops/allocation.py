@@ -165,22 +165,63 @@ def project(
     return expected_sparsity(mixture(theta + tilt * p), p)
 
 
+def mean_and_slope(
+    mixture: Float[Tensor, "groups candidates"],
+    weights: Float[Tensor, " groups"],
+    candidates: Float[Tensor, " candidates"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The groups' mean sparsity, and how fast it rises with a common tilt t of θ_d + t·p_d: the mean of Var_β(p)."""
+    shares = weights / weights.sum()
+    first = expected_sparsity(mixture, candidates)
+    return shares @ first, shares @ (mixture @ candidates.square() - first.square())
+
+
+def restored(
+    logits: Float[Tensor, "groups candidates"],
+    weights: Float[Tensor, " groups"],
+    candidates: Float[Tensor, " candidates"],
+    target: float,
+) -> Float[Tensor, "groups candidates"]:
+    """One step of Newton's method towards the tilt of `project`: what a step of learning has lost of the target."""
+    mean, slope = mean_and_slope(mixture(logits), weights, candidates)
+    return logits + (target - mean) / slope.clamp_min(_FLAT) * candidates
+
+
+def tangent(
+    gradient: Float[Tensor, "groups candidates"],
+    mixture: Float[Tensor, "groups candidates"],
+    weights: Float[Tensor, " groups"],
+    candidates: Float[Tensor, " candidates"],
+) -> Float[Tensor, "groups candidates"]:
+    """∂L/∂θ where a common tilt follows every change of θ so that the mean sparsity s stays.
+
+    That is G − μ·∂s/∂θ with the Lagrange multiplier μ = Σ G_gd·p_d ÷ the slope of `mean_and_slope`, and ∂s/∂θ_gd = the
+    group's share of the weights · β_d·(p_d − α).
+
+    Parameters
+    ----------
+    gradient : Tensor of shape (groups, candidates)
+        G = ∂L/∂θ with nothing that holds the sparsity.
+    mixture : Tensor of shape (groups, candidates)
+        β = softmax(θ).
+    weights : Tensor of shape (groups,)
+        Weights (numbers in the linear) in each group.
+    """
+    _, slope = mean_and_slope(mixture, weights, candidates)
+    multiplier = (gradient @ candidates).sum() / slope.clamp_min(_FLAT)
+    shares = (multiplier * weights / weights.sum()).unsqueeze(1)
+    return gradient - shares * mixture * (candidates - expected_sparsity(mixture, candidates).unsqueeze(1))
+
+
 _STEPS = 200  # far more than Newton needs, and enough for halving alone
+_FLAT = 1e-9  # mixtures that have all but run into one candidate each: no tilt moves them
 
 
 def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:
     """Newton's method on the mean sparsity, which rises with the tilt; halving wherever a step leaves the bracket."""
-    shares = weights / weights.sum()
-
-    def mean_and_slope(tilt: float) -> tuple[float, float]:
-        beta = mixture(theta + tilt * p)
-        first = beta @ p
-        variance = beta @ p.square() - first.square()
-        return float(shares @ first), float(shares @ variance)
-
     low, high, tilt = -1e6, 1e6, 0.0
     for _ in range(_STEPS):
-        mean, slope = mean_and_slope(tilt)
+        mean, slope = map(float, mean_and_slope(mixture(theta + tilt * p), weights, p))
         low, high = (tilt, high) if mean < target else (low, tilt)
         step = tilt + (target - mean) / slope if slope > 0 else low
         following = step if low < step < high else (low + high) / 2

@@ -7,12 +7,13 @@ in memory at a time. Scores are rounded to the dtype of computation, as in trans
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CHUNK = 128  # queries
+_CHUNK = 256  # queries
 _KEPT = 32 << 20  # bytes of probabilities that wait for the backward pass; more are computed again
 
 
@@ -28,29 +29,42 @@ def causal(
 
 
 class _Heads:
-    """Keys and values as matrices, one a group of heads; and what a chunk of the queries makes of them."""
+    """Queries, keys and values as matrices, one a group of heads: what a chunk of the queries needs lies together.
+
+    Rows of queries are ordered by token, then by head in the group.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        self.query, self.scale = query, scale
-        self.key, self.value = key.flatten(0, 1), value.flatten(0, 1)
-        self.future = torch.full((_CHUNK, _CHUNK), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+        self.batch, self.count, self.seqlen, _ = query.shape
+        self.groups, self.scale = key.shape[1], scale
+        self.each = self.count // self.groups
+        self.query, self.key, self.value = self.together(query), key.flatten(0, 1), value.flatten(0, 1)
+        self.future = _future(_CHUNK, query.dtype, query.device)
 
-    def chunks(self) -> Iterator[slice]:
-        """The positions of each chunk of queries."""
-        seqlen = self.query.shape[2]
-        return (slice(start, min(start + _CHUNK, seqlen)) for start in range(0, seqlen, _CHUNK))
+    def together(self, each: Tensor) -> Tensor:
+        """(batch, heads, seqlen, width) → (batch·groups, seqlen·heads in a group, width)."""
+        split = each.reshape(self.batch, self.groups, self.each, self.seqlen, -1)
+        return split.transpose(2, 3).reshape(self.batch * self.groups, -1, each.shape[3])
 
-    def rows(self, each: Tensor, chunk: slice) -> Tensor:
-        """A chunk of what every head has, those of a group below each other: (batch·groups, heads·chunk, width)."""
-        return each[:, :, chunk].reshape(len(self.key), -1, each.shape[3])
+    def apart(self, rows: Tensor) -> Tensor:
+        """The inverse of `together`."""
+        split = rows.view(self.batch, self.groups, self.seqlen, self.each, rows.shape[2])
+        return split.permute(0, 2, 1, 3, 4).reshape(self.batch, self.seqlen, self.count, -1).transpose(1, 2)
 
-    def probabilities(self, chunk: slice) -> Tensor:
-        """Softmax of a chunk's scores over the keys up to its end: (batch·groups, heads·chunk, keys)."""
-        rows, keys = self.rows(self.query, chunk), self.key[:, : chunk.stop].transpose(1, 2)
-        scores = rows.new_empty(len(rows), rows.shape[1], chunk.stop)
-        scores = torch.baddbmm(scores, rows, keys, beta=0, alpha=self.scale)
-        size = chunk.stop - chunk.start
-        scores.view(len(rows), -1, size, chunk.stop)[..., chunk].add_(self.future[:size, :size])
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Rows of each chunk of queries, and the keys that the last of them sees."""
+        for start in range(0, self.seqlen, _CHUNK):
+            stop = min(start + _CHUNK, self.seqlen)
+            yield slice(start * self.each, stop * self.each), slice(0, stop)
+
+    def probabilities(self, rows: slice, seen: slice) -> Tensor:
+        """Softmax of a chunk's scores: (batch·groups, rows, keys)."""
+        query, key = self.query[:, rows], self.key[:, seen].transpose(1, 2)
+        scores = query.new_empty(len(query), query.shape[1], seen.stop)
+        scores = torch.baddbmm(scores, query, key, beta=0, alpha=self.scale)
+        size = query.shape[1] // self.each
+        own = scores.view(len(query), size, self.each, seen.stop)[..., -size:]
+        own.add_(self.future[:size, None, :size])
         return scores.softmax(2)
 
 
@@ -62,33 +76,37 @@ class _Causal(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         heads = _Heads(query, key, value, scale)
-        batch, count, seqlen, _ = query.shape
-        output = query.new_empty(batch, seqlen, count, value.shape[3]).transpose(1, 2)
-        fits = batch * count * seqlen * seqlen // 2 * query.itemsize <= _KEPT
+        output = query.new_empty(*heads.query.shape[:2], value.shape[3])
+        fits = len(heads.query) * heads.query.shape[1] * heads.seqlen // 2 * query.itemsize <= _KEPT
         waits = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         kept: list[Tensor] | None = [] if fits and waits else None
-        for chunk in heads.chunks():
-            found = heads.probabilities(chunk)
-            output[:, :, chunk] = (found @ heads.value[:, : chunk.stop]).view_as(output[:, :, chunk])
+        for rows, seen in heads.chunks():
+            found = heads.probabilities(rows, seen)
+            output[:, rows] = found @ heads.value[:, seen]
             if kept is not None:
                 kept.append(found)
         ctx.save_for_backward(query, key, value, *(kept or []))
         ctx.scale = scale  # type: ignore[attr-defined]
-        return output
+        return heads.apart(output)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         heads = _Heads(query, key, value, ctx.scale)  # type: ignore[attr-defined]
-        of_query = torch.empty_like(query)
+        of_output, of_query = heads.together(gradient), torch.empty_like(heads.query)
         of_key, of_value = torch.zeros_like(heads.key), torch.zeros_like(heads.value)
-        for number, chunk in enumerate(heads.chunks()):
-            found = kept[number] if kept else heads.probabilities(chunk)
-            rows, seen = heads.rows(gradient, chunk), slice(0, chunk.stop)
-            of_value[:, seen] += found.transpose(1, 2) @ rows
-            slopes = rows @ heads.value[:, seen].transpose(1, 2)
+        for number, (rows, seen) in enumerate(heads.chunks()):
+            found = kept[number] if kept else heads.probabilities(rows, seen)
+            slopes = of_output[:, rows] @ heads.value[:, seen].transpose(1, 2)
             slopes = torch._softmax_backward_data(slopes, found, 2, slopes.dtype)
-            of_query[:, :, chunk] = (slopes @ heads.key[:, seen]).view_as(of_query[:, :, chunk])
-            of_key[:, seen] += slopes.transpose(1, 2) @ heads.rows(query, chunk)
+            of_query[:, rows] = slopes @ heads.key[:, seen]
+            of_key[:, seen] += slopes.transpose(1, 2) @ heads.query[:, rows]
+            of_value[:, seen] += found.transpose(1, 2) @ of_output[:, rows]
         scale = ctx.scale  # type: ignore[attr-defined]
-        return of_query.mul_(scale), of_key.mul_(scale).view_as(key), of_value.view_as(value), None
+        return heads.apart(of_query.mul_(scale)), of_key.mul_(scale).view_as(key), of_value.view_as(value), None
+
+
+@cache
+def _future(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """−∞ where a query of a chunk of so many would see a key after its own."""
+    return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu(1)

@@ -190,11 +190,11 @@ def test_what_the_kernels_do_not_serve_is_left_to_others() -> None:
 def test_the_straight_through_linear_takes_these_kernels_and_learns_as_with_the_plain_ones(
     size: int, floored: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kernels.name(DEVICE) == "fused"
+    assert kernels.name(DEVICE, torch.float32) == "fused"
     groups = -(-5 // size)
     ranks, counts = plain.ranks(normal(5, 300, seed=2)), some_counts(groups, 300)
     found = []
-    for choice in ("fused", "plain"):
+    for choice in ("fast", "plain"):
         monkeypatch.setenv("BESA_KERNELS", choice)
         theta, weight = normal(groups, 11, seed=4).requires_grad_(), normal(5, 300).requires_grad_()
         room = torch.empty(5, 300, device=DEVICE)
@@ -221,7 +221,7 @@ def test_a_whole_block_is_pruned_as_with_the_plain_kernels(monkeypatch: pytest.M
 
         monkeypatch.setattr(fused, name, spy)
     results = []
-    for choice in ("fused", "plain"):
+    for choice in ("fast", "plain"):
         monkeypatch.setenv("BESA_KERNELS", choice)
         made = toy.block(weights, toy.size(weights) // 2)
         made.linears = {name: linear.to(DEVICE) for name, linear in made.linears.items()}

@@ -64,8 +64,8 @@ def test_it_is_causal_attention(sizes: Sizes, scale: float, seed: int) -> None:
 def test_what_is_kept_for_the_backward_pass_and_what_is_computed_again_give_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = drawn((1, 2, 2, 200, 8, 8), torch.float32)
-    slope = torch.ones(1, 4, 200, 8)
+    parts = drawn((1, 2, 2, 300, 8, 8), torch.float32)
+    slope = torch.ones(1, 4, 300, 8)
     kept = with_gradients(attention.causal, parts, slope, 0.5)
     calls = []
     own = attention._Heads.probabilities
@@ -82,7 +82,7 @@ def test_gradients_are_finite_differences(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.autograd.gradcheck(lambda *three: attention.causal(*three, 0.7), parts)
 
 
-@pytest.mark.parametrize("seqlen", [1, 127, 128, 129, 500])
+@pytest.mark.parametrize("seqlen", [1, 255, 256, 257, 700])
 def test_bf16_is_as_near_as_rounded_scores_allow(seqlen: int) -> None:
     """Transformers' eager attention rounds its scores, too: what it gives is the measure."""
     sizes = (1, 2, 3, seqlen, 64, 64)
@@ -99,9 +99,9 @@ def test_bf16_is_as_near_as_rounded_scores_allow(seqlen: int) -> None:
 
 
 def test_a_token_sees_nothing_of_those_after_it() -> None:
-    query, key, value = drawn((1, 1, 2, 300, 4, 4), torch.float32)
+    query, key, value = drawn((1, 1, 2, 600, 4, 4), torch.float32)
     before = attention.causal(query, key, value, 0.5)
-    key[:, :, 200:], value[:, :, 200:] = 1e4, torch.nan
+    key[:, :, 400:], value[:, :, 400:] = 1e4, -1e4
     after = attention.causal(query, key, value, 0.5)
-    assert torch.equal(before[:, :, :128], after[:, :, :128])  # whole chunks before
-    assert after[:, :, 200:].isnan().all()
+    torch.testing.assert_close(before[:, :, :400], after[:, :, :400])
+    assert not torch.isclose(before[:, :, 400:], after[:, :, 400:]).any()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from strategies import few, marked_scores
 from torch import Tensor
 
+from besa_cli.errors import UsageError
 from besa_cli.ops import kernels
 from besa_cli.ops.kernels import native, plain
 
@@ -172,7 +173,24 @@ def test_tensors_that_are_not_contiguous_are_left_to_the_plain_form() -> None:
 
 
 def test_the_environment_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
     monkeypatch.setenv("BESA_KERNELS", "plain")
-    assert kernels.name(torch.device("cpu")) == "plain"
-    monkeypatch.delenv("BESA_KERNELS")
-    assert kernels.name(torch.device("cpu")) == ("native" if native.available() else "plain")
+    assert kernels.name(cpu, torch.float32) == "plain"
+    for choice in ("fast", ""):
+        monkeypatch.setenv("BESA_KERNELS", choice)
+        assert kernels.name(cpu, torch.float32) == ("native" if native.available() else "plain")
+    monkeypatch.setenv("BESA_KERNELS", "native")
+    with pytest.raises(UsageError, match="BESA_KERNELS=native is neither fast nor plain"):
+        kernels.name(cpu, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_said_to_serve_is_what_serves(dtype: torch.dtype) -> None:
+    weight, ranks = random(3, 5), plain.ranks(random(3, 5))
+    out = torch.empty(3, 5, dtype=dtype)
+    counts = torch.tensor([1, 2, 3])
+    served = [
+        native.mask(weight, ranks, counts, out) is not None,
+        native.candidate_sums(out, weight.to(dtype), ranks, 10) is not None,
+    ]
+    assert served == [kernels.name(torch.device("cpu"), dtype) == "native"] * 2

@@ -13,8 +13,9 @@ from strategies import fewer
 
 from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
-from besa_cli.ops import losses
 from besa_cli.pruners import besa, wanda
+from besa_cli.pruners.besa import learning
+from besa_cli.pruners.besa.window import Window
 from besa_cli.stream.block import Block, Pruned
 
 GRANULARITIES = ["row", "layer", "3"]
@@ -79,7 +80,7 @@ def large(share: float = 0.5) -> Block:
     return toy.block(weights, round(share * toy.size(weights)), samples=16)
 
 
-@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.6])
 def test_layer_gives_the_rows_of_a_linear_one_sparsity_and_row_does_not(sparsity: float) -> None:
     shared = besa.prune(large(sparsity), learner("layer"))
     assert not shared.kept_uniform
@@ -165,24 +166,39 @@ def test_the_target_given_is_what_is_reproduced() -> None:
     assert towards.error_before != pytest.approx(own.error_before, rel=1e-2)
 
 
-def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> None:
+def sparsities_while_learning(options: besa.Options) -> list[float]:
+    """How far the expected sparsity is from the goal, in each step."""
     weights = toy.source()
     made = toy.block(weights, toy.size(weights) // 5, samples=16)
-    original, expected = losses.sparsity_penalty, dict[float, list[float]]()
-    for penalty in (0.0, 50.0):
-        noted: list[float] = []
+    noted: list[float] = []
+    original = learning._soft_weights
 
-        def spy(sparsity: torch.Tensor, goal: float, noted: list[float] = noted) -> torch.Tensor:
-            noted.append(abs(float(sparsity.detach()) - goal))
-            return original(sparsity, goal)
+    def spy(window: Window, *others: Any) -> Any:
+        found, mixture = original(window, *others)
+        assert mixture is not None
+        pruned = (mixture.detach().double() @ window.p.double() * window.sizes).sum()
+        noted.append(abs(float(pruned / window.sizes.sum()) - window.goal))
+        return found, mixture
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(losses, "sparsity_penalty", spy)
-            besa.prune(made, besa.Options(penalty=penalty, lr=0.5, epochs=2))
-        expected[penalty] = noted
-    assert expected[0.0][0] == pytest.approx(0.0, abs=1e-5)  # both start at the goal
-    assert expected[50.0][0] == pytest.approx(0.0, abs=1e-5)
-    assert expected[50.0][-1] < 0.25 * expected[0.0][-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "_soft_weights", spy)
+        besa.prune(made, options)
+    return noted
+
+
+def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> None:
+    free, heavy = (sparsities_while_learning(besa.Options(penalty=each, lr=0.5, epochs=2)) for each in (0.0, 50.0))
+    assert free[0] == pytest.approx(0.0, abs=1e-5)  # both start at the goal
+    assert heavy[0] == pytest.approx(0.0, abs=1e-5)
+    assert heavy[-1] < 0.25 * free[-1]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_without_a_penalty_every_step_keeps_to_the_budget(granularity: str) -> None:
+    free = sparsities_while_learning(besa.Options(granularity=granularity, penalty=0.0, lr=0.1, epochs=2))
+    held = sparsities_while_learning(besa.Options(granularity=granularity, lr=0.1, epochs=2))
+    assert len(held) == len(free) == 32
+    assert max(held) < 1e-3 < 0.05 * max(free)
 
 
 def test_rising_sparsity_never_lowers_the_error_of_the_uniform_start() -> None:

@@ -1,7 +1,8 @@
 """The inner loops of learning: `plain` is torch on any device, `native` C++ for the CPU, `fused` Triton.
 
 All forms give the same ranks, masks and weights on a grid, and the same sums up to the rounding of fp32. Which one is
-taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere.
+taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere, and
+``fast`` is what happens without it.
 """
 
 import os
@@ -11,14 +12,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from besa_cli.errors import UsageError
 from besa_cli.ops.kernels import fused, native, plain
 
 _CHOICE = "BESA_KERNELS"
 
 
-def name(device: torch.device) -> str:
-    """``fused``, ``native`` or ``plain``: what serves a device's tensors."""
-    return _form(device).__name__.rpartition(".")[2]
+def name(device: torch.device, dtype: torch.dtype) -> str:
+    """``fused``, ``native`` or ``plain``: what serves a device's tensors where `dtype` is computed in.
+
+    Raises
+    ------
+    UsageError
+        BESA_KERNELS is neither fast nor plain.
+    """
+    form = _form(device)
+    return (plain if form is native and not native.computes_in(dtype) else form).__name__.rpartition(".")[2]
 
 
 def _form(device: torch.device) -> ModuleType:
@@ -31,7 +40,10 @@ def _form(device: torch.device) -> ModuleType:
 
 
 def _wanted() -> bool:
-    return os.environ.get(_CHOICE) != "plain"
+    choice = os.environ.get(_CHOICE) or "fast"
+    if choice not in ("fast", "plain"):
+        raise UsageError(f"BESA_KERNELS={choice} is neither fast nor plain", "unset it, or set it to plain")
+    return choice == "fast"
 
 
 def ranks(scores: Float[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:

@@ -40,6 +40,11 @@ def available() -> bool:
     return _library() is not None
 
 
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether masked weights and their gradients may be of this dtype."""
+    return _function("mask", torch.float32, dtype, torch.int16) is not None
+
+
 def ranks(scores: Tensor) -> Tensor | None:
     """See `besa_cli.ops.kernels.ranks`; None where the library does not serve these tensors, as in all of these."""
     rows, cols = scores.shape

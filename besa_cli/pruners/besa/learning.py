@@ -14,11 +14,14 @@ from besa_cli.pruners.besa.window import Window
 
 
 def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Minimise reconstruction + penalty; where the window's budget is spent, the grids alone are learned.
+    """Minimise the reconstruction error within the budget; where the budget is spent, the grids alone are learned.
+
+    The budget is held in every step, or with a `penalty` left to it.
 
     Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
     """
     block, options, manner = window.block, window.options, window.options.manner
+    held = options.penalty is None and not window.spent
     theta = _initial_logits(window).requires_grad_()
     strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
@@ -28,18 +31,21 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):
-            weights, sparsity = _soft_weights(window, theta, strengths)
+            if held:
+                _hold(window, theta)
+            weights, mixture = _soft_weights(window, theta, strengths)
             inputs, target = block.take(chosen)
             output = block.forward(inputs, weights)
             reconstruction = measure(output, target.to(output.device), world.totalled)
-            penalty = 0.0 if sparsity is None else losses.sparsity_penalty(sparsity, window.goal)
-            penalty = len(inputs) / len(chosen) * penalty
+            penalty = len(inputs) / len(chosen) * _penalty(window, mixture)
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
-            objective = scale * (reconstruction + options.penalty * penalty)
+            objective = scale * (reconstruction + penalty)
             if objective.requires_grad:  # not so on a rank that has none of the samples, where nothing is pruned
                 objective.backward()  # type: ignore[no-untyped-call]
             loss = reconstruction.detach()
             world.sum([loss, *_gradients([theta, *strengths.values()], 1 if manner.scaled else 1 / scale)])
+            if held and mixture is not None and theta.grad is not None:
+                theta.grad = allocation.tangent(theta.grad, mixture.detach(), window.sizes, window.p)
             for optimizer, rate in learners:
                 if manner.decaying:
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
@@ -50,6 +56,19 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
     return theta.detach(), {name: each.detach() for name, each in strengths.items()}, descent.settled(history)
+
+
+def _hold(window: Window, theta: Tensor) -> None:
+    """Bring the mixtures back to the budget, in place."""
+    with torch.no_grad():
+        theta.copy_(allocation.restored(theta, window.sizes, window.p, window.goal))
+
+
+def _penalty(window: Window, mixture: Tensor | None) -> Tensor | float:
+    if mixture is None or not window.options.penalty:
+        return 0.0
+    sparsity = allocation.expected_sparsity(mixture, window.p) @ (window.sizes / window.sizes.sum())
+    return window.options.penalty * losses.sparsity_penalty(sparsity, window.goal)
 
 
 def _initial_logits(window: Window) -> Tensor:
@@ -95,7 +114,7 @@ def _finite(value: float, index: int) -> float:
 def _soft_weights(
     window: Window, theta: Tensor, strengths: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The masked weights, differentiable in the logits, and the window's expected sparsity; None where it is spent."""
+    """The masked weights, differentiable in the logits, and the mixtures; None where the budget is spent."""
     sources = {
         name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
         for name, linear in window.linears.items()
@@ -112,4 +131,4 @@ def _soft_weights(
             window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
         )
     }
-    return weights, alpha @ (window.sizes / window.sizes.sum())
+    return weights, mixture

@@ -10,7 +10,7 @@ from besa_cli.footprint import Held
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 
-_RATES = {"adamw": 0.1, "prodigy": 1.0}
+_RATES = {"adamw": 0.2, "prodigy": 1.0}
 _CLIP_RATE = 0.03
 
 
@@ -64,11 +64,11 @@ class Options:
         Passes over the calibration samples, and samples in one step.
     optimizer : {"adamw", "prodigy"}
     lr : float, optional
-        Learning rate of the mixture logits, 0.1 for AdamW, decaying to 0 along a half cosine, and 1 for Prodigy.
+        Learning rate of the mixture logits, 0.2 for AdamW, decaying to 0 along a half cosine, and 1 for Prodigy.
     d_coef : float
         Prodigy's factor on its own estimate of the rate.
-    penalty : float
-        Weight of the sparsity penalty ((s − ŝ)/ŝ)².
+    penalty : float, optional
+        Weight of the sparsity penalty ((s − ŝ)/ŝ)². Without one the budget is held in every step.
     candidates : int
         D: candidate sparsities are 0, 1/D, …, 1.
     loss : {"token", "channel", "frobenius"}
@@ -90,7 +90,7 @@ class Options:
     optimizer: Optimizer = "adamw"
     lr: float | None = None
     d_coef: float = 1.0
-    penalty: float = 5.0
+    penalty: float | None = None
     candidates: int = 100
     loss: Loss = "token"
     bits: int | None = None
