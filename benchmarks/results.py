@@ -101,7 +101,8 @@ def page() -> str:
         "`benchmarks/bench_prune.py`. Random LLaMA-shaped blocks, samples of 512 tokens, 128 of them for the whole of "
         "`prune`; medians of ratios within one process by wall time (in brackets the lowest and the highest, and the "
         "median by the CPU time of all threads, which other programs disturb less). The plain passes are stock "
-        "transformers'. Bytes a weight are those of the tensors themselves; ranking takes 12 more of the linear in work.\n\n"
+        "transformers'. Bytes a weight are those of the tensors themselves; ranking takes 12 more of the linear in "
+        "work.\n\n"
         f"{speed(lines)}\n\n{_made(lines)}{_quality()}"
     )
 

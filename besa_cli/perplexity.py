@@ -73,7 +73,7 @@ class Walk:
         self._jobs = jobs
         self._batch = jobs[0].settings.batch_size
         self.losses: list[list[Loss]] = [list(each) for each in known or [()] * len(jobs)]
-        self._decoder = Decoder(jobs[0].directory, jobs[0].device, jobs[0].dtype)
+        self._decoder = Decoder(jobs[0].directory, jobs[0].device, jobs[0].dtype, quick=True)
         left = [(len(losses), len(job.windows)) for job, losses in zip(jobs, self.losses, strict=True)]
         self.portions = portions(
             left, self._batch, windows_at_once(self._decoder, jobs[0].settings.seqlen, self._batch)

@@ -34,8 +34,8 @@ class Decoder(PartialModel):
     Parameters
     ----------
     quick : bool
-        Compute causal attention on a CPU with `besa_cli.ops.attention`: for passes by the thousand, where the last bit
-        of bf16 does not matter. By default everything is computed as stock transformers does.
+        Compute causal attention on a CPU with `besa_cli.ops.attention`, whose scores are rounded to the dtype. By
+        default everything is computed as stock transformers does.
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> None:
