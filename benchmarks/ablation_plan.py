@@ -30,7 +30,7 @@ class Setting:
     target: str = "block"
     loss: str = "token"
     optimizer: str = "adamw"
-    lr: float = 0.2
+    lr: float = 1.0
     penalty: float | None = None
     batch_size: int = 1
 
@@ -167,9 +167,9 @@ def experiments(samples: int) -> dict[str, Experiment]:
                 "target stream": replace(base, target="stream"),
                 "loss channel": replace(base, loss="channel"),
                 "loss frobenius": replace(base, loss="frobenius"),
-                "optimizer prodigy": replace(base, optimizer="prodigy", lr=1.0),
-                "lr 0.1": replace(base, lr=0.1),
-                "lr 0.4": replace(base, lr=0.4),
+                "optimizer prodigy": replace(base, optimizer="prodigy"),
+                "lr 0.5": replace(base, lr=0.5),
+                "lr 2": replace(base, lr=2.0),
                 "penalty 0.5": replace(base, penalty=0.5),
                 "penalty 5": replace(base, penalty=5.0),
                 "batch size 4, as many steps": replace(base, batch_size=4, epochs=4),

@@ -56,7 +56,7 @@ LossOption = Annotated[
 EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1)]
 BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
 OptimizerOption = Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")]
-RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "0.2, prodigy: 1", min=0.0)]
+RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)]
 FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
 PenaltyOption = Annotated[
     float | None,

@@ -17,10 +17,16 @@ def candidates(count: int) -> Float[Tensor, " candidates"]:
     return torch.arange(count + 1, dtype=torch.float32) / count
 
 
+SPREAD = 0.1  # standard deviation of the mixtures at the start, where the ends do not cut them off
+
+
 def initial_logits(
-    groups: int, candidates: Float[Tensor, " candidates"], target: float
+    groups: int, candidates: Float[Tensor, " candidates"], target: float, spread: float = SPREAD
 ) -> Float[Tensor, "groups candidates"]:
-    """θ whose softmax has the expected sparsity `target`: the mixture of greatest entropy with that mean, θ_d = t·p_d.
+    """θ of a mixture around `target`: of greatest entropy with that mean and its own variance, θ_d = t·p_d − p_d²/2σ².
+
+    The straight-through gradient of a candidate takes all ranks between it and the mask for linear: near the target
+    that holds. A mixture that is spread over all candidates learns from what lies far from any mask it will have.
 
     Parameters
     ----------
@@ -28,10 +34,12 @@ def initial_logits(
         Rows of the result, all alike.
     target : float
         Expected sparsity, strictly between 0 and 1.
+    spread : float
+        σ, in sparsity.
     """
-    even = torch.zeros(1, len(candidates), dtype=torch.float64, device=candidates.device)
-    tilt = _solve_tilt(even, torch.ones_like(even[:, 0]), candidates.double(), target)
-    return (tilt * candidates).repeat(groups, 1)
+    around = (-(candidates.double() - target).square() / (2 * spread**2)).unsqueeze(0)
+    tilt = _solve_tilt(around, torch.ones_like(around[:, 0]), candidates.double(), target)
+    return (around + tilt * candidates).float().repeat(groups, 1)
 
 
 def mixture(logits: Float[Tensor, "groups candidates"]) -> Float[Tensor, "groups candidates"]:

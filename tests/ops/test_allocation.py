@@ -89,11 +89,12 @@ def test_every_target_is_where_the_learning_starts(groups: int, count: int, targ
 
 def test_the_start_is_the_mixture_of_greatest_entropy() -> None:
     p = allocation.candidates(10)
-    start = allocation.mixture(allocation.initial_logits(1, p, 0.3))[0].double()
+    start = allocation.mixture(allocation.initial_logits(1, p, 0.3, 0.4))[0].double()
     entropy = -(start * start.log()).sum()
-    for seed in range(20):  # a small step that changes neither the sum nor the mean lowers the entropy
+    for seed in range(20):  # a small step that changes neither sum nor mean nor variance lowers the entropy
         step = random(11, seed=seed, dtype=torch.float64)
-        basis = torch.linalg.qr(torch.stack([torch.ones(11, dtype=torch.float64), p.double()], dim=1)).Q
+        powers = torch.stack([p.double() ** power for power in range(3)], dim=1)
+        basis = torch.linalg.qr(powers).Q
         moved = start + 1e-3 * start.min() * (step - basis @ (basis.T @ step))
         assert float(moved.sum()) == pytest.approx(1.0, abs=1e-6)
         assert float(-(moved * moved.log()).sum()) < float(entropy)

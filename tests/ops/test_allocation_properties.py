@@ -167,13 +167,30 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
 
 
 @fewer
-@given(st.integers(2, 7), SIZES, st.floats(0.1, 0.9), st.sampled_from(["row", "layer", "2"]), st.integers(0, 10**6))
-def test_the_budget_is_exact_where_all_weights_are_alike(
-    hidden: int, inner: int, share: float, granularity: str, seed: int
+@given(
+    st.integers(2, 7),
+    SIZES,
+    st.floats(0.1, 0.9),
+    st.sampled_from(["row", "layer", "2"]),
+    st.sampled_from(["magnitude", "wanda"]),
+    st.sampled_from([0.0, 0.3]),
+    st.integers(0, 10**6),
+)
+def test_the_budget_is_exact_where_scores_are_alike(
+    hidden: int, inner: int, share: float, granularity: str, importance: Any, zeros: float, seed: int
 ) -> None:
-    weights = {name: weight.sign() / 4 for name, weight in toy.source(hidden=hidden, inner=inner, seed=seed).items()}
-    window = made_window(granularity, weights, round(share * toy.size(weights)))
+    """All weights of one size: by magnitude a row is one tie, by Wanda's score its columns without input are."""
+    drawn = toy.source(hidden=hidden, inner=inner, zeros=zeros, seed=seed)
+    weights = {name: weight.sign() / 4 for name, weight in drawn.items()}
+    made = toy.block(weights, round(share * toy.size(weights)))
+    made.inputs[..., ::2] = 0.0  # dead columns
+    window = Window(made, besa.Options(granularity=granularity, importance=importance, candidates=20))
+    scores = window.score("gate")[weights["gate"] != 0]
+    assert len(scores.unique()) <= (1 if importance == "magnitude" else hidden // 2 + 1)
     logits = 3 * random(len(window.sizes), 21, seed=seed).float()
-    if 0 < window.block.budget < toy.size(weights):
+    there = sum(int((weight == 0).sum()) for weight in weights.values())
+    if there < made.budget < toy.size(weights):
         sparsities = allocation.project(logits, window.sizes, window.p, window.goal)
-        assert toy.pruned(deciding._masks(window, window.shares(sparsities))) == window.block.budget
+        kept = deciding._masks(window, window.shares(sparsities))
+        assert toy.pruned(kept) == made.budget
+        assert not any(bool((kept[name] & (weight == 0)).any()) for name, weight in weights.items())

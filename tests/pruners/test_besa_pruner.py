@@ -195,8 +195,8 @@ def test_a_heavier_penalty_keeps_the_learned_sparsity_nearer_to_the_goal() -> No
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_without_a_penalty_every_step_keeps_to_the_budget(granularity: str) -> None:
-    free = sparsities_while_learning(besa.Options(granularity=granularity, penalty=0.0, lr=0.1, epochs=2))
-    held = sparsities_while_learning(besa.Options(granularity=granularity, lr=0.1, epochs=2))
+    free = sparsities_while_learning(besa.Options(granularity=granularity, penalty=0.0, epochs=2))
+    held = sparsities_while_learning(besa.Options(granularity=granularity, epochs=2))
     assert len(held) == len(free) == 32
     assert max(held) < 1e-3 < 0.05 * max(free)
 

@@ -10,7 +10,7 @@ from besa_cli.footprint import Held
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 
-_RATES = {"adamw": 0.2, "prodigy": 1.0}
+_RATES = {"adamw": 1.0, "prodigy": 1.0}
 _CLIP_RATE = 0.03
 
 
@@ -64,7 +64,7 @@ class Options:
         Passes over the calibration samples, and samples in one step.
     optimizer : {"adamw", "prodigy"}
     lr : float, optional
-        Learning rate of the mixture logits, 0.2 for AdamW, decaying to 0 along a half cosine, and 1 for Prodigy.
+        Learning rate of the mixture logits, 1 for both; AdamW's decays to 0 along a half cosine.
     d_coef : float
         Prodigy's factor on its own estimate of the rate.
     penalty : float, optional
