@@ -58,14 +58,15 @@ def table() -> str:
 
 
 def conditions() -> str:
-    """Which cells were measured at which commit and with how many threads."""
-    cells: dict[tuple[str, int], list[str]] = {}
+    """Which cells were measured at which commit, in which dtype and with how many threads."""
+    cells: dict[tuple[str, str, int], list[str]] = {}
     for cell, line in newest(LINES).items():
         if "compute" in line:
-            cells.setdefault((str(line["commit"]), int(line["compute"]["threads"])), []).append(cell)
+            how = (str(line["commit"]), str(line["compute"]["dtype"]), int(line["compute"]["threads"]))
+            cells.setdefault(how, []).append(cell)
     return "".join(
-        f"- commit {made}, {threads} {'thread' if threads == 1 else 'threads'}: {', '.join(sorted(names))}\n"
-        for (made, threads), names in sorted(cells.items())
+        f"- commit {made}, {dtype}, {threads} {'thread' if threads == 1 else 'threads'}: {', '.join(sorted(names))}\n"
+        for (made, dtype, threads), names in sorted(cells.items())
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from besa_runs import HERE, append_line, besa, calibrated, commit, facts, machine, newest, perplexity
 
 LINES = HERE / "quant_protocol_a.jsonl"
-WITHOUT = {"dense": "dense", "besa": "besa-row-50"}  # what has all its bits, by its name in protocol_a.jsonl
+WITHOUT = {"dense": "dense"}  # by its name in protocol_a.jsonl; "besa" is the stage that these cells began from
 PAGE = HERE / "QUANTIZATION.md"
 GRIDS = {"g128": "128", "channel": "channel"}
 GROUPS = {**GRIDS, "g64": "64"}  # what llm-compressor can do with 576 columns
