@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.decoder.attention import in_chunks
+from besa_cli.decoder.attention import _attention, in_chunks
 from besa_cli.decoder.running import Decoder
 from besa_cli.jobs.job import Job
 from besa_cli.ops import attention
@@ -83,3 +83,20 @@ def test_pruning_computes_in_chunks_and_says_nothing_of_it_in_the_model(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "pruned")
     assert loaded.config._attn_implementation == "sdpa"
     assert "besa" not in (tmp_path / "run" / "pruned" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("dtype", "size", "count"), [
+    (torch.float32, 40.0, 1), (torch.bfloat16, 1.0, 1), (torch.bfloat16, 40.0, 0), (torch.float16, 1.0, 0)
+])  # fmt: skip
+def test_scores_that_rounding_would_spoil_go_the_stock_way(
+    dtype: torch.dtype, size: float, count: int, calls: list[tuple[int, ...]]
+) -> None:
+    """A bias of queries and keys makes all scores large, and alike but for their last bits."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(3))
+    parts = [(query + size).to(dtype), (key + size).to(dtype), value.to(dtype)]
+    found, _ = _attention(torch.nn.Module(), *parts, None)
+    assert len(calls) == count
+    exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts), is_causal=True)
+    error = (found.transpose(1, 2).double() - exact).norm() / exact.norm()
+    assert float(error) < (1e-4 if dtype == torch.float32 else 0.006)

@@ -60,7 +60,12 @@ RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.
 FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
 PenaltyOption = Annotated[
     float | None,
-    _besa("--penalty", "Weight of a sparsity penalty; without one every step keeps to the budget.", "none", min=0.0),
+    _besa(
+        "--penalty",
+        "Weight of a sparsity penalty in place of the budget in every step (0: the end alone keeps to it).",
+        "none",
+        min=0.0,
+    ),
 ]
 CandidatesOption = Annotated[
     int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)

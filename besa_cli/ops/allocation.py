@@ -192,7 +192,8 @@ def restored(
 ) -> Float[Tensor, "groups candidates"]:
     """One step of Newton's method towards the tilt of `project`: what a step of learning has lost of the target."""
     mean, slope = mean_and_slope(mixture(logits), weights, candidates)
-    return logits + (target - mean) / slope.clamp_min(_FLAT) * candidates
+    steepest = float(len(candidates))  # a tilt that makes one candidate e times as likely as the one before it
+    return logits + ((target - mean) / slope.clamp_min(_FLAT)).clamp(-steepest, steepest) * candidates
 
 
 def tangent(
@@ -222,7 +223,7 @@ def tangent(
 
 
 _STEPS = 200  # far more than Newton needs, and enough for halving alone
-_FLAT = 1e-9  # mixtures that have all but run into one candidate each: no tilt moves them
+_FLAT = 1e-9  # the slope of mixtures that have all but run into one candidate each
 
 
 def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:

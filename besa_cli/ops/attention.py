@@ -2,8 +2,9 @@
 
 That kernel (`torch.nn.functional.scaled_dot_product_attention`) keeps no scores, for which it works on tiles too small
 for fast products: of a block's pass over 512 tokens it was two fifths in bf16. Here each chunk of queries meets all
-keys up to its own end in one product; no more than half of the scores are computed in vain, and those of one chunk are
-in memory at a time. Scores are rounded to the dtype of computation, as in transformers' ``eager`` attention.
+keys up to its own end in one product; no more than half of the scores are computed in vain. Those of one chunk are in
+memory at a time, while something is learned up to 32 MiB of all. Scores are rounded to the dtype of computation, as in
+transformers' ``eager`` attention.
 """
 
 from collections.abc import Iterator
@@ -77,7 +78,8 @@ class _Causal(torch.autograd.Function):
     ) -> Tensor:
         heads = _Heads(query, key, value, scale)
         output = query.new_empty(*heads.query.shape[:2], value.shape[3])
-        fits = len(heads.query) * heads.query.shape[1] * heads.seqlen // 2 * query.itemsize <= _KEPT
+        scores = sum((rows.stop - rows.start) * seen.stop for rows, seen in heads.chunks())
+        fits = len(heads.query) * scores * query.itemsize <= _KEPT
         waits = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         kept: list[Tensor] | None = [] if fits and waits else None
         for rows, seen in heads.chunks():

@@ -324,7 +324,10 @@ def test_mixtures_that_have_run_into_one_candidate_each_stay_finite() -> None:
     p, sizes = allocation.candidates(10), torch.ones(2)
     theta = torch.zeros(2, 11)
     theta[0, 0] = theta[1, 9] = 500.0
-    assert bool(allocation.restored(theta, sizes, p, 0.5).isfinite().all())
+    back = allocation.restored(theta, sizes, p, 0.5)
+    assert float((back - theta).abs().max()) <= len(p)
+    mean, _ = allocation.mean_and_slope(allocation.mixture(back), sizes, p)
+    assert abs(float(mean) - 0.5) <= 0.05 + 1e-6  # as near as it was
     assert bool(allocation.tangent(random(2, 11), allocation.mixture(theta), sizes, p).isfinite().all())
 
 

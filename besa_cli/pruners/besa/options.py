@@ -12,6 +12,7 @@ from besa_cli.ops.affine import Grid
 
 _RATES = {"adamw": 1.0, "prodigy": 1.0}
 _CLIP_RATE = 0.03
+_AUTHORS_PENALTY = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Options:
         Passes over the calibration samples, and samples in one step.
     optimizer : {"adamw", "prodigy"}
     lr : float, optional
-        Learning rate of the mixture logits, 1 for both; AdamW's decays to 0 along a half cosine.
+        Learning rate of the mixture logits, 1 for both, decaying to 0 along a half cosine.
     d_coef : float
         Prodigy's factor on its own estimate of the rate.
     penalty : float, optional
@@ -102,6 +103,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", _RATES[self.optimizer])
+        if self.preset and self.penalty is None:  # its mixtures are no plain softmax, which alone can be held
+            object.__setattr__(self, "penalty", _AUTHORS_PENALTY)
         windows.check(self.window)
         self._settle_grid()
         require_counts(epochs=self.epochs, batch_size=self.batch_size, candidates=self.candidates)
@@ -158,7 +161,7 @@ class Options:
 def authors(granularity: str = "row") -> dict[str, Any]:
     """The released program's options: see docs/method.md, section 4."""
     target = "stream" if granularity == "layer" else "block"
-    return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": 5.0}
+    return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": _AUTHORS_PENALTY}
 
 
 def held(options: Options) -> Held:
