@@ -56,12 +56,18 @@ def _cell(line: Line | None) -> str:
 
 def quality(lines: list[Line]) -> str:
     """How good the pruned model is after how much work, and what the least work is that is good enough."""
-    newest = {(line["options"]["window"], line["samples"]): line for line in lines}
+    alike = [line for line in lines if _how(line) == _how(lines[-1])]
+    newest = {(line["options"]["window"], line["samples"]): line for line in alike}
     rows = ["| `--window` | samples, a step each | perplexity | passes | GB |", "|---|---|---|---|---|"]
     for (window, samples), line in sorted(newest.items(), reverse=True):
         spent = f"{line['units']:.2f} | {line['peak_memory'] / 1e9:.2f}"
         rows.append(f"| {window} | {samples} | {line['perplexity']:.2f} | {spent} |")
     return "\n".join([*rows, *_reached(newest)])
+
+
+def _how(line: Line) -> tuple[str, Line]:
+    """What cells of one table have in common: the dtype, and all options but the window."""
+    return line["dtype"], {**line["options"], "window": None}
 
 
 def _reached(cells: Mapping[tuple[str, int], Line]) -> list[str]:

@@ -81,9 +81,10 @@ def test_a_cell_is_measured_again_only_where_something_else_is_asked(
 
 def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     def line(window: str, samples: int, perplexity: float, units: float) -> dict[str, Any]:
-        options = {"window": window}
+        options = {"window": window, "lr": 1.0}
         return {
-            "options": options, "samples": samples, "perplexity": perplexity, "units": units, "peak_memory": 10**9
+            "dtype": "float32", "options": options, "samples": samples,
+            "perplexity": perplexity, "units": units, "peak_memory": 10**9,
         }  # fmt: skip
 
     lines = [line("block", 128, 36.0, 5.0), line("block", 64, 36.3, 3.0), line("block", 16, 40.0, 1.5)]
@@ -92,3 +93,6 @@ def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     lines.append(line("2", 32, 35.9, 2.5))
     assert "reaches it takes 2.50 passes (`--window 2`, 32 samples, 35.90)" in results.quality(lines)
     assert "128 steps" not in results.quality(lines[1:])
+    stale = {**line("block", 8, 30.0, 0.5), "options": {"window": "block", "lr": 0.1}}
+    other = {**line("block", 8, 30.0, 0.5), "dtype": "bfloat16"}
+    assert results.quality([stale, other, *lines]) == results.quality(lines)
