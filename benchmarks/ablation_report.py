@@ -139,16 +139,8 @@ def _command(setup: Setup) -> str:
     """What writes this page anew."""
     about = setup.record()
     words = ["--report", "--model", about["model"], "--data", *about["data"], "--samples", setup.samples]
-    words += [
-        "--seqlen",
-        setup.seqlen,
-        "--context",
-        setup.context,
-        "--windows",
-        setup.windows or "all",
-        "--dtype",
-        setup.dtype,
-    ]
+    words += ["--seqlen", setup.seqlen, "--context", setup.context]
+    words += ["--windows", setup.windows or "all", "--dtype", setup.dtype]
     return " ".join(map(str, ["python benchmarks/ablations.py", *words]))
 
 

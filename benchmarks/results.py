@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import protocol_a
+from ablation_report import ALIKE
 from besa_runs import HERE, read_lines
 
 PAGE = HERE / "RESULTS.md"
@@ -21,7 +22,6 @@ PARTS = {
 }
 
 STEPS = 128  # of the run whose perplexity is to be reached
-ALIKE = 0.01  # two perplexities as near as this are no further apart than two seeds
 
 Line = Mapping[str, Any]
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from besa_cli.ops import kernels
 
+SPREAD = 0.1  # standard deviation of the mixtures at the start, where the ends do not cut them off
+_STEPS = 200  # far more than Newton needs, and enough for halving alone
+_FLAT = 1e-9  # the slope of mixtures that have all but run into one candidate each
+
 
 def candidates(count: int) -> Float[Tensor, " candidates"]:
     """p_d = d/D for d = 0 … D with D = `count`: D + 1 sparsities from 0 to 1."""
     return torch.arange(count + 1, dtype=torch.float32) / count
-
-
-SPREAD = 0.1  # standard deviation of the mixtures at the start, where the ends do not cut them off
 
 
 def initial_logits(
@@ -220,10 +221,6 @@ def tangent(
     multiplier = (gradient @ candidates).sum() / slope.clamp_min(_FLAT)
     shares = (multiplier * weights / weights.sum()).unsqueeze(1)
     return gradient - shares * mixture * (candidates - expected_sparsity(mixture, candidates).unsqueeze(1))
-
-
-_STEPS = 200  # far more than Newton needs, and enough for halving alone
-_FLAT = 1e-9  # the slope of mixtures that have all but run into one candidate each
 
 
 def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:

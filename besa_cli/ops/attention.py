@@ -81,13 +81,13 @@ class _Causal(torch.autograd.Function):
         scores = sum((rows.stop - rows.start) * seen.stop for rows, seen in heads.chunks())
         fits = len(heads.query) * scores * query.itemsize <= _KEPT
         waits = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
-        kept: list[Tensor] | None = [] if fits and waits else None
+        kept: list[Tensor] = []
         for rows, seen in heads.chunks():
             found = heads.probabilities(rows, seen)
             output[:, rows] = found @ heads.value[:, seen]
-            if kept is not None:
+            if fits and waits:
                 kept.append(found)
-        ctx.save_for_backward(query, key, value, *(kept or []))
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale  # type: ignore[attr-defined]
         return heads.apart(output)
 

@@ -67,7 +67,7 @@ def _hold(window: Window, theta: Tensor) -> None:
 def _penalty(window: Window, mixture: Tensor | None) -> Tensor | float:
     if mixture is None or not window.options.penalty:
         return 0.0
-    sparsity = allocation.expected_sparsity(mixture, window.p) @ (window.sizes / window.sizes.sum())
+    sparsity, _ = allocation.mean_and_slope(mixture, window.sizes, window.p)
     return window.options.penalty * losses.sparsity_penalty(sparsity, window.goal)
 
 
