@@ -65,6 +65,8 @@ def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
     """What the released program would keep of a block."""
     norms = wanda.norms(block)
     by_row = options.granularity == "row"
+    penalty = options.penalty
+    assert penalty is not None  # the preset has one
     linears = {name: Masked(weight, norms[name], by_row=by_row) for name, weight in block.weights.items()}
     size = sum(linear.weight.numel() for linear in linears.values())
     thetas = [linear.theta for linear in linears.values()]
@@ -76,7 +78,7 @@ def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
             error = (((target[0] - output) / target[0].norm(dim=0)) ** 2).sum() / output.shape[-1]
             shares = [linear.sparsities().mean() * (linear.weight.numel() / size) for linear in linears.values()]
             optimizer.zero_grad()
-            (error + (options.penalty or 0.0) * ((torch.stack(shares).sum() - goal) / goal) ** 2).backward()
+            (error + penalty * ((torch.stack(shares).sum() - goal) / goal) ** 2).backward()
             optimizer.step()
             block.on_step(sample + 1, len(block.inputs), "learning")
     return {name: linear.kept() for name, linear in linears.items()}

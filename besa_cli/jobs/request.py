@@ -10,6 +10,7 @@ from besa_cli import compute, windows
 from besa_cli.choices import Target
 from besa_cli.errors import UsageError, unknown
 from besa_cli.footprint import Held
+from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
 from besa_cli.stream.block import Block, Pruned
 
@@ -53,6 +54,7 @@ class Request(ABC):
             raise unknown("method", self.method, self.methods)
         self.check()
         compute.device(self.device)
+        kernels.check()
         self.method_options()
 
     @abstractmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 from besa_cli.errors import UsageError
 from besa_cli.ops import kernels
 from besa_cli.ops.kernels import native, plain
+from besa_cli.pruning import Request
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the C++ loops were not built: no compiler")
 FORMS = [pytest.param(plain, id="plain"), pytest.param(native, id="native", marks=needs_native)]
@@ -182,6 +183,8 @@ def test_the_environment_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("BESA_KERNELS", "native")
     with pytest.raises(UsageError, match="BESA_KERNELS=native is neither fast nor plain"):
         kernels.name(cpu, torch.float32)
+    with pytest.raises(UsageError, match="BESA_KERNELS=native is neither fast nor plain"):
+        Request(options={})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

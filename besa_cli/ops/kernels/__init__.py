@@ -18,14 +18,19 @@ from besa_cli.ops.kernels import fused, native, plain
 _CHOICE = "BESA_KERNELS"
 
 
-def name(device: torch.device, dtype: torch.dtype) -> str:
-    """``fused``, ``native`` or ``plain``: what serves a device's tensors where `dtype` is computed in.
+def check() -> None:
+    """Refuse what is no choice.
 
     Raises
     ------
     UsageError
         BESA_KERNELS is neither fast nor plain.
     """
+    _wanted()
+
+
+def name(device: torch.device, dtype: torch.dtype) -> str:
+    """``fused``, ``native`` or ``plain``: what serves a device's tensors where `dtype` is computed in."""
     form = _form(device)
     return (plain if form is native and not native.computes_in(dtype) else form).__name__.rpartition(".")[2]
 
