@@ -14,7 +14,7 @@ from besa_cli.stream.block import Block
 
 MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
 _EPSILON = 1e-16  # AdamW's; the gradient of one number falls with the size of the block, and must not drown in it
-_COMPARED = 16  # samples on which what was learned has to beat what was not
+_COMPARED, _SAMPLES = 4096, 8  # at least so many tokens and samples: on these what was learned has to beat what was not
 
 
 def adamw(learned: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
@@ -58,7 +58,8 @@ def errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[flo
     weights : one Tensor of shape (rows, cols) a linear, in the dtype of computation
     loss : {"token", "channel", "frobenius"}
     """
-    compared, world, measure = min(block.share.samples, _COMPARED), block.share.world, MEASURES[loss]
+    world, measure = block.share.world, MEASURES[loss]
+    compared = min(block.share.samples, max(math.ceil(_COMPARED / block.tokens.shape[1]), _SAMPLES))
     found: list[tuple[float, float]] = []
     with torch.no_grad(), compute.repeated_passes():
         for chosen in torch.split(torch.arange(compared), world.size):

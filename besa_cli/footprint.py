@@ -12,6 +12,7 @@ import torch
 from besa_cli import windows
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import UsageError
+from besa_cli.ops import attention
 from besa_cli.windows import Segment
 
 _NARROW, _WIDE = 8, 4  # tensors of the hidden width, and of the widest linear, that a pass over a block holds
@@ -193,7 +194,8 @@ def compressing(shape: Shape, held: Held, *, tokens: int, passing: int, learning
     }
     if held.learned is not None:
         kept = round(windows.kept(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
-        phases["learning"] = block + learned + learning * kept * compute + 2 * compute * shape.largest
+        scores = windows.kept(shape.blocks) * attention.KEPT
+        phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
     freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
     phases = {name: max(needed - freed[name], 0) for name, needed in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute

@@ -15,6 +15,7 @@ from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, Stage
 from besa_cli.errors import BesaError
+from besa_cli.ops import masks
 from besa_cli.reports import BlockReport
 
 _OPPOSITES = {"--symmetric": "--asymmetric"}
@@ -133,7 +134,7 @@ def blocks(directory: Path) -> Iterator[BlockCount]:
                 name=name,
                 rows=weight.shape[0],
                 cols=weight.shape[1],
-                zeros=int((weight == 0).sum()),
+                zeros=masks.zeros(weight),
                 pruned=pruned.get(name),
             )
             for name, weight in block.weights.items()

@@ -181,20 +181,29 @@ def mean_and_slope(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The groups' mean sparsity, and how fast it rises with a common tilt t of θ_d + t·p_d: the mean of Var_β(p)."""
     shares = weights / weights.sum()
+    first, variance = _moments(mixture, candidates)
+    return shares @ first, shares @ variance
+
+
+def _moments(mixture: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of p under each group's mixture."""
     first = expected_sparsity(mixture, candidates)
-    return shares @ first, shares @ (mixture @ candidates.square() - first.square())
+    return first, mixture @ candidates.square() - first.square()
 
 
-def restored(
+def restoring_tilt(
     logits: Float[Tensor, "groups candidates"],
     weights: Float[Tensor, " groups"],
     candidates: Float[Tensor, " candidates"],
     target: float,
-) -> Float[Tensor, "groups candidates"]:
-    """One step of Newton's method towards the tilt of `project`: what a step of learning has lost of the target."""
+) -> Float[Tensor, ""]:
+    """The t of θ_d + t·p_d that one step of Newton's method gives for what a step of learning has lost of the target.
+
+    Where it ends is the tilt of `project`.
+    """
     mean, slope = mean_and_slope(mixture(logits), weights, candidates)
     steepest = float(len(candidates))  # a tilt that makes one candidate e times as likely as the one before it
-    return logits + ((target - mean) / slope.clamp_min(_FLAT)).clamp(-steepest, steepest) * candidates
+    return ((target - mean) / slope.clamp_min(_FLAT)).clamp(-steepest, steepest)
 
 
 def tangent(
@@ -217,10 +226,12 @@ def tangent(
     weights : Tensor of shape (groups,)
         Weights (numbers in the linear) in each group.
     """
-    _, slope = mean_and_slope(mixture, weights, candidates)
-    multiplier = (gradient @ candidates).sum() / slope.clamp_min(_FLAT)
-    shares = (multiplier * weights / weights.sum()).unsqueeze(1)
-    return gradient - shares * mixture * (candidates - expected_sparsity(mixture, candidates).unsqueeze(1))
+    shares = weights / weights.sum()
+    sparsity, variance = _moments(mixture, candidates)
+    multiplier = (gradient @ candidates).sum() / (shares @ variance).clamp_min(_FLAT)
+    risen = candidates - sparsity.unsqueeze(1)
+    risen *= (multiplier * shares).unsqueeze(1)
+    return torch.addcmul(gradient, mixture, risen, value=-1, out=risen)  # one matrix of this size, not five
 
 
 def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _CHUNK = 256  # queries
-_KEPT = 32 << 20  # bytes of probabilities that wait for the backward pass; more are computed again
+KEPT = 32 << 20  # bytes of probabilities that wait for the backward pass; more are computed again
 
 
 def causal(
@@ -79,7 +79,7 @@ class _Causal(torch.autograd.Function):
         heads = _Heads(query, key, value, scale)
         output = query.new_empty(*heads.query.shape[:2], value.shape[3])
         scores = sum((rows.stop - rows.start) * seen.stop for rows, seen in heads.chunks())
-        fits = len(heads.query) * scores * query.itemsize <= _KEPT
+        fits = len(heads.query) * scores * query.itemsize <= KEPT
         waits = any(ctx.needs_input_grad)  # type: ignore[attr-defined]
         kept: list[Tensor] = []
         for rows, seen in heads.chunks():

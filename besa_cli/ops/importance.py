@@ -18,7 +18,7 @@ def gram(inputs: Float[Tensor, "*batch cols"]) -> Float[Tensor, "cols cols"]:
 
 def magnitude(weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """|W|."""
-    return weight.float().abs()
+    return weight.abs().float()
 
 
 def wanda(weight: Float[Tensor, "rows cols"], column_norms: Float[Tensor, " cols"]) -> Float[Tensor, "rows cols"]:
@@ -30,7 +30,7 @@ def wanda(weight: Float[Tensor, "rows cols"], column_norms: Float[Tensor, " cols
     column_norms : Tensor of shape (cols,)
         ‖X_:,c‖₂ of the linear's inputs over all calibration tokens. Only ratios between columns matter.
     """
-    return weight.float().abs() * torch.as_tensor(column_norms, dtype=torch.float32)
+    return weight.abs() * torch.as_tensor(column_norms, dtype=torch.float32)
 
 
 def sparsegpt(

@@ -2,15 +2,20 @@
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from besa_cli.ops import budget, kernels
 
 
+def zeros(tensor: Real[Tensor, "..."] | Bool[Tensor, "..."]) -> int:
+    """How many zeros there are in weights; in a mask, how many weights are pruned."""
+    return tensor.numel() - int(tensor.count_nonzero())
+
+
 def zeros_first(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-    """The scores with −1 wherever the weight is zero already: existing zeros are the first to count as pruned."""
-    return scores.masked_fill(weight == 0, -1.0)
+    """The scores, written over with −1 wherever the weight is zero already: existing zeros count as pruned first."""
+    return scores.masked_fill_(weight == 0, -1.0)
 
 
 def keep_above(ranks: Int[Tensor, "rows cols"], counts: Int[Tensor, " rows"]) -> Bool[Tensor, "rows cols"]:
@@ -34,12 +39,13 @@ def row_counts(
         Weights to prune in the linear.
     """
     rows, cols = scores.shape
-    lower = (scores < 0).sum(1).cpu().numpy().astype(np.int64)
+    marked = scores < 0
+    lower = marked.sum(1).cpu().numpy() if marked.any() else np.zeros(rows, dtype=np.int64)
     upper = np.full(rows, cols, dtype=np.int64)
     filled = budget.fill(shares, float(total), lower.astype(np.float64), upper.astype(np.float64))
     following = torch.from_numpy(np.clip(np.floor(filled), 0, cols - 1).astype(np.int64)).to(ranks.device)
-    is_next = ranks == following.to(ranks.dtype).unsqueeze(1)
-    tie = scores.masked_fill(~is_next, 0.0).sum(1).double().cpu().numpy()
+    next_to_go = (ranks == following.to(ranks.dtype).unsqueeze(1)).nonzero()  # one in each row
+    tie = scores[next_to_go[:, 0], next_to_go[:, 1]].double().cpu().numpy()
     counts = budget.round_to_total(shares, total, lower, upper, tie)
     return torch.from_numpy(counts).to(ranks.device)
 

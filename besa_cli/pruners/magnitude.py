@@ -16,8 +16,8 @@ class Options:
 
 
 def held(options: Options) -> Held:
-    """As Wanda: scores (4 bytes), the same with zeros marked (4), masks (1)."""
-    return Held(state=9)
+    """As Wanda: scores (4 bytes), masks (1)."""
+    return Held(state=5)
 
 
 def prune(block: Block, options: Options) -> Pruned:

@@ -19,8 +19,8 @@ class Options:
 
 
 def held(options: Options) -> Held:
-    """Scores (4 bytes), the same with zeros marked (4), masks (1)."""
-    return Held(state=9)
+    """Scores (4 bytes), masks (1)."""
+    return Held(state=5)
 
 
 def prune(block: Block, options: Options) -> Pruned:
@@ -51,6 +51,6 @@ def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | No
 def linear_counts(block: Block) -> dict[str, int]:
     """The block's budget split over its linears by size; linears with more zeros already keep those."""
     sizes = np.array([weight.numel() for weight in block.weights.values()])
-    zeros = np.array([int((weight == 0).sum()) for weight in block.weights.values()])
+    zeros = np.array([masks.zeros(weight) for weight in block.weights.values()])
     counts = budget.round_to_total(block.budget * (sizes / sizes.sum()), block.budget, zeros, sizes)
     return dict(zip(block.weights, counts.tolist(), strict=True))

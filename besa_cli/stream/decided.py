@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from besa_cli.ops import affine
+from besa_cli.ops import affine, masks
 from besa_cli.reports import BlockReport, LinearReport
 from besa_cli.stream.block import Block, Pruned
 from besa_cli.windows import Window
@@ -46,8 +46,8 @@ def check_counts(block: Block, pruned: Pruned) -> None:
     """No pruner gets away with another count than the one asked: it would be wrong in every table."""
     if set(pruned.masks) != set(block.linears):
         raise RuntimeError(f"the pruner gave masks for {sorted(pruned.masks)}, the block has {sorted(block.linears)}")
-    existing = sum(int((weight == 0).sum()) for weight in block.weights.values())
-    count = sum(int((~mask).sum()) for mask in pruned.masks.values())
+    existing = sum(masks.zeros(weight) for weight in block.weights.values())
+    count = sum(masks.zeros(mask) for mask in pruned.masks.values())
     if block.exact and pruned.exact and count != max(block.budget, existing):
         raise RuntimeError(f"the pruner pruned {count} weights of block {block.index}, {block.budget} were asked")
 
@@ -55,8 +55,7 @@ def check_counts(block: Block, pruned: Pruned) -> None:
 def linear_report(name: str, weight: Tensor, mask: Tensor) -> LinearReport:
     """The report of one linear, from its weight as stored."""
     rows, cols = mask.shape
-    zeros = int((weight == 0).sum())
-    return LinearReport(name=name, rows=rows, cols=cols, pruned=int((~mask).sum()), zeros=zeros)
+    return LinearReport(name=name, rows=rows, cols=cols, pruned=masks.zeros(mask), zeros=masks.zeros(weight))
 
 
 def block_report(

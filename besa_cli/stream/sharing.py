@@ -82,9 +82,10 @@ class Share:
         one Tensor of shape (samples here, ...) for each of `held`; with one rank the samples in the order of `chosen`
         """
         rank, size = self.world.rank, self.world.size
-        if size == 1:
-            return tuple(each[chosen] for each in held)
         samples = chosen.tolist()
+        if size == 1:
+            (first, *others) = samples
+            return tuple(each[chosen] if others else each[first : first + 1] for each in held)  # one is not copied
         owners = [self._owners[sample] for sample in samples]
         workers = partition.workers(owners, size)
         dealt = tuple(torch.empty(workers.count(rank), *each.shape[1:], dtype=each.dtype) for each in held)

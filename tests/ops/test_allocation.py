@@ -305,6 +305,10 @@ def test_the_tangent_gradient_of_rows_that_share_logits_is_that_of_their_group(t
     torch.testing.assert_close(allocation.of_groups(many, rows), one, rtol=1e-6, atol=1e-9)
 
 
+def restored(theta: Tensor, sizes: Tensor, p: Tensor, target: float) -> Tensor:
+    return theta + allocation.restoring_tilt(theta, sizes, p, target) * p
+
+
 @few
 @given(st.floats(0.05, 0.95), st.sampled_from(COUNTS), st.integers(0, 10**6))
 def test_what_a_step_has_lost_of_the_target_is_restored(target: float, count: int, seed: int) -> None:
@@ -312,10 +316,10 @@ def test_what_a_step_has_lost_of_the_target_is_restored(target: float, count: in
     theta = allocation.initial_logits(3, p, target)
     moved = theta + 0.1 * random(*theta.shape, seed=seed).sign() + 0.1 * p  # a step of AdamW, leaning one way
     lost, _ = allocation.mean_and_slope(allocation.mixture(moved), sizes, p)
-    back, _ = allocation.mean_and_slope(allocation.mixture(allocation.restored(moved, sizes, p, target)), sizes, p)
+    back, _ = allocation.mean_and_slope(allocation.mixture(restored(moved, sizes, p, target)), sizes, p)
     assert abs(float(back) - target) <= max(0.2 * abs(float(lost) - target), 1e-6)
     for _ in range(20):
-        moved = allocation.restored(moved, sizes, p, target)
+        moved = restored(moved, sizes, p, target)
     alphas = allocation.expected_sparsity(allocation.mixture(moved), p).double()
     torch.testing.assert_close(alphas, allocation.project(moved, sizes, p, target), rtol=1e-4, atol=1e-5)
 
@@ -324,7 +328,7 @@ def test_mixtures_that_have_run_into_one_candidate_each_stay_finite() -> None:
     p, sizes = allocation.candidates(10), torch.ones(2)
     theta = torch.zeros(2, 11)
     theta[0, 0] = theta[1, 9] = 500.0
-    back = allocation.restored(theta, sizes, p, 0.5)
+    back = restored(theta, sizes, p, 0.5)
     assert float((back - theta).abs().max()) <= len(p)
     mean, _ = allocation.mean_and_slope(allocation.mixture(back), sizes, p)
     assert abs(float(mean) - 0.5) <= 0.05 + 1e-6  # as near as it was

@@ -117,7 +117,7 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     one = allocation.project(theta, by_layer.sizes, by_layer.p, by_layer.goal)
     many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.p, by_row.goal)
     assert torch.allclose(one.repeat_interleave(rows), many, atol=1e-9)
-    first, second = deciding._masks(by_layer, by_layer.shares(one)), deciding._masks(by_row, by_row.shares(many))
+    (first,), (second,) = deciding._masks(by_layer, by_layer.shares(one)), deciding._masks(by_row, by_row.shares(many))
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
     assert toy.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
@@ -155,7 +155,7 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
         made.inputs = made.inputs[..., columns]
         window = Window(made, options)
         sparsities = allocation.project(logits[: len(window.sizes)], window.sizes, window.p, window.goal)
-        return deciding._masks(window, window.shares(sparsities))
+        return deciding._masks(window, window.shares(sparsities))[0]
 
     same = torch.arange(hidden)
     first, second = masks(weights, same, options), masks(moved, order, options)
@@ -191,6 +191,6 @@ def test_the_budget_is_exact_where_scores_are_alike(
     there = sum(int((weight == 0).sum()) for weight in weights.values())
     if there < made.budget < toy.size(weights):
         sparsities = allocation.project(logits, window.sizes, window.p, window.goal)
-        kept = deciding._masks(window, window.shares(sparsities))
+        (kept,) = deciding._masks(window, window.shares(sparsities))
         assert toy.pruned(kept) == made.budget
         assert not any(bool((kept[name] & (weight == 0)).any()) for name, weight in weights.items())

@@ -70,7 +70,7 @@ def test_what_is_kept_for_the_backward_pass_and_what_is_computed_again_give_the_
     calls = []
     own = attention._Heads.probabilities
     monkeypatch.setattr(attention._Heads, "probabilities", lambda *words: calls.append(1) or own(*words))
-    monkeypatch.setattr(attention, "_KEPT", 0)
+    monkeypatch.setattr(attention, "KEPT", 0)
     again = with_gradients(attention.causal, parts, slope, 0.5)
     assert len(calls) == 4  # two chunks, forward and backward
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))

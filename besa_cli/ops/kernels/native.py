@@ -18,6 +18,8 @@ _NAMES = {
     torch.int16: "short",
     torch.int32: "int",
 }
+_WORTH = 70_000  # ns of work that another thread should take over: to start one and wait for it costs as much
+_RANK, _MASK, _SUM, _GRID, _SLOPE = 5.0, 0.1, 0.6, 0.1, 0.5  # ns for each weight, about
 
 
 @cache
@@ -52,7 +54,7 @@ def ranks(scores: Tensor) -> Tensor | None:
     function = _function("ranks", result.dtype)
     if function is None or scores.dtype != torch.float32 or not _suited(scores):
         return None
-    _call(function, scores, result, sizes=(rows, cols))
+    _call(function, scores, result, sizes=(rows, cols), each=_RANK)
     return result
 
 
@@ -61,7 +63,7 @@ def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor |
     function = _function("mask", weight.dtype, out.dtype, ranks.dtype)
     if function is None or not _suited(weight, ranks, out):
         return None
-    _call(function, weight, ranks, counts.to(torch.int32).contiguous(), out, sizes=weight.shape)
+    _call(function, weight, ranks, counts.to(torch.int32).contiguous(), out, sizes=weight.shape, each=_MASK)
     return out
 
 
@@ -73,7 +75,7 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
         return None
     result = torch.empty(rows, count + 1)
     first_pruned = _first_pruned(count, cols, floored)
-    _call(function, gradient, weight, ranks, first_pruned, result, sizes=(rows, cols, count + 1))
+    _call(function, gradient, weight, ranks, first_pruned, result, sizes=(rows, cols, count + 1), each=_SUM)
     return result
 
 
@@ -83,7 +85,7 @@ def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int)
     if function is None or not _suited(weight, scales, zeros) or not _fit(weight, scales, zeros, width):
         return None
     result = torch.empty_like(weight, dtype=torch.float32)
-    _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top))
+    _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top), each=_GRID)
     return result
 
 
@@ -97,7 +99,7 @@ def grid_slopes(
     if gradient.shape != weight.shape or not _fit(weight, scales, zeros, width):
         return None
     found = torch.empty_like(scales), torch.empty_like(scales)
-    _call(function, gradient, weight, scales, zeros, *found, sizes=(*weight.shape, width, top))
+    _call(function, gradient, weight, scales, zeros, *found, sizes=(*weight.shape, width, top), each=_SLOPE)
     return found
 
 
@@ -111,8 +113,10 @@ def _fit(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> bool:
     return all(each.shape == groups and each.dtype == torch.float32 for each in (scales, zeros))
 
 
-def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...]) -> None:
-    numbers = (*sizes, torch.get_num_threads())
+def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...], each: float) -> None:
+    """Call it on as many threads as have enough to do: `sizes` begin with rows and columns, `each` is ns a weight."""
+    enough = int(sizes[0] * sizes[1] * each / _WORTH)
+    numbers = (*sizes, max(1, min(torch.get_num_threads(), enough)))
     function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, numbers))
 
 

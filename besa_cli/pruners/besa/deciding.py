@@ -28,18 +28,19 @@ def prune(block: Block, options: Options) -> Pruned:
 def _decide(window: Window) -> Pruned:
     options = window.options
     if window.spent and not window.clipped:
-        return Pruned(masks=_masks(window, window.uniform_shares()))
+        (kept,) = _masks(window, window.uniform_shares())
+        return Pruned(masks=kept)
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
         window.linears[name].put(each)
     if window.spent:
-        kept = _masks(window, window.uniform_shares())
+        (kept,) = _masks(window, window.uniform_shares())
         return Pruned(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
     if not options.manner.exact:
         return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
     sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
-    uniform, learned = (_masks(window, shares) for shares in (window.uniform_shares(), window.shares(sparsities)))
+    uniform, learned = _masks(window, window.uniform_shares(), window.shares(sparsities))
     before, after = (_errors(window, kept) for kept in (uniform, learned))
     better = after[0] < before[0]
     kept = learned if better else uniform
@@ -68,17 +69,25 @@ def _learned_masks(window: Window, theta: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _masks(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, Tensor]:
-    """Masks that prune exactly the budget, each row as near to its share as existing zeros allow."""
+def _masks(window: Window, *allocations: Mapping[str, budget.Floats]) -> list[dict[str, Tensor]]:
+    """For each allocation masks that prune exactly the budget, each row as near to its share as zeros allow."""
+    totals = [_totals(window, shares) for shares in allocations]
+    kept: list[dict[str, Tensor]] = [{} for _ in allocations]
+    for name, linear in window.linears.items():
+        scores = window.score(name)  # large, and not needed for long
+        for shares, total, found in zip(allocations, totals, kept, strict=True):
+            counts = masks.row_counts(shares[name], total[name], scores, linear.ranks)
+            found[name] = masks.keep_above(linear.ranks, counts)
+    return kept
+
+
+def _totals(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, int]:
+    """Weights that each linear prunes, the window's budget in all."""
     wished = np.array([shares[name].sum() for name in window.linears])
     zeros = np.array([linear.zeros for linear in window.linears.values()])
     sizes = np.array([linear.size for linear in window.linears.values()])
     totals = budget.round_to_total(wished, window.block.budget, zeros, sizes)
-    kept = {}
-    for (name, linear), count in zip(window.linears.items(), totals.tolist(), strict=True):
-        counts = masks.row_counts(shares[name], count, window.score(name), linear.ranks)
-        kept[name] = masks.keep_above(linear.ranks, counts)
-    return kept
+    return dict(zip(window.linears, totals.tolist(), strict=True))
 
 
 def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:

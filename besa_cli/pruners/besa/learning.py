@@ -61,7 +61,7 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
 def _hold(window: Window, theta: Tensor) -> None:
     """Bring the mixtures back to the budget, in place."""
     with torch.no_grad():
-        theta.copy_(allocation.restored(theta, window.sizes, window.p, window.goal))
+        theta += allocation.restoring_tilt(theta, window.sizes, window.p, window.goal) * window.p
 
 
 def _penalty(window: Window, mixture: Tensor | None) -> Tensor | float:

@@ -32,7 +32,7 @@ class Linear:
         self.ranks = kernels.ranks(scores)
         self.masked = room
         self.rows, self.cols = weight.shape
-        self.zeros = int((weight == 0).sum())
+        self.zeros = masks.zeros(weight)
         self.group = group
         self.groups = math.ceil(self.rows / group)
         self.clipped = clipped
