@@ -147,7 +147,10 @@ def test_every_finite_half_is_widened_and_rounded_as_torch_does(computed: torch.
 
 
 @needs_native
-def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(threads: "Callable[[int], None]") -> None:
+def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(
+    threads: "Callable[[int], None]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_WORTH", 1)  # few weights are not worth a thread otherwise
     weight, gradient, scores = random(37, 129), random(37, 129, seed=1), random(37, 129, seed=2)
     counts, scales, zeros = torch.arange(37), random(37, 5, seed=3).abs() + 0.1, torch.full((37, 5), 7.0)
     found = []
@@ -160,6 +163,20 @@ def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(threads:
         found.append((ranks, masked, sums, native.on_grid(weight, scales, zeros, 30, 15), *slopes))
     for others in found[1:]:
         assert all(torch.equal(first, other) for first, other in zip(found[0], others, strict=True))
+
+
+def test_a_thread_is_started_only_where_there_is_enough_for_it(
+    threads: "Callable[[int], None]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(native, "_function", lambda *names: lambda *given: told.append(given[-1].value))
+    threads(4)
+    for rows, cols in ((1, 8), (192, 576), (576, 576), (2048, 2048)):
+        weight, ranks = random(rows, cols), torch.zeros(rows, cols, dtype=torch.int16)
+        native.mask(weight, ranks, torch.zeros(rows), torch.empty_like(weight))
+        native.candidate_sums(weight, weight, ranks, 10)
+        native.ranks(weight)
+    assert told == [1, 1, 1, 1, 1, 4, 1, 2, 4, 4, 4, 4]
 
 
 @needs_native
