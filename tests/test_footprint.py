@@ -14,6 +14,7 @@ from besa_cli import footprint, pruning, quantizing, windows
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import UsageError
 from besa_cli.footprint import Demand, Held, Shape
+from besa_cli.ops import attention
 from besa_cli.pruners import PRUNERS, sparsegpt
 from besa_cli.quantizers import QUANTIZERS, gptq
 
@@ -86,6 +87,7 @@ def requests() -> list[Any]:
 def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
     held = request_.held()
     found = footprint.compressing(SHAPE, held, tokens=70, passing=7, learning=7)
+    waiting = attention.KEPT  # probabilities of attention, at most
     inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
     assert found.hidden == inputs.nbytes + targets.nbytes
     block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
@@ -101,7 +103,11 @@ def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
     if request_.method == "besa":
         ranks, mixtures = torch.empty(1_000, dtype=torch.int16), torch.empty(50, request_.method_options().candidates)
         learned = ranks.nbytes + 4 * mixtures.nbytes  # logits, gradients, two moments
-        assert found.phases["learning"] > always + learned + (torch.empty(1_000).nbytes if request_.grid else 0)
+        grids = torch.empty(1_000) if request_.grid else torch.empty(0)
+        assert found.phases["learning"] > always + learned + grids.nbytes + waiting
+    if request_.method in ("wanda", "magnitude"):
+        scores = torch.empty(1_000)
+        assert found.phases["deciding"] > always + scores.nbytes + masks.nbytes
     assert found.peak() >= max(found.phases.values()) + found.hidden
     assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
 

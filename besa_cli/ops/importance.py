@@ -30,7 +30,7 @@ def wanda(weight: Float[Tensor, "rows cols"], column_norms: Float[Tensor, " cols
     column_norms : Tensor of shape (cols,)
         ‖X_:,c‖₂ of the linear's inputs over all calibration tokens. Only ratios between columns matter.
     """
-    return weight.abs() * torch.as_tensor(column_norms, dtype=torch.float32)
+    return weight.abs().float().mul_(torch.as_tensor(column_norms, dtype=torch.float32))
 
 
 def sparsegpt(

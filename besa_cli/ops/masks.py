@@ -10,7 +10,7 @@ from besa_cli.ops import budget, kernels
 
 def zeros(tensor: Real[Tensor, "..."] | Bool[Tensor, "..."]) -> int:
     """How many zeros there are in weights; in a mask, how many weights are pruned."""
-    return tensor.numel() - int(tensor.count_nonzero())
+    return int((tensor == 0).count_nonzero())
 
 
 def zeros_first(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:

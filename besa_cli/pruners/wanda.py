@@ -40,7 +40,10 @@ def norms(block: Block) -> dict[str, Tensor]:
 
 
 def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | None) -> dict[str, Tensor]:
-    """Masks with the same sparsity in every row of every linear (or n of every m columns), lowest scores pruned."""
+    """Masks with the same sparsity in every row of every linear (or n of every m columns), lowest scores pruned.
+
+    The scores are written over where a weight is zero.
+    """
     ready = {name: masks.zeros_first(score, block.weights[name]) for name, score in scores.items()}
     if nm:
         return {name: masks.n_of_m(score, *nm) for name, score in ready.items()}

@@ -79,7 +79,8 @@ class Share:
 
         Returns
         -------
-        one Tensor of shape (samples here, ...) for each of `held`; with one rank the samples in the order of `chosen`
+        one Tensor of shape (samples here, ...) for each of `held`; with one rank the samples in the order of `chosen`.
+        May be a part of `held` itself, so it is not to be written to.
         """
         rank, size = self.world.rank, self.world.size
         samples = chosen.tolist()

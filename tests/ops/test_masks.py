@@ -1,6 +1,7 @@
 """From scores to masks: ranks, exact counts, nesting, symmetries, n:m."""
 
 import oracles
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +88,15 @@ def test_existing_zeros_go_first_and_count(data: st.DataObject, weight: Tensor) 
     assert int((~keep).sum()) == max(total, int(zeros.sum()))
     if bool((zeros.sum(1) <= total // rows).all()):
         assert (~keep).sum(1).tolist() == [total // rows] * rows
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_zeros_of_either_sign_are_counted_in_every_dtype_and_nothing_else(dtype: torch.dtype) -> None:
+    values = torch.tensor([[0.0, -0.0, 1.0, float("nan")], [0.5, -2.0, 0.0, 1.5]])
+    assert masks.zeros(values.to(dtype)) == 3
+    assert masks.zeros(torch.tensor([True, False, False])) == 2
 
 
 def test_zeros_come_before_weights_whose_score_is_zero_too() -> None:

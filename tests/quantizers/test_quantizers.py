@@ -7,6 +7,7 @@ import torch
 import toy
 from torch import Tensor
 
+from besa_cli import descent
 from besa_cli.errors import UsageError
 from besa_cli.ops import affine, importance, obs
 from besa_cli.ops import gptq as columns
@@ -53,12 +54,17 @@ def test_round_to_nearest_and_gptq_are_their_operators_on_the_blocks_inputs() ->
         assert float(agree.float().mean()) > 0.95  # sums over batches round otherwise; a code may tip
 
 
-def test_learned_clipping_beats_rounding_on_the_samples_it_compares() -> None:
+@pytest.mark.parametrize(("least", "tokens", "compared"), [(8, 4096, 24), (8, 1, 8), (2, 31, 7), (99, 1, 24)])
+def test_learned_clipping_beats_rounding_on_the_samples_it_compares(
+    least: int, tokens: int, compared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(descent, "_SAMPLES", least)
+    monkeypatch.setattr(descent, "_COMPARED", tokens)  # of 5 a sample
     block = toy.block(toy.source(), 0, samples=24)
     made = clip.quantize(block, COARSE, clip.Options(lr=0.1, epochs=4))
     plain = rtn.nearest(block, COARSE)
     before, after = (
-        _error(block, {name: affine.dequantize(each)[None] for name, each in chosen.items()})
+        _error(block, {name: affine.dequantize(each)[None] for name, each in chosen.items()}, compared)
         for chosen in (plain, made.quantized)
     )
     assert not made.kept_uniform
@@ -67,12 +73,12 @@ def test_learned_clipping_beats_rounding_on_the_samples_it_compares() -> None:
     assert after < 0.99 * before
 
 
-def _error(block: toy.Block, weights: dict[str, Tensor]) -> float:
-    """Mean over all tokens of ‖output − target‖² / ‖target‖², the block written out."""
+def _error(block: toy.Block, weights: dict[str, Tensor], compared: int) -> float:
+    """Mean over the first samples' tokens of ‖output − target‖² / ‖target‖², the block written out."""
     gate, up, down = (weights[name][0] for name in ("gate", "up", "down"))
-    x = block.inputs
+    x = block.inputs[:compared]
     inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T + block.linears["up"].bias)
-    target = block.target
+    target = block.target[:compared]
     return float(((x + inner @ down.T - target).square().sum(-1) / target.square().sum(-1)).mean())
 
 

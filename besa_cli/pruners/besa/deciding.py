@@ -74,10 +74,11 @@ def _masks(window: Window, *allocations: Mapping[str, budget.Floats]) -> list[di
     totals = [_totals(window, shares) for shares in allocations]
     kept: list[dict[str, Tensor]] = [{} for _ in allocations]
     for name, linear in window.linears.items():
-        scores = window.score(name)  # large, and not needed for long
+        scores = window.score(name)
         for shares, total, found in zip(allocations, totals, kept, strict=True):
             counts = masks.row_counts(shares[name], total[name], scores, linear.ranks)
             found[name] = masks.keep_above(linear.ranks, counts)
+        del scores  # before there are those of the next
     return kept
 
 
