@@ -44,8 +44,8 @@ def row_counts(
     upper = np.full(rows, cols, dtype=np.int64)
     filled = budget.fill(shares, float(total), lower.astype(np.float64), upper.astype(np.float64))
     following = torch.from_numpy(np.clip(np.floor(filled), 0, cols - 1).astype(np.int64)).to(ranks.device)
-    next_to_go = (ranks == following.to(ranks.dtype).unsqueeze(1)).nonzero()  # one in each row
-    tie = scores[next_to_go[:, 0], next_to_go[:, 1]].double().cpu().numpy()
+    next_to_go = ranks == following.to(ranks.dtype).unsqueeze(1)  # one in each row
+    tie = scores[next_to_go].double().cpu().numpy()
     counts = budget.round_to_total(shares, total, lower, upper, tie)
     return torch.from_numpy(counts).to(ranks.device)
 
