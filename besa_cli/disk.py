@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,15 +125,81 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object; a file that is not one is named in the error."""
+LARGEST_JSON = 512 << 20  # bytes; the largest tokenizers and indexes in use have a tenth of it
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is not an ordinary file: a pipe or a device never ends, or never begins.
+
+    Raises
+    ------
+    BesaError
+        It is missing, cannot be looked at, or is something else.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BesaError(f"cannot read {path}: {error}", "restore the file, or make its directory anew") from error
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise BesaError(f"cannot read {path}: {reason_of(error)}", "check the path and who may read it") from error
+    if stat.S_ISREG(mode):
+        return
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    raise BesaError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file", "name an ordinary file")
+
+
+def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
+    """The UTF-8 text of an ordinary file of at most `largest` bytes.
+
+    Raises
+    ------
+    BesaError
+        It is not an ordinary file, larger, unreadable or not UTF-8.
+    """
+    require_regular(path)
+    with reading(path):
+        size = path.stat().st_size
+        if size > largest:
+            raise BesaError(f"{path} has {size} bytes, more than the {largest} that such a file may have", _RESTORE)
+        return path.read_text(encoding="utf-8")
+
+
+_RESTORE = "restore the file, or make its directory anew"
+
+
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read one JSON object; a file that does not hold one is named in the error.
+
+    Parameters
+    ----------
+    path : Path
+    unique : bool
+        Refuse a name that is given twice in one object.
+
+    Raises
+    ------
+    BesaError
+        The file cannot be read, or does not hold one JSON object.
+    """
+    return parse_json(read_text(path), path, unique=unique)
+
+
+def parse_json(text: str | bytes, place: Path | str, *, unique: bool = False) -> dict[str, Any]:
+    """One JSON object out of a text; `place` is where it was found, for the error. See `read_json`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise BesaError(f"cannot read {place}: {reason_of(error)}", _RESTORE) from error
     if not isinstance(value, dict):
-        raise BesaError(f"{path} is not a JSON object", "restore the file, or make its directory anew")
+        raise BesaError(f"{place} does not hold a JSON object", _RESTORE)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is given twice")
+        found[name] = value
+    return found
 
 
 def sha256_file(path: Path) -> str:

@@ -1,8 +1,10 @@
 """The errors a user may meet: one line says what is wrong, with the value and the place; a hint says what to do."""
 
+import contextlib
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class BesaError(Exception):
@@ -43,6 +45,46 @@ class Interrupted(BesaError):
 
     def __init__(self, hint: str) -> None:
         super().__init__("interrupted", hint)
+
+
+_LONGEST_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of another library says, on one line of at most 300 characters."""
+    said = getattr(error, "strerror", None) or str(error)
+    words = " ".join(said.split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_REASON else f"{words[: _LONGEST_REASON - 1]}…"
+
+
+@contextlib.contextmanager
+def reading(what: Path | str, hint: str = "restore the file, or fetch it again") -> Iterator[None]:
+    """Turn whatever a library raises while it reads a file that besa did not write into one line that names the file.
+
+    Wrap the library's own call and nothing else: a fault of ours must not be taken for one of the file.
+
+    Parameters
+    ----------
+    what : Path or str
+        The file or directory that is read.
+    hint : str
+        The remedy.
+
+    Raises
+    ------
+    BesaError
+        The library raised anything but a `BesaError`, out of memory, or an interruption.
+    """
+    try:
+        yield
+    except (BesaError, MemoryError):
+        raise
+    except Exception as error:
+        raise BesaError(f"cannot read {what}: {reason_of(error)}", hint) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a panic of a library in Rust is no `Exception`
+            raise
+        raise BesaError(f"cannot read {what}: {reason_of(error)}", hint) from error
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
