@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import recorded
 import torch
 from besa_runs import HERE, append_line, commit
 from random_checkpoint import Shape, checkpoint
@@ -184,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         least, most = above[0][case], above[-1][case]
         growth = most - least
         kept = {"case": case, "method": options.method, "blocks": options.blocks, "compute": options.compute,
-                "above_imports": [least, most], "block": block, "commit": commit()}  # fmt: skip
+                "above_imports": [least, most], "block": block, "commit": commit(),
+                "methods": recorded.methods(options.method)}  # fmt: skip
         append_line(LINES, kept)
         line = {"case": case, "growth_mb": round(growth / 1e6, 1), "of_a_block": round(growth / block, 3)}
         print(json.dumps({**line, "block_mb": round(block / 1e6, 1)}))

@@ -41,9 +41,9 @@ NAMES = [f"{method}-{sparsity * 100:.0f}" for sparsity in SPARSITIES for method 
 Found = Mapping[Cell, Line]
 
 
-def setting(method: str, sparsity: float) -> Setting:
+def setting(method: str, sparsity: float, samples: int = BASE.samples) -> Setting:
     """What is asked of `besa prune`."""
-    return replace(METHODS[method], sparsity=sparsity)
+    return replace(METHODS[method], sparsity=sparsity, samples=samples)
 
 
 def cells(names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -57,19 +57,19 @@ def cells(names: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     return chosen
 
 
-def of(method: str, sparsity: float, found: Found) -> list[Line]:
+def of(method: str, sparsity: float, found: Found, samples: int = BASE.samples) -> list[Line]:
     """What was measured of it, by seed."""
-    wanted = setting(method, sparsity)
+    wanted = setting(method, sparsity, samples)
     return [found[cell] for cell in sorted(found, key=lambda cell: cell.seed) if cell.setting == wanted]
 
 
-def perplexity(method: str, sparsity: float, found: Found) -> str:
+def perplexity(method: str, sparsity: float, found: Found, samples: int = BASE.samples) -> str:
     """The mean over the seeds and their spread, or a dash."""
-    values = [line["perplexity"][SETS[0]] for line in of(method, sparsity, found)]
+    values = [line["perplexity"][SETS[0]] for line in of(method, sparsity, found, samples)]
     return str(summary(values) or "-")
 
 
-def table(found: Found, titles: Mapping[str, str]) -> str:
+def table(found: Found, titles: Mapping[str, str], samples: int = BASE.samples) -> str:
     """The perplexities in Markdown, a line a method with the title that it has there."""
     dense = f"{found[DENSE]['perplexity'][SETS[0]]:,.2f}" if DENSE in found else "-"
     rows = [
@@ -78,7 +78,7 @@ def table(found: Found, titles: Mapping[str, str]) -> str:
         f"| dense: {dense} |" + " |" * len(SPARSITIES),
     ]
     for method, title in titles.items():
-        texts = [perplexity(method, sparsity, found) for sparsity in SPARSITIES]
+        texts = [perplexity(method, sparsity, found, samples) for sparsity in SPARSITIES]
         if any(text != "-" for text in texts):
             strong = "**" if method == "besa-row" else ""
             rows.append(f"| {strong}{title}{strong} | {' | '.join(f'{strong}{text}{strong}' for text in texts)} |")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_scale
+import export_sizes
 import larger_models
 import learning_cost
 import numpy as np
@@ -86,12 +87,10 @@ def curve() -> str:
     """What the ablations say in short."""
     found = measured(read_lines(HERE / ABLATIONS), COMMITTED)
     known = experiments(COMMITTED.samples)
-    windows = known["window"].settings
-    said = {point: perplexity(setting, found, "wikitext2") for (_, point), setting in windows.items()}
-    rows = [f"| {point} | {value or '-'} |" for point, value in said.items()]
-    table = "\n".join(["| reconstructed together | perplexity at 50 % |", "|---|---|", *rows])
+    halves = perplexity(known["window"].settings["BESA", "attn-mlp"], found, "wikitext2")
     return (
-        f"{table}\n\nWith {COMMITTED.samples} samples. {_compared(known['sparsity'].settings, found)} "
+        f"{protocol_a.table(found, TITLES | CHANGES, COMMITTED.samples)}\n\n"
+        f"Half a block at a time: {halves or '-'} at 50 %. {_compared(known['sparsity'].settings, found)} "
         "[benchmarks/ABLATIONS.md](benchmarks/ABLATIONS.md) has the paper's ablations."
     )
 
@@ -283,4 +282,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory-bound": memory_bound,
     "scale": scale,
     "larger-models": larger,
+    "export-sizes": export_sizes.table,
 }

@@ -25,14 +25,6 @@ _FIGURE = re.compile(r"\d[\d,]*\.\d+|\d[\d,]*(?= (?:MB|GB|ms|s|seconds|minutes|h
 # Numbers outside the generated parts that are no measurements of ours: what they are, by page.
 STATED = {
     "README.md": {"92": "MB of the demo model's wheel"},
-    "docs/export.md": {
-        # `besa export` of the demo model, docs/log.md, 2026-11-22; bytes that follow from shapes and counts
-        **dict.fromkeys(("0.56", "212.3", "269.0", "269.1", "424.7", "538.1", "119.4", "176.2", "270.9"), "sizes"),
-        **dict.fromkeys(("112.8", "144.8", "41.5", "98.4", "59.7", "116.5", "91.7", "56.6"), "sizes"),
-        **dict.fromkeys(("90.3", "134.7", "38.5", "82.8"), "sizes with zstd"),
-        **dict.fromkeys(("1.000", "2.000", "0.563", "0.655", "0.425", "0.501", "1.007", "0.531", "0.538"), "ratios"),
-        **dict.fromkeys(("0.196", "0.366", "0.181", "0.308", "0.281", "0.433", "0.341"), "ratios"),
-    },
     "docs/method.md": {
         **dict.fromkeys(("0.1", "1.0", "0.01", "3.75", "1.75", "0.05", "100"), "options and constants of the program"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
@@ -112,7 +104,7 @@ def test_every_line_says_what_made_it(path: Path) -> None:
     for text in path.read_text(encoding="utf-8").splitlines():
         line: dict[str, Any] = json.loads(text)
         assert line.get("commit") or line["from"].startswith("docs/log.md, ")
-        if path.stem == "other_programs":
+        if path.stem == "other_programs":  # whose versions are not ours
             continue
         for method, version in line["methods"].items():
             assert 1 <= version <= recorded.methods(method)[method]
