@@ -38,6 +38,14 @@ def is_old(line: Line) -> bool:
     return bool(line["methods"] != methods(*line["methods"]))
 
 
+OLD = "*(old)*: measured with an older version of a method, and would be otherwise today."
+
+
+def explained(text: str) -> str:
+    """A part of a page, with what the mark means where it has one."""
+    return f"{text}\n\n{OLD}" if "(old)" in text else text
+
+
 def marked(text: str, *lines: Line) -> str:
     """The text with a word where any of its lines is old."""
     return f"{text} (old)" if any(is_old(line) for line in lines) else text

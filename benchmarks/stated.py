@@ -61,7 +61,7 @@ def rewritten(text: str) -> str:
     KeyError
         It has a part that nothing here makes.
     """
-    return _PART.sub(lambda found: f"{found[1]}{PARTS[found[2]]()}\n{found[3]}", text)
+    return _PART.sub(lambda found: f"{found[1]}{recorded.explained(PARTS[found[2]]())}\n{found[3]}", text)
 
 
 def headline() -> str:
@@ -71,16 +71,21 @@ def headline() -> str:
     kept = sum(line["counts"]["blocks_kept_uniform"] for line in protocol_a.of("besa-row", 0.5, found))
     exact = all(abs(line["counts"]["sparsity"] - line["setting"]["sparsity"]) < 1e-6 for line in made)
     assert exact, "a cell has another sparsity than was asked for"
-    others = [
-        f"{line['program']} {line['perplexity']:,} at {line['sparsity'] * 100:.2f} %"
-        for line in read_lines(HERE / "other_programs.jsonl")
-    ]
     return (
         f"{protocol_a.table(found, TITLES | CHANGES)}\n\n"
         f"All in {protocol_a.SETUP.dtype}; mean ± sample standard deviation over n seeds, each of which draws other "
         f"rows. Sparsity is exact in every cell; row-wise at 50 % {kept or 'no'} block kept the uniform mask. Other "
-        f"programs on the rows of seed 0: {'; '.join(others)}."
+        f"programs on the rows of seed 0, not in the same dtype: {_others()}."
     )
+
+
+def _others() -> str:
+    """What other programs reach."""
+    found: dict[str, list[str]] = {}
+    for line in read_lines(HERE / "other_programs.jsonl"):
+        program = f"{line['program']} ({line['dtype'] or 'dtype not recorded'})"
+        found.setdefault(program, []).append(f"{line['perplexity']:,} at {line['sparsity'] * 100:.2f} %")
+    return "; ".join(f"{program}, {', '.join(cells)}" for program, cells in found.items())
 
 
 def curve() -> str:
@@ -198,9 +203,9 @@ def few_bits() -> str:
         rows.append(f"| dense, {bits} bits: {', '.join(cells)} | | |")
     plain, other = (show(found, cell) for cell in ("gptq-plain-g64", "reference-natural-g64"))
     return (
-        "\n".join(rows) + "\n\n*(old)*: measured with an older version of a method (of all that begins with BESA, its "
-        "learning of before), and would be otherwise today. Single runs, in fp32. GPTQ from extreme to extreme on the "
-        f"same tokens, in groups of 64: {plain}; llm-compressor's: {other}."
+        "\n".join(rows)
+        + "\n\nSingle runs, in fp32 (dense: bf16). GPTQ from extreme to extreme on the same tokens, in groups of 64: "
+        f"{plain}; llm-compressor's: {other}."
     )
 
 
