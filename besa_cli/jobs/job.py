@@ -222,5 +222,4 @@ class Job:
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }
-        with (self._directory / stages.TIMING).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        disk.append_line(self._directory / stages.TIMING, json.dumps(line))
