@@ -287,10 +287,13 @@ def load(directory: Path) -> CalibrationSet:
     anew = "make it anew with: besa calibrate"
     if not path.is_file():
         raise BesaError(f"no calibration set in {directory}", anew)
-    manifest = manifests.read(directory)
-    if manifest["stage"] != "calibration":
-        raise BesaError(f"{directory} does not hold a calibration set but '{manifest['stage']}'", anew)
-    tokens = weights.read_file(directory / _TOKENS).get("tokens", torch.empty(0))
+    try:
+        manifest = manifests.read(directory)
+        if manifest["stage"] != "calibration":
+            raise BesaError(f"{directory} does not hold a calibration set but '{manifest['stage']}'")
+        tokens = weights.read_file(directory / _TOKENS).get("tokens", torch.empty(0))
+    except BesaError as error:
+        raise BesaError(error.message, anew) from error
     if list(tokens.shape) != [manifest.get("samples"), manifest.get("seqlen")] or tokens.dtype != torch.int64:
         raise BesaError(f"{directory / _TOKENS} does not have the shape that {MANIFEST} states", anew)
     if tokens_digest(tokens) != manifest.get("tokens_digest"):

@@ -1,5 +1,6 @@
 """What may be replaced: directories that besa made, file by file, and nothing else."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -118,7 +119,8 @@ def test_without_a_manifest_of_besa_nothing_is_its_own(manifest: object, tmp_pat
     with pytest.raises(BesaError):
         ownership.refuse_to_replace(tmp_path)
     if manifest:
-        ownership.remove(tmp_path)
+        with contextlib.suppress(BesaError):
+            ownership.remove(tmp_path)
     assert tiny.files(tmp_path) == before
 
 

@@ -89,6 +89,9 @@ class _Owned:
         return plain in known or any(each.fullmatch(plain) for each in (_SMALL, _SHARD, _WEIGHTS))
 
 
+_BEGUN = _Owned(listed=frozenset({MANIFEST}))  # a directory without a manifest: a killed process began to write one
+
+
 def refuse_to_replace(directory: Path, sources: Iterable[Path] = ()) -> None:
     """Refuse to replace a directory that besa did not make, that holds anything else, or a file that is being read.
 
@@ -131,8 +134,8 @@ def strangers(directory: Path) -> list[str]:
     BesaError
         A manifest cannot be read.
     """
-    owned = _owned(directory)
-    return sorted(name for name in _files(directory) if owned is None or not owned.has(directory, name))
+    owned = _owned(directory) or _BEGUN
+    return sorted(name for name in _files(directory) if not owned.has(directory, name))
 
 
 def remove(directory: Path) -> None:
@@ -149,8 +152,8 @@ def remove(directory: Path) -> None:
         if directory.is_symlink():
             directory.unlink()
             return
-        owned = _owned(directory)
-        doomed = [] if owned is None else [name for name in _files(directory) if owned.has(directory, name)]
+        owned = _owned(directory) or _BEGUN
+        doomed = [name for name in _files(directory) if owned.has(directory, name)]
         last = [name for name in doomed if name in (MANIFEST, EXPORT)]  # until then it is besa's
         for name in [*(name for name in doomed if name not in last), *last]:
             (directory / name).unlink(missing_ok=True)
@@ -194,7 +197,10 @@ def _owned(directory: Path) -> _Owned | None:
         return _of_export(manifests.read(directory, EXPORT), directory)
     if not (directory / MANIFEST).is_file():
         return None
-    manifest = manifests.read(directory)
+    try:
+        manifest = manifests.read(directory)
+    except BesaError as error:
+        raise BesaError(f"{directory} is not replaced: {error.message}", _AWAY) from error
     if manifest.get("stage") == "calibration":
         return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
     if manifest.get("stage") not in STAGES:
