@@ -35,6 +35,7 @@ LAYERS = (
         "sampling",
         "sim",
     },
+    {"headers"},
     {"compression", "models", "ranks", "records", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
