@@ -23,7 +23,6 @@ LAYERS = (
     {"choices", "errors", "reports", "signals"},
     {
         "activations",
-        "anatomy",
         "compute",
         "datahub",
         "disk",
@@ -36,7 +35,8 @@ LAYERS = (
         "sim",
     },
     {"headers"},
-    {"compression", "models", "ranks", "records", "sparse", "token_rows", "weights"},
+    {"configuration"},
+    {"anatomy", "compression", "models", "ranks", "records", "sparse", "token_rows", "weights"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
