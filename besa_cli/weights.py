@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,6 @@ from besa_cli.errors import BesaError
 from besa_cli.headers import INDEX as INDEX  # also under the names that they had here
 from besa_cli.headers import SINGLE as SINGLE
 from besa_cli.headers import entries as entries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Found = TypeVar("Found")
 
@@ -179,46 +176,6 @@ def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file is written to or replaced."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-class Names:
-    """Which tensor of a checkpoint goes where in the model, by the rules of transformers' own loading.
-
-    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on
-    disk), and a base model alone is stored without the prefix that it has in the whole model.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    stored : sequence of str
-        The names in the checkpoint.
-    """
-
-    def __init__(self, model: "PreTrainedModel", stored: Sequence[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        own, base = set(model.state_dict()), f"{model.base_model_prefix}."
-        renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-        renamed: dict[str, str] = {}
-        for name in stored:
-            renamed[name] = name
-            for rule in renamings:
-                renamed[name], _ = rule.rename_source_key(renamed[name])
-        bare = not any(name.startswith(base) for name in renamed.values()) and any(
-            base + name in own for name in renamed.values()
-        )
-        self._place = {name: base + new if bare and new not in own else new for name, new in renamed.items()}
-        self._origin = {place: name for name, place in self._place.items() if place != name}
-        self._origin |= {name: name for name, place in self._place.items() if place == name}
-
-    def origin(self, name: str) -> str:
-        """The checkpoint's name of the model's tensor `name`; `name` itself where the checkpoint lacks it."""
-        return self._origin.get(name, name)
-
-    def below(self, prefix: str) -> list[str]:
-        """The checkpoint's names of all tensors whose name in the model begins with `prefix`, sorted."""
-        return sorted(name for name, place in self._place.items() if place.startswith(prefix))
 
 
 def _listed(directory: Path) -> dict[str, str]:
