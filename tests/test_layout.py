@@ -37,7 +37,7 @@ LAYERS = (
     {"headers"},
     {"configuration"},
     {"anatomy", "compression", "models", "ranks", "records", "sparse", "token_rows", "weights"},
-    {"names"},
+    {"names", "tokenizer"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},
