@@ -43,16 +43,16 @@ class Weights:
         self._file: dict[str, Path] = {}
         self._entry: dict[str, headers.Entry] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
-        listed = _listed(directory)
-        for path in sorted({directory / name for name in listed.values()} or {directory / SINGLE}):
+        table = listed(directory)
+        for path in sorted({directory / name for name in table.values()} or {directory / SINGLE}):
             for name, entry in entries(path).items():
                 if name in self._file:
                     raise BesaError(f"{self._file[name]} and {path.name} both hold the tensor {name}", _REMEDY)
                 self._file[name], self._entry[name] = path, entry
             self._stamps[path] = _stamp(path)
-        missing = sorted(set(listed) - set(self._file))
+        missing = sorted(set(table) - set(self._file))
         if missing:
-            raise BesaError(f"{directory / listed[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
+            raise BesaError(f"{directory / table[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
 
     @property
     def names(self) -> list[str]:
@@ -178,7 +178,14 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _listed(directory: Path) -> dict[str, str]:
+def listed(directory: Path) -> dict[str, str]:
+    """The file of every tensor by the checkpoint's index; empty where a single file holds all.
+
+    Raises
+    ------
+    BesaError
+        The index is damaged.
+    """
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():  # as transformers chooses
         return {}
     return headers.weight_map(directory / INDEX)
