@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from besa_cli.errors import BesaError
+from besa_cli import configuration
+from besa_cli.configuration import SUITED as _SUITED
+from besa_cli.disk import read_json
+from besa_cli.errors import BesaError, reading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_SUITED = (
-    "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
-)
 _ROUTERS = ("router", "gate")
 
 
@@ -26,19 +26,13 @@ def config_of(directory: Path) -> "PretrainedConfig":
     Raises
     ------
     BesaError
-        Unknown model type, encoder-decoder, no causal language model, or a quantized checkpoint.
+        A file that cannot be read or asks for code of its own, an unknown model type, an encoder-decoder, no causal
+        language model, or a quantized checkpoint.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BesaError(
-            f"{directory / 'config.json'} describes no model that transformers knows: {reason}", _SUITED
-        ) from error
+    config = configuration.read(directory)
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
@@ -56,12 +50,41 @@ def config_of(directory: Path) -> "PretrainedConfig":
 
 
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """The stock transformers model without weights: every tensor on the meta device."""
+    """The stock transformers model without weights: every tensor on the meta device.
+
+    Raises
+    ------
+    BesaError
+        The configuration holds values that no model can be built with.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    build: Any = AutoModelForCausalLM.from_config
+    with reading(Path(str(config.name_or_path)) / configuration.FILE), torch.device("meta"):
+        model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=False)
     model.train(False).requires_grad_(False)
+    return model
+
+
+def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The stock transformers model with all its weights in memory; no code that the directory brings along runs.
+
+    Raises
+    ------
+    BesaError
+        The model cannot be handled, or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(directory)
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        read_json(generation)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with reading(directory):
+        model: PreTrainedModel = load(
+            directory, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     return model
 
 

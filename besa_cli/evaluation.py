@@ -255,12 +255,19 @@ def continuation(
     directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype
 ) -> str:
     """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from besa_cli import anatomy
+
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    model: Any = anatomy.whole(directory, dtype)
     inputs = tokenizer(prompt, return_tensors="pt")
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            trust_remote_code=False,
+        )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

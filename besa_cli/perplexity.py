@@ -80,6 +80,11 @@ class Walk:
         )
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the checkpoint fits the model."""
+        return self._decoder.notes
+
+    @property
     def steps(self) -> int:
         """How often `Step` will be yielded."""
         return len(self.portions) * (len(self._decoder) + 1)

@@ -16,6 +16,8 @@ from besa_cli.console import Console, human_perplexity
 from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from besa_cli.evaluation import Measurement, Perplexity, Settings
     from besa_cli.forecast import Forecast
     from besa_cli.results import Results
@@ -99,7 +101,7 @@ def _measure(
 
     results = Results(subject.results) if subject.results else None
     digest = str(subject.digest) if parent else subjects.digest(subject)
-    jobs = _jobs(subject, digest, texts, settings)
+    jobs = _jobs(subject, digest, texts, settings, console.note)
     found = {number: results.load(job) for number, job in enumerate(jobs)} if results else {}
     for number, job in enumerate(jobs):
         if results and found[number]:
@@ -139,6 +141,8 @@ def _walk(
         if losses:
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
     walk = Walk(jobs, known)
+    for note in walk.notes:
+        console.note(note)
     try:
         title = f"{', '.join(job.dataset for job in jobs)}, {subject.name}"
         with console.blocks(title, walk.steps, walk.work) as progress:
@@ -165,12 +169,16 @@ def _way_on(results: "Results | None", jobs: "Sequence[Measurement]") -> str:
 
 
 def _jobs(
-    subject: Subject, digest: str, texts: "Sequence[EvaluationText]", settings: "Settings"
+    subject: Subject,
+    digest: str,
+    texts: "Sequence[EvaluationText]",
+    settings: "Settings",
+    notify: "Callable[[str], None]" = lambda _: None,
 ) -> "list[Measurement]":
     from besa_cli import preparation
     from besa_cli.evaluation import Measurement
 
-    tokenizer = subjects.tokenizer(subject)
+    tokenizer = subjects.tokenizer(subject, notify)
     made_of = preparation.tokenizer_digest(subject.directory)
     return [Measurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
 
@@ -226,7 +234,7 @@ def sample(
     said = {}
     for each in (subject.parent, subject):
         if each is not None:
-            tokenizer = subjects.tokenizer(each)
+            tokenizer = subjects.tokenizer(each, console.note)
             said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, computed)
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]

@@ -1,5 +1,6 @@
 """What `besa eval` looks at: the newest stage of a run directory or `--model`, and the dense model it was made from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,10 +119,9 @@ def refuse_changed(parent: Subject) -> None:
         )
 
 
-def tokenizer(subject: Subject) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the checkpoint."""
-    from besa_cli import preparation
+def tokenizer(subject: Subject, notify: Callable[[str], None] = lambda _: None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with the checkpoint; see `besa_cli.tokenizer.tokenizer_of`."""
+    from besa_cli.tokenizer import tokenizer_of
 
-    return preparation.tokenizer_of(
-        models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
-    )
+    place = models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
+    return tokenizer_of(place, notify)

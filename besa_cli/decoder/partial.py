@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from besa_cli import anatomy, compute
 from besa_cli.decoder.ahead import Ahead
 from besa_cli.errors import BesaError
-from besa_cli.weights import Names, Weights
+from besa_cli.names import Names, fit
+from besa_cli.weights import Weights
 
 
 class PartialModel:
@@ -22,10 +23,15 @@ class PartialModel:
     device, dtype : torch.device, torch.dtype
         Where and in which dtype to compute.
 
+    Attributes
+    ----------
+    notes : list of str
+        What the user should know of how the checkpoint fits the model, see `besa_cli.names.fit`.
+
     Raises
     ------
     BesaError
-        The model cannot be handled, or a weight is missing.
+        The model cannot be handled, or a weight is missing or of another shape.
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,6 +42,7 @@ class PartialModel:
         self.model = anatomy.skeleton(self.config, dtype)
         self.prefix, self.blocks = anatomy.block_list(self.model)
         self._names = Names(self.model, self.weights.names)
+        self.notes = fit(self.model, self._names, self.weights)
         self._ahead = Ahead(lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda")
         for index in range(len(self.blocks)):
             self._require(self.block_names(index), f"block {index}")
@@ -135,7 +142,7 @@ class PartialModel:
             _to_empty(module, self.device)
         self._restore_buffers(modules)
         self._fill(self.model.state_dict(), origins, tensors)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)
         self.model.requires_grad_(False)
 
     @property

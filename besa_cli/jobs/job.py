@@ -108,6 +108,9 @@ class Job:
         self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(self._work.decoder))
         self._work.decoder.weights.refuse_change(source)
+        self._work.decoder.weights.require_floats(self._work.decoder.linear_tensors())
+        for note in self._work.decoder.notes:
+            notify(note)
         if self.request.grid:
             names = self._work.decoder.linear_tensors()
             refusals.refuse_beyond_fp16({name: extremes[name] for name in names if name in extremes}, self.request.grid)

@@ -83,6 +83,7 @@ def _load(source: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, set[str
         quantization_config=transformers.GgufConfig(dequantize=True),
         dtype=dtype,
         local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     model, report = loaded
@@ -118,7 +119,9 @@ def _save_model(model: "PreTrainedModel", target: Path, dtype: "torch.dtype", so
 def _save_tokenizer(source: Path, target: Path, limit: int | None) -> None:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        source.parent, gguf_file=source.name, local_files_only=True, trust_remote_code=False
+    )
     tokenizer.save_pretrained(target)
     path = target / "tokenizer_config.json"
     config = read_json(path)

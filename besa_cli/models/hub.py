@@ -38,8 +38,7 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
     with _quiet():
         snapshot = _snapshot(repo, revision, notify)
     if files.weight_files(snapshot) is None:
-        names = files.side_files(entry.name for entry in snapshot.iterdir())
-        return pickled.directory(snapshot, names, notify=notify), snapshot.name
+        return pickled.directory(snapshot, files.listed(snapshot), notify=notify), snapshot.name
     for shard in files.weight_files(snapshot) or []:
         files.check_whole(shard)
     return snapshot, snapshot.name
@@ -113,7 +112,8 @@ def _listing(repo: str, revision: str | None) -> "ModelInfo":
 
 def _fetch(repo: str, revision: str | None, listing: "ModelInfo", notify: Callable[[str], None]) -> Path:
     """Fetch config and tokenizer, then the weights, all of one commit."""
-    sizes = {file.rfilename: file.size or 0 for file in listing.siblings or [] if "/" not in file.rfilename}
+    named = {file.rfilename: file.size or 0 for file in listing.siblings or []}
+    sizes = {name: size for name, size in named.items() if "/" not in name or files.side_files([name])}
     if "config.json" not in sizes:
         raise BesaError(
             f"{repo} on the hub has no config.json", "name a transformers model, not an adapter or a GGUF repository"

@@ -47,6 +47,7 @@ def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None
         _convert(pickles, target)
         for name in side_files:
             if name != "config.json":
+                (target / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path / name, target / name)
         _write_config(path / "config.json", target)
 

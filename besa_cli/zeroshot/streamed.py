@@ -144,6 +144,8 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
             logger.warning("%d questions exceed the model's maximum length (%d)", too_long, self.max_length)
         found: dict[int, Scored] = {}
         decoder = Decoder(self._directory, self._device, self._dtype)
+        for note in decoder.notes:
+            logger.warning("%s", note)
         passes = self._passes(self._batches(asked))
         with self._progress(len(passes) * len(decoder)) as advance:
             for turn, batches in enumerate(passes):

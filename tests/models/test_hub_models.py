@@ -117,6 +117,12 @@ def test_only_what_is_needed_is_fetched_and_only_once(revision: str, hub: Hub, c
     assert len(hub.requests()) <= 1
 
 
+def test_chat_templates_of_a_folder_are_fetched_too(hub: Hub, client: Client) -> None:
+    hub.files |= {"additional_chat_templates/tool_use.jinja": b"TOOLS", "additional_chat_templates/run.py": b"x"}
+    folder = Path(str(client("org/tiny")["directory"])) / "additional_chat_templates"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"tool_use.jinja": b"TOOLS"}
+
+
 def test_shards_are_found_by_the_index(hub: Hub, client: Client, tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +156,7 @@ def test_pickles_alone_are_converted(hub: Hub, client: Client, tiny: Path, tmp_p
             {"config.json": b'{"quantization_config": {"quant_method": "awq"}}'},
             "already compressed (awq)",
         ),
-        ({"config.json": b"{}", "model.safetensors": b"short"}, "not a whole safetensors file"),
+        ({"config.json": b"{}", "model.safetensors": b"short"}, "not a safetensors file (5 bytes)"),
     ],
 )
 def test_what_a_repository_lacks_is_said(files: dict[str, bytes], said: str, hub: Hub, client: Client) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint directories: whole, broken, and of pickles."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_a_cut_off_shard_is_named(keep: int, tiny: Path, tmp_path: Path, notes: 
     [
         (None, "has no config.json"),
         ("{", "cannot read .*config.json"),
-        ("[]", "not a JSON object"),
+        ("[]", "does not hold a JSON object"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"already compressed \(gptq\)"),
         ('{"model_type": "llama"}', "holds no weights"),
     ],
@@ -86,6 +87,61 @@ def test_what_a_directory_lacks_is_said(text: str | None, said: str, tmp_path: P
         resolve(str(tmp_path), notify=notes.append)
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "link to itself"])
+def test_what_is_no_file_is_refused_at_once(name: str, kind: str, tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    (path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path / name)
+    else:
+        (path / name).symlink_to(path / name if kind == "link to itself" else "/dev/zero")
+    if kind == "link to itself" and not name.startswith("model"):
+        assert resolve(str(path), notify=notes.append).directory == path  # as if it were not there
+        return
+    with pytest.raises(BesaError, match=str(path / name)):
+        resolve(str(path), notify=notes.append)
+
+
+def test_a_pipe_is_not_taken_for_a_model(tmp_path: Path, notes: list[str]) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(BesaError, match=r"m\.gguf is a pipe, not a file"):
+        resolve(str(tmp_path / "m.gguf"), notify=notes.append)
+
+
+MARKS = {
+    "hf_quant_config.json": ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "FP8"),
+    "quantize_config.json": ({"bits": 4, "group_size": 128}, "4"),
+    "quant_config.json": ({"w_bit": 4, "zero_point": True}, "4"),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_side_file_that_tells_of_few_bits_is_believed(
+    name: str, tiny: Path, tmp_path: Path, notes: list[str]
+) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    told, method = MARKS[name]
+    (path / name).write_text(json.dumps(told))
+    with pytest.raises(BesaError, match=rf"already compressed \({name}: {method}\)"):
+        resolve(str(path), notify=notes.append)
+
+
+def test_few_bits_of_the_cache_alone_leave_the_weights_dense(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    told = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(told))
+    assert resolve(str(path), notify=notes.append).directory == path
+
+
+def test_chat_templates_of_a_folder_go_into_the_conversion(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    made = resolve(str(path), notify=notes.append).directory
+    assert (made / "additional_chat_templates" / "tool_use.jinja").read_text() == "TOOLS"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
