@@ -176,15 +176,19 @@ def in_memory(directory: Path, *, device: str, dtype: str, batch_size: str, noti
     from lm_eval.models.huggingface import HFLM
     from transformers.utils import logging as progress
 
+    from besa_cli.decoder.conduct import require_logits
+
     progress.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _quiet(notify):
-        return HFLM(
+        model = HFLM(
             pretrained=str(directory.resolve()),  # a relative path would be taken for a name on the hub
             device=device,
             dtype=dtype,
             batch_size=batch_size,
             trust_remote_code=False,
         )
+    model.model.register_forward_hook(lambda _, __, output: require_logits(output.logits, str(directory)))
+    return model
 
 
 def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, notify: Notify) -> dict[str, Any]:
