@@ -1,7 +1,6 @@
 """`besa eval`: what was lost, as perplexity and as a look at what the models say."""
 
 import functools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -103,7 +102,7 @@ def _measure(
     digest = str(subject.digest) if parent else subjects.digest(subject)
     jobs = _jobs(subject, digest, texts, settings)
     stored = [(number, results.load(job)) for number, job in enumerate(jobs)] if results else []
-    found = {number: result for number, result in stored if result and math.isfinite(result.nll)}
+    found = {number: result for number, result in stored if result}
     for number, job in enumerate(jobs):
         if results and number in found:
             console.note(f"{subject.name}: result taken from {results.file(job)}")

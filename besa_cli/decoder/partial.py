@@ -104,7 +104,8 @@ class PartialModel:
         block = self.blocks[index]
         tensors = dict(source) if source is not None else self._ahead.take(index)
         block.to_empty(device=self.device)
-        self._restore_buffers([*block.modules(), *self._above])
+        if not self._buffered.isdisjoint(block.modules()):
+            self._restore_buffers([*block.modules(), *self._above])
         self._fill(block.state_dict(), self.block_names(index), tensors)
         return tensors
 

@@ -132,7 +132,7 @@ class Decoder(PartialModel):
             self.drop(0)
             self._outputs = len(output) if isinstance(output, tuple) else 0
             change = relative_error(states_of(changed)[:, :-1], states_of(output)[:, :-1])
-        if change > TOLERANCE[self.dtype]:
+        if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding hardly differs
             raise not_causal(self.model)
 
     def _entering(self, tokens: Tensor, catch: Callable[..., Any]) -> Tensor:

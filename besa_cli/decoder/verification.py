@@ -12,7 +12,7 @@ from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, reading
 
 _CHECK_TOKENS = 32  # length of the samples on which stream and whole model are compared
-SMALL = 256 << 20  # bytes of a model that is compared with stock's in any case
+SMALL = 64 << 20  # bytes of a model that is compared with stock's in any case
 
 
 def verify(decoder: Decoder, tokens: Tensor, *, room: int = SMALL) -> None:
