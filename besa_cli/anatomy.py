@@ -91,24 +91,48 @@ def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its name, e.g. ``model.layers``.
 
-    It is the longest list of modules that all hold linears, the outermost of equals.
+    It is a list of modules that all hold linears: below the model's own decoder where that holds any, never in a tower
+    that reads images or sounds, with as many modules as the configuration says, else the longest; the outermost of
+    equals.
 
     Raises
     ------
     BesaError
         There is no such list, or its modules hold weights in a form that cannot be pruned.
     """
-    found: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not all(_matrices(block) for block in module):
-            continue
-        if len(module) > (len(found[1]) if found else 0):
-            found = (name, module)
+    lists = _block_lists(model)
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    below = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    inside = [each for each in lists if each[1] in below] or lists
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    as_deep = [each for each in inside if len(each[1]) == depth]
+    found = max(as_deep or inside, key=lambda each: len(each[1]), default=None)  # the first of equals
     if found is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
     for index, block in enumerate(found[1]):
         _refuse_unsuited(type(model).__name__, f"{found[0]}.{index}", block)
     return found
+
+
+def _block_lists(model: "PreTrainedModel") -> list[tuple[str, nn.ModuleList]]:
+    """All lists of modules that all hold matrices, the outermost first; those in towers where there are no others."""
+    towers = tuple(f"{name}." for name, module in model.named_modules() if name and not _reads_text(module, model))
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_matrices(block) for block in module)
+    ]
+    return [each for each in lists if not each[0].startswith(towers)] or lists
+
+
+def _reads_text(module: nn.Module, model: "PreTrainedModel") -> bool:
+    """Whether a part of a model can be what reads its text: no model of its own that is made for anything else."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return True
+    known = {type(model.config), type(model.config.get_text_config())}
+    return "text" in module.input_modalities and module.main_input_name == "input_ids" and type(module.config) in known
 
 
 def _matrices(block: nn.Module) -> bool:
@@ -149,3 +173,14 @@ def maximum_length(config: "PretrainedConfig") -> int | None:
     """The longest sequence the model was made for, in tokens; None where its configuration does not say."""
     value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def special_tokens(config: "PretrainedConfig") -> list[int]:
+    """The ids that a model's code may treat in a way of its own: those its configuration names, and the first three."""
+    text = config.get_text_config()
+    kinds = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+    named: list[Any] = [getattr(each, f"{kind}_token_id", None) for each in (config, text) for kind in kinds]
+    ids = [0, 1, 2]
+    for each in named:
+        ids += each if isinstance(each, list) else [each]
+    return sorted({each for each in ids if isinstance(each, int) and 0 <= each < text.vocab_size})

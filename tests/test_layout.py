@@ -52,7 +52,7 @@ LAYERS = (
         "simulation",
         "zeroshot",
     },
-    {"exporting", "importing", "jobs", "perplexity", "pushing", "results"},
+    {"continuations", "exporting", "importing", "jobs", "perplexity", "pushing", "results"},
     {"pruning", "quantizing"},
     {"console"},
     {"commands"},

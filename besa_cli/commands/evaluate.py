@@ -1,5 +1,6 @@
 """`besa eval`: what was lost, as perplexity and as a look at what the models say."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -102,17 +103,18 @@ def _measure(
     results = Results(subject.results) if subject.results else None
     digest = str(subject.digest) if parent else subjects.digest(subject)
     jobs = _jobs(subject, digest, texts, settings, console.note)
-    found = {number: results.load(job) for number, job in enumerate(jobs)} if results else {}
+    stored = [(number, results.load(job)) for number, job in enumerate(jobs)] if results else []
+    found = {number: result for number, result in stored if result}
     for number, job in enumerate(jobs):
-        if results and found[number]:
+        if results and number in found:
             console.note(f"{subject.name}: result taken from {results.file(job)}")
-    left = [number for number in range(len(jobs)) if not found.get(number)]
+    left = [number for number in range(len(jobs)) if number not in found]
     if left and parent:
         subjects.refuse_changed(subject)
     if left:
         made = _walk(subject, [jobs[number] for number in left], results, console)
         found.update(zip(left, made, strict=True))
-    return [result for number in range(len(jobs)) if (result := found[number])]
+    return [found[number] for number in range(len(jobs))]
 
 
 def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings") -> "Forecast":
@@ -227,15 +229,21 @@ def sample(
 ) -> None:
     """What the dense and the pruned model continue a prompt with (greedy), side by side."""
     console = Console(json=as_json)
-    from besa_cli import compute, evaluation
+    from besa_cli import compute, continuations
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
+    both = [each for each in (subject.parent, subject) if each is not None]
+    tokenizers = [subjects.tokenizer(each, console.note) for each in both]
+    prompts = [
+        continuations.prompted(each.directory, tokenizer, prompt, tokens)
+        for each, tokenizer in zip(both, tokenizers, strict=True)
+    ]
     said = {}
-    for each in (subject.parent, subject):
-        if each is not None:
-            tokenizer = subjects.tokenizer(each, console.note)
-            said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, computed)
+    for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
+        with console.blocks(each.name, 1) as progress:
+            show = functools.partial(progress.step, total=tokens, phase="token")
+            said[each.name] = continuations.continuation(each.directory, tokenizer, inputs, tokens, computed, show)
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
     )

@@ -15,7 +15,7 @@ from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import exchange, ownership, refusals, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.verification import verify
+from besa_cli.decoder.verification import SMALL, verify
 from besa_cli.jobs import beginning, joining
 from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
@@ -122,7 +122,7 @@ class Job:
             settings["batch"] = placing.batch
             self._to_write = whole + hidden
             refusals.require_space(self._directory, self._to_write)
-            verify(self._work.decoder, self.calibration.tokens)
+            verify(self._work.decoder, self.calibration.tokens, room=self._room(placing))
         self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
         if self._dry:
             disk.require_writable(self._directory)
@@ -161,6 +161,12 @@ class Job:
         return footprint.place(
             limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
         )
+
+    def _room(self, placing: footprint.Placing) -> int:
+        """Bytes that checking the decoder may take: no more than the work after it, or little."""
+        limit = self.request.max_memory
+        most = max(placing.peak, compute.resident() + SMALL)
+        return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> forecast.Forecast:
         """What the command will take, from the model of memory and a trial of the first window; for a dry job."""

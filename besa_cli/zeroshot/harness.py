@@ -195,10 +195,12 @@ def in_memory(
     from lm_eval.models.huggingface import HFLM
     from transformers.utils import logging as progress
 
+    from besa_cli.decoder.conduct import require_logits
+
     progress.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = anatomy.config_of(directory)
     with _quiet(notify), reading(directory):
-        return HFLM(
+        model = HFLM(
             pretrained=str(directory.resolve()),  # a relative path would be taken for a name on the hub
             config=config,
             tokenizer=tokenizer,
@@ -207,6 +209,8 @@ def in_memory(
             batch_size=batch_size,
             trust_remote_code=False,
         )
+    model.model.register_forward_hook(lambda _, __, output: require_logits(output.logits, str(directory)))
+    return model
 
 
 def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, notify: Notify) -> dict[str, Any]:
