@@ -1,5 +1,6 @@
 """The options that several verbs share, each with its help text written once."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,19 @@ DEFAULT_RUN = Path("besa-run")
 _MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO})"
 
 
+MOST = 1_000_000  # of anything that is counted one by one: more cannot be meant, and would be worked on for years
+
+
+def expanded(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Paths with the home directory for a leading ``~``, which shells leave as it is after ``=`` and in variables.
+
+    The callback of every option that is a path. A ``~`` that stands for nobody's home stays.
+    """
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111  (Path.expanduser fails without a home)
+    return value and [Path(os.path.expanduser(each)) for each in value]  # noqa: PTH111
+
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
@@ -29,7 +43,13 @@ OtherModelOption = Annotated[
 ]
 RunOption = Annotated[
     Path,
-    typer.Option("--run", metavar="DIR", envvar="BESA_RUN", help="The run directory: where a run keeps all it makes."),
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        envvar="BESA_RUN",
+        callback=expanded,
+        help="The run directory: where a run keeps all it makes.",
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[
@@ -77,7 +97,8 @@ DataOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[
-    int | None, typer.Option("--samples", metavar="N", help="Number of calibration samples.", show_default="128")
+    int | None,
+    typer.Option("--samples", max=MOST, metavar="N", help="Number of calibration samples.", show_default="128"),
 ]
 SeqlenOption = Annotated[
     int | None,
@@ -102,13 +123,15 @@ DataDirOption = Annotated[
         "--data-dir",
         metavar="DIR",
         envvar="BESA_DATA",
+        callback=expanded,
         help="Where local copies of data sets and tasks are looked for first (see docs/data.md, docs/tasks.md).",
     ),
 ]
 
 
 CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+    Path | None,
+    typer.Option("--calibration", metavar="DIR", callback=expanded, help="Use the calibration set in this directory."),
 ]
 DampingOption = Annotated[
     float | None,

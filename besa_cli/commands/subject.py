@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 RunOption = Annotated[
     Path | None,
     typer.Option(
-        "--run", metavar="DIR", envvar="BESA_RUN", help="The run directory.", show_default=str(options.DEFAULT_RUN)
+        "--run",
+        metavar="DIR",
+        envvar="BESA_RUN",
+        callback=options.expanded,
+        help="The run directory.",
+        show_default=str(options.DEFAULT_RUN),
     ),
 ]
 BaselineOption = Annotated[
