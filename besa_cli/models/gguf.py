@@ -34,7 +34,7 @@ def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
         notify(f"converting {path} to a Hugging Face checkpoint (once)")
         convert(path, target)
 
-    return cache.made_once(f"models/gguf-{cache.digest(path)[:16]}", make, notify=notify)
+    return cache.made_once(f"models/gguf2-{cache.digest(path)[:16]}", make, notify=notify)
 
 
 def _refuse_unreadable(path: Path, architecture: str) -> None:
