@@ -284,3 +284,16 @@ def test_what_is_dumped_as_yaml_is_read_back(values: dict[str, Any]) -> None:
         found = verb("--config", str(file))
     for name, value in values.items():
         assert found[name.replace("-", "_")] == value
+
+
+def test_a_directory_of_weights_that_is_not_utf_8_is_refused_before_any_work(
+    workplace: Path, besa: Callable[..., Any]
+) -> None:
+    """The library that reads and writes weights opens no such path; texts may lie there."""
+    name = os.fsdecode(b"caf\xe9")
+    for words in (("prune", "--run"), ("prune", "--model"), ("quantize", "--model"), ("import",), ("show",)):
+        outcome = besa(*words, name)
+        assert (outcome.code, outcome.err.count("error: ")) == (2, 1), words
+        assert r"caf\xe9" in outcome.err
+    assert list(workplace.iterdir()) == []
+    assert verb("--data", name)["data"] == [name]

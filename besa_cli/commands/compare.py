@@ -16,7 +16,7 @@ Format = Literal["table", "markdown", "csv", "json"]
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", callback=options.expanded, help="Run directories with results.")
+        list[Path], typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories with results.")
     ],
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "table",
 ) -> None:

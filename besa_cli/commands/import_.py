@@ -12,7 +12,7 @@ from besa_cli.console import Console
 
 def import_(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", callback=options.expanded, help="A directory that `besa export` made.")
+        Path, typer.Argument(metavar="DIR", callback=options.directories, help="A directory that `besa export` made.")
     ],
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,

@@ -30,16 +30,50 @@ def expanded(value: Path | list[Path] | None) -> Path | list[Path] | None:
     return value and [Path(os.path.expanduser(each)) for each in value]  # noqa: PTH111
 
 
+def directories(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """The same for directories of weights, which cannot lie below a name that is not UTF-8: safetensors opens none.
+
+    Raises
+    ------
+    UsageError
+        One of them is not UTF-8.
+    """
+    found = expanded(value)
+    for each in found if isinstance(found, list) else [found]:
+        named(None if each is None else str(each))
+    return found
+
+
+def named(value: str | None) -> str | None:
+    """Refuse a name that is not UTF-8; the callback of the options that name a model.
+
+    Raises
+    ------
+    UsageError
+        It is not.
+    """
+    shown = os.fsencode(value or "").decode("utf-8", "backslashreplace")
+    if value and shown != value:
+        raise UsageError(f"'{shown}' is not a name in UTF-8, and no weights can be read or written there", "rename it")
+    return value
+
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 Compression = Literal["zstd"]
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", callback=named, help=f"{_MODEL}.")]
 OtherModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.", show_default="the newest stage of the run directory"),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        callback=named,
+        help=f"{_MODEL}.",
+        show_default="the newest stage of the run directory",
+    ),
 ]
 RunOption = Annotated[
     Path,
@@ -47,7 +81,7 @@ RunOption = Annotated[
         "--run",
         metavar="DIR",
         envvar="BESA_RUN",
-        callback=expanded,
+        callback=directories,
         help="The run directory: where a run keeps all it makes.",
     ),
 ]
@@ -131,7 +165,9 @@ DataDirOption = Annotated[
 
 CalibrationOption = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="DIR", callback=expanded, help="Use the calibration set in this directory."),
+    typer.Option(
+        "--calibration", metavar="DIR", callback=directories, help="Use the calibration set in this directory."
+    ),
 ]
 DampingOption = Annotated[
     float | None,

@@ -21,6 +21,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
+        callback=options.named,
         help="A model to quantize as it is: a name or directory as of besa prune, or any stage.",
         show_default="the run's pruned stage",
     ),

@@ -22,7 +22,7 @@ def show(
         Path | None,
         typer.Argument(
             metavar="DIR",
-            callback=options.expanded,
+            callback=options.directories,
             help="A run directory, a stage or any checkpoint.",
             show_default="the run directory",
         ),
