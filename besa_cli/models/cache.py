@@ -208,18 +208,35 @@ def blob_name(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and is_digest else None
 
 
-def is_as_named(path: Path, name: str) -> bool:
-    """Whether a file's content is what its name among the hub's blobs says: SHA-256, or git's digest of small files."""
-    if len(name) == 64:
-        return digest(path) == name
+def is_what_it_was(path: Path) -> bool:
+    """Whether a file of the hub's cache has the digest that its blob is named by; yes where the name is none."""
+    name = blob_name(path)
+    if name is None:
+        return True
+    return digest(path) == name if len(name) == 64 else is_as_named(path, name)
+
+
+def is_as_named(path: Path, name: str, hear: Callable[[int], None] = lambda _: None) -> bool:
+    """Whether a file has the digest that it is named by: SHA-256, or of a small file git's own.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+        64 or 40 hexadecimal digits. Mirrors of the hub name small files by their plain SHA-1.
+    hear : callable
+        Takes the number of bytes that were read, again and again.
+    """
     require_regular(path)
-    plain, git = hashlib.sha1(usedforsecurity=False), hashlib.sha1(usedforsecurity=False)
-    git.update(b"blob %d\0" % path.stat().st_size)
+    kinds = [hashlib.sha256()] if len(name) == 64 else [hashlib.sha1(usedforsecurity=False) for _ in range(2)]
+    if len(name) == 40:
+        kinds[0].update(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            plain.update(chunk)
-            git.update(chunk)
-    return name in (git.hexdigest(), plain.hexdigest())  # mirrors of the hub give the plain one
+            hear(len(chunk))
+            for each in kinds:
+                each.update(chunk)
+    return name in {each.hexdigest() for each in kinds}
 
 
 def _noted(path: Path) -> dict[str, Any]:

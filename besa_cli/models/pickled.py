@@ -40,7 +40,7 @@ def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None
     BesaError
         There are no weights, a shard is missing, or a file is damaged or holds more than tensors.
     """
-    pickles = _pickles(path)
+    pickles = weight_files(path)
     beside = [name for name in side_files if not (path / name).is_dir()]
     sources = [*pickles, *(path / name for name in beside)]
     identity = "\n".join(f"{file.name} {cache.digest(file)}" for file in sources)
@@ -57,7 +57,14 @@ def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None
     return cache.made_once(f"models/bin-{sha256(identity.encode()).hexdigest()[:16]}", make, notify=notify)
 
 
-def _pickles(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The pickled files of a checkpoint directory.
+
+    Raises
+    ------
+    BesaError
+        There are none, or a shard is missing.
+    """
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():
