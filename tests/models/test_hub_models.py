@@ -418,3 +418,20 @@ def test_what_is_fetched_lies_where_the_library_of_the_hub_finds_it(hub: Hub, cl
     assert not scanned.warnings
     (repo,) = scanned.repos
     assert {file.file_name for revision in repo.revisions for file in revision.files} == NEEDED
+
+
+@pytest.mark.parametrize(("header", "value"), [("commit", "../../evil"), ("etag", "../../evil"), ("linked", "f" * 64)])
+def test_the_library_of_the_hub_is_stopped_when_an_answer_is_another_than_before(
+    header: str, value: str, hub: Hub
+) -> None:
+    """It fetches files that are too large for a plain download, and asks for tag and commit itself."""
+    from huggingface_hub import get_hf_file_metadata, get_session
+
+    url, hooks = f"{hub.endpoint}/org/tiny/resolve/{COMMIT}/config.json", get_session().event_hooks
+    known = str(get_hf_file_metadata(url).etag)
+    with answers.guarded(known, COMMIT):
+        assert get_hf_file_metadata(url).etag == known
+        hub.lies = {header: value}
+        with pytest.raises(BesaError, match=f"the hub answers with .*{value}"):
+            get_hf_file_metadata(url)
+    assert get_session().event_hooks == hooks
