@@ -24,7 +24,6 @@ LAYERS = (
     {
         "activations",
         "compute",
-        "datahub",
         "disk",
         "documents",
         "launch",
@@ -35,7 +34,7 @@ LAYERS = (
     {"headers"},
     {"configuration"},
     {"anatomy", "compression", "models", "public", "ranks", "records", "sim", "sparse", "token_rows", "weights"},
-    {"lock", "names", "sparse_index", "tokenizer"},
+    {"datahub", "lock", "names", "sparse_index", "tokenizer"},
     {"checkpoint", "corpora", "decoder", "hf"},
     {"result_files", "texts", "windows"},
     {"calibration", "footprint", "inspection", "stream"},

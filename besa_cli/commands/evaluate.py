@@ -221,7 +221,7 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
 def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the models go on from.")] = _PROMPT,
     model: options.OtherModelOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens to add.")] = 40,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=options.MOST, metavar="N", help="Tokens to add.")] = 40,
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
     config: options.ConfigOption = None,

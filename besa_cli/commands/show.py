@@ -21,7 +21,10 @@ def show(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DIR", help="A run directory, a stage or any checkpoint.", show_default="the run directory"
+            metavar="DIR",
+            callback=options.directories,
+            help="A run directory, a stage or any checkpoint.",
+            show_default="the run directory",
         ),
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 RunOption = Annotated[
     Path | None,
     typer.Option(
-        "--run", metavar="DIR", envvar="BESA_RUN", help="The run directory.", show_default=str(options.DEFAULT_RUN)
+        "--run",
+        metavar="DIR",
+        envvar="BESA_RUN",
+        callback=options.directories,
+        help="The run directory.",
+        show_default=str(options.DEFAULT_RUN),
     ),
 ]
 BaselineOption = Annotated[
@@ -93,8 +98,10 @@ def digest(subject: Subject) -> str:
     """
     from besa_cli import weights
     from besa_cli.checkpoint import refusals
+    from besa_cli.models import cache
 
     found = weights.check(weights.Weights(subject.directory))
+    cache.confirm(subject.directory, found)
     if subject.digest is not None:
         refusals.refuse_damaged(subject.directory, found)
     return found
@@ -109,8 +116,10 @@ def refuse_changed(parent: Subject) -> None:
         The model has changed since.
     """
     from besa_cli import weights
+    from besa_cli.models import cache
 
     found = weights.check(weights.Weights(parent.directory))
+    cache.confirm(parent.directory, found)
     if found != parent.digest:
         raise BesaError(
             f"the model in {parent.directory} has changed since the stage was made from it "

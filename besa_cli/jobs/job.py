@@ -19,7 +19,7 @@ from besa_cli.decoder.verification import SMALL, verify
 from besa_cli.jobs import beginning, joining
 from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
-from besa_cli.models import Model
+from besa_cli.models import Model, cache
 from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport
 from besa_cli.stream.behind import Behind
@@ -78,6 +78,7 @@ class Job:
         source = weights.Weights(model.directory)
         extremes: dict[str, tuple[float, float]] = {}
         self._digest = weights.check(source, extremes)
+        cache.confirm(model.directory, self._digest)
         self._checking = time.perf_counter() - began
         refusals.refuse_damaged(model.directory, self._digest)
         new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
