@@ -80,6 +80,14 @@ CASES: Mapping[str, tuple[str, str, dict[str, Any]]] = {
         "vocab_size": WORDS, "hidden_size": 64, "n_head": 4, "n_layer": 2, "bos_token_id": 260, "eos_token_id": 261,
         "pad_token_id": None,
     }),
+    "lfm2": ("lfm2", "Lfm2Config", {
+        **_GROUPED, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False, "norm_eps": 1e-3,
+    }),
+    "mamba": ("mamba", "MambaConfig", {
+        "vocab_size": WORDS, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "bos_token_id": 260,
+        "eos_token_id": 261, "layer_norm_epsilon": 1e-3,
+    }),
 }  # fmt: skip
 
 Change = Callable[[gguf.GGUFWriter], None]
@@ -155,6 +163,9 @@ def byte_vocabulary(writer: gguf.GGUFWriter, pre: str = "gpt-2") -> None:
 
 
 def _facts(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
+    if name == "mamba":
+        _mamba_facts(writer, config)
+        return
     heads, hidden = config.num_attention_heads, config.hidden_size
     width = getattr(config, "head_dim", None) or hidden // heads
     writer.add_name("tiny")
@@ -166,15 +177,24 @@ def _facts(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     grouped = getattr(config, "num_key_value_heads", None) or heads
     if name == "falcon":
         grouped = config.num_kv_heads if config.new_decoder_architecture else 1
-    if name not in ("gpt2", "bloom"):
+    if name == "lfm2":
+        writer.add_head_count_kv([grouped if kind == "full_attention" else 0 for kind in config.layer_types])
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    elif name not in ("gpt2", "bloom"):
         writer.add_head_count_kv(grouped)
     if width != hidden // heads or name.startswith("gemma"):
         writer.add_key_length(width)
         writer.add_value_length(width)
+    _details(writer, name, config)
+    _rope(writer, name, getattr(config, "rope_parameters", None) or {}, width)
+
+
+def _details(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for key in ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"):
-        if hasattr(config, key):
+        if hasattr(config, key) and name != "lfm2":
             writer.add_layer_norm_eps(getattr(config, key))
     if name.startswith("gemma"):
         writer.add_sliding_window(config.sliding_window)
@@ -183,7 +203,19 @@ def _facts(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if name == "stablelm":
         writer.add_parallel_residual(config.use_parallel_residual)
-    _rope(writer, name, getattr(config, "rope_parameters", None) or {}, width)
+
+
+def _mamba_facts(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(2**20)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(config.conv_kernel)
+    writer.add_ssm_inner_size(config.intermediate_size)
+    writer.add_ssm_state_size(config.state_size)
+    writer.add_ssm_time_step_rank(config.time_step_rank)
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
 
 
 def _feed_forward(config: Any, hidden: int) -> int:
@@ -211,7 +243,11 @@ def _rope(writer: gguf.GGUFWriter, name: str, rope: Mapping[str, Any], width: in
 
 def _converted(name: str, stored: str, value: np.ndarray, config: Any) -> np.ndarray:
     """What llama.cpp's converter does to the values of a tensor."""
+    if name == "mamba":
+        return -np.exp(value) if stored.endswith(".ssm_a") else value.squeeze()
     heads = config.num_attention_heads
+    if name == "lfm2":
+        return value.squeeze()
     if name == "llama" and (".attn_q." in stored or ".attn_k." in stored):
         count = heads if ".attn_q." in stored else config.num_key_value_heads
         rows = value.shape[0] // count

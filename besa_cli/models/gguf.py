@@ -87,7 +87,7 @@ class _Plan:
                 yield own, torch.zeros(weight.shape, dtype=getattr(torch, dtype))
                 continue
             value = torch.from_numpy(gguf_tensors.restored(self._header, weight.stored, self._config).copy())
-            value = value.to(getattr(torch, dtype))
+            value = value.reshape(weight.shape).to(getattr(torch, dtype))
             if not bool(torch.isfinite(value).all()):
                 raise BesaError(
                     f"{own} in {self._header.path} holds values that {dtype} cannot", "fetch the file again"

@@ -85,10 +85,15 @@ def _token(header: Header, key: str, words: int) -> int | None:
     return value
 
 
-def _heads(facts: Facts, read: Read, *, partly: bool = False, rotary: bool = True) -> Config:
-    """Sizes of attention and MLP, and the rotary embedding; `partly` where it may turn a part of each head."""
+def _heads(
+    facts: Facts, read: Read, *, partly: bool = False, rotary: bool = True, grouped: int | None = None
+) -> Config:
+    """Sizes of attention and MLP, and the rotary embedding; `partly` where it may turn a part of each head.
+
+    `grouped` are the heads of keys and values, if they are known already.
+    """
     width, heads = facts.whole("embedding_length"), facts.whole("attention.head_count")
-    grouped = facts.whole("attention.head_count_kv", heads)
+    grouped = grouped or facts.whole("attention.head_count_kv", heads)
     if heads % grouped:
         facts.refuse("attention.head_count_kv", f"is {grouped}; {heads} heads cannot share them")
     if width % heads and not facts.has("attention.key_length"):
@@ -279,13 +284,43 @@ def _gpt2(facts: Facts, read: Read) -> Config:
     }
 
 
+def _lfm2(facts: Facts, read: Read) -> Config:
+    """Blocks without keys and values are convolutions."""
+    grouped = facts.each("attention.head_count_kv", _blocks(facts))
+    found = _heads(facts, read, grouped=max(grouped))
+    return found | {
+        "norm_eps": facts.real(_RMS),
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["full_attention" if heads else "conv" for heads in grouped],
+        "conv_L_cache": facts.whole("shortconv.l_cache"),
+        "conv_bias": facts.any_tensor("shortconv.conv.bias", "shortconv.in_proj.bias", "shortconv.out_proj.bias"),
+    }
+
+
+def _mamba(facts: Facts, read: Read) -> Config:
+    facts.whole("context_length", most=LONGEST_CONTEXT)  # it has none
+    for key in ("feed_forward_length", "attention.head_count", "ssm.dt_b_c_rms"):
+        facts.expect(key, 0)
+    return {
+        "intermediate_size": facts.whole("ssm.inner_size"),
+        "conv_kernel": facts.whole("ssm.conv_kernel"),
+        "state_size": facts.whole("ssm.state_size"),
+        "time_step_rank": facts.whole("ssm.time_step_rank"),
+        "layer_norm_epsilon": facts.real(_RMS),
+        "use_bias": facts.any_tensor("ssm_in.bias", "ssm_out.bias"),
+        "use_conv_bias": facts.any_tensor("ssm_conv1d.bias"),
+    }
+
+
 _ARCHITECTURES: Mapping[str, tuple[str, Callable[[Facts, Read], Config]]] = {
     "bloom": ("bloom", _bloom),
     "falcon": ("falcon", _falcon),
     "gemma2": ("gemma2", _gemma2),
     "gemma3": ("gemma3_text", _gemma3),
     "gpt2": ("gpt2", _gpt2),
+    "lfm2": ("lfm2", _lfm2),
     "llama": ("llama", _llama),
+    "mamba": ("mamba", _mamba),
     "nemotron": ("nemotron", _nemotron),
     "phi3": ("phi3", _phi3),
     "qwen2": ("qwen2", _qwen2),

@@ -73,6 +73,20 @@ class Facts:
             self._unfit(key, value, f"a whole number from {least} to {most}")
         return value
 
+    def each(self, key: str, blocks: int) -> list[int]:
+        """A whole number from 0 up for each block.
+
+        Raises
+        ------
+        BesaError
+            It is missing or something else.
+        """
+        value = self._value(key)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != blocks:
+            self._unfit(key, value, f"a list of {blocks} numbers")
+        found = [entry for entry in value if isinstance(entry, int) and 0 <= entry <= _MOST]
+        return found if len(found) == blocks else self._unfit(key, value, "a list of whole numbers from 0 up")
+
     def real(self, key: str, default: float | None = None, *, least: float = 0.0) -> float:
         """A finite number, above `least`.
 

@@ -80,11 +80,16 @@ def weights(header: Header, config: "PretrainedConfig", read: Collection[str]) -
         if tensor is None and not _left_out(header, name):
             raise BesaError(f"{header.path} lacks {own} ({name})", _ELSEWISE)
         turned = header.architecture == "gpt2" and name.endswith(_TURNED)
-        if tensor is not None and tensor.shape != (shape[::-1] if turned else shape):
+        if tensor is not None and _bare(tensor.shape) != _bare(shape[::-1] if turned else shape):
             refuse(header, name, f"is of shape {tensor.shape}, the model's {own} of {shape}")
         found[own] = Weight(stored=None if tensor is None else name, shape=shape)
     _refuse_unused(header, {*read, *(weight.stored for weight in found.values() if weight.stored)})
     return found
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the dimensions of one, which the file leaves out of convolutions."""
+    return tuple(size for size in shape if size != 1)
 
 
 def _shapes(header: Header, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
@@ -113,7 +118,7 @@ def _refuse_unused(header: Header, used: Collection[str]) -> None:
 
 
 def restored(header: Header, name: str, config: "PretrainedConfig") -> "Array":
-    """A tensor's values in transformers' order and offset.
+    """A tensor's values in transformers' order and offset; the shape may lack dimensions of one.
 
     Raises
     ------
@@ -165,10 +170,19 @@ def _falcon(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
     return np.concatenate(grouped, axis=1).reshape(value.shape)
 
 
+def _mamba(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
+    """The decay, which transformers holds as the logarithm of its negative."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):  # a decay that is not negative: not a number, which the caller refuses
+        return np.log(-value) if name.endswith(".ssm_a") else value
+
+
 _UNDO: Mapping[str, Undo] = {
     "llama": _halves,
     "gemma2": _less_one,
     "gemma3": _less_one,
+    "mamba": _mamba,
     "nemotron": _less_one,
     "gpt2": _turned,
     "bloom": _bloom,
