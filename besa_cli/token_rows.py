@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_cli import documents
+from besa_cli import documents, row_files
 from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError
 
@@ -32,7 +32,7 @@ def holds_rows(path: Path) -> bool:
     """Whether the file's first JSON object has ``input_ids``."""
     if documents.suffix(path) not in (".jsonl", ".jsonl.gz"):
         return False
-    first = next(documents.json_lines(path), None)
+    first = next(row_files.json_lines(path), None)
     return first is not None and _FIELD in first[1]
 
 
@@ -58,7 +58,7 @@ def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: i
     sources = []
     for path in paths:
         before = len(rows)
-        for number, value in documents.json_lines(path):
+        for number, value in row_files.json_lines(path):
             if len(rows) == samples:
                 break
             rows.append(_row(value.get(_FIELD), seqlen, vocab_size, f"{path}, line {number}"))
