@@ -142,7 +142,8 @@ def build(
     if row_files:
         if options.pack:
             raise UsageError("--pack does not go with token rows", "leave it out: the rows are the samples already")
-        taken = token_rows.read_rows(row_files, samples=options.samples, seqlen=options.seqlen, vocab_size=vocab_size)
+        sizes = {"samples": options.samples, "seqlen": options.seqlen, "vocab_size": vocab_size}
+        taken = token_rows.read_rows(row_files, **sizes, notify=notify)
         tokens, account = _tensor(taken.rows, vocab_size), {"sources": list(taken.sources), "sampling": "token rows"}
     else:
         hub = hub or datahub.from_environment()
