@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from besa_cli.decoder.conduct import overflow
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.footprint import HEAD_TOKENS
+from besa_cli.spool import Numbers
 from besa_cli.texts import EvaluationText
+from besa_cli.tokenizing import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,9 +100,17 @@ def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabul
     BesaError
         The tokenizer gives ids that the model does not know.
     """
-    ids = torch.tensor(tokenizer(text.text, verbose=False)["input_ids"][: text.longest], dtype=torch.long)
+    ids = _held(islice(Encoder(tokenizer)(text.text), text.longest))
     require_known(ids, vocabulary)
     return ids
+
+
+def _held(ids: Iterable[int]) -> Tensor:
+    """Token ids as a tensor; many of them stay in a temporary file."""
+    numbers = Numbers()
+    if not numbers.add(ids):
+        return torch.empty(0, dtype=torch.long)
+    return torch.frombuffer(numbers.whole(), dtype=torch.long)
 
 
 def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:

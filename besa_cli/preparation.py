@@ -1,14 +1,14 @@
 """What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from besa_cli import anatomy, calibration, corpora
+from besa_cli import anatomy, calibration, corpora, documents
 from besa_cli.disk import MANIFEST, sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
@@ -90,7 +90,8 @@ def calibrate(
         return found
     config = anatomy.config_of(model.directory)
     tokenizer = _Later(model, notify)
-    if not all(".jsonl" in Path(name).suffixes for name in options.data):  # those may hold token ids, which need none
+    kinds = {documents.suffix(Path(name)) for name in options.data}
+    if not kinds <= {".jsonl", ".jsonl.gz"}:  # those may hold token ids, which need none
         tokenizer.load()
     made = calibration.build(
         options,
@@ -150,7 +151,7 @@ def reuse(model: Model, directory: Path) -> calibration.CalibrationSet:
 
 def _refuse_difference(found: calibration.CalibrationSet, options: calibration.Options, directory: Path) -> None:
     there: Mapping[str, Any] = found.manifest["options"]
-    asked = {**asdict(options), "data": list(options.data)}
+    asked = options.record()
     hint = "give --run NAME to keep both, or --restart to replace it"
     different = [
         f"{name} {_shown(there.get(name))} there, {_shown(value)} asked"
@@ -161,9 +162,10 @@ def _refuse_difference(found: calibration.CalibrationSet, options: calibration.O
         raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
     known = {source["sha256"] for source in found.manifest["sources"]}
     for name in options.data:
-        path = Path(name).expanduser()
+        path = documents.local_path(name)
         if name in corpora.SOURCES or not path.is_file():  # the tokens are there; the text is not needed any more
             continue
+        documents.check_file(path)
         if (digest := sha256_file(path)) not in known:
             was = ", ".join(sorted(value[:12] for value in known))
             raise BesaError(
@@ -199,7 +201,16 @@ class _Later:
         value: int | None = self._tokenizer.eos_token_id
         return value
 
-    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
+    @property
+    def is_fast(self) -> bool:
+        """Whether it is one of the `tokenizers` library."""
+        return bool(self._tokenizer.is_fast)
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizer of that library."""
+        return self._tokenizer.backend_tokenizer
+
+    def __call__(self, text: str, **options: Any) -> Any:
         """A mapping with the token ids of `text` under ``input_ids``."""
-        encoded: Mapping[str, Any] = self._tokenizer(text, verbose=verbose)
-        return encoded
+        return self._tokenizer(text, **options)

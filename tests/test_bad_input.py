@@ -150,7 +150,7 @@ BAD_FILES = {
     "fieldless.jsonl": (b'{"words": "w5"}\n', "no 'text' field"),
     "rows.jsonl": (b'{"input_ids": [1, 2, 300, 4]}\n', "token id 300 is outside the model's vocabulary of 128"),
     "empty.parquet": (b"", "holds no text"),
-    "binary.parquet": (b"PAR1\0\0\0", "is not a parquet file"),
+    "binary.parquet": (b"PAR1\0\0\0", "is not a whole parquet file"),
     "picture.png": (b"\x89PNG", "picture.png"),
 }
 

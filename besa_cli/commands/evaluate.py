@@ -58,7 +58,7 @@ def ppl(
 ) -> None:
     """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
     console = Console(json=as_json)
-    from besa_cli import compute, corpora, datahub, forecast, texts
+    from besa_cli import compute, datahub, documents, forecast, texts
     from besa_cli.evaluation import Settings
 
     where = compute.device(device)
@@ -66,7 +66,7 @@ def ppl(
     settings = Settings(
         seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved
     )
-    corpora.check_directory(data_dir)
+    documents.check_directory(data_dir)
     hub = datahub.from_environment()
     wanted = [
         texts.evaluation_text(name, data_dir=data_dir, hub=hub, notify=console.note)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from besa_cli import anatomy
+from besa_cli import anatomy, documents
 from besa_cli.errors import BesaError, UsageError, reading, unknown
 from besa_cli.zeroshot import definitions
 from besa_cli.zeroshot.definitions import LocalData
@@ -75,7 +75,7 @@ def prepared(
     BesaError
         A task has no data, a file is broken, or there is no training file.
     """
-    definitions.check_directory(data_dir)
+    documents.check_directory(data_dir)
     with contextlib.ExitStack() as stack:
         place = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="besa-tasks-")))
         directory = place.expanduser().resolve()
