@@ -1,0 +1,292 @@
+"""What a case is, how a command is typed at it, and what is wrong whatever the input was.
+
+Wrong for every case: a traceback, an exit code other than 0, 1 and 2, another number of error lines than one where the
+command fails, control characters on the terminal, code of the input that ran, a file outside of the run directories
+that is new, changed or gone (or one named `canary` in them), more than `SECONDS` or `MEMORY`.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import resource
+import select
+import signal
+import stat
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Words = tuple[str, ...]
+
+SECONDS = 40  # after which a command is taken to hang
+MEMORY = 3 << 30  # bytes more than a fork begins with
+ADDRESSES = 6 << 30  # bytes of addresses more than a fork begins with: beyond, it is out of memory
+LARGEST_FILE = 1 << 30  # bytes
+RUNS = ("done", "r")  # directories that commands may write to
+RAN = "ran"  # the file that code of an input makes
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LARGEST_DIGESTED = 64 << 20  # bytes
+_ESCAPED = 70  # exit code where an exception left `main`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A command line, and how it is typed.
+
+    Attributes
+    ----------
+    words : tuple of str
+    answers : str
+        What stands on standard input.
+    environment : mapping
+        Variables; None takes one away.
+    out : str
+        What standard output and error are: a `file`, `closed`, a `broken` pipe, or a `full` disk.
+    """
+
+    words: Words
+    answers: str = ""
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    out: str = "file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """How a command line ended: exit code (negative: a signal), output, seconds, and bytes more than at its start."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    memory: int
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what is wrong."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+    @property
+    def said(self) -> str:
+        """What it said last, for the log of the campaign."""
+        frames = [line for line in self.err.splitlines() if "besa_cli/" in line and " line " in line]
+        return " ".join(repr(line[-300:]) for line in [*frames[-1:], *(self.errors or self.err.splitlines()[-1:])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What an expectation looks at: the place, how each line ended, and figures of the undisturbed model and run."""
+
+    place: Path
+    seen: Sequence[Seen]
+    whole: "Whole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What commands say without any harm: perplexities of model, finished stage and GGUF file, and a sample."""
+
+    perplexity: float
+    pruned: float
+    gguf: float
+    sample: str
+
+
+Expectation = Callable[[Judged], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One input.
+
+    Attributes
+    ----------
+    kind, name : str
+        The row of the table, and what is done.
+    harm : callable
+        Makes the input in a copy of the base material, which is the current directory of the commands.
+    lines : tuple of Line
+        Typed in turn until one fails.
+    expect : callable
+        Says what is wrong, or nothing.
+    """
+
+    kind: str
+    name: str
+    harm: Callable[[Path], object]
+    lines: tuple[Line, ...]
+    expect: Expectation
+
+
+def line(*words: str, **how: object) -> Line:
+    """A command line."""
+    return Line(words=words, **how)  # type: ignore[arg-type]
+
+
+def refused(*said: str) -> Expectation:
+    """The last line fails, and its error or hint holds each of these words."""
+
+    def judge(judged: Judged) -> str:
+        last = judged.seen[-1]
+        missing = [word for word in said if word not in last.err]
+        return "accepted" if last.code == 0 else f"does not say {missing}" if missing else ""
+
+    return judge
+
+
+def accepted(check: Expectation = lambda judged: "") -> Expectation:
+    """All lines succeed, and the check finds nothing."""
+    return lambda judged: check(judged) if judged.seen[-1].code == 0 else "refused"
+
+
+def either(check: Expectation = lambda judged: "", *said: str) -> Expectation:
+    """A refusal that holds these words is as good as a success where the check finds nothing."""
+    return lambda judged: (check if judged.seen[-1].code == 0 else refused(*said))(judged)
+
+
+def run(case: Case, place: Path, whole: Whole, *, typing: Callable[[Line, Path], Seen]) -> str:
+    """Do the harm, type the lines (`typing`: see `typed`), and say what is wrong; nothing where all is right."""
+    case.harm(place)
+    before, seen = snapshot(place), list[Seen]()
+    for each in case.lines:
+        seen.append(typing(each, place))
+        if seen[-1].code:
+            break
+    wrong = [complaint for how, each in zip(case.lines, seen, strict=False) for complaint in _universal(each, how)]
+    after = snapshot(place)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    wrong += [f"code ran: {RAN}"] if (place / RAN).exists() else [f"changed: {', '.join(changed)}"] if changed else []
+    said = case.expect(Judged(place=place, seen=seen, whole=whole))
+    wrong += [said] if said else []
+    return "; ".join(wrong) and f"{'; '.join(wrong)} | exit {seen[-1].code}: {seen[-1].said}"
+
+
+def _universal(seen: Seen, how: Line) -> Iterator[str]:
+    """What is wrong with an ending, whatever the input was."""
+    if "Traceback" in seen.err:
+        yield "a traceback"
+    if seen.code not in (0, 1, 2):
+        yield f"exit code {seen.code}"
+    elif seen.code and len(seen.errors) != 1 and how.out == "file":
+        yield f"{len(seen.errors)} error lines"
+    if found := _CONTROL.search(seen.out + seen.err):
+        yield f"control character {found[0]!r} on the terminal"
+    if seen.seconds > SECONDS:
+        yield f"{seen.seconds:.0f} seconds"
+    if seen.memory > MEMORY or "out of memory" in seen.err:
+        yield f"{seen.memory >> 20} MB of memory"
+
+
+def snapshot(place: Path) -> dict[str, str]:
+    """What each file of the user's is: all outside of the run directories, and those named `canary` in them."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.relative_to(place).parts[0] not in RUNS or "canary" in path.name:
+            found[name] = _described(path)
+    return found
+
+
+def _described(path: Path) -> str:
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return f"link to {path.readlink()}"
+    if not stat.S_ISREG(status.st_mode):
+        return f"mode {status.st_mode:o}"
+    if status.st_size > _LARGEST_DIGESTED:
+        return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def typed(each: Line, place: Path) -> Seen:
+    """Type a command line in a fork of this process, which has imported what commands import."""
+
+    def main() -> int:
+        from besa_cli.app import main
+
+        return main(each.words)
+
+    return forked(main, place, each)
+
+
+def forked(work: Callable[[], int], place: Path, how: Line) -> Seen:
+    """Do some work in a fork of this process, with bounds on time, memory and files."""
+    with contextlib.ExitStack() as stack:
+        logs = [Path(f"{place}.{name}") for name in ("in", "out", "err")]
+        for log in logs:
+            log.write_text(how.answers if log.suffix == ".in" else "")
+            stack.callback(log.unlink)
+        began = _now()
+        process = os.fork()
+        if process == 0:
+            _child(work, place, how, logs)
+        handle = os.pidfd_open(process)
+        stack.callback(os.close, handle)
+        if not select.select([handle], [], [], SECONDS + 1)[0]:
+            os.killpg(process, signal.SIGKILL)
+        _, status, usage = os.wait4(process, 0)
+        out, err = (log.read_bytes().decode(errors="replace") for log in logs[1:])
+        used = usage.ru_maxrss * 1024 - _resident()
+        return Seen(code=os.waitstatus_to_exitcode(status), out=out, err=err, seconds=_now() - began, memory=used)
+
+
+def _now() -> float:
+    return os.times().elapsed
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _child(work: Callable[[], int], place: Path, how: Line, logs: Sequence[Path]) -> None:
+    """The fork; it ends here, as the interpreter would end."""
+    code = _ESCAPED
+    try:
+        os.setsid()
+        _limit()
+        _redirect(how, logs)
+        os.chdir(place)
+        for name, value in {"PWD": str(place), **how.environment}.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        code = work()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except BaseException:  # noqa: BLE001 - what leaves `main` is what is looked for
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+            sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _limit() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    for kind, most in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + ADDRESSES),
+        (resource.RLIMIT_FSIZE, LARGEST_FILE),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def _redirect(how: Line, logs: Sequence[Path]) -> None:
+    """Standard input, output and error, as files and as Python's streams."""
+    os.dup2(os.open(logs[0], os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    for number, log in ((1, logs[1]), (2, logs[2])):
+        if how.out == "closed":
+            os.close(number)
+        elif how.out == "broken":
+            reader, writer = os.pipe()
+            os.dup2(writer, number)
+            os.close(reader)
+        else:
+            os.dup2(os.open("/dev/full" if how.out == "full" else log, os.O_WRONLY | os.O_APPEND), number)
+    closed = how.out == "closed"
+    sys.stdout = None if closed else open(1, "w", closefd=False)  # type: ignore[assignment]  # noqa: SIM115
+    sys.stderr = None if closed else open(2, "w", buffering=1, closefd=False)  # type: ignore[assignment]  # noqa: SIM115
