@@ -9,14 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from besa_cli import __version__, corpora, datahub, sampling, token_rows
-from besa_cli.checkpoint import exchange
-from besa_cli.disk import MANIFEST, publish, read_json, save_tensors, sweep, write_json
+from besa_cli import __version__, corpora, datahub, sampling, token_rows, weights
+from besa_cli.checkpoint import exchange, manifests
+from besa_cli.disk import MANIFEST, publish, save_tensors, sweep, write_json
 from besa_cli.errors import BesaError, UsageError
 
 FORMAT = 1
@@ -289,18 +287,13 @@ def load(directory: Path) -> CalibrationSet:
     anew = "make it anew with: besa calibrate"
     if not path.is_file():
         raise BesaError(f"no calibration set in {directory}", anew)
-    manifest = read_json(path)
-    if manifest.get("stage") != "calibration":
-        raise BesaError(f"{directory} holds no calibration set but '{manifest.get('stage', 'something else')}'", anew)
-    if manifest.get("format") != FORMAT:
-        raise BesaError(
-            f"{path} has format {manifest.get('format')}, this besa reads {FORMAT}",
-            f"use the besa that made it, or {anew}",
-        )
     try:
-        tokens = safetensors.torch.load_file(directory / _TOKENS)["tokens"]
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise BesaError(f"cannot read {directory / _TOKENS}: {error}", anew) from error
+        manifest = manifests.read(directory)
+        if manifest["stage"] != "calibration":
+            raise BesaError(f"{directory} does not hold a calibration set but '{manifest['stage']}'")
+        tokens = weights.read_file(directory / _TOKENS).get("tokens", torch.empty(0))
+    except BesaError as error:
+        raise BesaError(error.message, anew) from error
     if list(tokens.shape) != [manifest.get("samples"), manifest.get("seqlen")] or tokens.dtype != torch.int64:
         raise BesaError(f"{directory / _TOKENS} does not have the shape that {MANIFEST} states", anew)
     if tokens_digest(tokens) != manifest.get("tokens_digest"):

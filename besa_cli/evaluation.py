@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_cli import compute, disk
+from besa_cli import compute, disk, records
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.footprint import HEAD_TOKENS
@@ -59,6 +59,7 @@ class Settings:
         require_counts(limit=self.limit, batch_size=self.batch_size)
 
 
+@records.strict
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """One measured perplexity with all that made it; the last six fields say where the text is from."""
@@ -203,6 +204,11 @@ class Measurement:
         key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
         return f"ppl-{disk.safe_name(self.dataset)}-{key}.json"
 
+    def made(self, result: Perplexity) -> bool:
+        """Whether a result is of this very measurement, and its perplexity that of its mean loss."""
+        alike = all(getattr(result, name) == value for name, value in self._facts.items())
+        return alike and result.perplexity == _perplexity(result.nll)
+
     def counted(self, number: int) -> int:
         """How many of the last tokens of a window count: those that no window before it has predicted."""
         seqlen, stride = self.settings.seqlen, self.settings.stride
@@ -214,7 +220,11 @@ class Measurement:
         The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
         """
         nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
-        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=math.exp(min(nll, 700.0)))
+        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
 
 
 def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:

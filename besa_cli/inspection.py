@@ -278,6 +278,11 @@ def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def evaluation_files(run: Run) -> list[Path]:
+    """The files of a run's results, by name."""
+    return sorted(run.evaluations.glob("*.json"))
+
+
 def evaluations(run: Run) -> dict[str, Any]:
     """The results of a run by file name."""
     return _results(run.evaluations)

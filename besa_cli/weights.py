@@ -47,15 +47,15 @@ class Weights:
         self._file: dict[str, Path] = {}
         self._bytes: dict[str, int] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
-        listed = _listed(directory)
-        for path in sorted({directory / name for name in listed.values()} or {directory / SINGLE}):
+        table = listed(directory)
+        for path in sorted({directory / name for name in table.values()} or {directory / SINGLE}):
             for name, size in header(path).items():
                 self._file[name] = path
                 self._bytes[name] = size
             self._stamps[path] = _stamp(path)
-        missing = sorted(set(listed) - set(self._file))
+        missing = sorted(set(table) - set(self._file))
         if missing:
-            raise BesaError(f"{directory / listed[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
+            raise BesaError(f"{directory / table[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
 
     @property
     def names(self) -> list[str]:
@@ -179,7 +179,14 @@ class Names:
         return sorted(name for name, place in self._place.items() if place.startswith(prefix))
 
 
-def _listed(directory: Path) -> dict[str, str]:
+def listed(directory: Path) -> dict[str, str]:
+    """The file of every tensor by the checkpoint's index; empty where a single file holds all.
+
+    Raises
+    ------
+    BesaError
+        The index is damaged.
+    """
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():  # as transformers chooses
         return {}
     table = disk.read_json(directory / INDEX).get("weight_map")

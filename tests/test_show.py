@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
+from written import stage_manifest
 
 from besa_cli import disk, inspection, models
 from besa_cli.checkpoint.runs import Run
@@ -68,15 +69,7 @@ def source(workplace: Path) -> Path:
 def stage(run: Path, source: Path, *, blocks: int = 2) -> Path:
     """A stage of a run, of which so many of the two blocks are finished."""
     made = Stage(Run(run).stage("pruned"), 2)
-    manifest = {
-        "format": 1,
-        "stage": "pruned",
-        "command": "prune",
-        "options": OPTIONS,
-        "compute": {"device": "cpu", "dtype": "float32"},
-        "model": {"name": "some/model", "kind": "hub"},
-        "history": [],
-    }
+    manifest = stage_manifest(options=OPTIONS)
     made.begin(manifest, source)
     made.write_rest({"model.embed_tokens.weight": torch.zeros(10, 6)})
     for index in range(blocks):
@@ -187,8 +180,8 @@ def test_config_is_yaml_that_the_command_takes(besa: Besa, source: Path, monkeyp
     Path("again.yaml").write_text(text)
     tried: list[str] = []
     monkeypatch.setattr(models, "resolve", lambda name, **_: tried.append(name))
-    with pytest.raises(AttributeError, match="NoneType"):  # all options were taken; there is no model to go on with
-        besa("prune", "--config", "again.yaml")
+    outcome = besa("prune", "--config", "again.yaml")
+    assert "AttributeError: 'NoneType'" in outcome.err  # all options were taken; there is no model to go on with
     assert tried == ["some/model"]
 
 

@@ -29,14 +29,14 @@ def compare(
         exact = [
             [row.title, *(_exact(row.figures.get(column)) for column in found.columns.values())] for row in found.rows
         ]
-        console.line(comparison.comma_separated(header, exact))
+        console.text(comparison.comma_separated(header, exact))
         return
     rows = [
         [row.title, *(_short(column, row.figures.get(column)) for column in found.columns.values())]
         for row in found.rows
     ]
     if form == "markdown":
-        console.line(comparison.markdown(header, rows))
+        console.text(comparison.markdown(header, rows))
     else:
         console.table("", header, rows)
     console.emit_json(_record(found))

@@ -81,7 +81,7 @@ def _print_config(place: Path, console: Console) -> None:
     manifest = manifests.read(place)
     values = inspection.options_to_repeat(manifest)
     text = yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items()}, sort_keys=False)
-    console.line(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
+    console.text(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
     console.emit_json(values)
 
 
@@ -103,10 +103,10 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
         facts["exports"].append({"directory": str(directory), **_show_export(directory, console)})
     facts["evaluations"] = inspection.evaluations(run)
     if facts["evaluations"]:
-        console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
+        console.text(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
     facts["simulations"] = inspection.simulations(run)
     if facts["simulations"]:
-        console.line(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
+        console.text(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
     return facts
 
 

@@ -143,4 +143,4 @@ def _print_csv(found: "list[BlockCost]", console: Console) -> None:
     from besa_cli import comparison
     from besa_cli.simulation import record
 
-    console.line(comparison.comma_separated(*record.rows(found)))
+    console.text(comparison.comma_separated(*record.rows(found)))

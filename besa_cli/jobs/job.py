@@ -6,12 +6,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from besa_cli import compute, disk, footprint, forecast, weights
 from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
-from besa_cli.checkpoint import exchange, manifests, refusals, stages
+from besa_cli.checkpoint import exchange, ownership, refusals, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verification import verify
@@ -72,6 +73,8 @@ class Job:
             exchange.recover(self._final, self._beside)
         for place in (self._final, self._beside):
             refusals.refuse_foreign(place, model.directory)
+            if restart:
+                ownership.refuse_to_replace(place, self._sources())
         source = weights.Weights(model.directory)
         extremes: dict[str, tuple[float, float]] = {}
         self._digest = weights.check(source, extremes)
@@ -79,16 +82,16 @@ class Job:
         refusals.refuse_damaged(model.directory, self._digest)
         new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
         self._directory, self.manifest = beginning.place(self._final, self._beside, new, restart=restart)
-        if not self.done and self.manifest["versions"] != manifests.versions():
-            notify(
-                f"{self._directory} was begun with {beginning.listed(self.manifest['versions'])}, not with those here"
-            )
-        if not self.done and self.manifest["compute"].get("kernels") != new["compute"]["kernels"]:
-            notify(
-                f"{self._directory} was begun with {self.manifest['compute'].get('kernels')} inner loops, "
-                f"here they are {new['compute']['kernels']}: sums may differ in their last digits"
-            )
+        if self.done:
+            refusals.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
+        elif self.manifest["status"] != "new":
+            beginning.refuse_other_environment(self._directory, self.manifest, new)
         self._check_and_begin(source, extremes, notify)
+
+    def _sources(self) -> list[Path]:
+        """What is read while the stage is made."""
+        named = self.request.calibration
+        return [self.model.directory, *([Path(named)] if named else [])]
 
     @property
     def done(self) -> bool:
@@ -126,7 +129,7 @@ class Job:
 
     def _begin(self, source: weights.Weights, notify: Callable[[str], None], *, spilled: bool) -> None:
         if self.manifest["status"] == "new":
-            exchange.discard(self._directory, self._final)
+            exchange.discard(self._directory, self._final, self._sources())
             self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
@@ -222,5 +225,4 @@ class Job:
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }
-        with (self._directory / stages.TIMING).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        disk.append_line(self._directory / stages.TIMING, json.dumps(line))
