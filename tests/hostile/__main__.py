@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _campaign(place: Path, options: argparse.Namespace) -> int:
-    from hostile import hub
+    from hostile import liar
 
-    os.environ.update(own_environment(place, hub.serve()))  # before anything imports the hub's library
+    os.environ.update(own_environment(place, liar.serve()))  # before anything imports the hub's library
     from hostile import catalogue
 
     return catalogue.campaign(place, options)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hostile.base import FLOAT, PPL, PRUNE
-from hostile.frame import RAN, Case, accepted, either, line, refused
+from hostile.frame import RAN, Case, accepted, either, fine, line, refused
 from hostile.models import PRUNE_TEXT, SAMPLE, as_stock
 
 _MODULES = "modules of the current directory"
@@ -86,12 +86,8 @@ def _checkpoints() -> Iterator[Case]:
                 name=f"{name}: {' '.join(each.words[:2])}",
                 harm=partial(_with_code, changes=changes),
                 lines=(each,),
-                expect=refused() if refuses and not shown else either(as_stock if each.words[:2] == PPL[:2] else _any),
+                expect=refused() if refuses and not shown else either(as_stock if each.words[:2] == PPL[:2] else fine),
             )
-
-
-def _any(judged: object) -> str:
-    return ""
 
 
 class _Call:

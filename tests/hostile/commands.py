@@ -269,30 +269,25 @@ def _environments() -> Iterator[Case]:
         yield Case(kind="the environment", name=name, harm=harm, lines=(each,), expect=accepted(home))
 
 
+_SPOKEN = (
+    ("show", "done"), ("show", "done", "--json"), ("--help",), ("--version",), ("show", "nowhere"),
+    (*PPL, "--run", "done"), PRUNE,
+)  # fmt: skip
+
+
 def _outputs() -> Iterator[Case]:
-    """A terminal that goes away."""
-    for out in ("closed", "broken", "full"):
-        for words in (
-            ("show", "done"),
-            ("show", "done", "--json"),
-            ("--help",),
-            ("--version",),
-            ("show", "nowhere"),
-            (*PPL, "--run", "done"),
-            PRUNE,
-        ):
-            yield Case(
-                kind="output that cannot be written",
-                name=f"{out}: besa {' '.join(words[:2])}",
-                harm=_nothing,
-                lines=(Line(words=words, out=out),),
-                expect=_quiet,
-            )
-
-
-def _quiet(judged: Judged) -> str:
-    """Nothing can be said; the exit code alone tells."""
-    return ""
+    """A terminal that goes away; where nothing can be said, the exit code alone tells."""
+    for out, err in (
+        ("closed", "closed"),
+        ("broken", "broken"),
+        ("full", "full"),
+        ("broken", "file"),
+        ("full", "file"),
+    ):
+        for words in _SPOKEN:
+            said = f"output {out}, errors to {err}: besa {' '.join(words[:3])}"
+            lines = (Line(words=words, out=out, err=err),)
+            yield Case(kind="output that cannot be written", name=said, harm=_nothing, lines=lines, expect=either())
 
 
 def _prompts() -> Iterator[Case]:

@@ -29,7 +29,6 @@ RUNS = ("done", "r")  # directories that commands may write to
 RAN = "ran"  # the file that code of an input makes
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LARGEST_DIGESTED = 64 << 20  # bytes
-_ESCAPED = 70  # exit code where an exception left `main`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Line:
         What stands on standard input.
     environment : mapping
         Variables; None takes one away.
-    out : str
+    out, err : str
         What standard output and error are: a `file`, `closed`, a `broken` pipe, or a `full` disk.
     """
 
@@ -51,6 +50,7 @@ class Line:
     answers: str = ""
     environment: Mapping[str, str | None] = field(default_factory=dict)
     out: str = "file"
+    err: str = "file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +136,17 @@ def refused(*said: str) -> Expectation:
     return judge
 
 
-def accepted(check: Expectation = lambda judged: "") -> Expectation:
+def fine(judged: Judged) -> str:
+    """Nothing more is asked of what was accepted."""
+    return ""
+
+
+def accepted(check: Expectation = fine) -> Expectation:
     """All lines succeed, and the check finds nothing."""
     return lambda judged: check(judged) if judged.seen[-1].code == 0 else "refused"
 
 
-def either(check: Expectation = lambda judged: "", *said: str) -> Expectation:
+def either(check: Expectation = fine, *said: str) -> Expectation:
     """A refusal that holds these words is as good as a success where the check finds nothing."""
     return lambda judged: (check if judged.seen[-1].code == 0 else refused(*said))(judged)
 
@@ -165,11 +170,11 @@ def run(case: Case, place: Path, whole: Whole, *, typing: Callable[[Line, Path],
 
 def _universal(seen: Seen, how: Line) -> Iterator[str]:
     """What is wrong with an ending, whatever the input was."""
-    if "Traceback" in seen.err:
+    if "Traceback" in seen.err or "nobody foresaw" in seen.err:
         yield "a traceback"
     if seen.code not in (0, 1, 2):
         yield f"exit code {seen.code}"
-    elif seen.code and len(seen.errors) != 1 and how.out == "file":
+    elif seen.code and len(seen.errors) != 1 and how.err == "file":
         yield f"{len(seen.errors)} error lines"
     if found := _CONTROL.search(seen.out + seen.err):
         yield f"control character {found[0]!r} on the terminal"
@@ -242,7 +247,7 @@ def _resident() -> int:
 
 def _child(work: Callable[[], int], place: Path, how: Line, logs: Sequence[Path]) -> None:
     """The fork; it ends here, as the interpreter would end."""
-    code = _ESCAPED
+    code = 1  # of an interpreter that an exception ends
     try:
         os.setsid()
         _limit()
@@ -252,16 +257,28 @@ def _child(work: Callable[[], int], place: Path, how: Line, logs: Sequence[Path]
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        code = work()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        code = _worked(work)
     except BaseException:  # noqa: BLE001 - what leaves `main` is what is looked for
         with contextlib.suppress(BaseException):
             traceback.print_exc()
             sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _worked(work: Callable[[], int]) -> int:
+    """The exit code of an interpreter that does this work, and writes out at its end what is left to write."""
+    try:
+        code = work()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            code = 120
+    return code
 
 
 def _limit() -> None:
@@ -278,15 +295,15 @@ def _redirect(how: Line, logs: Sequence[Path]) -> None:
     """Standard input, output and error, as files and as Python's streams."""
     os.dup2(os.open(logs[0], os.O_RDONLY), 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    for number, log in ((1, logs[1]), (2, logs[2])):
-        if how.out == "closed":
+    for number, name, kind, log in ((1, "stdout", how.out, logs[1]), (2, "stderr", how.err, logs[2])):
+        if kind == "closed":
             os.close(number)
-        elif how.out == "broken":
+            setattr(sys, name, None)
+            continue
+        if kind == "broken":
             reader, writer = os.pipe()
             os.dup2(writer, number)
             os.close(reader)
         else:
-            os.dup2(os.open("/dev/full" if how.out == "full" else log, os.O_WRONLY | os.O_APPEND), number)
-    closed = how.out == "closed"
-    sys.stdout = None if closed else open(1, "w", closefd=False)  # type: ignore[assignment]  # noqa: SIM115
-    sys.stderr = None if closed else open(2, "w", buffering=1, closefd=False)  # type: ignore[assignment]  # noqa: SIM115
+            os.dup2(os.open("/dev/full" if kind == "full" else log, os.O_WRONLY | os.O_APPEND), number)
+        setattr(sys, name, open(number, "w", buffering=-1 if number == 1 else 1, closefd=False))  # noqa: SIM115

@@ -1,120 +1,14 @@
 """A hub that lies: about commits, tags, names, lengths, redirects, and that never ends or never comes."""
 
-import hashlib
 import json
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from hostile.base import DRAWN
 from hostile.frame import Case, Expectation, Judged, accepted, either, line, refused
-
-REPO = "org/tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_LARGE = ".safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One answer; its length may not be the body's, after which `more` comes so many `times`, with pauses."""
-
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    length: str | None = ""  # empty: the body's own; None: none is declared, the body ends with the line
-    more: bytes = b""
-    times: int = 0
-    pause: float = 0.0
-
-
-Change = Callable[[str, Answer], Answer]
-
-
-class Hub:
-    """What the one server of a campaign answers; a case sets `files` and `change`."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.change: Change = lambda path, answer: answer
-
-    def answer(self, path: str) -> Answer:
-        """The answer to a path, as the case wants it."""
-        return self.change(path, self._right(path))
-
-    def _right(self, path: str) -> Answer:
-        if not self.files:
-            return Answer(status=404, headers={"X-Error-Code": "RepoNotFound"})
-        if path.startswith("/api/models/"):
-            siblings = [_sibling(name, content) for name, content in self.files.items()]
-            text = json.dumps({"_id": "1", "id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings})
-            return Answer(headers={"Content-Type": "application/json"}, body=text.encode())
-        content = self.files.get(path.rpartition("/")[2])
-        if content is None:
-            return Answer(status=404, headers={"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{_tag(path, content)}"', "X-Repo-Commit": COMMIT}
-        return Answer(headers=headers, body=content)
-
-
-HUB = Hub()
-
-
-def _tag(name: str, content: bytes) -> str:
-    return (hashlib.sha256 if name.endswith(_LARGE) else hashlib.sha1)(content).hexdigest()
-
-
-def _sibling(name: str, content: bytes) -> dict[str, object]:
-    entry: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": _tag(name, content)[:40]}
-    if name.endswith(_LARGE):
-        entry["lfs"] = {"sha256": _tag(name, content), "size": len(content), "pointerSize": 130}
-    return entry
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def _answer(self, *, body: bool) -> None:
-        answer = HUB.answer(unquote(urlsplit(self.path).path))
-        self.close_connection = True
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        if answer.length is not None:
-            self.send_header("Content-Length", answer.length or str(len(answer.body)))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        if body:
-            self._body(answer)
-
-    def _body(self, answer: Answer) -> None:
-        try:
-            self.wfile.write(answer.body)
-            for _ in range(answer.times):
-                time.sleep(answer.pause)
-                self.wfile.write(answer.more)
-        except OSError:
-            return  # nobody listens any more
-
-
-def serve() -> str:
-    """Start the server of the campaign; returns its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_address[1]}"
-
+from hostile.liar import COMMIT, HUB, LARGE, REPO, Answer, Change, is_listing
 
 _FETCH = line("prune", "--model", REPO, "--method", "magnitude", *DRAWN, "--run", "r")
 
@@ -141,22 +35,26 @@ def _case(name: str, change: Change, expect: Expectation) -> Case:
     return Case(kind="answers of a hub", name=name, harm=harm, lines=(_FETCH,), expect=judge)
 
 
-_OURS = {"base", "case", "cache", "hf", "home", "gguf", "m.gguf", "other.gguf"}
+_OURS = {"base", "cache", "case", "gguf", "hf", "home", "m.gguf", "other.gguf"}
+_TEMPORARY = ("besa-traceback", "tmp", "pymp")
+_OF_THE_HUB = {"models--org--tiny", ".locks", "CACHEDIR.TAG", "version.txt"}
 
 
 def _inside(judged: Judged) -> str:
-    """Nothing was written beside the caches."""
+    """Nothing was written beside the caches; what was, is taken away before the next case."""
     around = judged.place.parent
-    strange = {path.name for path in around.iterdir() if not path.name.startswith(("case.", "tmp", "pymp"))} - _OURS
     hub = around / "hf" / "hub"
-    strange |= (
-        {path.name for path in hub.iterdir()} - {"models--org--tiny", ".locks", "CACHEDIR.TAG", "version.txt"}
-        if hub.exists()
-        else set()
-    )
-    refs = hub / "models--org--tiny" / "refs"
-    strange |= {path.name for path in refs.rglob("*")} - {"main"} if refs.exists() else set()
-    return f"written: {', '.join(sorted(strange))}" if strange else ""
+    strange = _others(around, _OURS) + _others(hub, _OF_THE_HUB) + _others(hub / "models--org--tiny" / "refs", {"main"})
+    for path in strange:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return f"written: {', '.join(path.name for path in strange)}" if strange else ""
+
+
+def _others(directory: Path, ours: set[str]) -> list[Path]:
+    found = directory.iterdir() if directory.is_dir() else []
+    return [
+        path for path in found if path.name not in ours and not path.name.startswith(("besa-traceback", "tmp", "pymp"))
+    ]
 
 
 def _is_file(path: str) -> bool:
@@ -164,7 +62,7 @@ def _is_file(path: str) -> bool:
 
 
 def _is_weights(path: str) -> bool:
-    return path.endswith(_LARGE)
+    return path.endswith(LARGE)
 
 
 _BAD_NAMES = (
@@ -189,7 +87,7 @@ def _commits() -> dict[str, Change]:
     for value in _BAD_NAMES:
 
         def sha(path: str, answer: Answer, value: str = value) -> Answer:
-            return _edited(answer, sha=value) if path.startswith("/api/") else answer
+            return _edited(answer, sha=value) if is_listing(path) else answer
 
         found[f"sha {value[:30]!r}"] = sha
     for value in (name for name in _BAD_NAMES if name.isprintable() and name != COMMIT.upper()):
@@ -208,7 +106,7 @@ def _commits() -> dict[str, Change]:
     found["another commit for the files"] = lambda path, answer: (
         replace(answer, headers={**answer.headers, "X-Repo-Commit": other}) if _is_file(path) else answer
     )
-    found["no commit"] = lambda path, answer: _edited(answer, sha=None) if path.startswith("/api/") else answer
+    found["no commit"] = lambda path, answer: _edited(answer, sha=None) if is_listing(path) else answer
     return found
 
 
@@ -221,7 +119,7 @@ def _siblings(change: Callable[[list[dict[str, object]]], object]) -> Change:
     """Another list of files."""
 
     def edit(path: str, answer: Answer) -> Answer:
-        if not path.startswith("/api/"):
+        if not is_listing(path):
             return answer
         siblings = json.loads(answer.body)["siblings"]
         found = change(siblings)
@@ -231,7 +129,7 @@ def _siblings(change: Callable[[list[dict[str, object]]], object]) -> Change:
 
 
 def _only_listing(answer: Answer) -> Change:
-    return lambda path, right: answer if path.startswith("/api/") else right
+    return lambda path, right: answer if is_listing(path) else right
 
 
 def _listings() -> dict[str, Change]:

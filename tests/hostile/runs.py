@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hostile import safe, values
 from hostile.base import AGAIN, FLOAT, PPL
-from hostile.frame import Case, Expectation, Judged, either, line, refused
+from hostile.frame import Case, Expectation, Judged, either, fine, line, refused
 from hostile.models import FILES
 
 STAGE = "done/pruned"
@@ -147,6 +147,9 @@ _SHARDS: dict[str, Callable[[Path], object]] = {
 }
 
 
+_NOT_OF_A_MASK = ("a report deleted", "the config deleted")
+
+
 def _shards() -> Iterator[Case]:
     """A finished stage whose weights are not those that were made."""
     for name, harm in _SHARDS.items():
@@ -154,7 +157,7 @@ def _shards() -> Iterator[Case]:
             if reader == "eval sample" and name == "a report deleted":
                 continue
             expect: Expectation = refused("done")
-            if name == "a report deleted" and reader in ("eval ppl", "simulate"):
+            if (name, reader) in (("a report deleted", "eval ppl"), *((name, "simulate") for name in _NOT_OF_A_MASK)):
                 expect = either()
             yield Case(
                 kind="a stage's weights", name=f"{name}: {reader}", harm=harm, lines=(READERS[reader],), expect=expect
@@ -179,5 +182,5 @@ def _files() -> Iterator[Case]:
                     name=f"{name}: {kind}: {reader}",
                     harm=harm,
                     lines=(READERS[reader],),
-                    expect=either(unchanged if reader == "prune again" else lambda judged: ""),
+                    expect=either(unchanged if reader == "prune again" else fine),
                 )
