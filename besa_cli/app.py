@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from traceback import print_exception
@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
     code = _explained(arguments, settings)
+    _give_up_on_dead_streams()
     if settings.ranks is not None:
         settings.ranks.leave(code)
     return code
@@ -134,6 +135,23 @@ def _fill_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def _give_up_on_dead_streams() -> None:
+    """Point streams that cannot be written at the null device: what is left in them would fail again at the exit."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def _say(message: str, hint: str = "") -> None:
+    """Show an error, where anything can be shown at all."""
+    with suppress(OSError, ValueError):
+        show_error(message, hint)
 
 
 def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
@@ -156,7 +174,7 @@ def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
     if code != INTERRUPTED:
         return code
     if settings.speaks():
-        show_error("interrupted", way_on)
+        _say("interrupted", way_on)
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 
@@ -168,15 +186,17 @@ def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
 def _report(error: BaseException, settings: Settings) -> int:
     """Show what a user can act on, and give its exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(str(error), err=True)
+        with suppress(OSError):
+            typer.echo(str(error), err=True)
         return 2
     if isinstance(error, typer.Abort):
         return INTERRUPTED
     settings.failed = settings.ranks is not None
     if settings.speaks():
         if settings.debug:
-            print_exception(error)
-        show_error(*(_line(error) or _fault_line(error, settings)))
+            with suppress(OSError, ValueError):
+                print_exception(error)
+        _say(*(_line(error) or _fault_line(error, settings)))
     return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
 
 

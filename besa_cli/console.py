@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Console:
     def note(self, line: str) -> None:
         """One line beside the results (stderr); goes above a running progress display."""
         if self._screen is None:
-            _write(sys.stderr, escaped(line))
+            with suppress(OSError):  # nobody reads any more: no reason to stop the work
+                _write(sys.stderr, escaped(line))
         else:
             self._screen.print(escaped(line), markup=False, highlight=False, soft_wrap=True)
 

@@ -300,6 +300,18 @@ def test_a_closed_pipe_is_no_traceback(workplace: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["show", "nowhere"], ["--version"], ["prune", "--help"], []])
+@pytest.mark.parametrize("ends", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "| true", "2>&1 | true"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_no_traceback(workplace: Path, ends: str, words: list[str]) -> None:
+    line = f"{shlex.join([*PROGRAM, *words])} {ends}; echo rc ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] in ("rc 0", "rc 1", "rc 2")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert len([each for each in done.stderr.splitlines() if each.startswith("error: ")]) <= 1
+
+
 def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     text = " ".join(besa("calibrate", "--help").out.split())
     default = calibration.Options()
