@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tally
 from hostile import gguf_file, values
-from hostile.frame import RAN, Case, Line, Whole, accepted, either, forked, refused, run
+from hostile.forks import forked
+from hostile.frame import RAN, Case, Line, Whole, accepted, either, refused, run
 
 TESTS = Path(__file__).parent
 WHOLE = Whole(perplexity=1.0, pruned=2.0, gguf=3.0, sample="")

@@ -19,11 +19,14 @@ import llamas
 import tiny
 import torch
 
-from hostile.frame import Case, Line, Seen, Whole, forked, line, run, typed
+from hostile.forks import forked, typed
+from hostile.frame import Case, Line, Seen, Whole, line, run
 
 DRAWN = ("--data", "rows.jsonl", "--samples", "2", "--seqlen", "16")
 FLOAT = ("--dtype", "float32")
 PRUNE = ("prune", "--model", "m", "--method", "wanda", *DRAWN, *FLOAT, "--run", "r")
+PRUNE_TEXT = tuple("text.txt" if word == "rows.jsonl" else word for word in PRUNE)
+SAMPLE = ("eval", "sample", "w5 w6", "--model", "m", "--tokens", "6", *FLOAT, "--json")
 AGAIN = (*PRUNE[:-1], "done")
 PPL = ("eval", "ppl", "text.txt", "--seqlen", "16", *FLOAT, "--json")
 EXPORT = ("export", "--format", "sparse", "--run", "done")
@@ -46,7 +49,7 @@ class Bench:
         self._place.mkdir(parents=True)
         self._make()
         figures = json.loads(self._typed((*PPL, "--run", "done")).out)["results"][0]
-        sample = self._typed(("eval", "sample", "w5 w6", "--model", "m", "--tokens", "6", *FLOAT, "--json")).out
+        sample = self._typed(SAMPLE).out
         self._whole = Whole(
             perplexity=figures["dense"]["perplexity"],
             pruned=figures["perplexity"],

@@ -10,13 +10,13 @@ from pathlib import Path
 import harm
 import tally
 
-from hostile import code, commands, data, exports, gguf, hub, models, runs, strangers
+from hostile import code, commands, data, experiments, exports, forged, gguf, hub, models, pickles, runs, strangers
 from hostile.base import Bench
 from hostile.frame import Case
 
 _SYSTEMATIC = (": a field", ": a metadata key", ": a value")  # kinds of every field × every wrong value
 _OF_A_KIND = 3  # cases that `make test` tries
-_MODULES = (models, code, gguf, data, runs, strangers, exports, commands, hub)
+_MODULES = (models, code, pickles, gguf, data, runs, strangers, exports, forged, commands, experiments, hub)
 
 
 def cases(base: Path) -> Iterator[Case]:

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 
 from hostile.base import FLOAT, PPL
-from hostile.frame import Case, Expectation, Judged, accepted, either, line, refused
+from hostile.frame import Case, Expectation, Harm, Judged, Line, accepted, either, fine, line, refused, several
+from hostile.harms import written
 
 _PRUNE = ("prune", "--model", "m", "--method", "wanda", "--samples", "2", "--seqlen", "16", *FLOAT, "--run", "r")
 _TEXT = " ".join(f"w{3 + number * 7 % 120}" for number in range(200))
@@ -19,41 +20,41 @@ _DEEP = "[" * 50_000 + "]" * 50_000
 _DIGITS = "9" * 6000
 
 Content = Callable[[], bytes]
+Contents = dict[str, tuple[Content, Expectation]]
 
 
 def cases(base: Path) -> Iterator[Case]:
     """All of them."""
-    for name, (file, content, expect) in {**_texts(), **_json_lines(), **_rows(), **_parquets(), **_packed()}.items():
-        kind = f"data: {'token rows' if name in _rows() else Path(file.removesuffix('.gz')).suffix}"
-        yield _case(kind, name, file, content, expect)
+    for kind, file, contents in (
+        ("data: text", "x.txt", _texts()),
+        ("data: JSON lines", "x.jsonl", _json_lines()),
+        ("data: token rows", "x.jsonl", _rows()),
+        ("data: parquet", "x.parquet", _parquets()),
+        ("data: packed JSON lines", "x.jsonl.gz", _packed()),
+    ):
+        for name, (content, expect) in contents.items():
+            yield from several(kind, {name: written(file, content)}, *_lines(file), expect=expect)
     yield from _places()
     yield from _paths()
 
 
-def _case(kind: str, name: str, file: str, content: Content, expect: Expectation) -> Case:
+def _measure(file: str) -> tuple[str, ...]:
+    return (PPL[0], PPL[1], file, *PPL[3:], "--model", "m", "--limit", "20")
+
+
+def _lines(file: str) -> list[Line]:
     """A file that `prune` draws from; a text is measured, too."""
-    lines = [line(*_PRUNE, "--data", file)]
-    if file.endswith(".txt"):
-        lines.append(line(PPL[0], PPL[1], file, *PPL[3:], "--model", "m", "--limit", "20"))
-    return Case(
-        kind=kind,
-        name=name,
-        harm=lambda place: (place / file).write_bytes(content()),
-        lines=tuple(lines),
-        expect=expect,
-    )
+    return [line(*_PRUNE, "--data", file), *([line(*_measure(file))] if file.endswith(".txt") else [])]
 
 
 def _same_text(judged: Judged) -> str:
     """The perplexity is that of the plain text."""
-    found = json.loads(judged.seen[-1].out)["results"][0]["perplexity"]
-    return (
-        "" if found == judged.whole.perplexity else f"perplexity {found}, of the plain text {judged.whole.perplexity}"
-    )
+    found, whole = json.loads(judged.seen[-1].out)["results"][0]["perplexity"], judged.whole.perplexity
+    return "" if found == whole else f"perplexity {found}, of the plain text {whole}"
 
 
-def _texts() -> dict[str, tuple[str, Content, Expectation]]:
-    contents: dict[str, tuple[Content, Expectation]] = {
+def _texts() -> Contents:
+    return {
         "a byte order mark": (lambda: b"\xef\xbb\xbf" + _TEXT.encode(), accepted(_same_text)),
         "lines that end in CR LF": (lambda: _TEXT.replace(" ", "\r\n").encode(), accepted(_same_text)),
         "no text": (lambda: b"", refused("x.txt")),
@@ -63,17 +64,16 @@ def _texts() -> dict[str, tuple[str, Content, Expectation]]:
         "Latin-1": (lambda: ("é " * 99).encode("latin-1"), refused("x.txt")),
         "cut in a character": (lambda: (_TEXT + " é").encode()[:-1], refused("x.txt")),
         "a surrogate": (lambda: _TEXT.encode() + b"\xed\xa0\x80", refused("x.txt")),
-        "NUL": (lambda: _TEXT.encode() + b"\0", either(lambda judged: "", "x.txt")),
+        "NUL": (lambda: _TEXT.encode() + b"\0", either(fine, "x.txt")),
         "a program": (lambda: Path("/bin/true").read_bytes(), refused("x.txt")),
         "control characters": (lambda: _TEXT.encode() + b" \x1b[2J\x07 w5", either()),
         "one line of 50 MB": (lambda: b"w5 " * ((50 << 20) // 3), either()),
         "one word of 20 MB": (lambda: _TEXT.encode() + b" " + b"w" * (20 << 20), either()),
         "20 MB of lines": (lambda: (_TEXT.encode() + b"\n") * 25_000, either()),
     }
-    return {name: ("x.txt", *found) for name, found in contents.items()}
 
 
-def _json_lines() -> dict[str, tuple[str, Content, Expectation]]:
+def _json_lines() -> Contents:
     good = json.dumps({"text": _TEXT})
     documents = {
         "a broken line": good + '\n{"text": ',
@@ -104,22 +104,13 @@ def _json_lines() -> dict[str, tuple[str, Content, Expectation]]:
         "lines of nothing but spaces": "   \n" * 9,
         "a field with control characters": '{"\\u001b[2J": 1}\n' * 3,
     }
-    found = {name: ("x.jsonl", lambda text=text: text.encode(), either()) for name, text in documents.items()}  # type: ignore[misc]
     broken = (
-        "no text field",
-        "a list in a line",
-        "a number in a line",
-        "null in a line",
-        "a deep line",
-        "a broken line",
-    )
-    return {
-        name: (file, content, refused("x.jsonl") if name in broken else expect)
-        for name, (file, content, expect) in found.items()
-    }
+        "no text field", "a list in a line", "a number in a line", "null in a line", "a deep line", "a broken line",
+    )  # fmt: skip
+    return {name: (text.encode, refused("x.jsonl") if name in broken else either()) for name, text in documents.items()}
 
 
-def _rows() -> dict[str, tuple[str, Content, Expectation]]:
+def _rows() -> Contents:
     good = list(range(5, 21))
     rows: dict[str, object] = {
         "a negative token": [-1, *good[1:]],
@@ -137,10 +128,6 @@ def _rows() -> dict[str, tuple[str, Content, Expectation]]:
         "an object": {"0": 5},
         "too few": good[:-1],
     }
-    found: dict[str, tuple[str, Content, Expectation]] = {}
-    for name, row in rows.items():
-        text = json.dumps({"input_ids": good}) + "\n" + json.dumps({"input_ids": row}) + "\n"
-        found[f"a row with {name}"] = ("x.jsonl", lambda text=text: text.encode(), refused("x.jsonl", "line 2"))  # type: ignore[misc]
     masks: dict[str, object] = {
         "padding at the end": [1] * 12 + [0] * 4,
         "padding at the start": [0] * 4 + [1] * 12,
@@ -150,11 +137,13 @@ def _rows() -> dict[str, tuple[str, Content, Expectation]]:
         "a mask that is null": None,
         "a mask of other numbers": [7] * 16,
     }
-    for name, mask in masks.items():
-        text = (json.dumps({"input_ids": good, "attention_mask": mask}) + "\n") * 2
-        found[name] = ("x.jsonl", lambda text=text: text.encode(), refused("x.jsonl"))  # type: ignore[misc]
-    whole = (json.dumps({"input_ids": good, "attention_mask": [1] * 16}) + "\n") * 2
-    found["a mask of ones"] = ("x.jsonl", lambda: whole.encode(), accepted())
+    found: Contents = {}
+    for name, row in rows.items():
+        text = f"{json.dumps({'input_ids': good})}\n{json.dumps({'input_ids': row})}\n"
+        found[f"a row with {name}"] = (text.encode, refused("x.jsonl", "line 2"))
+    for name, mask in {**masks, "a mask of ones": [1] * 16}.items():
+        text = f"{json.dumps({'input_ids': good, 'attention_mask': mask})}\n" * 2
+        found[name] = (text.encode, accepted() if name == "a mask of ones" else refused("x.jsonl"))
     return found
 
 
@@ -164,9 +153,9 @@ def _parquet(**columns: object) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _parquets() -> dict[str, tuple[str, Content, Expectation]]:
+def _parquets() -> Contents:
     whole = _parquet(text=[_TEXT] * 3)
-    contents: dict[str, tuple[Content, Expectation]] = {
+    return {
         "texts": (lambda: whole, accepted()),
         "no rows": (lambda: _parquet(text=pyarrow.array([], pyarrow.string())), refused("x.parquet")),
         "no text column": (lambda: _parquet(words=[_TEXT] * 3), refused("x.parquet")),
@@ -187,12 +176,11 @@ def _parquets() -> dict[str, tuple[str, Content, Expectation]]:
         "JSON lines under the name": (lambda: json.dumps({"text": _TEXT}).encode(), refused("x.parquet")),
         "an empty file": (lambda: b"", refused("x.parquet")),
     }
-    return {f"parquet: {name}": ("x.parquet", *found) for name, found in contents.items()}
 
 
-def _packed() -> dict[str, tuple[str, Content, Expectation]]:
+def _packed() -> Contents:
     good = (json.dumps({"text": _TEXT}) + "\n").encode() * 3
-    contents: dict[str, tuple[Content, Expectation]] = {
+    return {
         "JSON lines": (lambda: gzip.compress(good), accepted()),
         "cut short": (lambda: gzip.compress(good)[:-9], refused("x.jsonl.gz")),
         "a wrong checksum": (lambda: gzip.compress(good)[:-8] + b"\0" * 8, refused("x.jsonl.gz")),
@@ -205,80 +193,51 @@ def _packed() -> dict[str, tuple[str, Content, Expectation]]:
         "spaces of 300 MB": (lambda: gzip.compress(b" " * _LARGE, 1), refused("x.jsonl.gz")),
         "100,000 empty members": (lambda: gzip.compress(b"") * 100_000, refused("x.jsonl.gz")),
     }
-    return {f"packed: {name}": ("x.jsonl.gz", *found) for name, found in contents.items()}
+
+
+_MADE: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a directory": Path.mkdir,
+    "a link to a device without end": lambda path: path.symlink_to("/dev/zero"),
+    "a link to a terminal": lambda path: path.symlink_to("/dev/tty"),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "missing": lambda path: None,
+}
 
 
 def _places() -> Iterator[Case]:
     """What a data file may be instead of a file."""
-    made: dict[str, Callable[[Path], object]] = {
-        "a pipe": os.mkfifo,
-        "a directory": Path.mkdir,
-        "a link to a device without end": lambda path: path.symlink_to("/dev/zero"),
-        "a link to a terminal": lambda path: path.symlink_to("/dev/tty"),
-        "a link to nothing": lambda path: path.symlink_to("nowhere"),
-        "a link to itself": lambda path: path.symlink_to(path.name),
-        "missing": lambda path: None,
-    }
-    for suffix in (".txt", ".jsonl", ".parquet", ".jsonl.gz"):
-        for name, make in made.items():
+    for file in ("x.txt", "x.jsonl", "x.parquet", "x.jsonl.gz"):
+        harms: dict[str, Harm] = {
+            f"{file}: {name}": lambda place, make=make, file=file: make(place / file)  # type: ignore[misc]
+            for name, make in _MADE.items()
+        }
+        yield from several("what a data file is", harms, line(*_PRUNE, "--data", file), expect=refused(file))
+        if file == "x.txt":
+            measured = {f"{name}, measured": harm for name, harm in harms.items()}
+            yield from several("what a data file is", measured, line(*_measure(file)), expect=refused(file))
 
-            def harm(place: Path, suffix: str = suffix, make: Callable[[Path], object] = make) -> None:
-                make(place / f"x{suffix}")
 
-            lines = (line(*_PRUNE, "--data", f"x{suffix}"),)
-            yield Case(
-                kind="what a data file is",
-                name=f"x{suffix}: {name}",
-                harm=harm,
-                lines=lines,
-                expect=refused(f"x{suffix}"),
-            )
-    for name in ("pipe.txt", "folder.txt"):
+_NAMES = (
+    "[a]", "*", "a?", "a::b", "{a,b}", "a b", "~", "$HOME", "a%20b", "a#b", "é", "a'b\"", "hf:a", "a\\b", "-a",
+    "\x1b[2J", "a\nb", "\udcff", "zip:a", "s3:a",
+)  # fmt: skip
 
-        def put(place: Path) -> None:
-            os.mkfifo(place / "pipe.txt")
-            (place / "folder.txt").mkdir()
 
-        lines = (line("eval", "ppl", name, "--model", "m", "--seqlen", "16"),)
-        yield Case(kind="what a data file is", name=f"{name}: eval ppl", harm=put, lines=lines, expect=refused(name))
+def _beside_others(name: str, suffix: str) -> Harm:
+    """A file of this name, and others that it may be taken for."""
+
+    def harm(place: Path) -> None:
+        for each, text in ((name, _TEXT), ("a", "w9 " * 200), ("ab", "w9 " * 200)):
+            (place / f"{each}{suffix}").write_text(text if suffix == ".txt" else json.dumps({"text": text}))
+
+    return harm
 
 
 def _paths() -> Iterator[Case]:
     """Names that other programs take for patterns, addresses or options, beside files that a pattern finds."""
-    names = (
-        "[a].txt",
-        "*.txt",
-        "a?.txt",
-        "a::b.txt",
-        "{a,b}.txt",
-        "a b.txt",
-        "~.txt",
-        "$HOME.txt",
-        "a%20b.txt",
-        "a#b.txt",
-        "é.txt",
-        "a'b\".txt",
-        "hf:a.txt",
-        "a\\b.txt",
-        "-a.txt",
-        "\x1b[2J.txt",
-        "a\nb.txt",
-        "\udcff.txt",
-        "zip:a.txt",
-        "s3:a.txt",
-    )
-    for name in names:
-        for suffix in (".txt", ".jsonl"):
-            own = name.replace(".txt", suffix)
-
-            def harm(place: Path, own: str = own, suffix: str = suffix) -> None:
-                for each, text in ((own, _TEXT), (f"a{suffix}", "w9 " * 200), (f"ab{suffix}", "w9 " * 200)):
-                    (place / each).write_text(text if suffix == ".txt" else json.dumps({"text": text}))
-
-            words = (
-                (line(*_PRUNE, "--data", f"./{own}"),)
-                if suffix == ".jsonl"
-                else (line(PPL[0], PPL[1], f"./{own}", *PPL[3:], "--model", "m"),)
-            )
-            expect = accepted() if suffix == ".jsonl" else accepted(_same_text)
-            yield Case(kind="paths of data", name=repr(own), harm=harm, lines=words, expect=expect)
+    for name in _NAMES:
+        text, lines = ({repr(f"{name}{suffix}"): _beside_others(name, suffix)} for suffix in (".txt", ".jsonl"))
+        yield from several("paths of data", text, line(*_measure(f"./{name}.txt")), expect=accepted(_same_text))
+        yield from several("paths of data", lines, line(*_PRUNE, "--data", f"./{name}.jsonl"), expect=accepted())

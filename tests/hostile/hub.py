@@ -44,7 +44,11 @@ def _inside(judged: Judged) -> str:
     """Nothing was written beside the caches; what was, is taken away before the next case."""
     around = judged.place.parent
     hub = around / "hf" / "hub"
-    strange = _others(around, _OURS) + _others(hub, _OF_THE_HUB) + _others(hub / "models--org--tiny" / "refs", {"main"})
+    strange = (
+        _others(around, _OURS)
+        + _others(hub, _OF_THE_HUB)
+        + _others(hub / "models--org--tiny" / "refs", {"main", COMMIT})
+    )
     for path in strange:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return f"written: {', '.join(path.name for path in strange)}" if strange else ""
@@ -52,9 +56,7 @@ def _inside(judged: Judged) -> str:
 
 def _others(directory: Path, ours: set[str]) -> list[Path]:
     found = directory.iterdir() if directory.is_dir() else []
-    return [
-        path for path in found if path.name not in ours and not path.name.startswith(("besa-traceback", "tmp", "pymp"))
-    ]
+    return [path for path in found if path.name not in ours and not path.name.startswith(_TEMPORARY)]
 
 
 def _is_file(path: str) -> bool:

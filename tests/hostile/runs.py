@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hostile import safe, values
 from hostile.base import AGAIN, FLOAT, PPL
-from hostile.frame import Case, Expectation, Judged, either, fine, line, refused
-from hostile.models import FILES
+from hostile.frame import Case, Judged, either, fine, line, refused, several
+from hostile.harms import edited, in_place_of
 
 STAGE = "done/pruned"
 _FIRST = f"{STAGE}/model-00002-of-00003"
@@ -70,14 +70,6 @@ def _results(base: Path, name: str) -> Iterator[Case]:
         yield replace(case, name=f"{case.name}: compare")
 
 
-def _edit(name: str, **changes: object) -> Callable[[Path], None]:
-    def harm(place: Path) -> None:
-        document = json.loads((place / name).read_text())
-        (place / name).write_text(json.dumps(document | changes))
-
-    return harm
-
-
 def _statuses() -> Iterator[Case]:
     """A manifest that does not say what is there."""
     manifest = f"{STAGE}/besa.json"
@@ -88,15 +80,9 @@ def _statuses() -> Iterator[Case]:
         "blocks": (0, 1, 3, 10**9, "2"),
         "digest": ("0" * 64, "", "x", "../../x"),
     }.items():
-        for value in wrong:
-            for reader in ("prune again", "eval ppl", "quantize", "export"):
-                yield Case(
-                    kind="a stage's manifest: what rules",
-                    name=f"{field} {value!r}: {reader}",
-                    harm=_edit(manifest, **{field: value}),
-                    lines=(READERS[reader],),
-                    expect=refused("done/pruned"),
-                )
+        for reader in ("prune again", "eval ppl", "quantize", "export"):
+            harms = {f"{field} {value!r}: {reader}": edited(manifest, **{field: value}) for value in wrong}
+            yield from several("a stage's manifest: what rules", harms, READERS[reader], expect=refused("done/pruned"))
 
 
 def _numbered(place: Path, number: int) -> Path:
@@ -147,40 +133,28 @@ _SHARDS: dict[str, Callable[[Path], object]] = {
 }
 
 
-_NOT_OF_A_MASK = ("a report deleted", "the config deleted")
+# Not read, so that nothing can be said of it.
+_UNREAD = (
+    ("a report deleted", "eval ppl"),
+    ("a report deleted", "eval sample"),
+    ("a report deleted", "simulate"),
+    ("the config deleted", "simulate"),
+)
 
 
 def _shards() -> Iterator[Case]:
     """A finished stage whose weights are not those that were made."""
-    for name, harm in _SHARDS.items():
-        for reader in ("prune again", "eval ppl", "eval sample", "quantize", "export", "simulate"):
-            if reader == "eval sample" and name == "a report deleted":
-                continue
-            expect: Expectation = refused("done")
-            if (name, reader) in (("a report deleted", "eval ppl"), *((name, "simulate") for name in _NOT_OF_A_MASK)):
-                expect = either()
-            yield Case(
-                kind="a stage's weights", name=f"{name}: {reader}", harm=harm, lines=(READERS[reader],), expect=expect
-            )
-        yield Case(kind="a stage's weights", name=f"{name}: show", harm=harm, lines=(READERS["show"],), expect=either())
+    for reader in ("prune again", "eval ppl", "eval sample", "quantize", "export", "simulate", "show"):
+        for name, harm in _SHARDS.items():
+            expect = either() if reader == "show" or (name, reader) in _UNREAD else refused("done")
+            yield from several("a stage's weights", {f"{name}: {reader}": harm}, READERS[reader], expect=expect)
 
 
 def _files() -> Iterator[Case]:
     """Something else in the place of a file of the run directory."""
     block = "pruned/model-00002-of-00003"
     calibration = ("calibration/besa.json", "calibration/tokens.safetensors")
-    names = ("pruned/besa.json", f"{block}.json", f"{block}.safetensors", *calibration)
-    for name in names:
-        for kind, put in FILES.items():
-
-            def harm(place: Path, name: str = name, put: Callable[[Path], None] = put) -> None:
-                put(place / "done" / name)
-
-            for reader in ("prune again", "show"):
-                yield Case(
-                    kind="what a file of a run is",
-                    name=f"{name}: {kind}: {reader}",
-                    harm=harm,
-                    lines=(READERS[reader],),
-                    expect=either(unchanged if reader == "prune again" else fine),
-                )
+    for name in ("pruned/besa.json", f"{block}.json", f"{block}.safetensors", *calibration):
+        for reader, check in (("prune again", unchanged), ("show", fine)):
+            harms = {f"{said}: {reader}": harm for said, harm in in_place_of(f"done/{name}").items()}
+            yield from several("what a file of a run is", harms, READERS[reader], expect=either(check))
