@@ -34,6 +34,9 @@ def cases(base: Path) -> Iterator[Case]:
         yield _case("GGUF: header and length", name, change, refused(GGUF))
     for name, change in _tensors().items():
         yield _case("GGUF: a tensor", name, change, refused(GGUF))
+    yield _case("GGUF: a tensor", "rotary factors of one", _more("rope_freqs.weight", 6), either(as_whole, GGUF))
+    other = _with({"general.architecture": (TEXT, "wondrous")})
+    yield _case("GGUF: a key that changes the result", "another architecture", other, refused(GGUF, "wondrous"))
 
 
 def _case(kind: str, name: str, change: Change, expect: Expectation) -> Case:
@@ -100,13 +103,15 @@ _TOLD: dict[str, dict[str, Value | None]] = {
     "clamped queries": {"llama.attention.clamp_kqv": (FLOAT32, 0.01)},
     "an ALiBi bias": {"llama.attention.max_alibi_bias": (FLOAT32, 8.0)},
     "a norm by mean and variance": {"llama.attention.layer_norm_epsilon": (FLOAT32, 1e-5)},
-    "a key of another length": {"llama.attention.key_length": (UINT32, 8)},
+    "keys and values of another length": {
+        "llama.attention.value_length": (UINT32, 8),
+        "llama.attention.key_length": (UINT32, 8),
+    },
     "a key that nobody knows": {"llama.secret.scale": (FLOAT32, 2.0)},
     "the first of two parts": {"split.count": (INT32, 2), "split.no": (INT32, 0)},
     "an adapter": {"adapter.type": (TEXT, "lora")},
     "a word splitting that nobody knows": {"tokenizer.ggml.pre": (TEXT, "wondrous")},
     "a tokenizer model that nobody knows": {"tokenizer.ggml.model": (TEXT, "wondrous")},
-    "another architecture": {"general.architecture": (TEXT, "wondrous")},
     "a kind of file that is no model": {"general.type": (TEXT, "mmproj")},
 }
 _HARMLESS: dict[str, dict[str, Value | None]] = {
@@ -202,6 +207,5 @@ def _tensors() -> dict[str, Change]:
         "an MLP's bias": _more("blk.0.ffn_up.bias", 54),
         "a head's bias": _more("output.bias", 272),
         "a norm of queries": _more("blk.0.attn_q_norm.weight", 12),
-        "rotary factors": _more("rope_freqs.weight", 6),
         "unknown": _more("blk.0.secret.weight", 8),
     }
