@@ -122,7 +122,7 @@ _TENSORS: dict[str, Callable[[dict[str, Any], Path], object]] = {
     "a number for a name": lambda tensors, path: tensors.update({7: torch.ones(2)}),
     "a control character in a name": lambda tensors, path: tensors.update({"\x1b[2J": torch.ones(2)}),
     "tensors in a dictionary below": lambda tensors, path: {"state_dict": dict(tensors)},
-    "lists, 500 deep": lambda tensors, path: {**tensors, "more": _nested(500)},
+    "lists, 150 deep": lambda tensors, path: {**tensors, "more": _nested(150)},
     "NaN": lambda tensors, path: tensors.update({_UP: tensors[_UP] * float("nan")}),
 }
 _CODE: dict[str, Callable[[dict[str, Any], Path], object]] = {
