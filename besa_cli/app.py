@@ -72,6 +72,7 @@ def _join(context: typer.Context, settings: Settings) -> None:
         )
     from besa_cli.ranks import Ranks
 
+    settings.speaks = lambda: True  # who has not met the others cannot know that one of them speaks
     settings.ranks = Ranks(place)
     settings.speaks = settings.ranks.first_to_fail
     if not settings.ranks.leads:

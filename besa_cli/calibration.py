@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from besa_cli import __version__, corpora, datahub, sampling, token_rows, weights
+from besa_cli import __version__, corpora, datahub, documents, sampling, token_rows, tokenizing, weights
 from besa_cli.checkpoint import exchange, manifests
 from besa_cli.disk import MANIFEST, publish, save_tensors, sweep, write_json
 from besa_cli.errors import BesaError, UsageError
+from besa_cli.spool import Text
 
 FORMAT = 1
 SHORTEST = 2  # tokens: a window must hold at least one token and the one that it predicts
@@ -24,15 +25,12 @@ _TOKENS = "tokens.safetensors"
 Notify = Callable[[str], None]
 
 
-class Tokenizer(Protocol):
+class Tokenizer(tokenizing.Tokenizer, Protocol):
     """What is needed of a tokenizer; those of transformers have it."""
 
     @property
     def eos_token_id(self) -> int | None:
         """The token between packed documents."""
-
-    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
-        """A mapping with the token ids of `text` under ``input_ids``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +71,10 @@ class Options:
             raise UsageError(f"--seqlen {self.seqlen} is too short", f"give {SHORTEST} or more")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative", "give 0 or more")
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain JSON."""
+        return {**asdict(self), "data": [documents.printable(name) for name in self.data]}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,7 +140,8 @@ def build(
     if row_files:
         if options.pack:
             raise UsageError("--pack does not go with token rows", "leave it out: the rows are the samples already")
-        taken = token_rows.read_rows(row_files, samples=options.samples, seqlen=options.seqlen, vocab_size=vocab_size)
+        sizes = {"samples": options.samples, "seqlen": options.seqlen, "vocab_size": vocab_size}
+        taken = token_rows.read_rows(row_files, **sizes, notify=notify)
         tokens, account = _tensor(taken.rows, vocab_size), {"sources": list(taken.sources), "sampling": "token rows"}
     else:
         hub = hub or datahub.from_environment()
@@ -162,7 +165,7 @@ def _manifest(options: Options, account: dict[str, Any], tokens: Tensor, tokeniz
         "format": FORMAT,
         "stage": "calibration",
         "status": "complete",
-        "options": {**asdict(options), "data": list(options.data)},
+        "options": options.record(),
         **account,
         "tokenizer_digest": tokenizer_digest,
         "tokens_digest": tokens_digest(tokens),
@@ -182,11 +185,7 @@ def _sample(
     options: Options, tokenizer: Tokenizer, opened: Sequence[corpora.Corpus], notify: Notify
 ) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
     """Windows, and the manifest's account of where they are from and how they were taken."""
-
-    def encode(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer(text, verbose=False)["input_ids"]  # not verbose: no warning about long documents
-        return ids
-
+    encode = tokenizing.Encoder(tokenizer)
     with_bundled = any(corpus.source == "bundled" for corpus in opened)
     packed = with_bundled if options.pack is None else options.pack
     for corpus in opened:
@@ -207,7 +206,7 @@ def _sample(
     return joined.tokens, {"sources": sources, **how}
 
 
-def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iterator[str]:
+def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iterator[Text]:
     """The bundled books, each read when its turn comes and then noted in `used`."""
     asked = next(corpus.asked for corpus in opened if corpus.source == "bundled")
     for name in corpora.BOOKS:

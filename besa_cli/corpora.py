@@ -14,6 +14,7 @@ from typing import Literal
 from besa_cli import datahub, documents, token_rows
 from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.spool import Text
 
 Notify = Callable[[str], None]
 
@@ -44,8 +45,8 @@ class Corpus:
         The file's name, without its directory.
     digest : str
         SHA-256 of the file's bytes (of bundled text: unpacked).
-    documents : sequence of str
-        One string a document.
+    documents : sequence of Text
+        One text a document.
     revision : str or None, default=None
         The hub's commit.
     note : str or None, default=None
@@ -56,7 +57,7 @@ class Corpus:
     source: Literal["bundled", "local", "hub", "file"]
     file: str
     digest: str
-    documents: Sequence[str]
+    documents: Sequence[Text]
     revision: str | None = None
     note: str | None = None
 
@@ -167,7 +168,7 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
     """
     if not names:
         raise UsageError("no --data given", f"known: {', '.join(SOURCES)}, or {documents.FILE_KINDS}")
-    check_directory(data_dir)
+    documents.check_directory(data_dir)
     files = [named_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
     rows = [path for path in files if token_rows.holds_rows(path)]
     if rows and len(rows) < len(names):
@@ -175,12 +176,6 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
             f"--data {rows[0]} holds token rows, other sources hold text", "give one of the two kinds only"
         )
     return rows
-
-
-def check_directory(data_dir: Path | None) -> None:
-    """Refuse a ``--data-dir`` that is none."""
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the data sets' files")
 
 
 def open_source(name: str, *, data_dir: Path | None, hub: datahub.Hub, notify: Notify) -> Corpus:
@@ -208,7 +203,8 @@ def open_source(name: str, *, data_dir: Path | None, hub: datahub.Hub, notify: N
     if name not in _NAMED:
         path = named_file(name, "data source", SOURCES)
         texts = documents.read_documents(path)
-        return Corpus(asked=name, source="file", file=path.name, digest=sha256_file(path), documents=texts)
+        shown = documents.printable(path.name)
+        return Corpus(asked=name, source="file", file=shown, digest=sha256_file(path), documents=texts)
     try:
         return _open_named(name, data_dir, hub, notify)
     except datahub.Unreachable as error:
@@ -223,24 +219,18 @@ def open_source(name: str, *, data_dir: Path | None, hub: datahub.Hub, notify: N
 
 def _open_named(name: str, data_dir: Path | None, hub: datahub.Hub, notify: Notify) -> Corpus:
     named = _NAMED[name]
-    here = [data_dir / each for each in named.local if (data_dir / each).is_file()] if data_dir else []
     make = functools.partial(Corpus, asked=name)
-    if here:
-        path = here[0]
-        rows = named.rows(documents.read_text(path)) if named.rows else documents.read_json_lines(path, named.column)
+    if path := documents.first_file(data_dir, named.local):
+        rows = named.rows(documents.read_text(path)) if named.rows else documents.read_rows(path, column=named.column)
         return make(source="local", file=path.name, digest=sha256_file(path), documents=_joined(rows, named.joint))
     fetched = datahub.fetch(named.remote, hub, notify=notify)
     path = fetched.path
-    if named.rows:
-        rows = documents.read_documents(path, column=named.column)
-    else:
-        rows = documents.read_json_lines(path, named.column)
-    texts = _joined(rows, named.joint)
+    texts = _joined(documents.read_rows(path, column=named.column), named.joint)
     return make(source="hub", file=path.name, digest=sha256_file(path), documents=texts, revision=fetched.commit)
 
 
-def _joined(rows: Sequence[str], joint: str | None) -> Sequence[str]:
-    return rows if joint is None else [joint.join(rows)]
+def _joined(rows: Sequence[str], joint: str | None) -> Sequence[Text]:
+    return rows if joint is None else [documents.joined(rows, joint)]
 
 
 def named_file(name: str, kind: str, known: Sequence[str]) -> Path:
@@ -255,6 +245,6 @@ def named_file(name: str, kind: str, known: Sequence[str]) -> Path:
     """
     if not documents.looks_like_file(name):
         raise unknown(kind, name, (*known, documents.FILE_KINDS))
-    path = Path(name).expanduser()
+    path = documents.local_path(name)
     documents.check_file(path)
     return path

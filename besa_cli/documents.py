@@ -1,21 +1,22 @@
 """Text files as sequences of documents: ``.txt``, ``.jsonl``, ``.jsonl.gz``, ``.parquet``."""
 
-import gzip
+import codecs
+import functools
 import itertools
-import json
-import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from besa_cli.errors import BesaError, UsageError
+from besa_cli import row_files
+from besa_cli.errors import BesaError, UsageError, reading, reason_of
+from besa_cli.spool import LongText, Text, Texts, parts
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 FILE_KINDS = "a .txt, .jsonl, .jsonl.gz or .parquet file"
-_FAULTS = (OSError, EOFError, zlib.error, ValueError, TypeError)  # what reading a damaged file can come to
-_IN_MEMORY = 64 * 2**20  # bytes; a larger file is converted once into the user's `datasets` cache and mapped from there
+_HELD = 4 << 20  # bytes of a text that is held whole; a longer one is read in parts whenever it is needed
+_PART = 1 << 20  # bytes read at a time
+_PUBLISHED = 256 << 20  # bytes of the largest text file of a named data set, with much to spare
 
 
 def suffix(path: Path) -> str | None:
@@ -24,10 +25,63 @@ def suffix(path: Path) -> str | None:
     return next((ending for ending in SUFFIXES if name.endswith(ending)), None)
 
 
+def local_path(value: str) -> Path:
+    """The path that a value of ``--data`` names, a ``~`` at its start replaced where that can be done."""
+    path = Path(value)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or no home directory
+        return path
+
+
 def looks_like_file(value: str) -> bool:
     """Whether a value of ``--data`` must mean a file: it exists, has one of the known suffixes, or is a path."""
-    path = Path(value).expanduser()
-    return suffix(path) is not None or len(path.parts) > 1 or path.exists()
+    path = local_path(value)
+    return suffix(path) is not None or len(path.parts) > 1 or os.path.lexists(path)
+
+
+def printable(name: str) -> str:
+    """A file's name for manifests and results: what is not UTF-8 in it as ``\\xNN``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def first_file(directory: Path | None, candidates: Iterable[str | Path]) -> Path | None:
+    """The first of several places below a directory where something is; None where nothing is.
+
+    Raises
+    ------
+    BesaError
+        What is there is not an ordinary file, or the directory may not be looked into.
+    """
+    for candidate in candidates if directory is not None else ():
+        path = Path(directory or "", candidate)
+        if _kind(path) is not None:
+            _check_plain(path)
+            return path
+    return None
+
+
+def check_directory(data_dir: Path | None) -> None:
+    """Refuse a ``--data-dir`` that is none.
+
+    Raises
+    ------
+    UsageError
+    """
+    if data_dir is not None and _kind(data_dir) != stat.S_IFDIR:
+        raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the data sets' files")
+
+
+def _kind(path: Path) -> int | None:
+    """What kind of thing lies at a path, links followed; None where nothing does."""
+    try:
+        return stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise BesaError(f"{path} is a link to nothing", "mend or remove it") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise BesaError(f"cannot read {path}: {reason_of(error)}", "check the path and its permissions") from error
 
 
 def check_file(path: Path) -> None:
@@ -36,21 +90,27 @@ def check_file(path: Path) -> None:
     Raises
     ------
     BesaError
-        The file is missing, is no plain file, or is empty.
+        The file is missing, may not be read, is not a plain file, or is empty.
     UsageError
         Its suffix is none that can be read.
     """
-    if not path.exists():
-        raise BesaError(f"no file {path}", f"give the path of {FILE_KINDS}")
-    if not path.is_file():
-        raise BesaError(f"{path} is not a file", f"give the path of {FILE_KINDS}")
+    _check_plain(path)
     if suffix(path) is None:
         raise UsageError(f"cannot tell what {path} holds from its name", f"give {FILE_KINDS}")
     if path.stat().st_size == 0:
         raise _empty(path)
 
 
-def read_documents(path: Path, *, column: str = "text") -> Sequence[str]:
+def _check_plain(path: Path) -> None:
+    kind = _kind(path)
+    if kind is None:
+        raise BesaError(f"no file {path}", f"give the path of {FILE_KINDS}")
+    if kind != stat.S_IFREG:
+        raise BesaError(f"{path} is not a file", f"give the path of {FILE_KINDS}")
+    row_files.opened(path).close()
+
+
+def read_documents(path: Path, *, column: str = "text") -> Sequence[Text]:
     """The documents of a file: a ``.txt`` is one, exactly as it is; a line or row of the other kinds is one each.
 
     Parameters
@@ -66,169 +126,136 @@ def read_documents(path: Path, *, column: str = "text") -> Sequence[str]:
         The file is missing, empty, binary, not what its suffix says, or a document lacks its text (with the line).
     """
     check_file(path)
-    kind = suffix(path)
-    documents: Sequence[str]
-    if kind == ".txt":
-        documents = [read_text(path)]
-    elif kind == ".parquet":
-        documents = _read_parquet(path, column)
-    else:
-        documents = read_json_lines(path, column)
-    if not any(document.strip() for document in documents):
+    if suffix(path) == ".txt":
+        return [_read_long(path)]
+    return read_rows(path, column=column)
+
+
+def read_rows(path: Path, *, column: str = "text", first: int | None = None) -> Sequence[str]:
+    """The texts of a file of rows, parquet or JSON lines.
+
+    Parameters
+    ----------
+    path : Path
+    column : str
+        Where the text is in a row.
+    first : int, optional
+        Rows to read, and nothing after them; all by default.
+
+    Raises
+    ------
+    BesaError
+        As of `read_documents`.
+    """
+    found = _parquet(path, column) if suffix(path) == ".parquet" else _json_lines(path, column)
+    texts, blank = Texts(), True
+    for text in itertools.islice(found, first):
+        texts.append(text)
+        blank = blank and not text.strip()
+    if blank:
         raise _empty(path)
-    return documents
+    return texts
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text, exactly as it is (line ends included); binary and blank files are refused."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if b"\0" in data:
-        raise BesaError(f"{path} is a binary file, not text (NUL at byte {data.index(0)})", f"give {FILE_KINDS}")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    for number, row in row_files.json_lines(path):
+        text = row.get(column)
+        if not isinstance(text, str) or not row_files.is_unicode(text):
+            kind = "a string" if not isinstance(text, str) else "Unicode text"
+            what = f"no '{column}' field" if text is None else f"'{column}' is not {kind}"
+            raise BesaError(
+                f"{path}, line {number}: {what} (fields: {row_files.names(row)})",
+                f"each line must hold its document as a string under '{column}'",
+            )
+        yield text
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    columns = row_files.parquet_columns(path)
+    hint = f"the documents must be strings in a column '{column}'"
+    if column not in columns:
+        raise BesaError(f"{path} has no column '{column}' (columns: {row_files.names(columns)})", hint)
+    if columns[column] not in ("string", "large_string"):
+        raise BesaError(f"{path}: column '{column}' holds {columns[column]}, not strings", hint)
+    for number, row in row_files.parquet_rows(path, [column]):
+        if row[column] is None:
+            raise BesaError(f"{path}, row {number}: a row of column '{column}' is null", hint)
+        yield row[column]
+
+
+def read_text(path: Path, largest: int = _PUBLISHED) -> str:
+    """A UTF-8 file's text, exactly as it is (line ends included); binary, blank and very large files are refused.
+
+    A byte order mark at the start is left out.
+    """
+    row_files.opened(path).close()
+    size = path.stat().st_size
+    if size > largest:
         raise BesaError(
-            f"{path} is not UTF-8 text (byte {error.start})", "convert it, for instance: iconv -t UTF-8"
-        ) from error
+            f"{path} has {size >> 20} MiB, more than the {largest >> 20} of such a file", "is it the right file?"
+        )
+    text = "".join(_parts(path))
     if not text.strip():
         raise _empty(path)
     return text
 
 
-def read_json_lines(path: Path, column: str = "text", *, first: int | None = None) -> Sequence[str]:
-    """The `column` of every object of a JSON-lines file (plain, or gzip where the name ends in ``.gz``).
-
-    `datasets` reads it. Where that cannot make one column of text of it, the lines are looked at one by one: either
-    the faulty line is named, or (other fields of mixed types, texts that look like dates) the texts are taken as they
-    are. With `first`, only so many documents are read, and nothing after them.
-    """
-    if next(json_lines(path), None) is None:
+def _read_long(path: Path) -> Text:
+    """As `read_text`, of any size: what is large is looked through now, and read again when it is needed."""
+    if path.stat().st_size <= _HELD:
+        return read_text(path)
+    blank = True
+    for part in _parts(path):
+        blank = blank and not part.strip()
+    if blank:
         raise _empty(path)
-    documents = _load("json", path, column) if first is None else None
-    return _scan(path, column, first) if documents is None else documents
+    return LongText(functools.partial(_parts, path))
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line of a JSON-lines file that is not blank."""
-    number = 0
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _object(path, number, line)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise BesaError(
-                f"{path} is not a whole gzip file: {error} (after line {number})", "fetch or compress it anew"
-            ) from error
-        except OSError as error:
-            raise _unreadable(path, error) from error
+def _parts(path: Path) -> Iterator[str]:
+    """A text file's text, part after part."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    place, begun = 0, False
+    with row_files.opened(path) as file:
+        while True:
+            with reading(path):
+                data = file.read(_PART)
+            if place == 0:
+                row_files.refuse_other_encodings(path, data)
+            if b"\0" in data:
+                at = place + data.index(0)
+                raise BesaError(f"{path} is a binary file, not text (NUL at byte {at})", f"give {FILE_KINDS}")
+            waiting = len(decoder.getstate()[0])
+            try:
+                part = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise BesaError(
+                    f"{path} is not UTF-8 text (byte {place - waiting + error.start})",
+                    "convert it, for instance: iconv -t UTF-8",
+                ) from error
+            yield part if begun else part.removeprefix("\ufeff")
+            place, begun = place + len(data), begun or bool(part)
+            if not data:
+                return
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line as a JSON object, or the error that names the line."""
-    if b"\0" in line:
-        raise BesaError(f"{path} is a binary file, not text (line {number} holds a NUL)", f"give {FILE_KINDS}")
-    hint = "each line must be one JSON object in UTF-8"
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BesaError(f"{path}, line {number}: not UTF-8", hint) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise BesaError(f"{path}, line {number}: broken JSON ({error})", hint) from error
-    if not isinstance(value, dict):
-        raise BesaError(f"{path}, line {number}: not a JSON object", hint)
-    return value
+def joined(texts: Iterable[Text], joint: str) -> Text:
+    """Several texts as one, held whole only where it is short."""
+    held, size = [], 0
+    listed = texts if isinstance(texts, Sequence) else list(texts)
+    for part in _between(listed, joint):
+        held.append(part)
+        size += len(part)
+        if size > _HELD:
+            return LongText(functools.partial(_between, listed, joint))
+    return "".join(held)
 
 
-def _scan(path: Path, column: str, first: int | None) -> list[str]:
-    texts = []
-    for number, value in itertools.islice(json_lines(path), first):
-        text = value.get(column)
-        if not isinstance(text, str) or not _is_unicode(text):
-            kind = "a string" if not isinstance(text, str) else "Unicode text"
-            what = f"no '{column}' field" if text is None else f"'{column}' is not {kind}"
-            raise BesaError(
-                f"{path}, line {number}: {what} (fields: {', '.join(value) or 'none'})",
-                f"each line must hold its document as a string under '{column}'",
-            )
-        texts.append(text)
-    return texts
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a string with half a surrogate pair, which JSON can write but no tokenizer can read."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _read_parquet(path: Path, column: str) -> Sequence[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BesaError(f"{path} is not a parquet file ({error})", "fetch or write it anew") from error
-    hint = f"the documents must be strings in a column '{column}'"
-    if column not in schema.names:
-        raise BesaError(f"{path} has no column '{column}' (columns: {', '.join(schema.names) or 'none'})", hint)
-    kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise BesaError(f"{path}: column '{column}' holds {kind}, not strings", hint)
-    documents = _load("parquet", path, column)
-    if documents is None:
-        raise BesaError(f"{path}: a row of column '{column}' is null, or the file is damaged", hint)
-    return documents
-
-
-def _load(builder: str, path: Path, column: str) -> Sequence[str] | None:
-    """The column as `datasets` reads it, or None where it is not one column of strings without gaps."""
-    import datasets
-    import pyarrow
-
-    small = path.stat().st_size <= _IN_MEMORY
-    with tempfile.TemporaryDirectory(prefix="besa-") as cache, _silent(datasets):
-        try:
-            rows = datasets.load_dataset(
-                builder,
-                data_files=str(path),
-                split="train",
-                cache_dir=cache if small else None,
-                keep_in_memory=small,
-            )
-        except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, *_FAULTS):
-            return None  # the callers look for the fault themselves and name its place
-    if column not in rows.column_names or rows.features[column] not in _strings(datasets):
-        return None
-    if rows.data.column(column).null_count:
-        return None
-    texts: Sequence[str] = rows.select_columns([column])[column]
-    return texts
-
-
-def _strings(datasets: Any) -> tuple[object, ...]:
-    return datasets.Value("string"), datasets.Value("large_string")
-
-
-@contextmanager
-def _silent(datasets: Any) -> Iterator[None]:
-    """Neither progress bars nor log lines of `datasets` within; as they were afterwards."""
-    level = datasets.logging.get_verbosity()
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _unreadable(path: Path, error: OSError) -> BesaError:
-    return BesaError(f"cannot read {path}: {error.strerror or error}", "check the file and its permissions")
+def _between(texts: Sequence[Text], joint: str) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        if number:
+            yield joint
+        yield from parts(text)
 
 
 def _empty(path: Path) -> BesaError:

@@ -1,10 +1,11 @@
-"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity; and continuations."""
+"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity."""
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from besa_cli import compute, disk, records
+from besa_cli.decoder.conduct import overflow
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.footprint import HEAD_TOKENS
+from besa_cli.spool import Numbers
 from besa_cli.texts import EvaluationText
+from besa_cli.tokenizing import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,13 +100,17 @@ def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabul
     BesaError
         The tokenizer gives ids that the model does not know.
     """
-    ids = torch.tensor(tokenizer(text.text, verbose=False)["input_ids"][: text.longest], dtype=torch.long)
-    if len(ids) and int(ids.max()) >= vocabulary:
-        raise BesaError(
-            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
-            "the tokenizer in the model's directory belongs to another model",
-        )
+    ids = _held(islice(Encoder(tokenizer)(text.text), text.longest))
+    require_known(ids, vocabulary)
     return ids
+
+
+def _held(ids: Iterable[int]) -> Tensor:
+    """Token ids as a tensor; many of them stay in a temporary file."""
+    numbers = Numbers()
+    if not numbers.add(ids):
+        return torch.empty(0, dtype=torch.long)
+    return torch.frombuffer(numbers.whole(), dtype=torch.long)
 
 
 def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
@@ -214,11 +222,29 @@ class Measurement:
         seqlen, stride = self.settings.seqlen, self.settings.stride
         return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
 
+    def require_number(self, loss: float) -> None:
+        """Refuse a loss that no perplexity can be made of.
+
+        Raises
+        ------
+        BesaError
+            It is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise overflow(f"{self.directory} gives tokens of {self.dataset} the loss {loss}", self.dtype)
+
     def result(self, losses: Sequence[Loss]) -> Perplexity:
         """The perplexity, from the losses of all windows.
 
         The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
+
+        Raises
+        ------
+        BesaError
+            A loss is NaN or infinite.
         """
+        for total, _ in losses:
+            self.require_number(total)
         nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
         return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
 
@@ -251,16 +277,16 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def continuation(
-    directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype
-) -> str:
-    """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def require_known(ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model does not know; `vocabulary` is how many it knows.
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    Raises
+    ------
+    BesaError
+        There is one.
+    """
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise BesaError(
+            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
+            "the tokenizer in the model's directory belongs to another model",
+        )

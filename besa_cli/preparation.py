@@ -1,75 +1,26 @@
 """What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from besa_cli import anatomy, calibration, corpora
-from besa_cli.disk import MANIFEST, read_json, sha256_file
+from besa_cli import anatomy, calibration, corpora, documents
+from besa_cli.disk import MANIFEST, sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
+from besa_cli.tokenizer import tokenizer_digest as tokenizer_digest
+from besa_cli.tokenizer import tokenizer_of as tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Notify = Callable[[str], None]
 
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 _ROW = 32  # tokens that show whether a model gives the same block by block as whole
-_VOCABULARIES = ("merges.txt", "spiece.model", "tokenizer.json", "tokenizer.model", "vocab.txt")
-
-
-def tokenizer_of(model: Model) -> "PreTrainedTokenizerBase":
-    """The model's own tokenizer.
-
-    Raises
-    ------
-    BesaError
-        The model's directory has none, or one that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    directory = model.directory
-    if not any((directory / name).is_file() for name in _VOCABULARIES):
-        raise BesaError(
-            f"{directory} has no tokenizer (none of {', '.join(_VOCABULARIES)})",
-            "copy the tokenizer's files beside config.json, or give token ids: --data FILE.jsonl with 'input_ids'",
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            read_json(directory / name)  # the tokenizers library says what is wrong without the file's name
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BesaError(
-            f"cannot read the tokenizer in {directory}: {reason}", "fetch the model's files again"
-        ) from error
-    return tokenizer
-
-
-def tokenizer_digest(directory: Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's tokenizer files, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(_TOKENIZER_FILES):
-        if (directory / name).is_file():
-            digest.update(f"{name} {sha256_file(directory / name)}\n".encode())
-    return digest.hexdigest()
 
 
 def calibration_options(
@@ -138,8 +89,9 @@ def calibrate(
         notify(f"the calibration set in {directory} was made with the same options: reused")
         return found
     config = anatomy.config_of(model.directory)
-    tokenizer = _Later(model)
-    if not all(".jsonl" in Path(name).suffixes for name in options.data):  # those may hold token ids, which need none
+    tokenizer = _Later(model, notify)
+    kinds = {documents.suffix(Path(name)) for name in options.data}
+    if not kinds <= {".jsonl", ".jsonl.gz"}:  # those may hold token ids, which need none
         tokenizer.load()
     made = calibration.build(
         options,
@@ -199,7 +151,7 @@ def reuse(model: Model, directory: Path) -> calibration.CalibrationSet:
 
 def _refuse_difference(found: calibration.CalibrationSet, options: calibration.Options, directory: Path) -> None:
     there: Mapping[str, Any] = found.manifest["options"]
-    asked = {**asdict(options), "data": list(options.data)}
+    asked = options.record()
     hint = "give --run NAME to keep both, or --restart to replace it"
     different = [
         f"{name} {_shown(there.get(name))} there, {_shown(value)} asked"
@@ -210,9 +162,10 @@ def _refuse_difference(found: calibration.CalibrationSet, options: calibration.O
         raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
     known = {source["sha256"] for source in found.manifest["sources"]}
     for name in options.data:
-        path = Path(name).expanduser()
+        path = documents.local_path(name)
         if name in corpora.SOURCES or not path.is_file():  # the tokens are there; the text is not needed any more
             continue
+        documents.check_file(path)
         if (digest := sha256_file(path)) not in known:
             was = ", ".join(sorted(value[:12] for value in known))
             raise BesaError(
@@ -231,12 +184,12 @@ def _shown(value: object) -> str:
 class _Later:
     """The model's tokenizer, read when first needed: token rows need none."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, notify: Notify) -> None:
+        self._model, self._notify = model, notify
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        return tokenizer_of(self._model)
+        return tokenizer_of(self._model, self._notify)
 
     def load(self) -> None:
         """Read it now."""
@@ -248,7 +201,16 @@ class _Later:
         value: int | None = self._tokenizer.eos_token_id
         return value
 
-    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
+    @property
+    def is_fast(self) -> bool:
+        """Whether it is one of the `tokenizers` library."""
+        return bool(self._tokenizer.is_fast)
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizer of that library."""
+        return self._tokenizer.backend_tokenizer
+
+    def __call__(self, text: str, **options: Any) -> Any:
         """A mapping with the token ids of `text` under ``input_ids``."""
-        encoded: Mapping[str, Any] = self._tokenizer(text, verbose=verbose)
-        return encoded
+        return self._tokenizer(text, **options)

@@ -1,5 +1,6 @@
 """Where a run keeps its perplexities: one file a result; while one is measured, the losses of its windows so far."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,5 +97,6 @@ def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
 
 
 def load(file: Path) -> Perplexity | None:
-    """A result that was saved, or None where there is none of the same versions."""
-    return result_files.load(Perplexity, file, manifests.versions())
+    """A result that was saved, or None where there is none of the same versions; one that is no number is none."""
+    found = result_files.load(Perplexity, file, manifests.versions())
+    return found if found and math.isfinite(found.nll) else None

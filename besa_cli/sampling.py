@@ -5,25 +5,28 @@ tokenize only the documents that they come to.
 """
 
 import random
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Protocol
 
 from besa_cli.errors import BesaError
+from besa_cli.spool import Numbers, Text
 
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[Text], Iterable[int]]
+_UNCHECKED = 1024  # windows that are drawn before it is known whether there are as many
 
 
 class Documents(Protocol):
-    """Texts by number; a list is one, and a column of a `datasets` data set."""
+    """Texts by number; a list is one."""
 
     def __len__(self) -> int:
         """How many there are."""
 
-    def __getitem__(self, index: int, /) -> str:
+    def __getitem__(self, index: int, /) -> Text:
         """One text, read when it is asked for."""
 
 
@@ -38,7 +41,7 @@ class Joined:
         """All documents."""
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int, /) -> str:
+    def __getitem__(self, index: int, /) -> Text:
         """The document of that number, counted through all parts."""
         which = bisect_right(self._ends, index)
         return self._parts[which][index - (self._ends[which - 1] if which else 0)]
@@ -89,13 +92,12 @@ def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, see
     generator = random.Random(seed)
     windows = []
     drawn = set()
-    for _ in range(samples):
+    for number in range(samples):
         index = pool.long_document(generator)
-        if index is None:
+        if index is None or (number == _UNCHECKED and not pool.holds(samples)):
             raise pool.too_few(samples)
-        tokens = pool.tokens[index]
-        start = generator.randint(0, len(tokens) - seqlen - 1)
-        windows.append(tokens[start : start + seqlen])
+        start = generator.randint(0, pool.length(index) - seqlen - 1)
+        windows.append(pool.window(index, start))
         drawn.add(index)
     if not pool.holds(samples):
         raise pool.too_few(samples)
@@ -110,12 +112,21 @@ class _Pool:
         self._encode = encode
         self._seqlen = seqlen
         self._lengths: dict[int, int] = {}
-        self.tokens: dict[int, array[int]] = {}
+        self._numbers = Numbers()
+        self._long: dict[int, range] = {}  # where the tokens of long documents are
+
+    def length(self, index: int) -> int:
+        """Tokens of a document that was looked at."""
+        return self._lengths[index]
+
+    def window(self, index: int, start: int) -> "array[int]":
+        """A window of a long document."""
+        return self._numbers.read(self._long[index][start : start + self._seqlen])
 
     def long_document(self, generator: random.Random) -> int | None:
         """The index of a random document longer than `seqlen`, or None where there is none."""
         last = len(self._documents) - 1
-        while self.tokens or len(self._lengths) <= last:
+        while self._long or len(self._lengths) <= last:
             index = generator.randint(0, last) if last else 0
             if self._is_long(index):
                 return index
@@ -123,7 +134,7 @@ class _Pool:
 
     def holds(self, samples: int) -> bool:
         """Whether the long documents hold `samples` windows that do not overlap; looks only as far as needed."""
-        found = sum(self._windows(index) for index in self.tokens)
+        found = sum(self._windows(index) for index in self._long)
         for index in range(len(self._documents)):
             if found >= samples:
                 return True
@@ -135,8 +146,8 @@ class _Pool:
         """What the pool holds and what to do; to be called when every document was looked at."""
         hint = "join short documents with --pack, or give a smaller --seqlen or --samples, or more text with --data"
         longest = max(self._lengths.values())
-        of = f"of {len(self._documents)} documents {len(self.tokens)} are longer than --seqlen {self._seqlen} tokens"
-        holds = sum(self._windows(index) for index in self.tokens)
+        of = f"of {len(self._documents)} documents {len(self._long)} are longer than --seqlen {self._seqlen} tokens"
+        holds = sum(self._windows(index) for index in self._long)
         return BesaError(
             f"too few long documents: {of} (the longest has {longest}), holding {holds} whole windows, "
             f"fewer than --samples {samples}",
@@ -145,29 +156,31 @@ class _Pool:
 
     def _is_long(self, index: int) -> bool:
         if index not in self._lengths:
-            tokens = array("q", self._encode(self._documents[index]))
-            self._lengths[index] = len(tokens)
-            if len(tokens) > self._seqlen:
-                self.tokens[index] = tokens
-        return index in self.tokens
+            added = self._numbers.add(self._encode(self._documents[index]))
+            self._lengths[index] = len(added)
+            if len(added) > self._seqlen:
+                self._long[index] = added
+            else:
+                self._numbers.drop_last(added)
+        return index in self._long
 
     def _windows(self, index: int) -> int:
         return (self._lengths[index] - 1) // self._seqlen  # the authors' starts never reach the last token
 
 
-def shuffled(documents: Documents, seed: int) -> Iterator[str]:
+def shuffled(documents: Documents, seed: int) -> Iterator[Text]:
     """The documents in an order fixed by the seed."""
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     return (documents[index] for index in order)
 
 
-def pack(documents: Iterable[str], encode: Encode, *, samples: int, seqlen: int, separator: int | None) -> Windows:
+def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int, separator: int | None) -> Windows:
     """Join documents in the order given and cut the stream into consecutive full windows; take the first `samples`.
 
     Parameters
     ----------
-    documents : iterable of str
+    documents : iterable of Text
         Read only as far as tokens are needed.
     encode : callable
         Text to token ids.
@@ -187,7 +200,7 @@ def pack(documents: Iterable[str], encode: Encode, *, samples: int, seqlen: int,
     for text in documents:
         if separator is not None and count and stream and stream[-1] != separator:
             stream.append(separator)
-        stream.extend(encode(text))
+        stream.extend(islice(encode(text), min(max(needed - len(stream), 0), sys.maxsize)))
         count += 1
         if len(stream) >= needed:
             break

@@ -10,6 +10,7 @@ from besa_cli import datahub, documents
 from besa_cli.corpora import BUNDLED, Notify, bundled_bytes, named_file, ptb_rows, wikitext_rows
 from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError
+from besa_cli.spool import Text
 
 C4_DOCUMENTS = 1100  # the first of the first validation shard
 C4_TOKENS = 256 * 2048
@@ -33,7 +34,7 @@ class EvaluationText:
         The data set's name, or the file's name without its directory.
     split : str or None
         The data set's split; None for a file.
-    text : str
+    text : Text
         The whole text, joined as the authors join it.
     digest : str
         SHA-256 of the bytes of the file that it is from.
@@ -55,7 +56,7 @@ class EvaluationText:
 
     name: str
     split: str | None
-    text: str
+    text: Text
     digest: str
     source: Literal["bundled", "local", "hub", "file"]
     file: str | None = None
@@ -88,7 +89,7 @@ def _ptb(found: _Found) -> EvaluationText:
     """The test split: its sentences, joined by single spaces."""
     path, hint = found.path, "put the published ptb.test.txt into --data-dir"
     is_text = path.suffix == ".txt"
-    rows = ptb_rows(documents.read_text(path)) if is_text else documents.read_documents(path, column="sentence")
+    rows = ptb_rows(documents.read_text(path)) if is_text else documents.read_rows(path, column="sentence")
     published = hashlib.sha256("".join(f" {row} \n" for row in rows).encode()).hexdigest()  # the lines as published
     split = _PTB_DIGESTS.get(published, "test")
     note = None
@@ -102,7 +103,7 @@ def _ptb(found: _Found) -> EvaluationText:
 
 def _c4(found: _Found) -> EvaluationText:
     """The first documents of the first validation shard, joined by single spaces; their tokens are cut later."""
-    rows = documents.read_json_lines(found.path, first=C4_DOCUMENTS)
+    rows = documents.read_rows(found.path, first=C4_DOCUMENTS)
     official: bool | None = sha256_file(found.path) == _C4_DIGEST
     note = None
     if len(rows) < C4_DOCUMENTS:
@@ -133,7 +134,7 @@ def _text(
     return EvaluationText(
         name=name,
         split=split,
-        text=" ".join(rows),
+        text=documents.joined(rows, " "),
         digest=sha256_file(found.path),
         source=found.source,
         file=found.path.name,
@@ -206,24 +207,22 @@ def evaluation_text(name: str, *, data_dir: Path | None, hub: datahub.Hub, notif
             notify(text.note)
         return text
     path = named_file(name, "data set", EVALUATION_SETS)
-    texts = documents.read_documents(path)
+    texts, shown = documents.read_documents(path), documents.printable(path.name)
     return EvaluationText(
-        name=path.name,
+        name=shown,
         split=None,
-        text="\n\n".join(texts),
+        text=documents.joined(texts, "\n\n"),
         digest=sha256_file(path),
         source="file",
-        file=path.name,
+        file=shown,
         records=len(texts),
     )
 
 
 def _find(name: str, data_dir: Path | None, hub: datahub.Hub, notify: Notify) -> _Found:
     named = _NAMED[name]
-    places = [data_dir / each for each in named.local] if data_dir is not None else []
-    for path in places:
-        if path.is_file():
-            return _Found(path=path, source="local")
+    if path := documents.first_file(data_dir, named.local):
+        return _Found(path=path, source="local")
     try:
         fetched = datahub.fetch(named.remote, hub, notify=notify)
     except datahub.Unreachable as error:

@@ -315,7 +315,11 @@ def test_output_that_cannot_be_written_is_no_traceback(workplace: Path, ends: st
 def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     text = " ".join(besa("calibrate", "--help").out.split())
     default = calibration.Options()
-    stated = {"data": f"({','.join(default.data)})", "samples": f"({default.samples})", "seed": f"{default.seed}; x>=0"}
+    stated = {
+        "data": f"({','.join(default.data)})",
+        "samples": f"({default.samples}); x<=1000000",
+        "seed": f"{default.seed}; x>=0",
+    }
     for option, value in stated.items():
         assert f"[default: {value}]" in text.split(f" --{option} ")[1].split(" --")[0]
     assert f"[default: ({default.seqlen}, or" in text.split("--seqlen ")[1]

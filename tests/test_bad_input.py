@@ -129,9 +129,9 @@ def test_not_a_decoder(kind: str, place: Place) -> None:
     if kind == "no layers":
         (directory / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, "num_hidden_layers": 0}))
     tiny.add_tokenizer(directory)
-    outcome = place.prune(model="other")
-    refused(outcome, 1, "LlamaForCausalLM" if kind == "no layers" else "other", "dense decoders")
-    refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, "dense decoders")
+    said = "num_hidden_layers: 0" if kind == "no layers" else "dense decoders"
+    refused(place.prune(model="other"), 1, "other", said)
+    refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, said)
 
 
 def write(path: Path, content: bytes) -> str:
@@ -150,7 +150,7 @@ BAD_FILES = {
     "fieldless.jsonl": (b'{"words": "w5"}\n', "no 'text' field"),
     "rows.jsonl": (b'{"input_ids": [1, 2, 300, 4]}\n', "token id 300 is outside the model's vocabulary of 128"),
     "empty.parquet": (b"", "holds no text"),
-    "binary.parquet": (b"PAR1\0\0\0", "is not a parquet file"),
+    "binary.parquet": (b"PAR1\0\0\0", "is not a whole parquet file"),
     "picture.png": (b"\x89PNG", "picture.png"),
 }
 

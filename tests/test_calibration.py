@@ -106,6 +106,71 @@ def test_bad_token_rows_are_one_line_with_the_place(tmp_path: Path, rows: list[l
     assert caught.value.hint
 
 
+def write_masked(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_padding_at_the_ends_of_a_row_is_no_part_of_it(tmp_path: Path) -> None:
+    path = write_masked(
+        tmp_path / "rows.jsonl",
+        {"input_ids": [0, 0, *range(1, 9)], "attention_mask": [0, 0] + [1] * 8, "labels": [-100] * 10},
+        {"input_ids": [*range(11, 20), 0], "attention_mask": [True] * 9 + [False], "token_type_ids": [0] * 10},
+        {"input_ids": list(range(21, 29)), "attention_mask": [1] * 8},
+        {"input_ids": list(range(31, 39))},
+    )
+    notes: list[str] = []
+    made = build(path, samples=4, notes=notes)
+    assert made.tokens.tolist() == [list(range(first, first + 8)) for first in (1, 11, 21, 31)]
+    assert notes == [f"{path}: padding (attention_mask 0) was cut off 2 of 4 rows"]
+    assert made.manifest["sources"][0]["padded"] == 2
+
+
+def test_rows_without_padding_say_nothing_of_it(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1] * 8, "attention_mask": [1] * 8}] * 3
+    assert "padded" not in build(write_masked(tmp_path / "rows.jsonl", *rows)).manifest["sources"][0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([0, 0, 0] + [1] * 7, "line 1: 7 token ids without the padding, fewer than --seqlen 8"),
+        ([0] * 10, "line 1: the row is all padding"),
+        ([1] * 5 + [0] + [1] * 4, "hides tokens inside the row (token 5)"),
+        ([1] * 9, "not a list of as many 0 and 1"),
+        ([1.0] * 10, "not a list of as many 0 and 1"),
+        (["1"] * 10, "not a list of as many 0 and 1"),
+        ([[1] * 10] * 10, "not a list of as many 0 and 1"),
+        ("1111111111", "not a list of as many 0 and 1"),
+        ({}, "not a list of as many 0 and 1"),
+        ([2] * 10, "holds other numbers than 0 and 1"),
+        ([-1] + [1] * 9, "holds other numbers than 0 and 1"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(tmp_path: Path, mask: object, message: str) -> None:
+    path = write_masked(tmp_path / "rows.jsonl", *[{"input_ids": [1] * 10, "attention_mask": mask}] * 3)
+    with pytest.raises(BesaError) as caught:
+        build(path)
+    assert message in caught.value.message
+    assert f"{path}, line 1" in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("ids", [["1"] * 8, [None] * 8, [[1] * 8], {"a": 1}, "12345678", 8, None, [1e3] * 8])
+def test_rows_of_other_things_than_numbers_are_refused(tmp_path: Path, ids: object) -> None:
+    path = write_masked(tmp_path / "rows.jsonl", *[{"input_ids": ids}] * 3)
+    with pytest.raises(BesaError, match="line 1: no list of whole numbers"):
+        build(path)
+
+
+@pytest.mark.parametrize("token", [10**30, 2**63, -(2**63) - 1, 10**4000])
+def test_ids_beyond_every_vocabulary_are_refused(tmp_path: Path, token: int) -> None:
+    path = write_masked(tmp_path / "rows.jsonl", *[{"input_ids": [token] * 8}] * 3)
+    with pytest.raises(BesaError, match=r"line 1: token id .* is outside the model's vocabulary of 257") as caught:
+        build(path)
+    assert len(caught.value.message) < 400
+
+
 def test_token_rows_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--pack"):
         build(write_rows(tmp_path / "rows.jsonl", [[1] * 8] * 3), pack=True)

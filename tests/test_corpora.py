@@ -181,6 +181,22 @@ def test_a_home_directory_may_be_written_short(own_home: Path) -> None:
     assert opened("~/mine.txt").documents == ["my text"]
 
 
+def test_what_lies_in_the_place_of_an_official_file_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "c4-train.00000-of-01024.json.gz").mkdir()
+    with pytest.raises(BesaError, match=r"c4-train\.00000-of-01024\.json\.gz is not a file"):
+        opened("c4", tmp_path)
+    (tmp_path / "wiki.train.raw").touch()
+    with pytest.raises(BesaError, match=r"wiki\.train\.raw holds no text"):
+        opened("wikitext2", tmp_path)
+
+
+def test_an_official_file_is_read_below_a_directory_of_any_name(tmp_path: Path) -> None:
+    write_c4(tmp_path / "c4[1]*::" / "en")
+    write_c4(tmp_path / "c41" / "en")
+    (tmp_path / "c41" / "en" / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(b'{"text": "other"}'))
+    assert list(opened("c4", tmp_path / "c4[1]*::").documents) == ["one", "two\n"]
+
+
 def test_rows_are_parted_at_line_ends_alone() -> None:
     assert corpora.wikitext_rows(" a\u2028b \n\t\n c") == [" a\u2028b \n", "", " c"]
     assert corpora.wikitext_rows("") == []

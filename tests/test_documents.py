@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from besa_cli import documents
 from besa_cli.errors import BesaError
+from besa_cli.spool import LongText, parts
 
 TEXTS = ["first\r\ndocument ", "zweites   Dokument", "", "2020-01-01"]
 
@@ -16,7 +19,7 @@ def lines(*values: object) -> bytes:
     return b"".join(json.dumps(value).encode() + b"\n" for value in values)
 
 
-def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+def write_parquet(path: Any, columns: dict[str, list[Any]]) -> Any:
     import pyarrow
     import pyarrow.parquet
 
@@ -116,18 +119,112 @@ def test_missing_files_and_directories_are_named(tmp_path: Path) -> None:
         documents.read_documents(tmp_path / "a.txt")
 
 
-def test_reading_says_nothing_and_leaves_the_library_as_it_was(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import datasets
+NAMES = ["a[1]", "a*", "a?", "a::b", "a b", "a#b", "a%20b", "hf:a", "~a", "{a,b}", "-a", os.fsdecode(b"caf\xe9")]
 
-    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(lines({"text": "a"}) + b"{")
-    with pytest.raises(BesaError):
-        documents.read_documents(path)
-    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
-    assert capfd.readouterr() == ("", "")
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_the_file_that_is_named_is_read_whatever_its_name(tmp_path: Path, name: str, kind: str) -> None:
+    """Also where a pattern of that name would find others."""
+    for folder, text in ((tmp_path / name, "right"), (tmp_path / "a1", "wrong"), (tmp_path / "a", "wrong")):
+        folder.mkdir(exist_ok=True)
+        for file in (name, "a1", "a"):
+            path = folder / f"{file}{kind}"
+            said = text if file == name else "wrong"
+            if kind == ".parquet":
+                with path.open("wb") as sink:
+                    write_parquet(sink, {"text": [said]})
+            else:
+                data = said.encode() if kind == ".txt" else lines({"text": said})
+                path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
+    path = tmp_path / name / f"{name}{kind}"
+    assert list(documents.read_documents(path)) == ["right"]
+    assert documents.looks_like_file(str(path))
+    documents.printable(path.name).encode("utf-8")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbf two")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert documents.read_documents(tmp_path / "a.txt") == ["one \ufeff two"]  # only the one at the start
+    assert list(documents.read_documents(tmp_path / "a.jsonl")) == ["one"]
+
+
+def test_a_long_text_is_read_in_parts_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\ufeff" + "".join(chr(number) for number in range(1, 0x11000) if not 0xD800 <= number < 0xE000)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (whole,) = documents.read_documents(tmp_path / "a.txt")
+    for held, part in ((1, 1), (1, 7), (1, 4096), (1 << 20, 13)):
+        monkeypatch.setattr(documents, "_HELD", held)
+        monkeypatch.setattr(documents, "_PART", part)
+        (found,) = documents.read_documents(tmp_path / "a.txt")
+        assert isinstance(found, LongText) == (held == 1)
+        assert "".join(parts(found)) == whole == text[1:]
+        assert "".join(parts(documents.joined([found, "", found], "--"))) == f"{whole}----{whole}"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"ab\xff", "not UTF-8 text (byte 2)"),
+        ("aé".encode()[:-1], "not UTF-8 text (byte 1)"),
+        (b"abc\0", "NUL at byte 3"),
+        (b" \n\t ", "holds no text"),
+        ("text".encode("utf-16"), "is UTF-16 text"),
+    ],
+)
+@pytest.mark.parametrize("part", [1, 2, 3, 1000])
+def test_the_place_of_a_fault_does_not_hang_on_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, data: bytes, message: str
+) -> None:
+    monkeypatch.setattr(documents, "_HELD", 1)
+    monkeypatch.setattr(documents, "_PART", max(part, 2) if b"\xff\xfe" in data else part)
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(BesaError) as caught:
+        documents.read_documents(tmp_path / "a.txt")
+    assert message in caught.value.message
+
+
+def test_files_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of another user: root, as whom tests may run, is refused nothing."""
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    opening = Path.open
+
+    def forbidden(self: Path, *words: Any, **more: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return opening(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(BesaError, match=r"cannot read .*a\.txt: Permission denied"):
+        documents.check_file(path)
+
+
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BesaError, match="File name too long"):
+        documents.check_file(tmp_path / ("x" * 300 + ".txt"))
+    (tmp_path / "round.txt").symlink_to("round.txt")
+    with pytest.raises(BesaError, match=r"round\.txt"):
+        documents.check_file(tmp_path / "round.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(BesaError, match=r"gone\.txt is a link to nothing"):
+        documents.check_file(tmp_path / "gone.txt")
+
+
+def test_a_home_that_is_not_there_leaves_the_name_as_it_is() -> None:
+    assert documents.local_path("~no-such-user/a.txt") == Path("~no-such-user/a.txt")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_in_a_files_place_below_the_data_directory_is_not_passed_over(tmp_path: Path, make: Any) -> None:
+    assert documents.first_file(tmp_path, ["one", "two"]) is None
+    assert documents.first_file(None, ["one", "two"]) is None
+    (tmp_path / "two").write_text("text")
+    assert documents.first_file(tmp_path, ["one", "two"]) == tmp_path / "two"
+    make(tmp_path / "one")
+    with pytest.raises(BesaError, match="one is not a file"):
+        documents.first_file(tmp_path, ["one", "two"])
 
 
 def test_nothing_is_left_in_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_what_was_auto_is_resolved_once(
     with pytest.raises(Killed):
         tiny.run(job(tmp_path / "cut", model, request))
     fate.at(None)
-    monkeypatch.setattr(compute, "dtype", lambda name, on: torch.float32)  # the machine was busier this time
+    monkeypatch.setattr(compute, "dtype", lambda name, on: torch.float32)  # another machine goes on
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:

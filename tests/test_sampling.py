@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, count
 
 import pytest
 from hypothesis import given
@@ -152,3 +152,26 @@ def test_joined_parts_read_like_one_list(parts: list[list[str]]) -> None:
     joined = sampling.Joined(parts)
     flat = list(chain.from_iterable(parts))
     assert [joined[index] for index in range(len(joined))] == flat
+
+
+def test_more_samples_than_any_text_holds_are_refused_soon() -> None:
+    texts = ["abcdefghij" * 20_000]
+    for samples in (10**5, 10**18, 10**30):
+        with pytest.raises(BesaError, match="holding 10526 whole windows"):
+            sampling.draw(texts, encode, samples=samples, seqlen=19, seed=0)
+        with pytest.raises(BesaError, match="fill 10526 windows"):
+            sampling.pack(texts, encode, samples=samples, seqlen=19, separator=None)
+
+
+def test_packing_asks_for_no_more_tokens_than_it_needs() -> None:
+    taken = []
+
+    def endless(_: object) -> Iterator[int]:
+        for token in count():
+            taken.append(token)
+            yield token
+
+    windows = sampling.pack(["first", "second"], endless, samples=3, seqlen=5, separator=EOS)
+    assert [list(window) for window in windows.tokens] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+    assert len(taken) == 15
+    assert windows.documents == 1

@@ -89,7 +89,9 @@ class _Owned:
         return plain in known or any(each.fullmatch(plain) for each in (_SMALL, _SHARD, _WEIGHTS))
 
 
-_BEGUN = _Owned(listed=frozenset({MANIFEST}))  # a directory without a manifest: a killed process began to write one
+_BEGUN = _Owned(
+    listed=frozenset({MANIFEST, EXPORT})
+)  # a directory without a manifest: a killed process began to write one
 
 
 def refuse_to_replace(directory: Path, sources: Iterable[Path] = ()) -> None:
@@ -193,14 +195,15 @@ def _refuse_source(directory: Path, source: Path) -> None:
 
 def _owned(directory: Path) -> _Owned | None:
     """What of a directory is besa's; None where no manifest says that besa made it."""
-    if (directory / EXPORT).is_file():
-        return _of_export(manifests.read(directory, EXPORT), directory)
-    if not (directory / MANIFEST).is_file():
+    name = next((name for name in (EXPORT, MANIFEST) if (directory / name).is_file()), None)
+    if name is None:
         return None
     try:
-        manifest = manifests.read(directory)
+        manifest = manifests.read(directory, name)
     except BesaError as error:
         raise BesaError(f"{directory} is not replaced: {error.message}", _AWAY) from error
+    if name == EXPORT:
+        return _of_export(manifest, directory)
     if manifest.get("stage") == "calibration":
         return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
     if manifest.get("stage") not in STAGES:

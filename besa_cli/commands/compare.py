@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from besa_cli.commands import options
 from besa_cli.console import Console, human_perplexity, human_share
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ Format = Literal["table", "markdown", "csv", "json"]
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories with results.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories with results.")
+    ],
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "table",
 ) -> None:
     """The results of several runs side by side: methods by data sets, the dense model once."""

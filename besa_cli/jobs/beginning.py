@@ -41,6 +41,7 @@ def new_manifest(
         "compute": {
             "device": device.type,
             "dtype": compute.name_of(dtype),
+            "dtype_reason": compute.dtype_reason(request.dtype, device),
             "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
             "kernels": kernels.name(device, dtype),

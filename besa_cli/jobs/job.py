@@ -15,11 +15,11 @@ from besa_cli.calibration import CalibrationSet
 from besa_cli.checkpoint import exchange, ownership, refusals, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.verification import verify
+from besa_cli.decoder.verification import SMALL, verify
 from besa_cli.jobs import beginning, joining
 from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
-from besa_cli.models import Model
+from besa_cli.models import Model, cache
 from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport
 from besa_cli.stream.behind import Behind
@@ -78,6 +78,7 @@ class Job:
         source = weights.Weights(model.directory)
         extremes: dict[str, tuple[float, float]] = {}
         self._digest = weights.check(source, extremes)
+        cache.confirm(model.directory, self._digest)
         self._checking = time.perf_counter() - began
         refusals.refuse_damaged(model.directory, self._digest)
         new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
@@ -108,6 +109,9 @@ class Job:
         self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(self._work.decoder))
         self._work.decoder.weights.refuse_change(source)
+        self._work.decoder.weights.require_floats(self._work.decoder.linear_tensors())
+        for note in self._work.decoder.notes:
+            notify(note)
         if self.request.grid:
             names = self._work.decoder.linear_tensors()
             refusals.refuse_beyond_fp16({name: extremes[name] for name in names if name in extremes}, self.request.grid)
@@ -119,7 +123,7 @@ class Job:
             settings["batch"] = placing.batch
             self._to_write = whole + hidden
             refusals.require_space(self._directory, self._to_write)
-            verify(self._work.decoder, self.calibration.tokens)
+            verify(self._work.decoder, self.calibration.tokens, room=self._room(placing))
         self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
         if self._dry:
             disk.require_writable(self._directory)
@@ -158,6 +162,12 @@ class Job:
         return footprint.place(
             limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
         )
+
+    def _room(self, placing: footprint.Placing) -> int:
+        """Bytes that checking the decoder may take: no more than the work after it, or little."""
+        limit = self.request.max_memory
+        most = max(placing.peak, compute.resident() + SMALL)
+        return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> forecast.Forecast:
         """What the command will take, from the model of memory and a trial of the first window; for a dry job."""

@@ -1,12 +1,13 @@
 """The harness's task definitions with local files in place of the hub's: generated YAMLs that include the original."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from besa_cli import datahub, disk
-from besa_cli.errors import BesaError, UsageError
+from besa_cli import datahub, disk, documents
+from besa_cli.errors import BesaError
 from besa_cli.zeroshot import forms
 from besa_cli.zeroshot.forms import FORMS, STEMS
 
@@ -38,7 +39,7 @@ def locate(task: str, splits: Sequence[str], data_dir: Path | None) -> dict[str,
         return {}
     found = {}
     for split in splits:
-        there = next((path for name in form.candidates(split) if (path := data_dir / name).is_file()), None)
+        there = documents.first_file(data_dir, form.candidates(split))
         if there is not None:
             found[split] = there
     return found
@@ -77,7 +78,7 @@ def write(
         "dataset_path": "parquet",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: str(path) for split, path in rows.items()},
+            "data_files": {split: _literally(path) for split, path in rows.items()},
             "cache_dir": str(directory / ".cache"),
         },
     }
@@ -85,6 +86,16 @@ def write(
     _write_yaml(directory / f"{task}.yaml", {"include": str(original), "task": task, **data, **kept})
     used = [kept.get(field) for field in ("test_split", "validation_split")]
     return LocalData(evaluated=next(split for split in used if split), files=files)
+
+
+def _literally(path: Path) -> str:
+    """A path as `datasets` must be given it, which takes it for a pattern."""
+    if "::" in str(path):
+        raise BesaError(
+            f"{path}: '::' in a path means something else to the library that reads the task's data",
+            "name another directory with --definitions, or with the environment variable TMPDIR",
+        )
+    return glob.escape(str(path))
 
 
 def refer(task: str, original: Path, directory: Path) -> None:
@@ -109,17 +120,6 @@ def _write_yaml(path: Path, content: Mapping[str, object]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def check_directory(data_dir: Path | None) -> None:
-    """Refuse a ``--data-dir`` that is none.
-
-    Raises
-    ------
-    UsageError
-    """
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the tasks' files")
 
 
 def require_training(task: str, found: Mapping[str, Path], data_dir: Path, shots: int | None) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from besa_cli import documents
-from besa_cli.errors import BesaError
+from besa_cli import documents, row_files
+from besa_cli.errors import BesaError, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -84,7 +84,9 @@ def read(form: Form, path: Path) -> list[dict[str, Any]]:
                 row = {**row, "label": labels[number] if number < len(labels) else None}
             rows.append(form.row(row))
         except ValueError as error:
-            raise BesaError(f"{path}, {place}: {error}", "docs/tasks.md shows the form of every task's rows") from error
+            raise BesaError(
+                f"{path}, {place}: {reason_of(error)}", "docs/tasks.md shows the form of every task's rows"
+            ) from error
     if not rows:
         raise BesaError(f"{path} holds no questions", "fetch the file again")
     if labels is not None and len(labels) != len(rows):
@@ -99,8 +101,7 @@ def label_path(form: Form, path: Path) -> Path | None:
     """The file beside `path` that holds its labels, where the task has such files and it is there."""
     if form.label_file is None:
         return None
-    beside = path.with_name(path.name.partition(".")[0] + form.label_file)
-    return beside if beside.is_file() else None
+    return documents.first_file(path.parent, [path.name.partition(".")[0] + form.label_file])
 
 
 def _labels(form: Form, path: Path) -> list[int] | None:
@@ -110,33 +111,24 @@ def _labels(form: Form, path: Path) -> list[int] | None:
     lines = documents.read_text(beside).splitlines()
     for number, line in enumerate(lines, start=1):
         if line.strip() not in ("0", "1"):
-            raise BesaError(f"{beside}, line {number}: '{line}' is no label (0 or 1)", "fetch the file again")
+            raise BesaError(f"{beside}, line {number}: '{line[:40]}' is no label (0 or 1)", "fetch the file again")
     return [int(line) for line in lines]
 
 
 def _published(path: Path) -> Iterator[tuple[str, Row]]:
     if documents.suffix(path) == ".parquet":
-        yield from ((f"row {number}", row) for number, row in enumerate(_parquet_rows(path), start=1))
+        yield from ((f"row {number}", row) for number, row in row_files.parquet_rows(path))
         return
-    yield from ((f"line {number}", row) for number, row in documents.json_lines(path))
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BesaError(f"{path} is not a whole parquet file ({error})", "fetch it again") from error
-    return rows
+    yield from ((f"line {number}", row) for number, row in row_files.json_lines(path))
 
 
 def _text(row: Row, name: str, *, blank: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         what = f"'{name}' is not a string" if name in row else f"no '{name}'"
-        raise ValueError(f"{what} (fields: {', '.join(row) or 'none'})")
+        raise ValueError(f"{what} (fields: {row_files.names(row)})")
+    if not row_files.is_unicode(value):
+        raise ValueError(f"'{name}' is not Unicode text")
     if not blank and not value.strip():
         raise ValueError(f"'{name}' is blank")
     return value
@@ -145,6 +137,8 @@ def _text(row: Row, name: str, *, blank: bool = False) -> str:
 def _texts(value: object, name: str) -> list[str]:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"'{name}' is not a list of two or more texts")
+    if not all(map(row_files.is_unicode, value)):
+        raise ValueError(f"'{name}' holds what is not Unicode text")
     return value
 
 
@@ -169,7 +163,7 @@ def _arc(row: Row) -> dict[str, Any]:
     if isinstance(choices, list) and all(isinstance(choice, Mapping) for choice in choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     if not isinstance(choices, Mapping):
-        raise ValueError(f"no 'choices' with 'text' and 'label' (fields: {', '.join(row) or 'none'})")
+        raise ValueError(f"no 'choices' with 'text' and 'label' (fields: {row_files.names(row)})")
     found = {name: _texts(choices.get(name), f"choices.{name}") for name in ("text", "label")}
     if len(found["text"]) != len(found["label"]):
         raise ValueError(f"{len(found['text'])} choices have {len(found['label'])} labels")
