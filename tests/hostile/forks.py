@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hostile.frame import SECONDS, Line, Seen
+from hostile.frame import Line, Seen
 
 ADDRESSES = 6 << 30  # bytes of addresses more than a fork begins with: beyond, it is out of memory
 LARGEST_FILE = 1 << 30  # bytes
@@ -40,7 +40,7 @@ def forked(work: Callable[[], int], place: Path, how: Line) -> Seen:
             _child(work, place, how, logs)
         handle = os.pidfd_open(process)
         stack.callback(os.close, handle)
-        if not select.select([handle], [], [], SECONDS + 1)[0]:
+        if not select.select([handle], [], [], how.seconds + 1)[0]:
             os.killpg(process, signal.SIGKILL)
         _, status, usage = os.wait4(process, 0)
         out, err = (log.read_bytes().decode(errors="replace") for log in logs[1:])

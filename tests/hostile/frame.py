@@ -35,6 +35,8 @@ class Line:
         Variables; None takes one away.
     out, err : str
         What standard output and error are: a `file`, `closed`, a `broken` pipe, or a `full` disk.
+    seconds : int
+        After which the command is taken to hang.
     """
 
     words: Words
@@ -42,6 +44,7 @@ class Line:
     environment: Mapping[str, str | None] = field(default_factory=dict)
     out: str = "file"
     err: str = "file"
+    seconds: int = SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +179,7 @@ def _universal(seen: Seen, how: Line) -> Iterator[str]:
         yield f"{len(seen.errors)} error lines"
     if found := _CONTROL.search(seen.out + seen.err):
         yield f"control character {found[0]!r} on the terminal"
-    if seen.seconds > SECONDS:
+    if seen.seconds > how.seconds:
         yield f"{seen.seconds:.0f} seconds"
     if seen.memory > MEMORY or "out of memory" in seen.err:
         yield f"{seen.memory >> 20} MB of memory"
