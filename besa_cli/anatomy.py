@@ -9,7 +9,6 @@ from torch import nn
 
 from besa_cli import configuration
 from besa_cli.configuration import SUITED as _SUITED
-from besa_cli.disk import read_json
 from besa_cli.errors import BesaError, reading
 
 if TYPE_CHECKING:
@@ -77,9 +76,7 @@ def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = config_of(directory)
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        read_json(generation)
+    configuration.check_generation(directory)
     load: Any = AutoModelForCausalLM.from_pretrained
     with reading(directory):
         model: PreTrainedModel = load(
