@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa_cli import anatomy
 from besa_cli.decoder.conduct import TOLERANCE, following, not_causal, relative_error, require_finite
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, reading
@@ -90,12 +91,13 @@ def _stock_logits(decoder: Decoder, rows: Tensor) -> Tensor:
     from transformers.utils import logging
 
     directory, said = decoder.weights.directory, logging.get_verbosity()
+    config = anatomy.config_of(directory)  # which asks for no attention that would be fetched first
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         with reading(directory, "stock transformers cannot load it either: fetch the model again"):
             stock: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=decoder.dtype, local_files_only=True, trust_remote_code=False
+                directory, config=config, dtype=decoder.dtype, local_files_only=True, trust_remote_code=False
             )
     finally:
         logging.set_verbosity(said)
