@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading
 from besa_cli.spool import Text, parts
 
 PIECE = 1 << 18  # characters tokenized at a time; the library takes about 300 bytes for each
@@ -68,8 +68,19 @@ class Encoder:
             raise _indivisible(most)
         text = source.text(0, most)
         self._refuse_growth(text)
-        ids: Sequence[int] = self._tokenizer(text, verbose=False)["input_ids"]  # not verbose: no warning of its length
+        ids: Sequence[int] = self._given(text)["input_ids"]
         return ids
+
+    def _given(self, text: str, **how: bool) -> Any:
+        """What the tokenizer makes of a text.
+
+        Raises
+        ------
+        BesaError
+            It cannot take the text, such as a word that it has no token for.
+        """
+        with reading(f"text with the tokenizer in {getattr(self._tokenizer, 'name_or_path', '')}", _OTHER):
+            return self._tokenizer(text, verbose=False, **how)  # not verbose: no warning of its length
 
     def _pieces(self, source: "_Source") -> Iterator[Sequence[int]]:
         """The ids of a long text, without those around it."""
@@ -94,9 +105,8 @@ class Encoder:
     def _piece(self, source: "_Source", start: int, size: int) -> "_Piece":
         text = source.text(start, start + size)
         self._refuse_growth(text)
-        found = self._tokenizer(
+        found = self._given(
             text,
-            verbose=False,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -107,8 +117,8 @@ class Encoder:
 
     def _found_around(self, text: str) -> tuple[list[int], list[int]] | None:
         """The ids that are put before and after every text, or None where it does not come to that."""
-        plain: list[int] = self._tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        found = self._tokenizer(text, verbose=False)
+        plain: list[int] = self._given(text, add_special_tokens=False)["input_ids"]
+        found = self._given(text)
         ids: list[int] = found["input_ids"]
         own = [number for number, sequence in enumerate(found.sequence_ids(0)) if sequence is not None]
         if not own:
@@ -119,7 +129,7 @@ class Encoder:
     def _refuse_crowd(self) -> None:
         """Refuse a tokenizer that puts thousands of tokens around a text, or repeats it."""
         if self._added is None:
-            one = [self._tokenizer("a", verbose=False, add_special_tokens=own)["input_ids"] for own in (True, False)]
+            one = [self._given("a", add_special_tokens=own)["input_ids"] for own in (True, False)]
             self._added = len(one[0]) - len(one[1])
         if self._added > _AROUND:
             raise BesaError(f"the tokenizer adds {self._added} tokens around the letter 'a'", _OTHER)

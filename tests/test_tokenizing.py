@@ -237,3 +237,10 @@ def test_a_tokenizer_that_puts_thousands_of_tokens_around_a_text_is_refused() ->
 def test_letters_that_honestly_become_many_are_let_through() -> None:
     made = fast(unigram())
     assert list(Encoder(made)("ﷺ" * 300)) == made("ﷺ" * 300)["input_ids"]  # NFKC makes 18 letters of each
+
+
+def test_a_word_that_the_tokenizer_cannot_take_is_one_line() -> None:
+    made = Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(BesaError, match=r"cannot read text with the tokenizer in .*Missing \[UNK\] token"):
+        list(Encoder(fast(made))("the word"))
