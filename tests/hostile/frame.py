@@ -15,7 +15,7 @@ from pathlib import Path
 Words = tuple[str, ...]
 
 SECONDS = 40  # after which a command is taken to hang
-MEMORY = 3 << 30  # bytes more than a fork begins with
+MEMORY = 1 << 30  # bytes more than a fork begins with
 RUNS = ("done", "r")  # directories that commands may write to
 RAN = "ran"  # the file that code of an input makes
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
