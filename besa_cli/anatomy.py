@@ -78,9 +78,7 @@ def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = config_of(directory)
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        read_json(generation)
+    configuration.check_generation(directory)
     index = directory / INDEX
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
         raise BesaError(f"{index} has no metadata: stock transformers cannot load it", 'add "metadata": {} to it')

@@ -1,6 +1,7 @@
 """Calibration sets: the token windows that a model is pruned on, stored with all that made them."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +15,14 @@ from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, documents, sampling, token_rows, tokenizing, weights
 from besa_cli.checkpoint import exchange, manifests
-from besa_cli.disk import MANIFEST, publish, save_tensors, sweep, write_json
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.disk import MANIFEST, publish, save_tensors, write_json
+from besa_cli.errors import BesaError, UsageError, reading, reason_of
 from besa_cli.spool import Text
 
 FORMAT = 1
 SHORTEST = 2  # tokens: a window must hold at least one token and the one that it predicts
 _TOKENS = "tokens.safetensors"
+_FILES = (_TOKENS, MANIFEST)
 
 Notify = Callable[[str], None]
 
@@ -239,30 +241,63 @@ def _versions() -> dict[str, str]:
     return {"besa": __version__, **others}
 
 
-def save(calibration_set: CalibrationSet, directory: Path) -> None:
-    """Write ``tokens.safetensors`` and then ``besa.json``; a set that is there serves until the new one is whole.
+def refuse_foreign(directory: Path) -> None:
+    """Refuse a directory that holds anything but a calibration set: what is in the way may be the user's.
 
     Raises
     ------
     BesaError
-        The directory cannot be written.
+        A file that is not of the set is there, or files of that name without a manifest that says they are besa's, or
+        there is a set behind a link.
     """
+    with reading(directory, _ELSEWHERE):
+        there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    stranger = next((name for name in there if not _is_ours(name)), None)
+    if stranger is not None or (there and MANIFEST not in there):
+        name = documents.printable(stranger or there[0])
+        raise BesaError(f"{directory / name} is in the place of a calibration set and was not made by besa", _ELSEWHERE)
+    if there and (stage := manifests.read(directory)["stage"]) != "calibration":
+        raise BesaError(f"{directory} does not hold a calibration set but '{stage}'", _ELSEWHERE)
+    if directory.exists() and not directory.is_dir():
+        raise BesaError(f"cannot write {directory}: a file is in its place", _ELSEWHERE)
+
+
+_ELSEWHERE = "move it away, or name another directory with --run"
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a set has a file of that name, finished or left by a process that was killed."""
+    return name in _FILES or any(name.startswith(f".{each}.") and name.endswith(".partial") for each in _FILES)
+
+
+def save(calibration_set: CalibrationSet, directory: Path) -> None:
+    """Write ``tokens.safetensors`` and ``besa.json`` beside the directory, which the new one then replaces as a whole.
+
+    Raises
+    ------
+    BesaError
+        The directory cannot be written, or holds what is not a calibration set.
+    """
+    refuse_foreign(directory)
+    place = directory.resolve() if directory.is_symlink() else directory
+    target = _beside(place)
     tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
-    replaced = (directory / MANIFEST).exists()
-    target = _beside(directory) if replaced else directory
     try:
-        if replaced:
-            shutil.rmtree(target, ignore_errors=True)
-        for name in (_TOKENS, MANIFEST):
-            sweep(target / name)
+        _clear(target)
         publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
         write_json(target / MANIFEST, calibration_set.manifest)
-        if replaced:
-            exchange.replace_stage(directory, target)
+        exchange.replace_stage(place, target)
     except OSError as error:
-        raise BesaError(
-            f"cannot write {directory}: {error.strerror or error}", "name another directory with --run"
-        ) from error
+        raise BesaError(f"cannot write {directory}: {reason_of(error)}", "name another directory with --run") from error
+
+
+def _clear(remains: Path) -> None:
+    """Remove what a process that was killed left of a set that was to be the next."""
+    if not os.path.lexists(remains):
+        return
+    if remains.is_symlink() or not remains.is_dir() or not all(_is_ours(path.name) for path in remains.iterdir()):
+        raise BesaError(f"{remains} is in the way and was not made by besa", _ELSEWHERE)
+    shutil.rmtree(remains)
 
 
 def recover(directory: Path) -> None:

@@ -88,6 +88,7 @@ def calibrate(
         _refuse_difference(found, options, directory)
         notify(f"the calibration set in {directory} was made with the same options: reused")
         return found
+    calibration.refuse_foreign(directory)
     config = anatomy.config_of(model.directory)
     tokenizer = _Later(model, notify)
     kinds = {documents.suffix(Path(name)) for name in options.data}

@@ -1,8 +1,10 @@
 """Token ids of a text of any length: long texts are tokenized in pieces that fit together, in bounded memory."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any, Protocol
 
 from besa_cli.errors import BesaError, reading
@@ -112,8 +114,7 @@ class Encoder:
             return_attention_mask=False,
             return_token_type_ids=False,
         )
-        places = [(start + first, start + last) for first, last in found["offset_mapping"]]
-        return _Piece(ids=found["input_ids"], places=places, stop=start + len(text))
+        return _Piece(ids=found["input_ids"], places=found["offset_mapping"], start=start, stop=start + len(text))
 
     def _found_around(self, text: str) -> tuple[list[int], list[int]] | None:
         """The ids that are put before and after every text, or None where it does not come to that."""
@@ -151,32 +152,34 @@ _OTHER = "use the tokenizer that was published with the model"
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Token ids and, for each, the characters of the text that it stands for: from … to before …"""
+    """The token ids of a piece of a text, and where in it each has its characters: from … to before …"""
 
     ids: Sequence[int]
-    places: Sequence[tuple[int, int]]
-    stop: int  # the character that the piece reaches to
+    places: Sequence[tuple[int, int]]  # in order
+    start: int  # the piece's own characters in the text
+    stop: int
 
     def due(self, place: int) -> int:
-        """The first token that begins at a character or after it; all, where that is the text's first."""
-        if place == 0:
-            return 0
-        return next((number for number, (start, _) in enumerate(self.places) if start >= place), len(self.places))
+        """The first token that begins at a character of the text or after it; all, where that is the text's first."""
+        return bisect_left(self.places, place - self.start, key=_begin) if place else 0
 
     def within(self, start: int, stop: int) -> range:
-        """The tokens between two characters."""
-        first = last = self.due(start)
-        while last < len(self.places) and self.places[last][1] <= stop:
-            last += 1
-        return range(first, last)
+        """The tokens between two characters of the text."""
+        first = self.due(start)
+        return range(first, max(first, bisect_right(self.places, stop - self.start, key=_end)))
 
-    def of(self, tokens: range) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-        """Ids and places of some tokens."""
-        return self.ids[tokens.start : tokens.stop], self.places[tokens.start : tokens.stop]
+    def of(self, tokens: range) -> tuple[Sequence[int], list[tuple[int, int]]]:
+        """Ids of some tokens, and their places in the text."""
+        places = self.places[tokens.start : tokens.stop]
+        return self.ids[tokens.start : tokens.stop], [(self.start + first, self.start + last) for first, last in places]
 
     def last_end(self, before: int) -> int:
-        """The last character up to `before` at which a token ends."""
-        return max((end for _, end in self.places if end <= before), default=0)
+        """The last character of the text up to `before` at which a token ends; the piece's first where none does."""
+        count = bisect_right(self.places, before - self.start, key=_end)
+        return self.start + self.places[count - 1][1] if count else self.start
+
+
+_begin, _end = itemgetter(0), itemgetter(1)
 
 
 class _Source:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -336,6 +337,11 @@ def test_the_digest_is_of_the_ids_and_of_each_of_them(rows: list[list[int]], dat
 # --- the directory
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "set"
+
+
 def test_a_set_is_read_as_it_was_written(text: Path, tmp_path: Path) -> None:
     made = build(text)
     calibration.save(made, tmp_path / "run" / "calibration")
@@ -345,6 +351,79 @@ def test_a_set_is_read_as_it_was_written(text: Path, tmp_path: Path) -> None:
     assert read.manifest == made.manifest
     assert read.digest == made.digest
     assert {path.name for path in (tmp_path / "run" / "calibration").iterdir()} == {"besa.json", "tokens.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["tokens.safetensors", "mine.txt", ".git", ".tokens.safetensors.swp"])
+def test_what_is_not_a_set_stays(text: Path, place: Path, name: str) -> None:
+    place.mkdir()
+    (place / name).write_text("precious")
+    for _ in range(2):
+        with pytest.raises(BesaError, match=rf"{re.escape(name)} is in the place of a calibration set") as caught:
+            calibration.save(build(text), place)
+        assert caught.value.hint
+        assert {path.name: path.read_text() for path in place.iterdir()} == {name: "precious"}
+    assert [path.name for path in place.parent.iterdir() if path.is_dir()] == ["set"]
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "model", ".hidden"])
+def test_a_set_with_something_of_the_users_beside_it_is_not_replaced(text: Path, place: Path, name: str) -> None:
+    calibration.save(build(text, seed=1), place)
+    (place / name).mkdir()
+    with pytest.raises(BesaError, match=rf"{re.escape(name)} is in the place"):
+        calibration.save(build(text, seed=2), place)
+    assert calibration.load(place).manifest["seed"] == 1
+    assert (place / name).is_dir()
+
+
+@pytest.mark.parametrize("manifest", ["{", '{"stage": "pruned"}', "{}", "[]"])
+def test_only_what_says_that_it_is_a_set_is_replaced(text: Path, place: Path, manifest: str) -> None:
+    calibration.save(build(text), place)
+    (place / "besa.json").write_text(manifest)
+    with pytest.raises(BesaError, match="set"):
+        calibration.save(build(text), place)
+    assert (place / "besa.json").read_text() == manifest
+
+
+def test_files_behind_links_are_not_written_to(text: Path, place: Path, tmp_path: Path) -> None:
+    calibration.save(build(text, seed=1), place)
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes((place / "tokens.safetensors").read_bytes())
+    (place / "tokens.safetensors").unlink()
+    (place / "tokens.safetensors").symlink_to(mine)
+    before = mine.read_bytes()
+    calibration.save(build(text, seed=2), place)
+    assert mine.read_bytes() == before
+    assert not (place / "tokens.safetensors").is_symlink()
+
+
+def test_a_set_may_go_into_an_empty_directory_behind_a_link(text: Path, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    place.symlink_to(tmp_path / "disk")
+    calibration.save(build(text), place)
+    assert place.is_symlink()
+    assert calibration.load(place).digest == build(text).digest
+
+
+def test_what_is_not_ours_in_the_place_of_the_next_set_stays(text: Path, place: Path) -> None:
+    beside = place.with_name(".set.next")
+    beside.mkdir()
+    (beside / "mine.txt").write_text("precious")
+    with pytest.raises(BesaError, match=r"\.set\.next is in the way"):
+        calibration.save(build(text), place)
+    assert (beside / "mine.txt").read_text() == "precious"
+
+
+def test_a_first_set_is_whole_or_absent(text: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "write_json", dies)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.save(build(text), place)
+    monkeypatch.undo()
+    assert not place.exists()
+    calibration.save(build(text), place)
+    assert calibration.load(place).digest == build(text).digest
 
 
 def test_a_set_may_be_written_over_another(text: Path, tmp_path: Path) -> None:
@@ -402,13 +481,13 @@ def change_manifest(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_changed_token_is_noticed(text: Path, tmp_path: Path) -> None:
-    calibration.save(build(text), tmp_path)
-    tokens = safetensors.torch.load_file(tmp_path / "tokens.safetensors")["tokens"]
+def test_a_changed_token_is_noticed(text: Path, place: Path) -> None:
+    calibration.save(build(text), place)
+    tokens = safetensors.torch.load_file(place / "tokens.safetensors")["tokens"]
     tokens[1, 2] ^= 1
-    safetensors.torch.save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    safetensors.torch.save_file({"tokens": tokens}, place / "tokens.safetensors")
     with pytest.raises(BesaError, match=r"tokens\.safetensors was changed"):
-        calibration.load(tmp_path)
+        calibration.load(place)
 
 
 @pytest.mark.parametrize(
@@ -424,36 +503,34 @@ def test_a_changed_token_is_noticed(text: Path, tmp_path: Path) -> None:
         ({"tokens_digest": "0" * 64}, "was changed"),
     ],
 )
-def test_what_is_no_set_of_ours_is_refused(
-    text: Path, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    calibration.save(build(text), tmp_path)
-    change_manifest(tmp_path, **changes)
+def test_what_is_no_set_of_ours_is_refused(text: Path, place: Path, changes: dict[str, object], message: str) -> None:
+    calibration.save(build(text), place)
+    change_manifest(place, **changes)
     with pytest.raises(BesaError, match=message) as caught:
-        calibration.load(tmp_path)
-    assert str(tmp_path) in caught.value.message
+        calibration.load(place)
+    assert str(place) in caught.value.message
     assert "besa calibrate" in caught.value.hint
 
 
-def test_missing_and_cut_files_are_named(text: Path, tmp_path: Path) -> None:
+def test_missing_and_cut_files_are_named(text: Path, place: Path) -> None:
     with pytest.raises(BesaError, match="no calibration set in"):
-        calibration.load(tmp_path / "nowhere")
-    calibration.save(build(text), tmp_path)
-    tokens = tmp_path / "tokens.safetensors"
+        calibration.load(place)
+    calibration.save(build(text), place)
+    tokens = place / "tokens.safetensors"
     whole = tokens.read_bytes()
     for damaged in (whole[:-8], whole[:20], b""):
         tokens.write_bytes(damaged)
         with pytest.raises(BesaError, match=r"tokens\.safetensors is cut short"):
-            calibration.load(tmp_path)
+            calibration.load(place)
     safetensors.torch.save_file({"other": torch.zeros(1)}, tokens)
     with pytest.raises(BesaError, match=r"tokens\.safetensors"):
-        calibration.load(tmp_path)
+        calibration.load(place)
     tokens.unlink()
     with pytest.raises(BesaError, match=r"tokens\.safetensors is missing"):
-        calibration.load(tmp_path)
-    (tmp_path / "besa.json").write_text("{")
+        calibration.load(place)
+    (place / "besa.json").write_text("{")
     with pytest.raises(BesaError, match=r"besa\.json is not what besa wrote"):
-        calibration.load(tmp_path)
+        calibration.load(place)
 
 
 def test_a_directory_that_cannot_be_written_is_named(text: Path, tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def test_a_size_that_no_model_can_have_is_refused_by_its_name(name: str, value: 
         {"hidden_act": "evil"},
         {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -1e4}},
+        {"rope_parameters": {"rope_type": "\x1b]0;title\x07", "rope_theta": 1e4}},
         {"rope_parameters": 5},
         {"layer_types": ["evil", "evil"]},
         {"pad_token_id": 10**6},
@@ -153,3 +155,32 @@ def test_an_index_that_stock_does_not_load_is_named(told: dict[str, Any], model:
         anatomy.whole(model, torch.float32)
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
     assert anatomy.whole(model, torch.float32).num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": float("nan")},
+        {"eos_token_id": {}},
+        {"eos_token_id": [1, "\x1b[31m"]},
+        {"pad_token_id": [0]},
+        {"bos_token_id": True},
+        {"cache_implementation": "evil"},
+        {"compile_config": 5},
+        [],
+    ],
+    ids=str,
+)
+def test_settings_of_generation_that_cannot_be_are_refused_by_their_file(values: object, model: Path) -> None:
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(BesaError, match=str(path)):
+        anatomy.whole(model, torch.float32)
+
+
+@pytest.mark.parametrize("values", [{}, {"eos_token_id": [1, 2], "pad_token_id": None}, {"do_sample": True}], ids=str)
+def test_settings_of_generation_that_can_be_are_taken(values: dict[str, Any], model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps(values))
+    found = anatomy.whole(model, torch.float32).generation_config.to_dict()
+    assert {name: found[name] for name in values} == values

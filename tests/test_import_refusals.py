@@ -388,3 +388,13 @@ def test_import_names_a_file_in_the_way_and_leaves_it(where: str, export: Path, 
     with pytest.raises(BesaError, match=r"notes\.txt"):
         importing.Job(export, Run(tmp_path / "run"), restart=True)
     assert (tmp_path / "run" / where / "notes.txt").read_text() == "mine"
+
+
+def test_chat_templates_in_their_folder_go_out_and_come_back(made: Run, tmp_path: Path) -> None:
+    run = exported.copy_of(made, tmp_path / "run")
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+    (run.stage("pruned") / template).parent.mkdir()
+    (run.stage("pruned") / template).write_text("TOOLS")
+    directory = exported.export(run, "sparse")
+    assert (directory / template).read_text() == "TOOLS"
+    assert (imported(directory, tmp_path / "back") / template).read_text() == "TOOLS"

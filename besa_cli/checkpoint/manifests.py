@@ -114,6 +114,7 @@ class StageManifest(TypedDict):
     history: list[Step]
     status: Literal["beginning", "running", "complete"]
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
+    files: NotRequired[list[str]]
     restart: NotRequired[bool]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]

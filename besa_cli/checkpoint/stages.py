@@ -11,7 +11,7 @@ from torch import Tensor
 
 from besa_cli import disk, records, weights
 from besa_cli.checkpoint import manifests
-from besa_cli.checkpoint.copying import copy_small_files
+from besa_cli.checkpoint.copying import copy_small_files, small_files
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine, masks
 from besa_cli.ops.affine import Grid
@@ -195,9 +195,10 @@ class Stage:
         except OSError as error:
             reason = error.strerror or error
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
-        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "beginning", "blocks": self.blocks})
+        begun = {**manifest, "blocks": self.blocks, "files": small_files(source)}
+        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "beginning"})
         copy_small_files(source, self.directory)
-        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
+        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "running"})
 
     def finish(self) -> dict[str, Any]:
         """Write the index, then the manifest with what was reached; returns the manifest.
