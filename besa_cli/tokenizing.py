@@ -1,9 +1,11 @@
 """Token ids of a text of any length: long texts are tokenized in pieces that fit together, in bounded memory."""
 
+import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ _SLOW = 1 << 26  # characters that a tokenizer written in Python is given at onc
 _GROWTH = 20  # characters that a normalizer may make of one; Unicode's own make up to 18
 _SLICE = 256  # characters looked at together for that
 _AROUND = 1000  # tokens that may be added around a text
+_OF_A_LETTER = 64  # tokens that may be made of the letter 'a' itself; bytes of it with what is put before it are few
+_NESTED = 100_000  # letters that replacements one after the other may make of one
 
 
 class Tokenizer(Protocol):
@@ -43,7 +47,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer: Any = tokenizer
-        self._added: int | None = None
+        self._looked_at = False
 
     def __call__(self, text: Text) -> Iterator[int]:
         """The token ids one by one, with those that the tokenizer itself adds around a text.
@@ -129,15 +133,30 @@ class Encoder:
 
     def _refuse_crowd(self) -> None:
         """Refuse a tokenizer that puts thousands of tokens around a text, or repeats it."""
-        if self._added is None:
-            one = [self._given("a", add_special_tokens=own)["input_ids"] for own in (True, False)]
-            self._added = len(one[0]) - len(one[1])
-        if self._added > _AROUND:
-            raise BesaError(f"the tokenizer adds {self._added} tokens around the letter 'a'", _OTHER)
+        if self._looked_at:
+            return
+        self._refuse_nested()
+        one = [self._given("a", add_special_tokens=own)["input_ids"] for own in (True, False)]
+        added = len(one[0]) - len(one[1])
+        if added > _AROUND:
+            raise BesaError(f"the tokenizer adds {added} tokens around the letter 'a'", _OTHER)
+        if len(one[1]) > _OF_A_LETTER:
+            raise BesaError(f"the tokenizer makes {len(one[1])} tokens of the letter 'a'", _OTHER)
+        self._looked_at = True
+
+    def _refuse_nested(self) -> None:
+        """Refuse a normalizer whose replacements, one after the other, make millions of letters of one."""
+        made = prod(_growths(json.loads(self._normalizer.__getstate__()))) if self._normalizer else 1
+        if made > _NESTED:
+            raise BesaError(f"the tokenizer's normalizer can make {made:.3g} characters of one", _OTHER)
+
+    @property
+    def _normalizer(self) -> Any:
+        return getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
 
     def _refuse_growth(self, text: str) -> None:
         """Refuse a normalizer that makes many letters of one: what it would make of a whole text is not to be held."""
-        normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
+        normalizer = self._normalizer
         if normalizer is None:
             return
         for start in range(0, len(text), _SLICE):
@@ -145,6 +164,14 @@ class Encoder:
             made = len(normalizer.normalize_str(some))
             if made > _GROWTH * _SLICE:
                 raise BesaError(f"the tokenizer's normalizer makes {made} characters of {len(some)}", _OTHER)
+
+
+def _growths(normalizer: dict[str, Any]) -> Iterator[float]:
+    """How many letters each replacement in a normalizer makes of one."""
+    for step in normalizer.get("normalizers", ()):
+        yield from _growths(step)
+    if normalizer.get("type") == "Replace":
+        yield max(1, len(normalizer["content"]) / max(1, len(normalizer["pattern"].get("String", ""))))
 
 
 _OTHER = "use the tokenizer that was published with the model"

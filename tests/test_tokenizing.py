@@ -234,6 +234,20 @@ def test_a_tokenizer_that_puts_thousands_of_tokens_around_a_text_is_refused() ->
         Encoder(fast(made))("the")
 
 
+def test_a_tokenizer_that_repeats_a_text_thousands_of_times_is_refused() -> None:
+    made = words()
+    made.post_processor = processors.TemplateProcessing(single=" ".join(["$A"] * 5000))
+    with pytest.raises(BesaError, match="makes 5000 tokens of the letter 'a'"):
+        Encoder(fast(made))("the")
+
+
+def test_replacements_that_multiply_are_refused_before_one_is_made() -> None:
+    made = words()
+    made.normalizer = normalizers.Sequence([normalizers.Replace("a", "a" * 40)] * 20)
+    with pytest.raises(BesaError, match=r"can make 1.1e\+32 characters of one"):
+        Encoder(fast(made))("a")
+
+
 def test_letters_that_honestly_become_many_are_let_through() -> None:
     made = fast(unigram())
     assert list(Encoder(made)("ﷺ" * 300)) == made("ﷺ" * 300)["input_ids"]  # NFKC makes 18 letters of each
