@@ -127,11 +127,11 @@ def several(kind: str, harms: Mapping[str, Harm], *lines: Line, expect: Expectat
 
 
 def refused(*said: str) -> Expectation:
-    """The last line fails, and its error or hint holds each of these words."""
+    """The last line fails, and its error or hint holds each of these words (`a|b`: one of the two)."""
 
     def judge(judged: Judged) -> str:
         last = judged.seen[-1]
-        missing = [word for word in said if word not in last.err]
+        missing = [word for word in said if not any(each in last.err for each in word.split("|"))]
         return "accepted" if last.code == 0 else f"does not say {missing}" if missing else ""
 
     return judge
