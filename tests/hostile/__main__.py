@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="*", default=[], metavar="WORD", help="kinds that hold one of these")
     parser.add_argument("--names", nargs="*", default=[], metavar="WORD", help="cases that hold one of these")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th case of a kind")
-    parser.add_argument("--fields", type=int, default=5, metavar="N", help="only every N-th wrong value of a field")
+    parser.add_argument("--fields", type=int, default=11, metavar="N", help="only every N-th wrong value of a field")
     parser.add_argument("--subset", action="store_true", help="the one of each kind that `make test` tries")
     parser.add_argument("--list", action="store_true", help="only list the cases")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this file, too")
