@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from besa_cli import anatomy, configuration
 from besa_cli.checkpoint.runs import Run
@@ -149,6 +150,18 @@ def test_what_is_no_configuration_at_all_is_refused_at_once(kind: str, model: Pa
         (model / "config.json").write_bytes(b'{"a": ' + b"[" * 100_000 if kind == "deep" else b'{"model_type": "\xff"}')
     with pytest.raises(BesaError, match=f"{model / 'config.json'}"):
         configuration.read(model)
+
+
+@pytest.mark.parametrize("told", [{}, {"metadata": None}, {"metadata": []}], ids=str)
+def test_an_index_that_stock_does_not_load_is_named(told: dict[str, Any], model: Path) -> None:
+    names = [*load_file(model / "model.safetensors")]
+    (model / "model.safetensors").rename(model / "part.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({**told, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+    with pytest.raises(BesaError, match=f"{index} has no metadata"):
+        anatomy.whole(model, torch.float32)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+    assert anatomy.whole(model, torch.float32).num_parameters() > 0
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
         ["export", "--run", "run"],
         ["export", "--format", "sparse", "--run", "run"],
         ["eval", "ppl", "text.txt", "--seqlen", "12", "--run", "run", "--no-baseline"],
+        ["eval", "sample", "w3 w4", "--tokens", "2", "--run", "run"],
     ):
         found = besa(*words)
         assert found.code == 1

@@ -288,6 +288,11 @@ def test_what_is_not_an_ordinary_file_is_refused_at_once(kind: str, file: str, e
     refused(export, tmp_path / "run")
 
 
+def test_a_file_that_is_far_too_long_is_not_read(export: Path, tmp_path: Path) -> None:
+    os.truncate(export / SHARD, 1 << 40)
+    assert f"{SHARD} is damaged: it has 1099511627776 bytes" in refused(export, tmp_path / "run")
+
+
 def test_files_that_no_list_names_are_not_taken(export: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (export / "stage" / "evil.py").write_text("x")

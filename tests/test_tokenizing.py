@@ -243,3 +243,10 @@ def test_a_tokenizer_whose_pattern_never_ends_is_one_line() -> None:
     made = byte_level(pre_tokenizers.Split(Regex("(a+a+a+)+b"), "isolated"))
     with pytest.raises(BesaError, match=r"cannot read a text with the model's tokenizer: .*Regex search error"):
         list(Encoder(transformers.PreTrainedTokenizerFast(tokenizer_object=made))("a" * 20_000 + " c"))
+
+
+def test_a_word_that_the_tokenizer_cannot_take_is_one_line() -> None:
+    made = Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(BesaError, match=r"cannot read a text with the model's tokenizer: .*Missing \[UNK\] token"):
+        list(Encoder(fast(made))("the word"))

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import harm
+
 from hostile.frame import Line, Seen
 
 ADDRESSES = 6 << 30  # bytes of addresses more than a fork begins with: beyond, it is out of memory
@@ -60,6 +62,7 @@ def _child(work: Callable[[], int], place: Path, how: Line, logs: Sequence[Path]
     """The fork; it ends here, as the interpreter would end."""
     code = 1  # of an interpreter that an exception ends
     try:
+        harm.settle_fork()
         os.setsid()
         _limit()
         _redirect(how, logs)
