@@ -142,7 +142,7 @@ def test_a_manifest_of_a_newer_format_is_left_alone(
     content = manifest.read_bytes()
     harm.newer_format(manifest)
     before = tiny.files(tmp_path, without=())
-    with pytest.raises(BesaError, match=r"has format 2, this besa .* knows 1"):
+    with pytest.raises(BesaError, match=r"has format 2, this besa .* reads 1"):
         job(tmp_path, model)
     assert tiny.files(tmp_path, without=()) == before
     manifest.write_bytes(content)
