@@ -14,7 +14,7 @@ from besa_cli.errors import BesaError, reading, reason_of
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-LONGEST_LINE = 64 << 20  # bytes; as Python's objects a line takes up to twenty times as much
+LONGEST_LINE = 32 << 20  # bytes; as Python's objects a line takes up to twenty times as much
 GROWTH = 100  # bytes that a compressed file may unpack to, for each of its own; text comes to less than ten
 SMALL = 64 << 20  # bytes that any file may unpack to
 _ROWS = 16  # of a parquet file, read at a time
