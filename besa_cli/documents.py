@@ -28,6 +28,8 @@ def suffix(path: Path) -> str | None:
 def local_path(value: str) -> Path:
     """The path that a value of ``--data`` names, a ``~`` at its start replaced where that can be done."""
     path = Path(value)
+    if not value.startswith("~"):  # './~' is a name in the current directory
+        return path
     try:
         return path.expanduser()
     except RuntimeError:  # no such user, or no home directory

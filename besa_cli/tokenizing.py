@@ -1,11 +1,9 @@
 """Token ids of a text of any length: long texts are tokenized in pieces that fit together, in bounded memory."""
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import prod
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -20,8 +18,6 @@ _SLOW = 1 << 26  # characters that a tokenizer written in Python is given at onc
 _GROWTH = 20  # characters that a normalizer may make of one; Unicode's own make up to 18
 _SLICE = 256  # characters looked at together for that
 _AROUND = 1000  # tokens that may be added around a text
-_OF_A_LETTER = 64  # tokens that may be made of the letter 'a' itself; bytes of it with what is put before it are few
-_NESTED = 100_000  # letters that replacements one after the other may make of one
 
 
 class Tokenizer(Protocol):
@@ -47,7 +43,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer: Any = tokenizer
-        self._looked_at = False
+        self._added: int | None = None
 
     def __call__(self, text: Text) -> Iterator[int]:
         """The token ids one by one, with those that the tokenizer itself adds around a text.
@@ -55,7 +51,7 @@ class Encoder:
         Raises
         ------
         BesaError
-            The tokenizer makes thousands of tokens of one letter, or the text cannot be taken in pieces.
+            The tokenizer fails, makes thousands of tokens of one letter, or the text cannot be taken in pieces.
         """
         source = _Source(parts(text))
         if not getattr(self._tokenizer, "is_fast", False):
@@ -68,25 +64,19 @@ class Encoder:
             return iter(self._whole(source, UNDIVIDED))
         return chain(around[0], chain.from_iterable(self._pieces(source)), around[1])
 
+    def _split(self, text: str, **options: Any) -> Any:
+        """What the tokenizer makes of a text; whatever stops it is a fault of its files."""
+        with reading("a text with the model's tokenizer", "the tokenizer's files are damaged: fetch the model again"):
+            return self._tokenizer(text, **options)
+
     def _whole(self, source: "_Source", most: int) -> Sequence[int]:
         """The ids of a text that is tokenized at once."""
         if not source.ends_within(most):
             raise _indivisible(most)
         text = source.text(0, most)
         self._refuse_growth(text)
-        ids: Sequence[int] = self._given(text)["input_ids"]
+        ids: Sequence[int] = self._split(text, verbose=False)["input_ids"]  # not verbose: no warning of its length
         return ids
-
-    def _given(self, text: str, **how: bool) -> Any:
-        """What the tokenizer makes of a text.
-
-        Raises
-        ------
-        BesaError
-            It cannot take the text, such as a word that it has no token for.
-        """
-        with reading(f"text with the tokenizer in {getattr(self._tokenizer, 'name_or_path', '')}", _OTHER):
-            return self._tokenizer(text, verbose=False, **how)  # not verbose: no warning of its length
 
     def _pieces(self, source: "_Source") -> Iterator[Sequence[int]]:
         """The ids of a long text, without those around it."""
@@ -111,8 +101,9 @@ class Encoder:
     def _piece(self, source: "_Source", start: int, size: int) -> "_Piece":
         text = source.text(start, start + size)
         self._refuse_growth(text)
-        found = self._given(
+        found = self._split(
             text,
+            verbose=False,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -122,8 +113,8 @@ class Encoder:
 
     def _found_around(self, text: str) -> tuple[list[int], list[int]] | None:
         """The ids that are put before and after every text, or None where it does not come to that."""
-        plain: list[int] = self._given(text, add_special_tokens=False)["input_ids"]
-        found = self._given(text)
+        plain: list[int] = self._split(text, verbose=False, add_special_tokens=False)["input_ids"]
+        found = self._split(text, verbose=False)
         ids: list[int] = found["input_ids"]
         own = [number for number, sequence in enumerate(found.sequence_ids(0)) if sequence is not None]
         if not own:
@@ -133,30 +124,15 @@ class Encoder:
 
     def _refuse_crowd(self) -> None:
         """Refuse a tokenizer that puts thousands of tokens around a text, or repeats it."""
-        if self._looked_at:
-            return
-        self._refuse_nested()
-        one = [self._given("a", add_special_tokens=own)["input_ids"] for own in (True, False)]
-        added = len(one[0]) - len(one[1])
-        if added > _AROUND:
-            raise BesaError(f"the tokenizer adds {added} tokens around the letter 'a'", _OTHER)
-        if len(one[1]) > _OF_A_LETTER:
-            raise BesaError(f"the tokenizer makes {len(one[1])} tokens of the letter 'a'", _OTHER)
-        self._looked_at = True
-
-    def _refuse_nested(self) -> None:
-        """Refuse a normalizer whose replacements, one after the other, make millions of letters of one."""
-        made = prod(_growths(json.loads(self._normalizer.__getstate__()))) if self._normalizer else 1
-        if made > _NESTED:
-            raise BesaError(f"the tokenizer's normalizer can make {made:.3g} characters of one", _OTHER)
-
-    @property
-    def _normalizer(self) -> Any:
-        return getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
+        if self._added is None:
+            one = [self._split("a", verbose=False, add_special_tokens=own)["input_ids"] for own in (True, False)]
+            self._added = len(one[0]) - len(one[1])
+        if self._added > _AROUND:
+            raise BesaError(f"the tokenizer adds {self._added} tokens around the letter 'a'", _OTHER)
 
     def _refuse_growth(self, text: str) -> None:
         """Refuse a normalizer that makes many letters of one: what it would make of a whole text is not to be held."""
-        normalizer = self._normalizer
+        normalizer = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "normalizer", None)
         if normalizer is None:
             return
         for start in range(0, len(text), _SLICE):
@@ -164,14 +140,6 @@ class Encoder:
             made = len(normalizer.normalize_str(some))
             if made > _GROWTH * _SLICE:
                 raise BesaError(f"the tokenizer's normalizer makes {made} characters of {len(some)}", _OTHER)
-
-
-def _growths(normalizer: dict[str, Any]) -> Iterator[float]:
-    """How many letters each replacement in a normalizer makes of one."""
-    for step in normalizer.get("normalizers", ()):
-        yield from _growths(step)
-    if normalizer.get("type") == "Replace":
-        yield max(1, len(normalizer["content"]) / max(1, len(normalizer["pattern"].get("String", ""))))
 
 
 _OTHER = "use the tokenizer that was published with the model"

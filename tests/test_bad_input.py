@@ -151,6 +151,13 @@ BAD_FILES = {
     "rows.jsonl": (b'{"input_ids": [1, 2, 300, 4]}\n', "token id 300 is outside the model's vocabulary of 128"),
     "empty.parquet": (b"", "holds no text"),
     "binary.parquet": (b"PAR1\0\0\0", "is not a whole parquet file"),
+    "wide.txt": ("w5 w6 ".encode("utf-16"), "is UTF-16 text, not UTF-8"),
+    "digits.jsonl": (b'{"text": "w5"}\n{"text": "w5", "n": ' + b"9" * 5000 + b"}", "line 2: broken JSON"),
+    "deep.jsonl": (b'{"text": "w5"}\n' + b'{"a":' * 100_000, "line 2: broken JSON"),
+    "padded.jsonl": (
+        b'{"input_ids": [0, 0, 3, 4], "attention_mask": [0, 0, 1, 1]}\n',
+        "2 token ids without the padding",
+    ),
     "picture.png": (b"\x89PNG", "picture.png"),
 }
 
@@ -165,6 +172,37 @@ def test_data_files(name: str, place: Place) -> None:
     assert not (place.directory / "r" / "pruned").exists()
     if name.endswith(".txt"):
         refused(place.besa("eval", "ppl", name, "--model", "m", "--seqlen", 4), 1, name, said)
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe.jsonl", "pipe.jsonl.gz", "pipe.parquet"])
+def test_a_pipe_in_the_place_of_a_data_file_is_not_waited_for(name: str, place: Place) -> None:
+    os.mkfifo(place.directory / name)
+    refused(place.prune("--data", name, "--samples", 1, "--seqlen", 4), 1, f"{name} is not a file")
+    refused(place.besa("eval", "ppl", name, "--model", "m", "--seqlen", 4), 1, f"{name} is not a file")
+
+
+def test_names_that_are_not_utf8_stand_in_manifests(place: Place) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (place.directory / name).write_text("w5 w6 w7 " * 30)
+    words = ("calibrate", "--model", "m", "--data", name, "--samples", 1, "--seqlen", 4, "--run", "r")
+    for _ in range(2):  # made, and reused
+        outcome = place.besa(*words)
+        assert outcome.code == 0, outcome.err
+    manifest = json.loads((place.directory / "r" / "calibration" / "besa.json").read_text())
+    assert manifest["options"]["data"] == [r"caf\xe9.txt"]
+    assert manifest["sources"][0]["file"] == r"caf\xe9.txt"
+
+
+@pytest.mark.parametrize("words", [(), ("--restart",)])
+def test_what_a_calibration_directory_holds_of_the_users_stays(words: tuple[str, ...], place: Place) -> None:
+    source = place.directory / "r" / "calibration" / "mine.txt"
+    source.parent.mkdir(parents=True)
+    source.write_text("w5 w6 w7 " * 30)
+    drawn = ("--data", source, "--samples", 1, "--seqlen", 4, *words)
+    refused(place.prune(*drawn), 1, "mine.txt is in the place of a calibration set")
+    refused(place.besa("calibrate", "--model", "m", "--run", "r", *drawn), 1, "mine.txt is in the place")
+    assert source.read_text() == "w5 w6 w7 " * 30
+    assert [path.name for path in source.parent.iterdir()] == ["mine.txt"]
 
 
 def test_fewer_long_documents_than_needed(place: Place) -> None:

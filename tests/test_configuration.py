@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from besa_cli import anatomy, configuration
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
+from besa_cli.jobs.job import Job
 
 
 @pytest.fixture
@@ -64,6 +66,11 @@ def test_attention_is_computed_by_what_is_installed(way: object, model: Path) ->
     change(model, attn_implementation=way, _attn_implementation=way)
     built = anatomy.skeleton(anatomy.config_of(model), torch.float32)
     assert built.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_nothing_that_a_prune_loads_asks_for_attention_by_another_package(model: Path, tmp_path: Path) -> None:
+    change(model, attn_implementation="somebody/kernel", _attn_implementation="somebody/kernel")
+    tiny.run(Job(Run(tmp_path / "r"), tiny.local(model), tiny.calibration_set(tiny.tokens()), tiny.request()))
 
 
 COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")

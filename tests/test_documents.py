@@ -214,6 +214,7 @@ def test_names_that_no_file_can_have_are_one_line(tmp_path: Path) -> None:
 
 def test_a_home_that_is_not_there_leaves_the_name_as_it_is() -> None:
     assert documents.local_path("~no-such-user/a.txt") == Path("~no-such-user/a.txt")
+    assert documents.local_path("./~/a.txt") == Path("./~/a.txt")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])

@@ -55,8 +55,8 @@ class Compute(TypedDict):
     threads: Annotated[int, Ge(1), Le(4096)]
     batch: Positive
     kernels: str
-    processor: str
-    environment: dict[str, str]
+    processor: NotRequired[str]  # not in stages of before, whose reports have no seal either
+    environment: NotRequired[dict[str, str]]
 
 
 @strict

@@ -233,6 +233,7 @@ def sample(
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
+    subjects.digest(subject)  # refuses a stage that is not what was written
     both = [each for each in (subject.parent, subject) if each is not None]
     tokenizers = [subjects.tokenizer(each, console.note) for each in both]
     prompts = [

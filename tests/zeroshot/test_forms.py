@@ -103,6 +103,11 @@ def test_the_labels_of_piqa_lie_beside_it(tmp_path: Path) -> None:
     [
         ("piqa", {"goal": None}, "'goal' is not a string"),
         ("piqa", {"sol2": " "}, "'sol2' is blank"),
+        ("piqa", {"goal": "\ud800"}, "'goal' is not Unicode text"),
+        ("hellaswag", {"endings": ["one", "\udfff"]}, "'endings' holds what is not Unicode text"),
+        ("piqa", {"label": 1.0}, "'label' is 1.0, not a number from 0 to 1"),
+        ("piqa", {"label": [1]}, "'label' is [1], not a number from 0 to 1"),
+        ("arc_easy", {"answerKey": "E" * 9000}, "'answerKey' is 'EEEEE"),
         ("piqa", {"label": 2}, "'label' is 2, not a number from 0 to 1"),
         ("boolq", {"label": "yes"}, "'label' is 'yes'"),
         ("boolq", {"passage": 3}, "'passage' is not a string"),
@@ -125,6 +130,7 @@ def test_a_broken_row_is_named_by_file_and_line(task: str, change: dict[str, Any
     with pytest.raises(BesaError) as caught:
         forms.read(FORMS[task], path)
     assert f"{path}, line 5: {said}" in caught.value.message
+    assert len(caught.value.message) < 700
 
 
 def test_a_missing_field_is_named_with_those_that_are_there(tmp_path: Path) -> None:
@@ -155,4 +161,16 @@ def test_a_broken_parquet_file_and_an_empty_one(tmp_path: Path) -> None:
     made[2]["label"] = 5
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
     with pytest.raises(BesaError, match="row 3: 'label' is 5"):
+        forms.read(FORMS["boolq"], path)
+
+
+def test_the_folder_of_a_parquet_file_says_nothing_of_its_rows(tmp_path: Path) -> None:
+    """A folder called ``label=1`` would be a column to the library."""
+    made = questions.rows("boolq")
+    for row in made:
+        del row["label"]
+    path = tmp_path / "label=1" / "validation.parquet"
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(made), path)
+    with pytest.raises(BesaError, match="row 1: 'label' is None"):
         forms.read(FORMS["boolq"], path)

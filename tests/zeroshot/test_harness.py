@@ -58,6 +58,32 @@ def test_a_generated_definition_changes_the_data_alone(task: str, tmp_path: Path
     assert not list(tmp_path.glob("kept/*.partial"))
 
 
+@pytest.mark.parametrize("name", ["d[1]", "d*", "d?", "d #%20"])
+def test_the_files_of_a_directory_of_any_name_are_read(name: str, tmp_path: Path) -> None:
+    """Also where a pattern of that name would find others."""
+    other = questions.data_dir(tmp_path / "d1", tasks=["arc_easy"], count=3)
+    data = questions.data_dir(tmp_path / name, tasks=["arc_easy"])
+    with prepared(["arc_easy"], other, keep=tmp_path / "d1" / "kept"):
+        pass
+    with prepared(["arc_easy"], data, keep=tmp_path / name / "kept") as tasks:
+        task = harness.load(tasks, "arc_easy", lambda line: None)["tasks"]["arc_easy"]
+        asked = [row["question"] for row in task.eval_docs]
+    assert asked == [row["question"] for row in questions.rows("arc_easy")]
+
+
+def test_a_directory_that_the_data_reader_would_misread_is_refused(tmp_path: Path) -> None:
+    data = questions.data_dir(tmp_path / "data", tasks=["arc_easy"])
+    with pytest.raises(BesaError, match="'::' in a path"), prepared(["arc_easy"], data, keep=tmp_path / "a::b"):
+        pass
+
+
+def test_what_lies_in_a_files_place_is_not_passed_over(tmp_path: Path) -> None:
+    data = questions.data_dir(tmp_path / "data", tasks=["piqa"])
+    (data / "piqa" / "validation.jsonl").mkdir()
+    with pytest.raises(BesaError, match=r"validation\.jsonl is not a file"), prepared(["piqa"], data):
+        pass
+
+
 def test_the_record_names_every_file(tmp_path: Path) -> None:
     with prepared(["piqa"], questions.data_dir(tmp_path)) as tasks:
         record = tasks.local["piqa"].record()
