@@ -99,6 +99,18 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
         stage.codes(1)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_stage_that_lost_a_small_file_is_not_finished_already(name: str, model: Path, tmp_path: Path) -> None:
+    tiny.run(job(tmp_path, model))
+    lost = tmp_path / "pruned" / name
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(BesaError, match=f"pruned lacks {name}"):
+        job(tmp_path, model)
+    lost.write_bytes(content)
+    assert job(tmp_path, model).done
+
+
 def test_what_belongs_to_no_block_is_compared_with_the_source_before_a_run_goes_on(
     model: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
