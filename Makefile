@@ -1,6 +1,6 @@
 # make demo     from nothing to a pruned model, its perplexity beside that of the dense one, and a sample of both
 # make test     all checks: style, types, tests
-# make faults   signals, full disks, damaged files at random; nothing may be lost (takes a while)
+# make faults   signals, full disks, damaged files at random, and hostile inputs; nothing may be lost (takes a while)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,7 +31,8 @@ test: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(JOBS)
 
 faults: $(VENV)/installed-dev
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/faults.py --write benchmarks/FAULTS.md
+	$(BIN)/python tests/hostile --write benchmarks/FAULTS.md
 
 # Dependency groups need pip 25.1; the pip that comes with Python may be older.
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py besa_cli/ops/kernels/loops.cpp

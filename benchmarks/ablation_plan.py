@@ -5,13 +5,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import recorded
+
 from besa_cli.models import DEMO
+from besa_cli.pruning import Request
 
 Line = Mapping[str, Any]  # one measured cell, as it stands in ablations.jsonl
 
 SEEDS = (0, 1, 2)
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 9))
 COUNTS = tuple(2**power for power in range(9))  # calibration samples
+DENSE_METHOD = "dense"  # the model as it is
 _SHARED = ("method", "sparsity", "samples")  # the fields of every method; the others are BESA's own
 
 
@@ -43,6 +47,13 @@ class Setting:
         named = {name: value for name, value in self.record().items() if name != "samples" and value is not None}
         return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
+    def options(self) -> dict[str, Any]:
+        """All options that the method has today, by which a line is told from one of other defaults."""
+        if self.method == DENSE_METHOD:
+            return {}
+        own = {name: value for name, value in self.record().items() if name not in _SHARED}
+        return asdict(Request(method=self.method, sparsity=self.sparsity, options=own).method_options())
+
     @property
     def name(self) -> str:
         """A name for directories and tables: what differs from the defaults."""
@@ -65,7 +76,7 @@ class Cell:
         return f"{self.setting.name}-seed-{self.seed}"
 
 
-DENSE = Cell(setting=Setting(method="dense", sparsity=0.0, samples=0), seed=0)
+DENSE = Cell(setting=Setting(method=DENSE_METHOD, sparsity=0.0, samples=0), seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +96,8 @@ class Setup:
         Tokens of a window of the evaluation.
     windows : int, optional
         Windows of the evaluation; all where None.
-    dtype : str
-        In which both compute.
+    dtype, device : str
+        In which and where both compute.
     """
 
     model: str = DEMO
@@ -96,6 +107,7 @@ class Setup:
     context: int = 2048
     windows: int | None = 16
     dtype: str = "float32"
+    device: str = "cpu"
 
     def record(self) -> dict[str, Any]:
         """What stands in a line; of a path only the last part, since lines are published."""
@@ -106,6 +118,7 @@ class Setup:
             "context": self.context,
             "windows": self.windows,
             "dtype": self.dtype,
+            "device": self.device,
         }
 
 
@@ -276,10 +289,15 @@ def plan(chosen: Iterable[Experiment], seeds: Sequence[int]) -> list[Cell]:
 
 
 def measured(lines: Iterable[Line], setup: Setup) -> dict[Cell, Line]:
-    """The newest line of every cell that was measured in this setup."""
+    """The newest line of every cell that was measured in this setup, by what its method does and defaults to today."""
     wanted = setup.record()
-    return {
+    found = {
         Cell(setting=Setting(**line["setting"]), seed=line["seed"]): line for line in lines if line["setup"] == wanted
+    }
+    return {
+        cell: line
+        for cell, line in found.items()
+        if line["options"] == cell.setting.options() and not recorded.is_old(line)
     }
 
 

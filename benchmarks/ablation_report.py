@@ -30,8 +30,8 @@ class Summary:
     n: int
 
     def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
-        return f"{self.mean:.2f}{spread} (n={self.n})"
+        spread = "" if self.deviation is None else f" ± {self.deviation:,.2f}"
+        return f"{self.mean:,.2f}{spread} (n={self.n})"
 
 
 def summary(values: Sequence[float]) -> Summary | None:
@@ -140,7 +140,7 @@ def _command(setup: Setup) -> str:
     about = setup.record()
     words = ["--report", "--model", about["model"], "--data", *about["data"], "--samples", setup.samples]
     words += ["--seqlen", setup.seqlen, "--context", setup.context]
-    words += ["--windows", setup.windows or "all", "--dtype", setup.dtype]
+    words += ["--windows", setup.windows or "all", "--dtype", setup.dtype, "--device", setup.device]
     return " ".join(map(str, ["python benchmarks/ablations.py", *words]))
 
 

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import ablation_report
+import recorded
 from ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
 from besa_cli import compute
 
 LINES, PAGE, FIGURES = "ablations.jsonl", "ABLATIONS.md", "figures"
+COMMITTED = Setup(data=("c4_en_train_first1000.jsonl",), samples=32, dtype="bfloat16")  # what the committed page is on
 _KEPT = ("besa.json", "timing.jsonl", "model-*.json")  # of a pruned model, once it is measured
 _REFUSED = (1, 2)  # exit codes of `besa`: it could not, or was asked for nonsense; others mean that it was stopped
 
@@ -49,7 +51,7 @@ def measure(cell: Cell, setup: Setup, sets: Sequence[str], work: Path) -> dict[s
         return {**_asked(cell, setup), **_evaluated(["--model", setup.model], setup, sets), **_made()}
     run, calibration = place(setup, work) / cell.name, _calibration(cell, setup, work)
     words = [*cell.setting.words(), "--seed", str(cell.seed), "--calibration", str(calibration), "--run", str(run)]
-    stage = besa("prune", "--model", setup.model, "--dtype", setup.dtype, *words)
+    stage = besa("prune", "--model", setup.model, "--dtype", setup.dtype, "--device", setup.device, *words)
     evaluated = _evaluated(["--no-baseline", "--run", str(run)], setup, sets)
     seconds, peak_memory = spent(run / "pruned")
     return {
@@ -65,7 +67,13 @@ def measure(cell: Cell, setup: Setup, sets: Sequence[str], work: Path) -> dict[s
 
 
 def _asked(cell: Cell, setup: Setup) -> dict[str, Any]:
-    return {"setup": setup.record(), "setting": cell.setting.record(), "seed": cell.seed}
+    return {
+        "setup": setup.record(),
+        "setting": cell.setting.record(),
+        "seed": cell.seed,
+        "options": cell.setting.options(),
+        "methods": recorded.methods(*([] if cell == DENSE else [cell.setting.method])),
+    }
 
 
 def _made() -> dict[str, str]:
@@ -86,7 +94,7 @@ def _evaluated(subject: Sequence[str], setup: Setup, sets: Sequence[str]) -> dic
     """Perplexity on every evaluation set, and the seconds it took."""
     start = time.perf_counter()
     limit = [] if setup.windows is None else ["--limit", str(setup.windows)]
-    how = ["--seqlen", str(setup.context), "--dtype", setup.dtype]
+    how = ["--seqlen", str(setup.context), "--dtype", setup.dtype, "--device", setup.device]
     results = besa("eval", "ppl", *sets, *limit, *how, *subject)["results"]
     perplexity = {label(name): result["perplexity"] for name, result in zip(sets, results, strict=True)}
     return {"perplexity": perplexity, "evaluation_seconds": round(time.perf_counter() - start, 1)}
@@ -162,10 +170,10 @@ def measure_all(cells: Sequence[Cell], setup: Setup, sets: Sequence[str], work: 
 
 def refusal(lines: Sequence[Line], setup: Setup, *, report: bool) -> str | None:
     """Why a page on this setup would take the place of one on another; None where it does not."""
-    found = measured(lines, setup)
-    pruned = [cell for cell in found if cell != DENSE]
-    based = not report or not pruned or any(cell.setting.samples == setup.samples for cell in pruned)
-    if not lines or (found and based):
+    same = [line for line in lines if line["setup"] == setup.record()]
+    pruned = [line for line in same if line["setting"]["method"] != DENSE.setting.method]
+    based = not report or not pruned or any(line["setting"]["samples"] == setup.samples for line in pruned)
+    if not lines or (same and based):
         return None
     there = sorted({json.dumps(line["setup"]) for line in lines})
     counts = sorted({line["setting"]["samples"] for line in lines} - {DENSE.setting.samples})
@@ -197,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--windows", type=_count, default=default.windows, metavar="N|all", help="windows to evaluate")
     made.add_argument("--context", type=int, default=default.context, help="tokens of such a window")
     made.add_argument("--dtype", choices=("auto", *compute.DTYPES), default="auto", help="in which all is computed")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where all is computed")
     made.add_argument("--sets", nargs="+", default=["wikitext2"], help="what to evaluate on, as for besa eval ppl")
     made.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     made.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -216,8 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser()
     asked = made.parse_args(arguments)
     fields = {name: getattr(asked, name) for name in ("model", "samples", "seqlen", "context", "windows")}
-    dtype = compute.name_of(compute.dtype(asked.dtype, compute.device("auto")))
-    setup = Setup(data=tuple(asked.data), dtype=dtype, **fields)
+    device = compute.device(asked.device)
+    dtype = compute.name_of(compute.dtype(asked.dtype, device))
+    setup = Setup(data=tuple(asked.data), dtype=dtype, device=device.type, **fields)
     lines = read_lines(asked.out / LINES)
     found = measured(lines, setup)
     if not asked.list and (why := refusal(lines, setup, report=asked.report)):

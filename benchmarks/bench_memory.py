@@ -2,7 +2,8 @@
 
 Makes LLaMA-shaped random checkpoints that differ in nothing but their number of equal blocks, runs each command on each
 of them in a process of its own, and prints one JSON line for each: the peak resident memory above the level after the
-imports, in MB; at the end one line a command, with the growth. What a command needs is made by the commands before it.
+imports, in MB; at the end one line a command, with the growth, which bench_memory.jsonl keeps. What a command needs is
+made by the commands before it.
 
     python benchmarks/bench_memory.py                          # besa prune, 4 and 16 blocks of 67 MB
     python benchmarks/bench_memory.py --case all --method wanda
@@ -20,14 +21,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import recorded
 import torch
+from besa_runs import HERE, append_line, commit
 from random_checkpoint import Shape, checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from besa_cli import __version__
 from besa_cli.checkpoint.manifests import versions
+from besa_cli.exporters import EXPORTERS
+from besa_cli.pruners import PRUNERS
+from besa_cli.quantizers import QUANTIZERS
 
+LINES = HERE / "bench_memory.jsonl"
 VOCABULARY = 256
 
 
@@ -62,17 +69,13 @@ CASES = {
 }  # fmt: skip
 COMMANDS = ("prune", "quantize", "export", "import_")
 WORK = ("calibration", "exporting", "importing", "jobs", "lock", "preparation", "pruning", "quantizing")
-METHODS = {
-    "pruners": ("besa", "magnitude", "sparsegpt", "wanda"),
-    "quantizers": ("clip", "gptq", "rtn"),
-    "exporters": ("compressed_tensors", "gguf", "hf", "sparse"),
-}
+METHODS = {"pruners": PRUNERS, "quantizers": QUANTIZERS, "exporters": EXPORTERS}
 
 
 def import_all() -> None:
     """Everything that a command imports, so that it counts as imports."""
     names = [f"commands.{name}" for name in COMMANDS] + ["app", "console", *WORK]
-    names += [f"{folder}.{name}" for folder, files in METHODS.items() for name in files]
+    names += [f"{folder}.{name.replace('-', '_')}" for folder, known in METHODS.items() for name in known]
     for name in ["transformers.models.llama.modeling_llama", "pyarrow", *(f"besa_cli.{name}" for name in names)]:
         importlib.import_module(name)
 
@@ -179,7 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     matrices = sum(rows * cols for rows, cols in shape.linears().values())
     block = (matrices + 2 * shape.hidden) * getattr(torch, options.dtype).itemsize
     for case in options.case:
-        growth = above[-1][case] - above[0][case]
+        least, most = above[0][case], above[-1][case]
+        growth = most - least
+        kept = {"case": case, "method": options.method, "blocks": options.blocks, "compute": options.compute,
+                "above_imports": [least, most], "block": block, "commit": commit(),
+                "methods": recorded.methods(options.method)}  # fmt: skip
+        append_line(LINES, kept)
         line = {"case": case, "growth_mb": round(growth / 1e6, 1), "of_a_block": round(growth / block, 3)}
         print(json.dumps({**line, "block_mb": round(block / 1e6, 1)}))
     made = {"date": time.strftime("%Y-%m-%d"), "besa": __version__, **versions()}

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
 
+import recorded
 import torch
 from besa_runs import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -238,7 +239,7 @@ def main(words: Sequence[str] | None = None) -> None:
     made = {
         "dtype": arguments.dtype, "blocks": arguments.blocks, "seqlen": arguments.seqlen,
         "threads": torch.get_num_threads(), "kernels": kernels.name(CPU, dtype), "machine": machine(),
-        "commit": commit(),
+        "commit": commit(), "methods": recorded.methods("besa"),
         "versions": versions(),
     }  # fmt: skip
     for line in lines(arguments):

@@ -4,8 +4,10 @@
     python benchmarks/bench_scale.py --shape 7b --blocks 2 --work DIR --max-memory 4GB --seqlen 256
     python benchmarks/bench_scale.py --model smollm2-135m --samples 32 --seqlen 512 --work DIR --methods besa wanda
 
-One JSON line a command: `prune` with each method, then `eval ppl` of two windows of the last one. The peak is the
-process's own (`ru_maxrss`), imports included. Run directories are removed again.
+One JSON line a command, also kept in bench_scale.jsonl: `prune` with each method, then `eval ppl` of two windows of the
+last one. The peak is the process's own (`ru_maxrss`), imports included. Run directories are removed again. `results.py`
+makes the table of docs/scale.md of memory and disk; seconds are those of a machine with other work on it, so that none
+are quoted. Lines with `from` were taken over as they stood in docs/log.md, from before this file was kept.
 """
 
 import argparse
@@ -15,13 +17,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import besa_runs
 import random_checkpoint
+import recorded
 import torch
+
+Line = Mapping[str, Any]
+
+LINES = besa_runs.HERE / "bench_scale.jsonl"
 
 
 def spent(words: Sequence[str], place: Path) -> dict[str, float]:
@@ -45,8 +52,7 @@ def compare(words: Sequence[str], place: Path) -> dict[str, Any]:
     """What was said before, what was measured, and the ratio of the two."""
     said = besa_runs.besa(*words, "--dry-run")
     found = spent(words, place)
-    ratios = {name: round(said[name] / found[name], 3) for name in ("memory", "disk", "seconds") if found[name]}
-    return {"words": list(words), "said": said, "measured": found, "said_by_measured": ratios}
+    return {"said": {name: said[name] for name in ("memory", "disk", "seconds")}, "measured": found}
 
 
 def model_of(options: argparse.Namespace) -> tuple[str, list[str], str]:
@@ -79,16 +85,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     model, drawn, text = model_of(options)
     limit = ["--max-memory", options.max_memory] if options.max_memory else []
-    made = {"commit": besa_runs.commit(), "machine": besa_runs.machine(), "threads": torch.get_num_threads()}
+    asked = {name: getattr(options, name) for name in ("blocks", "samples", "seqlen", "dtype", "max_memory")}
+    made = {
+        "model": options.model or options.shape, **asked, "commit": besa_runs.commit(),
+        "machine": besa_runs.machine(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    made["blocks"] = None if options.model else options.blocks
     for method in options.methods:
         run = options.work / f"run-{method}"
         common = ["--dtype", options.dtype, "--run", str(run)]
-        words = ["prune", "--model", model, "--method", method, *drawn, *limit, *common]
-        print(json.dumps({**compare(words, options.work), **made}), flush=True)
+        prune = ["prune", "--model", model, "--method", method, *drawn, *limit, *common]
+        keep({"command": "prune", "methods": recorded.methods(method), **made, **compare(prune, options.work)})
         if method == options.methods[-1]:
             windows = ["--limit", "2", "--seqlen", str(options.seqlen), "--no-baseline"]
-            print(json.dumps({**compare(["eval", "ppl", text, *windows, *common], options.work), **made}), flush=True)
+            found = compare(["eval", "ppl", text, *windows, *common], options.work)
+            keep({"command": "eval ppl", "methods": {}, **made, **found})
         shutil.rmtree(run)
+
+
+def keep(line: Line) -> None:
+    """Print a line and add it to the others."""
+    besa_runs.append_line(LINES, dict(line))
+    print(json.dumps(line), flush=True)
+
+
+def table() -> str:
+    """What was said of memory and disk, and what was measured, in Markdown: the newest line of everything asked."""
+    told = ("command", "model", "blocks", "samples", "seqlen", "dtype", "max_memory")
+    newest = {(*(line[name] for name in told), *line["methods"]): line for line in besa_runs.read_lines(LINES)}
+    rows = ["| model | command | memory, MB | ratio | disk, MB | ratio |", "|---|---|---|---|---|---|"]
+    rows += [f"| {_model(line)} | {_command(line)} | {_both(line, 'memory')} | {_both(line, 'disk')} |"
+             for line in newest.values()]  # fmt: skip
+    return "\n".join(rows)
+
+
+def _model(line: Line) -> str:
+    name = line["model"] if line["blocks"] is None else f"{line['blocks']} blocks of {line['model'].upper()}"
+    limit = f", `--max-memory {line['max_memory']}`" if line["max_memory"] else ""
+    return f"{name}, {line['samples']} × {line['seqlen']}, {line['dtype']}{limit}"
+
+
+def _command(line: Line) -> str:
+    words = f"{line['command']}, {', '.join(line['methods'])}" if line["methods"] else f"{line['command']}, two windows"
+    return recorded.marked(words, line)
+
+
+def _both(line: Line, name: str) -> str:
+    said, found = line["said"].get(name), line["measured"].get(name)
+    return f"{said / 1e6:,.0f} / {found / 1e6:,.0f} | {said / found:.2f}" if said and found else "| "
 
 
 def _size(directory: Path) -> int:

@@ -1,116 +1,50 @@
-"""Write RESULTS.md from the lines that the measuring scripts left here; the same lines give the same bytes.
+"""Write every page and part of a page that has figures, from the lines that the measuring scripts left here.
 
-python benchmarks/results.py
+    python benchmarks/results.py
+
+These are RESULTS.md, ABLATIONS.md with its plots, QUANTIZATION.md, and what stands in the README and in docs/ between
+`<!-- results:NAME -->` and `<!-- /results -->` (see stated.py). The same lines give the same bytes, and a test fails
+where a page says anything else.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
+import ablations
 import protocol_a
-from ablation_report import ALIKE
+import quant_protocol_a
+import stated
 from besa_runs import HERE, read_lines
+from learning_cost import QUALITY, SPEED, Line, made, quality, speed
 
 PAGE = HERE / "RESULTS.md"
-SPEED = HERE / "bench_prune.jsonl"
-QUALITY = HERE / "time_to_quality.jsonl"
-PARTS = {
-    ("step", 1): "one learning step of one sample ÷ a plain forward and backward pass of the block",
-    ("step", 4): "the same, four samples a step",
-    ("whole", "block"): "all of `prune --target block` ÷ a plain pass without gradients of all blocks over the samples",
-    ("whole", "stream"): "all of `prune --target stream` ÷ the same",
-    ("state", None): "ranks, mixtures, gradients and moments, bytes a weight",
-}
-
-STEPS = 128  # of the run whose perplexity is to be reached
-
-Line = Mapping[str, Any]
-
-
-def speed(lines: list[Line]) -> str:
-    """What learning costs, the newest line of every part in every dtype at every hidden size."""
-    found = newest(lines)
-    sizes = sorted({hidden for *_, hidden in found})
-    rows = [f"| | | {' | '.join(f'hidden {size:,}' for size in sizes)} |", "|---|---|" + "---|" * len(sizes)]
-    for part, title in PARTS.items():
-        for dtype in sorted({dtype for known, dtype, _ in found if known == part}):
-            cells = [_cell(found.get((part, dtype, size))) for size in sizes]
-            rows.append(f"| {title} | {dtype} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def newest(lines: list[Line]) -> dict[tuple[tuple[str, Any], str, int], Line]:
-    """The lines that count, by part, dtype and hidden size."""
-    return {
-        ((line["what"], line.get("batch", line.get("target"))), line["dtype"], line["hidden"]): line for line in lines
-    }
-
-
-def _cell(line: Line | None) -> str:
-    if line is None:
-        return ""
-    if line["what"] == "state":
-        return f"{line['bytes_per_weight']:.2f}"
-    spread = f"{line['lowest']:.2f} to {line['highest']:.2f}" if "lowest" in line else "one turn"
-    return f"{line['ratio']:.2f} ({spread}; {line['cpu_ratio']:.2f})"
-
-
-def quality(lines: list[Line]) -> str:
-    """How good the pruned model is after how much work, and what the least work is that is good enough."""
-    alike = [line for line in lines if _how(line) == _how(lines[-1])]
-    newest = {(line["options"]["window"], line["samples"]): line for line in alike}
-    rows = ["| `--window` | samples, a step each | perplexity | passes | GB |", "|---|---|---|---|---|"]
-    for (window, samples), line in sorted(newest.items(), reverse=True):
-        spent = f"{line['units']:.2f} | {line['peak_memory'] / 1e9:.2f}"
-        rows.append(f"| {window} | {samples} | {line['perplexity']:.2f} | {spent} |")
-    return "\n".join([*rows, *_reached(newest)])
-
-
-def _how(line: Line) -> tuple[str, Line]:
-    """What cells of one table have in common: the dtype, and all options but the window."""
-    return line["dtype"], {**line["options"], "window": None}
-
-
-def _reached(cells: Mapping[tuple[str, int], Line]) -> list[str]:
-    """The cell with least work that reaches the perplexity of 128 steps a block, or as good as reaches it."""
-    if ("block", STEPS) not in cells:
-        return []
-    goal = cells["block", STEPS]["perplexity"]
-    said = []
-    for limit, words in ((1.0, "reaches"), (1 + ALIKE, f"comes within {ALIKE:.0%} of")):
-        least = min((line for line in cells.values() if line["perplexity"] <= goal * limit), key=lambda x: x["units"])
-        what = f"`--window {least['options']['window']}`, {least['samples']} samples, {least['perplexity']:.2f}"
-        said.append(f"the least that {words} it takes {least['units']:.2f} passes ({what})")
-    return ["", f"{STEPS} steps a block end at {goal:.2f}; {'; '.join(said)}."]
-
-
-def _made(lines: list[Line]) -> str:
-    made: dict[tuple[str, int, str], set[str]] = {}
-    for (part, _, hidden), line in newest(lines).items():
-        name = " ".join(str(word) for word in (*part, hidden) if word is not None)
-        made.setdefault((line["commit"], line["threads"], line["machine"]), set()).add(name)
-    return "".join(
-        f"- commit {commit}, {threads} threads, {machine}: {', '.join(sorted(names))}\n"
-        for (commit, threads, machine), names in sorted(made.items())
-    )
 
 
 def page() -> str:
     """The whole page."""
     lines: list[Line] = [*read_lines(SPEED)]
     return (
-        "# Results\n\nGenerated by `benchmarks/results.py`.\n\n## Protocol A\n\n"
-        "`benchmarks/protocol_a.py`. SmolLM2-135M-Instruct; calibration 128 × 512 tokens of C4; WikiText-2 raw test, "
-        "windows of 2048, the first 16; perplexity (seconds of pruning, peak resident memory of the process). "
-        "The machine was busy with other runs, too: the seconds are upper bounds.\n\n"
-        f"{protocol_a.table()}\n\n{protocol_a.conditions()}\n"
+        "# Results\n\nGenerated by `benchmarks/results.py`. *(old)* was measured with an older version of a method, so "
+        "that it would be otherwise today.\n\n## Protocol A\n\n"
+        "`benchmarks/protocol_a.py`. SmolLM2-135M-Instruct; calibration 128 × 512 tokens of C4, drawn by the seed; "
+        "WikiText-2 raw test, windows of 2048, the first 16; perplexity, mean ± sample standard deviation over n "
+        "seeds; `-` is not measured. Beside each table what its cells took: the machine was busy with other programs, "
+        "which only add to the seconds, so that the least of the seeds' is shown, as an upper bound.\n\n"
+        f"{''.join(map(protocol, protocol_a.dtypes()))}"
         "## What learning costs\n\n"
         "`benchmarks/bench_prune.py`. Random LLaMA-shaped blocks, samples of 512 tokens, 128 of them for the whole of "
         "`prune`; medians of ratios within one process by wall time (in brackets the lowest and the highest, and the "
         "median by the CPU time of all threads, which other programs disturb less). The plain passes are stock "
         "transformers'. Bytes a weight are those of the tensors themselves; ranking takes 12 more of the linear in "
         "work.\n\n"
-        f"{speed(lines)}\n\n{_made(lines)}{_quality()}"
+        f"{speed(lines)}\n\n{made(lines)}{_quality()}"
     )
+
+
+def protocol(dtype: str) -> str:
+    """Protocol A in one dtype."""
+    found = protocol_a.found(replace(protocol_a.SETUP, dtype=dtype))
+    names = {method: method for method in protocol_a.METHODS}
+    return f"### In {dtype}\n\n{protocol_a.table(found, names)}\n\n{protocol_a.cost(found)}\n\n"
 
 
 def _quality() -> str:
@@ -126,5 +60,14 @@ def _quality() -> str:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write all of them."""
     PAGE.write_text(page())
+    quant_protocol_a.PAGE.write_text(quant_protocol_a.page())
+    ablations.write_report(ablations.COMMITTED, HERE)
+    for path in stated.pages():
+        path.write_text(stated.rewritten(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

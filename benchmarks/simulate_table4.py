@@ -1,27 +1,49 @@
-"""The paper's Table 4 for any model: the same linears under several methods and dataflows, as Markdown.
+"""The paper's Table 4 for any model: the same linears under several methods and dataflows.
 
-    python benchmarks/simulate_table4.py SparseGPT=run-a/pruned Wanda=run-b/pruned BESA=run-c/pruned
+    python benchmarks/simulate_table4.py sparsegpt=run-a/pruned wanda=run-b/pruned besa-row=run-c/pruned
     python benchmarks/simulate_table4.py --llama-7b
 
-The first writes mean cycles over blocks, and the speed-up over the dense linear under the same dataflow. The second
-does it for LLaMA-7B's shapes with random masks at the sparsities that the paper prints for BESA: every weight kept
-by the same chance, and by the chance of its column, which differs from column to column.
+The first takes stages of protocol A by the names of its methods: mean cycles over blocks, and the speed-up over the
+dense linear under the same dataflow. The second does it for LLaMA-7B's shapes with random masks at the sparsities that
+the paper prints for BESA: every weight kept by the same chance, and by the chance of its column, which differs from
+column to column. Both add JSON lines to simulate_table4.jsonl, of which `results.py` makes the tables of
+docs/simulate.md.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import recorded
+from besa_runs import HERE, append_line, commit, read_lines
+from protocol_a import METHODS
 
 from besa_cli.sim import accelerator
-from besa_cli.sim.cost import Settings
-from besa_cli.sim.summary import Summary, summarize
+from besa_cli.sim.cost import Cost, Settings
 from besa_cli.sim.workload import of_mask
-from besa_cli.simulation.run import Request, blocks, costs, summaries
+from besa_cli.simulation.run import BlockCost, Request, blocks, costs, summaries
 
-FLOWS = ("vitcod", "vitcod-released", "roofline")
+Line = Mapping[str, Any]
+
+LINES = HERE / "simulate_table4.jsonl"
 MACHINE = accelerator.load("besa")
+RELEASED = "vitcod-released"
+VARIANTS = (  # name, dataflow, with a search
+    ("vitcod", "vitcod", False),
+    ("vitcod --search", "vitcod", True),
+    (RELEASED, RELEASED, False),
+    ("roofline", "roofline", False),
+)
+COLUMNS = (
+    ("vitcod", "ViTCoD, threshold 0.5"),
+    ("vitcod --search", "ViTCoD, threshold searched"),
+    (RELEASED, "released formula"),
+    ("roofline", "roofline, batch 1, 8 bits"),
+)
 
 # Rows, columns, and the sparsity in percent that the paper's Table 4 prints for BESA.
 LLAMA_7B = {
@@ -37,44 +59,69 @@ SPREADS = (0.0, 0.1, 0.2, 0.3, 0.4)  # standard deviation of the share that a co
 
 
 def main() -> None:
-    """Print the table asked for."""
+    """Simulate what is asked for, and keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", metavar="TITLE=DIR")
+    parser.add_argument("stages", nargs="*", metavar="METHOD=DIR")
     parser.add_argument("--llama-7b", action="store_true")
     given = parser.parse_args()
-    named = dict(stage.split("=", 1) for stage in given.stages)
-    for title, made in (("", measured(named)), ("LLaMA-7B, random masks", llama_7b() if given.llama_7b else {})):
-        if made:
-            print("\n".join([f"{title}\n" if title else "", *lines(made)]))
+    for stage in given.stages:
+        name, _, place = stage.partition("=")
+        if name not in METHODS:
+            parser.error(f"{name} is none of {', '.join(METHODS)}")
+        keep({"what": "stage", "name": name, **simulated(Path(place))})
+    for spread in SPREADS if given.llama_7b else ():
+        keep({"what": "random", "spread": spread, "cycles": llama_7b(spread), "methods": {}})
 
 
-def measured(stages: Mapping[str, str]) -> dict[tuple[str, str], dict[str, Summary]]:
-    """(dataflow, method) → label → mean over blocks; with the threshold fixed and searched for."""
-    found: dict[tuple[str, str], dict[str, Summary]] = {}
-    for title, place in stages.items():
-        for flow, search in (("vitcod", False), ("vitcod", True), *((flow, False) for flow in FLOWS[1:])):
+def keep(line: dict[str, Any]) -> None:
+    """Print a line and add it to the others."""
+    line |= {"commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    append_line(LINES, line)
+    print(json.dumps(line), flush=True)
+
+
+def simulated(stage: Path) -> dict[str, Any]:
+    """What made a stage, and its cycles under every dataflow, with the threshold fixed and searched for."""
+    manifest = json.loads((stage / "besa.json").read_text())
+    asked = manifest["options"]
+    found: dict[str, Any] = {
+        "model": manifest["model"]["digest"],
+        "asked": {name: value for name, value in asked.items() if name not in ("model", "calibration")},
+        "tokens_digest": manifest["calibration"]["tokens_digest"],
+        "dtype": manifest["compute"]["dtype"],
+        "methods": recorded.methods(asked["method"]),
+        "cycles": {},
+    }
+    for name, flow, search in VARIANTS:
+        request = Request(func="model", dataflows=(flow,), accelerator=MACHINE, settings=Settings(search=search))
+        made = list(blocks(stage, request, lambda name: True))
+        means = summaries(made, flow)
+        found["cycles"][name] = {label: [mean.dense_cycles, mean.cycles] for label, mean in means.items()}
+        if name == RELEASED:
+            found["impossible"] = [sum(map(below, of_role(made, role, flow))) for role in ("gate", "up")]
+    found["dead_neurons"] = sum(mlp.dead.dead for block in made for mlp in block.mlps)
+    return found
+
+
+def of_role(made: Sequence[BlockCost], role: str, flow: str) -> list[Cost]:
+    """What the linears of one role cost."""
+    return [linear.costs[flow] for block in made for linear in block.linears if linear.label == role]
+
+
+def below(cost: Cost) -> bool:
+    """Whether it takes fewer cycles than one multiplication an element and cycle would."""
+    return cost.cycles * cost.pes < cost.useful
+
+
+def llama_7b(spread: float) -> dict[str, dict[str, float]]:
+    """Dataflow → role → cycles of one random linear of LLaMA-7B's shape."""
+    found: dict[str, dict[str, float]] = {name: {} for name, *_ in VARIANTS}
+    for role, (rows, cols, sparsity) in LLAMA_7B.items():
+        counted = of_mask(random_mask(rows, cols, 1 - sparsity / 100, spread), role)
+        for name, flow, search in VARIANTS:
             request = Request(func="model", dataflows=(flow,), accelerator=MACHINE, settings=Settings(search=search))
-            name = f"{flow} --search" if search else flow
-            found[name, title] = summaries(list(blocks(Path(place), request, lambda name: True)), flow)
-    return dict(
-        sorted(found.items(), key=lambda item: list(dict.fromkeys(flow for flow, _ in found)).index(item[0][0]))
-    )
-
-
-def llama_7b() -> dict[tuple[str, str], dict[str, Summary]]:
-    """(dataflow, spread) → label → one random linear of LLaMA-7B's shape."""
-    found: dict[tuple[str, str], dict[str, Summary]] = {}
-    for spread in SPREADS:
-        for role, (rows, cols, sparsity) in LLAMA_7B.items():
-            counted = of_mask(random_mask(rows, cols, 1 - sparsity / 100, spread), role)
-            for flow, search in (("vitcod", False), ("vitcod", True), ("vitcod-released", False), ("roofline", False)):
-                request = Request(
-                    func="model", dataflows=(flow,), accelerator=MACHINE, settings=Settings(search=search)
-                )
-                name = f"{flow} --search" if search else flow
-                one = summarize([(counted, costs(counted, request)[flow])], 1)
-                found.setdefault((name, f"spread {spread}"), {})[role] = one
-    return dict(sorted(found.items()))
+            found[name][role] = costs(counted, request)[flow].cycles
+    return found
 
 
 def random_mask(rows: int, cols: int, kept: float, spread: float) -> np.ndarray:
@@ -88,22 +135,40 @@ def random_mask(rows: int, cols: int, kept: float, spread: float) -> np.ndarray:
     return random.random((rows, cols), dtype=np.float32) < chances
 
 
-def lines(found: Mapping[tuple[str, str], Mapping[str, Summary]]) -> Iterator[str]:
-    """The table in Markdown: a dense line for every dataflow, then a line a method."""
-    labels = list(next(iter(found.values())))
-    yield row(["dataflow", "model", *labels])
-    yield row(["---", "---", *["---:"] * len(labels)])
-    said = set()
-    for (flow, title), means in found.items():
-        if flow not in said:
-            said.add(flow)
-            yield row([flow, "dense", *(f"{means[label].dense_cycles:,.0f}" for label in labels)])
-        yield row([flow, title, *(f"{means[label].cycles:,.1f} ({means[label].speedup:.2f})" for label in labels)])
+def stages() -> dict[str, Line]:
+    """The newest line of every method's stage, in the order of the methods."""
+    newest = {line["name"]: line for line in read_lines(LINES) if line["what"] == "stage"}
+    return {name: newest[name] for name in METHODS if name in newest and not recorded.is_old(newest[name])}
 
 
-def row(cells: Sequence[str]) -> str:
-    """One line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+def random_masks() -> dict[float, Line]:
+    """The newest line of every spread."""
+    return {line["spread"]: line for line in read_lines(LINES) if line["what"] == "random"}
+
+
+def table(titles: Mapping[str, str]) -> str:
+    """In Markdown: a dense line for every dataflow, then a line a method."""
+    found = stages()
+    if not found:
+        return "Not measured yet."
+    labels = list(next(iter(found.values()))["cycles"][RELEASED])
+    rows = [["dataflow", "model", *labels], ["---", "---", *["---:"] * len(labels)]]
+    for flow, *_ in VARIANTS:
+        first = next(iter(found.values()))["cycles"][flow]
+        rows.append([flow, "dense", *(f"{first[label][0]:,.0f}" for label in labels)])
+        for name, line in found.items():
+            cells = (line["cycles"][flow][label] for label in labels)
+            rows.append([flow, titles[name], *(f"{taken:,.1f} ({dense / taken:.2f})" for dense, taken in cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def speedups(titles: Mapping[str, str]) -> str:
+    """In Markdown: how much faster the whole model is, by method and dataflow."""
+    rows = [["", *(title for _, title in COLUMNS)], ["---"] * (len(COLUMNS) + 1)]
+    for name, line in stages().items():
+        whole = [line["cycles"][flow]["all"] for flow, _ in COLUMNS]
+        rows.append([titles[name], *(f"{dense / taken:.2f}" for dense, taken in whole)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Work is the CPU time of `besa prune`, process and reports included, in units of one plain pass without gradients of all
 blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too, on the first rows.
 Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table. A cell
-is known by all of the stage's options, so that none survives a change of a default.
+is known by all of the stage's options and the version of the method, so that none survives a change of either.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does: before torch reads it
 
+import recorded
 import torch
 from bench_prune import CPU, plain_pass
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
@@ -43,7 +44,8 @@ def unit(tokens: Path, dtype: torch.dtype) -> float:
 
 def cell(samples: int, window: str, dtype: str) -> dict[str, Any]:
     """What tells a measurement from others."""
-    return {"samples": samples, "dtype": dtype, "options": asdict(Options(window=window))}
+    options = asdict(Options(window=window))
+    return {"samples": samples, "dtype": dtype, "options": options, "methods": recorded.methods("besa")}
 
 
 def measure(samples: int, window: str, dtype: str, tokens: Path, work: Path) -> dict[str, Any]:

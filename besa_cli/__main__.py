@@ -2,7 +2,9 @@
 
 import sys
 
-from besa_cli.app import main
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:  # python put the current directory first; what lies there is the user's, not ours
+        sys.path.append(sys.path.pop(0))  # last, for a program that is not installed but runs where its source is
+    from besa_cli.app import main
+
     sys.exit(main())

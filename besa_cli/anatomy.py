@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from besa_cli.errors import BesaError
+from besa_cli import configuration
+from besa_cli.configuration import SUITED as _SUITED
+from besa_cli.disk import read_json
+from besa_cli.errors import BesaError, reading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_SUITED = (
-    "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
-)
 _ROUTERS = ("router", "gate")
 
 
@@ -26,19 +26,13 @@ def config_of(directory: Path) -> "PretrainedConfig":
     Raises
     ------
     BesaError
-        Unknown model type, encoder-decoder, no causal language model, or a quantized checkpoint.
+        A file that cannot be read or asks for code of its own, an unknown model type, an encoder-decoder, no causal
+        language model, or a quantized checkpoint.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BesaError(
-            f"{directory / 'config.json'} describes no model that transformers knows: {reason}", _SUITED
-        ) from error
+    config = configuration.read(directory)
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
@@ -56,36 +50,89 @@ def config_of(directory: Path) -> "PretrainedConfig":
 
 
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """The stock transformers model without weights: every tensor on the meta device."""
+    """The stock transformers model without weights: every tensor on the meta device.
+
+    Raises
+    ------
+    BesaError
+        The configuration holds values that no model can be built with.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    build: Any = AutoModelForCausalLM.from_config
+    with reading(Path(str(config.name_or_path)) / configuration.FILE), torch.device("meta"):
+        model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=False)
     model.train(False).requires_grad_(False)
+    return model
+
+
+def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The stock transformers model with all its weights in memory; no code that the directory brings along runs.
+
+    Raises
+    ------
+    BesaError
+        The model cannot be handled, or transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(directory)
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        read_json(generation)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with reading(directory):
+        model: PreTrainedModel = load(
+            directory, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     return model
 
 
 def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its name, e.g. ``model.layers``.
 
-    It is the longest list of modules that all hold linears, the outermost of equals.
+    It is a list of modules that all hold linears: below the model's own decoder where that holds any, never in a tower
+    that reads images or sounds, with as many modules as the configuration says, else the longest; the outermost of
+    equals.
 
     Raises
     ------
     BesaError
         There is no such list, or its modules hold weights in a form that cannot be pruned.
     """
-    found: tuple[str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not all(_matrices(block) for block in module):
-            continue
-        if len(module) > (len(found[1]) if found else 0):
-            found = (name, module)
+    lists = _block_lists(model)
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    below = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    inside = [each for each in lists if each[1] in below] or lists
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    as_deep = [each for each in inside if len(each[1]) == depth]
+    found = max(as_deep or inside, key=lambda each: len(each[1]), default=None)  # the first of equals
     if found is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
     for index, block in enumerate(found[1]):
         _refuse_unsuited(type(model).__name__, f"{found[0]}.{index}", block)
     return found
+
+
+def _block_lists(model: "PreTrainedModel") -> list[tuple[str, nn.ModuleList]]:
+    """All lists of modules that all hold matrices, the outermost first; those in towers where there are no others."""
+    towers = tuple(f"{name}." for name, module in model.named_modules() if name and not _reads_text(module, model))
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_matrices(block) for block in module)
+    ]
+    return [each for each in lists if not each[0].startswith(towers)] or lists
+
+
+def _reads_text(module: nn.Module, model: "PreTrainedModel") -> bool:
+    """Whether a part of a model can be what reads its text: no model of its own that is made for anything else."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return True
+    known = {type(model.config), type(model.config.get_text_config())}
+    return "text" in module.input_modalities and module.main_input_name == "input_ids" and type(module.config) in known
 
 
 def _matrices(block: nn.Module) -> bool:
@@ -126,3 +173,14 @@ def maximum_length(config: "PretrainedConfig") -> int | None:
     """The longest sequence the model was made for, in tokens; None where its configuration does not say."""
     value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def special_tokens(config: "PretrainedConfig") -> list[int]:
+    """The ids that a model's code may treat in a way of its own: those its configuration names, and the first three."""
+    text = config.get_text_config()
+    kinds = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
+    named: list[Any] = [getattr(each, f"{kind}_token_id", None) for each in (config, text) for kind in kinds]
+    ids = [0, 1, 2]
+    for each in named:
+        ids += each if isinstance(each, list) else [each]
+    return sorted({each for each in ids if isinstance(each, int) and 0 <= each < text.vocab_size})

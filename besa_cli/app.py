@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from traceback import print_exception
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from besa_cli.commands.settings import Settings
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
-from besa_cli.errors import BesaError, Interrupted, UsageError
+from besa_cli.errors import BesaError, Interrupted, UsageError, reason_of
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -71,6 +72,7 @@ def _join(context: typer.Context, settings: Settings) -> None:
         )
     from besa_cli.ranks import Ranks
 
+    settings.speaks = lambda: True  # who has not met the others cannot know that one of them speaks
     settings.ranks = Ranks(place)
     settings.speaks = settings.ranks.first_to_fail
     if not settings.ranks.leads:
@@ -100,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done; 1 could not do it; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM), the numbers that
     shells and schedulers expect. A failure is one line and at most one hint on stderr; `--debug` adds the traceback.
-    What is neither a user's error nor the machine's (out of space, out of memory) is a bug and keeps its traceback.
+    What is neither a user's error nor the machine's (out of space, out of memory) is a fault of besa: its traceback
+    goes to a file that the hint names.
 
     Parameters
     ----------
@@ -110,13 +113,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
     settings = Settings()
+    _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
     code = _explained(arguments, settings)
+    _give_up_on_dead_streams()
     if settings.ranks is not None:
         settings.ranks.leave(code)
     return code
+
+
+def _fill_closed_streams() -> None:
+    """Open the null device in the place of standard streams that were closed at the start, as under some daemons.
+
+    Otherwise the next files that are opened take their numbers, and what a library prints goes into them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def _give_up_on_dead_streams() -> None:
+    """Point streams that cannot be written at the null device: what is left in them would fail again at the exit."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+def _say(message: str, hint: str = "") -> None:
+    """Show an error, where anything can be shown at all."""
+    with suppress(OSError, ValueError):
+        show_error(message, hint)
 
 
 def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
@@ -130,16 +166,16 @@ def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
             code = INTERRUPTED
         except Interrupted as error:
             code, way_on = INTERRUPTED, error.hint
-        except (BesaError, typer.TyperException, typer.Abort, OSError, MemoryError, RuntimeError) as error:
-            code = INTERRUPTED if settings.signals else _report(error, settings)
-        except Exception:
-            if not settings.signals:
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
                 raise
-            code = INTERRUPTED  # an extension had taken the interrupt for an error of its own
+            code = INTERRUPTED if settings.signals else _report(error, settings)  # taken for an error of its own
     if code != INTERRUPTED:
         return code
     if settings.speaks():
-        show_error("interrupted", way_on)
+        _say("interrupted", way_on)
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 
@@ -148,26 +184,38 @@ def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _report(error: Exception, settings: Settings) -> int:
-    """Show what a user can act on, and give its exit code; raise everything else again."""
+def _report(error: BaseException, settings: Settings) -> int:
+    """Show what a user can act on, and give its exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(str(error), err=True)
+        with suppress(OSError):
+            typer.echo(str(error), err=True)
         return 2
     if isinstance(error, typer.Abort):
         return INTERRUPTED
-    line = _line(error)
-    if line is None:
-        raise error
     settings.failed = settings.ranks is not None
     if settings.speaks():
         if settings.debug:
-            print_exception(error)
-        show_error(*line)
+            with suppress(OSError, ValueError):
+                print_exception(error)
+        _say(*(_line(error) or _fault_line(error, settings)))
     return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
 
 
-def _line(error: Exception) -> tuple[str, str] | None:
-    """The message and the hint for an error, or None if it is a bug."""
+def _fault_line(error: BaseException, settings: Settings) -> tuple[str, str]:
+    """The message and the hint for an error that nobody foresaw; its traceback goes to a file."""
+    message = f"besa failed in a way that nobody foresaw: {type(error).__name__}: {reason_of(error)}"
+    if settings.debug:
+        return message, "please report it with the traceback above"
+    try:
+        with NamedTemporaryFile("w", prefix="besa-traceback-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            print_exception(error, file=file)
+    except (OSError, ValueError):
+        return message, "please report it with the traceback that 'besa --debug …' shows"
+    return message, f"please report it with the traceback in {file.name}"
+
+
+def _line(error: BaseException) -> tuple[str, str] | None:
+    """The message and the hint for an error, or None if nobody foresaw it."""
     if isinstance(error, BesaError):
         return error.message, error.hint
     if isinstance(error, typer.TyperException):
@@ -185,7 +233,7 @@ def _line(error: Exception) -> tuple[str, str] | None:
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Python's own error, that of torch on a GPU (not imported here), and the plain one that torch raises on a CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -1,24 +1,47 @@
 """The model card of an export: what was done to the model, what it cost, how to load it."""
 
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from besa_cli import disk
+from annotated_types import Ge, Gt
+from typing_extensions import TypedDict
+
+from besa_cli import disk, public, records
 from besa_cli.checkpoint.runs import Run
 
 FILE = "README.md"
 
-Result = Mapping[str, Any]
+
+class Result(TypedDict):
+    """What the card tells of a perplexity."""
+
+    model_digest: str
+    dataset: str
+    split: str | None
+    windows: Annotated[int, Ge(1)]
+    windows_in_text: NotRequired[Annotated[int, Ge(1)]]
+    seqlen: Annotated[int, Ge(1)]
+    dtype: str
+    perplexity: Annotated[float, Gt(0)]
 
 
 def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, Result]]:
-    """The perplexities that the run keeps of the stage and of the model it was made from, each under a name."""
+    """The perplexities that the run keeps of the stage and of the model it was made from, each under a name.
+
+    Raises
+    ------
+    BesaError
+        A result cannot be read, or is not one (named).
+    """
     names = {stage["digest"]: "this model, as the stage it was exported from", stage["model"]["digest"]: "dense"}
     if not run.evaluations.is_dir():
         return []
-    found = [disk.read_json(path) for path in sorted(run.evaluations.glob("ppl-*.json"))]
-    return [(names[each["model_digest"]], each) for each in found if each.get("model_digest") in names]
+    hint = "remove it, and measure again with: besa eval ppl"
+    files = sorted(run.evaluations.glob("ppl-*.json"))
+    wanted = [path for path in files if str(disk.read_json(path).get("model_digest")) in names]
+    found = [records.read(Result, path, hint) for path in wanted]
+    return [(names[each["model_digest"]], each) for each in found]
 
 
 def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, Result]], loading: str) -> str:
@@ -40,7 +63,7 @@ def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, Result]], loa
 def _front(manifest: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- besa", "- sparse"]
     if manifest["model"]["kind"] == "hub":
-        lines.append(f"base_model: {manifest['model']['name'].partition('@')[0]}")
+        lines.append(f"base_model: {_plain(manifest['model']['name'].partition('@')[0])}")
     return "\n".join([*lines, "---"])
 
 
@@ -48,9 +71,9 @@ def _done(manifest: Mapping[str, Any]) -> str:
     model, counts = manifest["model"], manifest["counts"]
     revision = f" (revision {model['revision']})" if model["revision"] else ""
     lines = [
-        f"# {model['name'].rstrip('/').rpartition('/')[2]}, {100 * counts['sparsity']:.4g} % pruned",
+        f"# {_plain(model['name'].rstrip('/').rpartition('/')[2])}, {100 * counts['sparsity']:.4g} % pruned",
         "",
-        f"Made from `{_public(model['name'])}`{revision} with `besa` {manifest['versions']['besa']}: "
+        f"Made from `{_plain(model['name'])}`{revision} with `besa` {manifest['versions']['besa']}: "
         f"{counts['pruned']:,} of the {counts['weights']:,} weights of the linears in its blocks were pruned, "
         f"{counts['zeros']:,} are zero. "
         "Embeddings and head are untouched.",
@@ -94,18 +117,22 @@ def _measured(results: Sequence[tuple[str, Result]]) -> str:
     lines = ["## What it cost", "", "| | data | split | windows | context | dtype | perplexity |", "|" + "---|" * 7]
     for name, result in results:
         lines.append(
-            f"| {name} | {result['dataset']} | {result['split'] or '-'} | {result['windows']} of "
-            f"{result['windows_in_text']} | {result['seqlen']} | {result['dtype']} | {result['perplexity']:.4f} |"
+            f"| {name} | {_cell(result['dataset'])} | {_cell(result['split'] or '-')} | {_windows(result)} | "
+            f"{result['seqlen']} | {result['dtype']} | {result['perplexity']:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _public(value: object) -> str:
-    """A value as others may read it: of a path on this machine only the last part."""
-    text = str(value)
-    return Path(text).name if Path(text).is_absolute() else text
+def _windows(result: Result) -> str:
+    in_text = f" of {result['windows_in_text']}" if "windows_in_text" in result else ""  # older results do not say
+    return f"{result['windows']}{in_text}"
+
+
+def _plain(value: object) -> str:
+    """A value on one line as others may read it: of a path on this machine only the last part."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f`<>]+", " ", public.text(value)).strip()
 
 
 def _cell(value: object) -> str:
-    text = ", ".join(map(_public, value)) if isinstance(value, list) else _public(value)
+    text = ", ".join(map(_plain, value)) if isinstance(value, list) else _plain(value)
     return text.replace("|", "\\|")

@@ -8,13 +8,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from besa_cli import inspection
+from annotated_types import Ge
+from typing_extensions import TypedDict
+
+from besa_cli import disk, inspection, records
 from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import Positive
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, finished
 from besa_cli.errors import BesaError
+from besa_cli.records import strict
 from besa_cli.texts import EVALUATION_SETS
 
 Record = Mapping[str, Any]
@@ -90,6 +95,33 @@ class _Run:
     records: Mapping[str, Record]
 
 
+@strict
+class _Result(TypedDict):
+    """What every result says of its model; other fields depend on its kind."""
+
+    kind: NotRequired[str]
+    model: NotRequired[str | dict[str, Any] | None]
+    model_digest: NotRequired[str | None]
+
+
+@strict
+class _Perplexity(_Result):
+    """A perplexity with what distinguishes it from others."""
+
+    dataset: str
+    windows: Positive
+    seqlen: Positive
+    perplexity: Annotated[float, Ge(1)]
+    split: NotRequired[str | None]
+    windows_in_text: NotRequired[Positive | None]
+    stride: NotRequired[Positive | None]
+    official: NotRequired[bool | None]
+    dtype: NotRequired[str]
+    device: NotRequired[str]
+    text_digest: NotRequired[str]
+    tokenizer_digest: NotRequired[str]
+
+
 def compare(paths: Sequence[Path]) -> Comparison:
     """Put the results of several run directories side by side.
 
@@ -119,12 +151,36 @@ def _read(path: Path) -> _Run:
     if not path.is_dir():
         raise BesaError(f"no run directory {path}", "give directories that 'besa prune --run DIR' has made")
     run = Run(path)
-    records = inspection.evaluations(run)
-    if not records:
+    found = {file.name: _record(file) for file in inspection.evaluation_files(run)}
+    if not found:
         raise BesaError(f"{path} holds no results", f"measure it first: besa eval ppl wikitext2 --run {path}")
     complete = [place for place in inspection.stage_directories(run) if manifests.is_complete(place)]
     own = [finished(place) for place in complete]
-    return _Run(path=path, stages={str(each["digest"]): each for each in own}, records=records)
+    return _Run(path=path, stages={str(each["digest"]): each for each in own}, records=found)
+
+
+def _record(file: Path) -> Record:
+    """A result as it lies on the disk.
+
+    Raises
+    ------
+    BesaError
+        It is damaged: a field has another type, or a figure that it cannot have.
+    """
+    text, remedy = disk.read_text(file), "delete the file and measure again"
+    found = records.parse(_Result, text, file, remedy)
+    if _is_perplexity(found):
+        return records.parse(_Perplexity, text, file, remedy)
+    for task, name, value in _numbers("", found) if found.get("kind") == "tasks" else ():
+        if not 0 <= value <= 1:
+            raise BesaError(f"{file} is not what besa wrote: {task}.{name} is {value}, not an accuracy", remedy)
+    return found
+
+
+def _is_perplexity(record: Record) -> bool:
+    """Whether a result is a perplexity; one that does not say its kind is."""
+    named = record.get("kind", "perplexity") == "perplexity"
+    return named and {"dataset", "windows", "seqlen", "perplexity"} <= record.keys()
 
 
 def _titles(runs: Sequence[_Run]) -> dict[tuple[Path, str], str]:
@@ -182,11 +238,10 @@ def _enter(row: Row, record: Record, run: _Run, notes: list[str]) -> None:
 
 
 def _figures(record: Record) -> Iterator[tuple[Column, float]]:
-    """The figures of a result by their columns; a result that does not say its kind is a perplexity."""
-    kind = record.get("kind", "perplexity")
-    if kind == "perplexity" and {"dataset", "windows", "seqlen", "perplexity"} <= record.keys():
+    """The figures of a result by their columns."""
+    if _is_perplexity(record):
         yield _perplexity_column(record), float(record["perplexity"])
-    elif kind == "tasks":
+    elif record.get("kind") == "tasks":
         yield from _accuracies(record)
 
 
@@ -208,21 +263,24 @@ def _accuracies(record: Record) -> Iterator[tuple[Column, float]]:
     shots, limit = facts["num_fewshot"], facts["limit"]
     shown = [f"{shots} shots"] if shots else []
     shown += [f"limit {limit}"] if limit else []
-    hidden = tuple((name, _digest(value) if isinstance(value, Mapping) else value) for name, value in facts.items())
+    hidden = tuple((name, _hashable(value)) for name, value in facts.items())
     seen = set()
     for task, name, value in _numbers("", record):
         metric: Literal["acc", "acc_norm"] = "acc" if name.partition(",")[0] == "acc" else "acc_norm"
         column = Column(name=task, metric=metric, shown=tuple(shown), hidden=hidden)
         if column not in seen:
             seen.add(column)
-            yield column, value
+            yield column, float(value)
 
 
-def _digest(value: Record) -> str:
+def _hashable(value: Record | list[Any] | str | float | None) -> str | float | None:
+    """A simple value as it is, and a digest in place of any other."""
+    if not isinstance(value, Mapping | list):
+        return value
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _numbers(name: str, value: Record) -> Iterator[tuple[str, str, float]]:
+def _numbers(name: str, value: Record) -> Iterator[tuple[str, str, int | float]]:
     """(task, metric, value) of every accuracy below."""
     for key, inner in value.items():
         if key in _OTHER_MODELS:
@@ -230,7 +288,7 @@ def _numbers(name: str, value: Record) -> Iterator[tuple[str, str, float]]:
         if isinstance(inner, Mapping):
             yield from _numbers(key, inner)
         elif key.partition(",")[0] in _ACCURACIES and isinstance(inner, int | float) and not isinstance(inner, bool):
-            yield name, key, float(inner)
+            yield name, key, inner
 
 
 def _tell_apart(rows: Sequence[Row]) -> None:

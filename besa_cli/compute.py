@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import resource
 import sys
 import time
@@ -19,7 +20,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _PAGES = 128 << 10  # glibc's own trim threshold
 _LARGE, _HUGE = 4 << 20, 32 << 20  # tensors mapped by themselves, and within repeated passes; older glibc takes no more
-_FASTER = 1.3  # bf16 products have to be this much faster than fp32 ones to be worth their rounding
 
 
 def device(name: str) -> torch.device:
@@ -38,12 +38,32 @@ def device(name: str) -> torch.device:
 
 
 def dtype(name: str, on: torch.device) -> torch.dtype:
-    """The dtype for ``--dtype``; auto is bfloat16 where its products are clearly faster, else float32."""
+    """The dtype for ``--dtype``; auto is bfloat16 where the machine has instructions for its products, else float32.
+
+    The same machine always gives the same answer, whatever else it does.
+    """
     if name != "auto":
         return DTYPES[name]
+    return torch.bfloat16 if _multiplies_bfloat16(on) else torch.float32
+
+
+def dtype_reason(name: str, on: torch.device) -> str:
+    """Why `dtype` chose what it did, in a few words."""
+    if name != "auto":
+        return "asked for"
+    machine = "GPU" if on.type == "cuda" else "processor"
+    return f"the {machine} {'multiplies' if _multiplies_bfloat16(on) else 'does not multiply'} bfloat16 in hardware"
+
+
+def _multiplies_bfloat16(on: torch.device) -> bool:
+    """Whether there are instructions for bfloat16 products, and torch's library of them uses them."""
     if on.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _seconds(torch.float32) > _FASTER * _seconds(torch.bfloat16) else torch.float32
+        return bool(torch.cuda.is_bf16_supported())
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported())  # every processor with AMX has these, too
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def overlaps(device: torch.device) -> bool:
@@ -133,14 +153,3 @@ def _c_library() -> ctypes.CDLL | None:
     except (OSError, TypeError):
         return None
     return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """The fastest of a few matrix products, after one to warm up."""
-    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

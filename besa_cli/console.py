@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -22,7 +22,25 @@ if TYPE_CHECKING:
 Cell = str | int | float | None
 Facts = list[tuple[str, str]]
 
+# Control characters (C0, DEL, C1), line separators and marks that turn the direction of writing: from a file they could
+# move the cursor, change a terminal's settings, forge a line or hide a name.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _NUMBER = re.compile(r"-?$|[-+]?(\d|inf|nan)")
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""A text with every control character that is not in `keep` written out: `\n`, `\x1b`, `\u202e`."""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def _escape(letter: str) -> str:
+    number, named = ord(letter), {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return named.get(letter) or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 class Console:
@@ -42,19 +60,25 @@ class Console:
     def note(self, line: str) -> None:
         """One line beside the results (stderr); goes above a running progress display."""
         if self._screen is None:
-            _write(sys.stderr, line)
+            with suppress(OSError):  # nobody reads any more: no reason to stop the work
+                _write(sys.stderr, escaped(line))
         else:
-            self._screen.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._screen.print(escaped(line), markup=False, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """A piece of the result as it is (stdout)."""
+        """Print one line of the result (stdout)."""
+        self.text(escaped(text))
+
+    def text(self, text: str) -> None:
+        """Print a piece of the result of any number of lines as it is (stdout), control characters escaped."""
         if not self.json:
-            _write(sys.stdout, text)
+            _write(sys.stdout, escaped(text, keep="\n\t"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table of results (stdout): numbers to the right, no cell cut, no control codes but at a terminal."""
         if self.json:
             return
+        title, columns = escaped(title), [escaped(name) for name in columns]
         cells = [[_cell(value) for value in row] for row in rows]
         right = [all(_NUMBER.match(row[column]) for row in cells) for column in range(len(columns))]
         screen = _screen(sys.stdout)
@@ -66,7 +90,8 @@ class Console:
     def emit_json(self, value: Mapping[str, Any]) -> None:
         """The result as one JSON object (stdout); numbers that JSON lacks (inf, nan) become null."""
         if self.json:
-            _write(sys.stdout, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+            _write(sys.stdout, "\n".join(_CONTROL.sub(_json_escape, line) for line in text.split("\n")))
 
     @contextmanager
     def blocks(self, title: str, blocks: int, work: Sequence[float] | None = None) -> Iterator["BlockProgress"]:
@@ -80,10 +105,10 @@ class Console:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", markup=False),
         )
         with Progress(*columns, console=self._screen, transient=True, redirect_stdout=False) as live:
             yield BlockProgress(title, blocks, self, live, work)
@@ -100,11 +125,11 @@ class BlockProgress:
         live: "rich.progress.Progress | None",
         work: Sequence[float] | None = None,
     ) -> None:
-        self._title = title
+        self._title = escaped(title)
         self._blocks = blocks
         self._console = console
         self._live = live
-        self._task = live.add_task(title, total=blocks, phase="") if live is not None else None
+        self._task = live.add_task(self._title, total=blocks, phase="") if live is not None else None
         self._work = [1.0] * blocks if work is None else list(work)
         self._done = self._seconds = 0.0
         self._began = time.monotonic()
@@ -179,10 +204,10 @@ def show_error(message: str, hint: str = "") -> None:
         if not text:
             continue
         if screen is None:
-            _write(sys.stderr, f"{label}: {text}")
+            _write(sys.stderr, f"{label}: {escaped(text)}")
         else:
             screen.print(f"{label}:", style="bold red" if label == "error" else "bold", end=" ", highlight=False)
-            screen.print(text, markup=False, highlight=False, soft_wrap=True)
+            screen.print(escaped(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def human_bytes(count: int) -> str:
@@ -240,7 +265,7 @@ def _scientific(value: float | None) -> str:
 def _cell(value: Cell) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else escaped(str(value))
 
 
 def _finite(value: Any) -> Any:

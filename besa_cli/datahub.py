@@ -1,13 +1,12 @@
 """One file of a data set from the Hugging Face hub or its cache; a hub that cannot be reached is noticed in seconds."""
 
-import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from besa_cli.errors import BesaError
+from besa_cli.models import answers, cache, transfer
 
 TIMEOUT = 8.0  # seconds until the hub counts as unreachable
 
@@ -80,7 +79,7 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
     Unreachable
         The hub gave no answer within ``hub.timeout`` seconds, or does not give the file out.
     BesaError
-        The hub answered, but the download broke off.
+        The hub answered, but what it says is not what a hub does, or the download broke off.
     """
     import huggingface_hub
 
@@ -88,28 +87,26 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
         file.repository, file.path, cache_dir=hub.cache, revision=file.revision, repo_type="dataset"
     )
     if isinstance(cached, str):
-        return _fetched(Path(cached), file)
+        if cache.is_what_it_was(Path(cached)):
+            return _fetched(Path(cached), file)
+        if hub.offline:
+            raise BesaError(f"{cached} is damaged: it is not what it was when it was fetched", "unset HF_HUB_OFFLINE")
     if hub.offline:
         raise Unreachable("HF_HUB_OFFLINE is set, and the file is not in the hub's cache")
-    _probe(file, hub)
+    commit, size = _probe(file, hub)
     notify(f"fetching {file.path} of {file.repository} from {hub.endpoint}")
-    with _no_progress_bars():
-        try:
-            path = huggingface_hub.hf_hub_download(
-                file.repository,
-                file.path,
-                revision=file.revision,
-                repo_type="dataset",
-                cache_dir=hub.cache,
-                endpoint=hub.endpoint,
-                etag_timeout=hub.timeout,
-            )
-        except _network_errors() as error:
-            raise BesaError(
-                f"the download of {file.path} of {file.repository} broke off: {error}",
-                "run the same command again: the download goes on where it stopped",
-            ) from error
-    return _fetched(Path(path), file)
+    download = transfer.Download(
+        repo=file.repository,
+        commit=commit,
+        sizes={file.path: size or 0},
+        notify=notify,
+        kind="dataset",
+        cache=hub.cache,
+        endpoint=hub.endpoint,
+    )
+    download.fetch([file.path])
+    download.remember(file.revision)
+    return Fetched(path=download.snapshot / file.path, commit=commit)
 
 
 def _fetched(path: Path, file: RemoteFile) -> Fetched:
@@ -117,20 +114,30 @@ def _fetched(path: Path, file: RemoteFile) -> Fetched:
     return Fetched(path=path, commit=path.parents[len(Path(file.path).parts) - 1].name)
 
 
-def _probe(file: RemoteFile, hub: Hub) -> None:
-    """Ask once whether the hub gives the file out; in a thread, since a name look-up knows no time limit of its own."""
-    answers: list[str | None] = []
-    thread = threading.Thread(target=lambda: answers.append(_refusal(file, hub)), daemon=True)
+def _probe(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
+    """Ask once whether the hub gives the file out, of which commit, and how long it is.
+
+    In a thread, since a name look-up knows no time limit of its own.
+    """
+    found: list[tuple[str, int | None] | BesaError] = []
+
+    def ask() -> None:
+        try:
+            found.append(_asked(file, hub))
+        except BesaError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(hub.timeout)
-    if not answers:
+    if not found:
         raise Unreachable(f"no answer from {hub.endpoint} within {hub.timeout:g} s")
-    if answers[0] is not None:
-        raise Unreachable(answers[0])
+    if isinstance(found[0], BesaError):
+        raise found[0]
+    return found[0]
 
 
-def _refusal(file: RemoteFile, hub: Hub) -> str | None:
-    """Why the hub would not give the file out, or None where it would."""
+def _asked(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
     import huggingface_hub
 
     url = huggingface_hub.hf_hub_url(
@@ -139,13 +146,14 @@ def _refusal(file: RemoteFile, hub: Hub) -> str | None:
     try:
         found = huggingface_hub.get_hf_file_metadata(url, timeout=hub.timeout, endpoint=hub.endpoint)
         if found.commit_hash is None:
-            return f"what answers at {hub.endpoint} is not a model hub"
+            raise Unreachable(f"what answers at {hub.endpoint} is not a model hub")
         if not found.location.startswith(hub.endpoint):  # the files lie elsewhere: is that place reachable too?
             huggingface_hub.get_session().head(found.location, timeout=hub.timeout)
     except _network_errors() as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        return f"{hub.endpoint}: {first_line}"
-    return None
+        raise Unreachable(f"{hub.endpoint}: {first_line}") from error
+    commit = answers.digest(found.commit_hash, f"the commit of {file.repository}")
+    return commit, answers.facts(found, file.path, commit).size
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -153,16 +161,3 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """The hub library draws no bars within; as it was afterwards."""
-    bars = importlib.import_module("huggingface_hub.utils")  # documented names, but not exported for type checkers
-    were_disabled = bars.are_progress_bars_disabled()
-    bars.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            bars.enable_progress_bars()

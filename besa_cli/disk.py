@@ -1,5 +1,6 @@
 """Files that are either whole or absent: everything that `besa` writes goes through here."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -38,8 +39,10 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _begin(temporary)
         write(temporary)
         with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), mode)  # libraries that write a file of their own make it private
             os.fsync(file.fileno())
         temporary.replace(path)
         flush_directory(path.parent)
@@ -50,6 +53,35 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
         ) from error
     finally:
         _remove(temporary)
+
+
+def _begin(temporary: Path) -> int:
+    """Make an empty file where no link leads elsewhere; its mode, as the umask of this process makes it."""
+    temporary.unlink(missing_ok=True)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file of besa's own, which is made where it is missing; a link is not followed.
+
+    Raises
+    ------
+    BesaError
+        It is a link, a pipe or a device, or cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe without a reader waits
+    try:
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not an ordinary file")
+            file.write(line + "\n")
+    except OSError as error:
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or error
+        raise BesaError(f"cannot write {path}: {reason}", "move it away, and run the same command again") from error
 
 
 def sweep(path: Path) -> None:

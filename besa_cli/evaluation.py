@@ -1,4 +1,4 @@
-"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity; and continuations."""
+"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_cli import compute, disk
+from besa_cli import compute, disk, records
+from besa_cli.decoder.conduct import overflow
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.footprint import HEAD_TOKENS
@@ -62,6 +63,7 @@ class Settings:
         require_counts(limit=self.limit, batch_size=self.batch_size)
 
 
+@records.strict
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """One measured perplexity with all that made it; the last six fields say where the text is from."""
@@ -99,11 +101,7 @@ def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabul
         The tokenizer gives ids that the model does not know.
     """
     ids = _held(islice(Encoder(tokenizer)(text.text), text.longest))
-    if len(ids) and int(ids.max()) >= vocabulary:
-        raise BesaError(
-            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
-            "the tokenizer in the model's directory belongs to another model",
-        )
+    require_known(ids, vocabulary)
     return ids
 
 
@@ -214,18 +212,45 @@ class Measurement:
         key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
         return f"ppl-{disk.safe_name(self.dataset)}-{key}.json"
 
+    def made(self, result: Perplexity) -> bool:
+        """Whether a result is of this very measurement, and its perplexity that of its mean loss."""
+        alike = all(getattr(result, name) == value for name, value in self._facts.items())
+        return alike and result.perplexity == _perplexity(result.nll)
+
     def counted(self, number: int) -> int:
         """How many of the last tokens of a window count: those that no window before it has predicted."""
         seqlen, stride = self.settings.seqlen, self.settings.stride
         return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
 
+    def require_number(self, loss: float) -> None:
+        """Refuse a loss that no perplexity can be made of.
+
+        Raises
+        ------
+        BesaError
+            It is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise overflow(f"{self.directory} gives tokens of {self.dataset} the loss {loss}", self.dtype)
+
     def result(self, losses: Sequence[Loss]) -> Perplexity:
         """The perplexity, from the losses of all windows.
 
         The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
+
+        Raises
+        ------
+        BesaError
+            A loss is NaN or infinite.
         """
+        for total, _ in losses:
+            self.require_number(total)
         nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
-        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=math.exp(min(nll, 700.0)))
+        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
 
 
 def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -252,16 +277,16 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def continuation(
-    directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int, dtype: torch.dtype
-) -> str:
-    """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def require_known(ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model does not know; `vocabulary` is how many it knows.
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    Raises
+    ------
+    BesaError
+        There is one.
+    """
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise BesaError(
+            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
+            "the tokenizer in the model's directory belongs to another model",
+        )

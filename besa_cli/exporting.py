@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -10,13 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from besa_cli import card, compression, compute, disk, weights
-from besa_cli.checkpoint import exchange, manifests, refusals
+from besa_cli import card, compression, compute, disk, public, weights
+from besa_cli.checkpoint import exchange, exports, manifests, ownership, refusals
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.exporters import EXPORTERS
-from besa_cli.exporters.stage import Piece, Source
+from besa_cli.exporters.stage import STAGE_FILES, Piece, Source, private
 from besa_cli.forecast import Forecast
 
 _ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
@@ -95,26 +94,29 @@ class Job:
         newest = run.newest()
         if newest is None:
             raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
-        self._run, self.request = run, request
+        self.request = request
         self._module, self._options = _module(request.format), request.own_options()
         self.source = Source(newest)
         self.directory = run.exports / request.directory
         self._partial = run.exports / f".{request.directory}.partial"
         self.record = {"format": request.format, **asdict(self._options)}
-        self.done = False
-        if self.directory.exists() and not restart:
+        self.done = self.directory.exists() and not restart
+        if self.done:
             self._refuse_other()
-            self.done = True
         self.number_of_pieces: int = self._module.pieces(self.source, self._options)
         if not self.done:
+            for place in (self.directory, self._partial):
+                ownership.refuse_to_replace(place, [newest])
+            self._perplexities = card.perplexities(run, self.source.manifest)
             refusals.refuse_damaged(newest, weights.check(self.source.weights))
             refusals.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
 
     def _refuse_other(self) -> None:
-        """The export that is there was asked for in the same words, and made from the same stage."""
+        """The export that is there was asked for in the same words, made from the same stage, and is whole."""
         if not (self.directory / EXPORT).exists():
             raise BesaError(f"{self.directory} was not made by besa", "move it away, or name another --run")
-        there = manifests.read(self.directory, EXPORT)
+        there = exports.read(self.directory)
+        exports.refuse_changed(self.directory, there["files"])
         for name, now in {"stage": self.source.manifest["digest"], **self.record}.items():
             before = there["source"]["digest"] if name == "stage" else there["options"].get(name)
             if before != now:
@@ -169,11 +171,7 @@ class Job:
         """Write the export beside its final place, piece after piece."""
         if self.done:
             return
-        shutil.rmtree(self._partial, ignore_errors=True)
-        try:
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        self._begin()
         compute.map_large_tensors()
         linear_bytes = rounded = 0
         for piece in self._module.write(self.source, self._partial, self._options):
@@ -182,6 +180,18 @@ class Job:
             compute.give_back_memory()
             yield piece
         self._finish(linear_bytes, rounded)
+
+    def _begin(self) -> None:
+        """Make the directory that is written, and say in it whose it is: a killed process leaves it to the next one."""
+        ownership.remove(self._partial)
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        small = [path.name for path in self.source.directory.iterdir()]
+        files: dict[str, dict[str, Any]] = {name: {} for own in small for name in (own, f"{STAGE_FILES}/{own}")}
+        started = {"format": FORMAT, "command": "export", "status": "running", "files": files}
+        disk.write_json(self._partial / EXPORT, started)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
         stored = _sizes(self._partial, ".safetensors", ".gguf", compression.SUFFIX)
@@ -198,28 +208,37 @@ class Job:
             "command": "export",
             "options": self.record,
             "source": {name: self.source.manifest[name] for name in ("stage", "digest")},
-            "model": self.source.manifest["model"],
+            "model": {name: told for name, told in self.source.manifest["model"].items() if name != "directory"},
             "versions": manifests.versions(),
             "status": "complete",
             "counts": self.source.manifest["counts"],
             "sizes": sizes,
             "history": [*self.source.manifest["history"], _step(self.source.manifest)],
         }
-        text = card.text(
-            manifest, card.perplexities(self._run, self.source.manifest), self._module.loading(self._options)
-        )
-        disk.publish(self._partial / card.FILE, lambda path: _write(path, text))
+        manifest = public.value(manifest)
+        self._keep_private()
+        text = card.text(manifest, self._perplexities, self._module.loading(self._options))
+        disk.publish(self._partial / card.FILE, lambda path: _write(path, text.encode()))
         manifest["files"] = {
             str(path.relative_to(self._partial)): _flushed(path)
             for path in sorted(self._partial.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path != self._partial / EXPORT
         }
         disk.write_json(self._partial / EXPORT, manifest)
         exchange.replace_stage(self.directory, self._partial)
 
+    def _keep_private(self) -> None:
+        """Take paths on this machine out of the files; the stage's own are kept beside the export, for its import."""
+        place = private(self.directory)
+        ownership.refuse_to_replace(place)
+        ownership.remove(place)
+        for path, before in public.rewrite(self._partial):
+            if path.parent.name == STAGE_FILES:
+                disk.publish(place / path.name, lambda kept, before=before: _write(kept, before))  # type: ignore[misc]
+
     def finish(self) -> dict[str, Any]:
         """The manifest of the finished export."""
-        return manifests.read(self.directory, EXPORT)
+        return exports.read(self.directory)
 
 
 def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,5 +256,5 @@ def _flushed(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -5,10 +5,10 @@ loading fails: ``config.json`` names a weights file that is not there, and only 
 real one in its place. (An unknown ``quant_method`` alone would make transformers warn and leave weights random.)
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -17,8 +17,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from besa_cli import compression, disk, sparse
+from besa_cli import compression, sparse, sparse_index
 from besa_cli.errors import BesaError
+from besa_cli.sparse_index import Index
+
+_problems: "WeakKeyDictionary[PreTrainedModel, BesaError]" = WeakKeyDictionary()  # the first weight not to be expanded
 
 
 @register_quantization_config(sparse.METHOD)
@@ -27,9 +30,14 @@ class SparseConfig(QuantizationConfigMixin):
 
     def __init__(self, *, format: int = sparse.FORMAT, index: str = sparse.INDEX, **unknown: object) -> None:
         self.quant_method = sparse.METHOD  # type: ignore[assignment]  # transformers' own enumeration is closed
-        if format > sparse.FORMAT:
+        if type(format) is not int or format != sparse.FORMAT:
             raise BesaError(
-                f"the checkpoint has sparse format {format}, this besa knows {sparse.FORMAT}", "install a newer besa"
+                f"the checkpoint has sparse format {format!r}, this besa knows {sparse.FORMAT}", "install a newer besa"
+            )
+        if index != sparse.INDEX:
+            raise BesaError(
+                f"the checkpoint's config.json names the index {index!r}, not {sparse.INDEX}",
+                "fetch the checkpoint again",
             )
         self.format = format
         self.index = index
@@ -52,17 +60,28 @@ class Expand(ConversionOps):
         """One parameter, in the dtype that it has in the model."""
         name, model = str(context["full_layer_name"]), context["model"]
         parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        dense = parts.get(sparse.WEIGHT)
-        if dense is None:
-            device = parts[sparse.VALUES].device
-            own = {name: part.cpu() for name, part in parts.items()}
-            dense = sparse.weight(own, name).to(device)
-        return {name: [dense.to(model.get_parameter_or_buffer(name).dtype)]}
+        wanted = model.get_parameter_or_buffer(name)
+        try:
+            dense = _dense(parts, name)
+        except BesaError as error:  # one that is raised in here would be buried in a report of transformers'
+            _problems.setdefault(model, error)
+            dense = torch.zeros(wanted.shape)
+        return {name: [dense.to(wanted.dtype)]}
 
     @property
     def reverse_op(self) -> ConversionOps:
         """What `save_pretrained` does with the weight: nothing, it is dense."""
         return AsItIs()
+
+
+def _dense(parts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A weight, whole, out of what a file holds of it."""
+    if len(parts) == 1 and sparse.WEIGHT in parts:
+        return parts[sparse.WEIGHT]
+    if sparse.WEIGHT in parts:
+        raise BesaError(f"{name} is damaged: it is there both whole and in parts", "fetch the checkpoint again")
+    device = next(iter(parts.values())).device
+    return sparse.weight({part: tensor.cpu() for part, tensor in parts.items()}, name).to(device)
 
 
 class AsItIs(ConversionOps):
@@ -82,12 +101,22 @@ class SparseQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: SparseConfig
     _expanded: "TemporaryDirectory[str] | None" = None
+    _checked: Index | None = None
     serialized_names = {sparse.WEIGHT: [sparse.WEIGHT, *sparse.PARTS]}  # noqa: RUF012 - read by transformers as it is
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Put the index's real name into the configuration; asked before transformers looks for the weights."""
-        if getattr(config, "transformers_weights", None) == sparse.NEEDS_IMPORT:
-            config.transformers_weights = self.quantization_config.index
+        named = getattr(config, "transformers_weights", None)
+        if named == sparse.NEEDS_IMPORT:
+            config.transformers_weights = sparse.INDEX
+        elif named not in (None, sparse.INDEX):
+            raise BesaError(
+                f"the checkpoint's config.json names as its weights {named!r}, not {sparse.NEEDS_IMPORT}",
+                "fetch the checkpoint again",
+            )
+        directory = Path(str(config._name_or_path))
+        if (directory / sparse.INDEX).is_file():  # a local one: before transformers opens any file of it
+            self._checked = _check(directory)
         return config
 
     def _process_model_before_weight_loading(
@@ -96,15 +125,24 @@ class SparseQuantizer(HfQuantizer):
         if not checkpoint_files:
             return
         files = [Path(file) for file in checkpoint_files]
-        check_files(files[0].parent, files, self.quantization_config.index)
+        if self._checked is None or self._checked.directory.absolute() != files[0].parent.absolute():
+            self._checked = _check(files[0].parent)
+        index = self._checked
+        if {file.name for file in files} != set(index.digests):
+            raise BesaError(f"{index.directory / sparse.INDEX} lists files without tensors", "fetch it again")
         if files[0].suffix == compression.SUFFIX:
             self._expanded = TemporaryDirectory(prefix="besa-")
             place = Path(self._expanded.name)
-            checkpoint_files[:] = [str(compression.expand(file, place)) for file in files]  # the list that is read next
+            checkpoint_files[:] = [str(index.expand(file, place)) for file in files]  # the list that is read next
+        for plain, file in zip(checkpoint_files, files, strict=True):
+            index.require_names(Path(plain), file.name)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         if self._expanded is not None:
             self._expanded.cleanup()
+        problem = _problems.pop(model, None)
+        if problem is not None:
+            raise problem
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """What transformers runs on the collected parts of each weight."""
@@ -120,15 +158,9 @@ class SparseQuantizer(HfQuantizer):
         return True
 
 
-def check_files(directory: Path, files: Sequence[Path], index: str = sparse.INDEX) -> None:
-    """Compare files of a sparse checkpoint with the digests in its index.
-
-    Raises
-    ------
-    BesaError
-        One of them differs (named), or the index lists none.
-    """
-    digests = disk.read_json(directory / index).get("metadata", {}).get("sha256", {})
-    for file in files:
-        if digests.get(file.name) != disk.sha256_file(file):
-            raise BesaError(f"{file} is damaged: its SHA-256 is not the one in {index}", "fetch the file again")
+def _check(directory: Path) -> Index:
+    """The index of a sparse checkpoint, after comparing every file with its digest."""
+    index = sparse_index.read(directory)
+    for file in index.digests:
+        index.check(file)
+    return index

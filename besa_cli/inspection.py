@@ -11,10 +11,11 @@ from torch import Tensor
 
 from besa_cli import disk, weights
 from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.exports import refuse_changed
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, Stage
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading
 from besa_cli.ops import masks
 from besa_cli.reports import BlockReport
 
@@ -22,7 +23,7 @@ _OPPOSITES = {"--symmetric": "--asymmetric"}
 
 Kind = Literal["run", "calibration", "stage", "export", "checkpoint"]
 
-_IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d+)\.(?P<linear>.+)\.weight")
+_IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d{1,9})\.(?P<linear>.+)\.weight", re.ASCII)
 _ROUTERS = ("router", "gate")  # they decide between experts and are never pruned
 _KINDS = ("weight", "bias")
 _STORED_AS_IN_OUT = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # Conv1D: the weight is transposed
@@ -30,13 +31,14 @@ _STORED_AS_IN_OUT = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCount:
-    """One linear as it is on the disk; `pruned` is what the report says was pruned, None where there is no report."""
+    """One linear as it is on the disk; `pruned` and `written` zeros by its report, None where there is no report."""
 
     name: str
     rows: int
     cols: int
     zeros: int
     pruned: int | None
+    written: int | None = None
 
     @property
     def weights(self) -> int:
@@ -71,7 +73,9 @@ def kind_of(directory: Path) -> Kind:
     BesaError
         It does not exist, or holds nothing that besa knows.
     """
-    if not directory.is_dir():
+    with reading(directory, "check the path and who may read it"):
+        there = directory.is_dir()
+    if not there:
         state = "is not a directory" if directory.exists() else "does not exist"
         raise BesaError(f"{directory} {state}", "name a run directory, a stage or a checkpoint: besa show DIR")
     if (directory / EXPORT).exists():
@@ -98,6 +102,15 @@ def stage_directories(run: Run) -> list[Path]:
 def exports(run: Run) -> list[Path]:
     """The finished exports of a run."""
     return sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}") if not path.parent.name.startswith("."))
+
+
+def damage(export: Path, manifest: Mapping[str, Any]) -> str:
+    """The first file of an export that is not as its manifest says, by names and sizes alone; empty where all are."""
+    try:
+        refuse_changed(export, manifest["files"], digests=False)
+    except BesaError as error:
+        return error.message
+    return ""
 
 
 def number_of_blocks(directory: Path) -> int:
@@ -128,18 +141,29 @@ def blocks(directory: Path) -> Iterator[BlockCount]:
         A shard is missing or damaged.
     """
     for block in matrices(directory):
-        pruned = {linear.name: linear.pruned for linear in block.report.linears} if block.report else {}
+        reports = {linear.name: linear for linear in block.report.linears} if block.report else {}
         counts = (
             LinearCount(
                 name=name,
                 rows=weight.shape[0],
                 cols=weight.shape[1],
-                zeros=masks.zeros(weight),
-                pruned=pruned.get(name),
+                zeros=_zeros(directory, name, weight),
+                pruned=reports[name].pruned if name in reports else None,
+                written=reports[name].zeros if name in reports else None,
             )
             for name, weight in block.weights.items()
         )
         yield BlockCount(index=block.index, linears=tuple(counts), report=block.report)
+
+
+def _zeros(directory: Path, name: str, weight: Tensor) -> int:
+    try:
+        return masks.zeros(weight)
+    except (RuntimeError, NotImplementedError) as error:
+        raise BesaError(
+            f"{name} in {directory} has the dtype {weight.dtype}, of which zeros cannot be counted",
+            "name a checkpoint whose weights are numbers",
+        ) from error
 
 
 def matrices(directory: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[BlockMatrices]:
@@ -170,7 +194,19 @@ def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
 
 
 def _stage(directory: Path) -> Stage:
-    return Stage(directory, int(manifests.read(directory).get("blocks", 0)))
+    """A stage as far as it is finished; by its own word finished it has to be whole, as far as names and sizes say."""
+    manifest = manifests.read(directory)
+    stage = Stage(directory, int(manifest["blocks"]))
+    if manifest["status"] == "complete":
+        for index in range(-1, stage.blocks):
+            if not stage.shard(index).exists():
+                raise BesaError(f"{stage.shard(index)} is missing", "make the stage anew with --restart, or restore it")
+        whole = weights.Weights(directory)
+        if set(whole.shards()) != {stage.shard(index) for index in range(-1, stage.blocks)}:
+            raise BesaError(
+                f"{directory / weights.INDEX} does not name the shards of {stage.blocks} blocks", "restore the file"
+            )
+    return stage
 
 
 def _stored_block(stage: Stage, index: int, wanted: Callable[[str], bool]) -> BlockMatrices:
@@ -236,7 +272,8 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
 
     found = sorted(max(lists.values(), key=size).items())
     shapes = source.shapes([name for _, names in found for name in names])
-    return {index: {name: names[name] for name in names if len(shapes[name]) == 2} for index, names in found}
+    matrices = {name for name, shape in shapes.items() if len(shape) == 2 and all(shape)}
+    return {index: {name: names[name] for name in names if name in matrices} for index, names in found}
 
 
 def command_line(command: str, options: Mapping[str, Any], run: Path | None = None) -> str:
@@ -266,8 +303,8 @@ def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(manifest.get("options", {}))
     model = manifest.get("model", {})
     options.setdefault("model", model.get("name"))
-    if model.get("revision") and "@" not in options["model"]:
-        options["model"] += f"@{model['revision']}"
+    if model.get("revision") and "@" not in str(options["model"]):
+        options["model"] = f"{options['model']}@{model['revision']}"
     sources = manifest.get("calibration", {}).get("sources", manifest.get("sources", []))
     if "data" in options and any(source["source"] == "bundled" for source in sources):  # it may stand in for another
         options["data"] = list(dict.fromkeys(_data(source) for source in sources))
@@ -276,6 +313,11 @@ def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
         if name in options and name in resolved:
             options[name] = resolved[name]
     return {name: value for name, value in options.items() if value is not None}
+
+
+def evaluation_files(run: Run) -> list[Path]:
+    """The files of a run's results, by name."""
+    return sorted(run.evaluations.glob("*.json"))
 
 
 def evaluations(run: Run) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from besa_cli.errors import UsageError
 
+_MOST_RANKS = 100_000
+_DIGITS = 20
 _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -32,7 +34,7 @@ def place(environment: Mapping[str, str]) -> Place:
     Raises
     ------
     UsageError
-        Others are said to be there, but not how to reach them, or a number is none.
+        Others are said to be there, but not how to reach them, or a number is none or cannot be.
     """
     size = _number(environment, "WORLD_SIZE", 1)
     if size == 1:
@@ -43,8 +45,16 @@ def place(environment: Mapping[str, str]) -> Place:
                 f"WORLD_SIZE is {size}, but {name} is not set",
                 "start all ranks with torchrun, or unset WORLD_SIZE to run alone",
             )
+    rank = _number(environment, "RANK", 0)
+    for name, value, most in (
+        ("WORLD_SIZE", size, _MOST_RANKS),
+        ("RANK", rank, size - 1),
+        ("MASTER_PORT", _number(environment, "MASTER_PORT", 0), 65535),
+    ):
+        if value > most:
+            raise UsageError(f"{name} is {value}, more than {most}", "start all ranks with torchrun")
     return Place(
-        rank=_number(environment, "RANK", 0),
+        rank=rank,
         size=size,
         local_rank=_number(environment, "LOCAL_RANK", 0),
         local_size=_number(environment, "LOCAL_WORLD_SIZE", 1),
@@ -53,6 +63,6 @@ def place(environment: Mapping[str, str]) -> Place:
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
-    if not text.isdecimal():
-        raise UsageError(f"{name} is '{text}' and no number", f"unset {name} to run alone")
+    if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS):
+        raise UsageError(f"{name} is '{text[:40]}' and no number", f"unset {name} to run alone")
     return int(text)

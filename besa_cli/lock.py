@@ -1,15 +1,25 @@
 """One process at a time writes a run directory."""
 
 import contextlib
-import json
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from besa_cli import disk, records
 from besa_cli.errors import BesaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Holder:
+    """The process that holds a lock, as it says of itself."""
+
+    pid: int
+    host: str
+    command: str
 
 
 @contextlib.contextmanager
@@ -31,7 +41,8 @@ def held(run: Path, command: str) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(run, error) from error
     try:
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "command": command}))
+        disk.sweep(holder)
+        disk.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command})
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -107,9 +118,9 @@ def require_writable(run: Path) -> None:
 
 def _named(holder: Path) -> str:
     try:
-        facts = json.loads(holder.read_text())
-        return f"'{facts['command']}' (process {facts['pid']} on {facts['host']})"
-    except (OSError, ValueError, KeyError):  # it may be just starting or ending
+        facts = records.read(_Holder, holder)
+        return f"'{facts.command}' (process {facts.pid} on {facts.host})"
+    except BesaError:  # it may be just starting or ending
         return "another besa process"
 
 

@@ -1,8 +1,10 @@
 """Perplexity over the block stream, of several texts at once: a model larger than memory can be measured."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from torch import Tensor
@@ -72,12 +74,17 @@ class Walk:
     def __init__(self, jobs: Sequence[Measurement], known: Sequence[Sequence[Loss]] | None = None) -> None:
         self._jobs = jobs
         self._batch = jobs[0].settings.batch_size
-        self.losses: list[list[Loss]] = [list(each) for each in known or [()] * len(jobs)]
+        self.losses: list[list[Loss]] = [list(takewhile(_is_number, each)) for each in known or [()] * len(jobs)]
         self._decoder = Decoder(jobs[0].directory, jobs[0].device, jobs[0].dtype, quick=True)
         left = [(len(losses), len(job.windows)) for job, losses in zip(jobs, self.losses, strict=True)]
         self.portions = portions(
             left, self._batch, windows_at_once(self._decoder, jobs[0].settings.seqlen, self._batch)
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the checkpoint fits the model."""
+        return self._decoder.notes
 
     @property
     def steps(self) -> int:
@@ -174,7 +181,13 @@ class Walk:
         for row in range(len(tokens)):
             counted = job.counted(part.start + row)
             losses = token_losses(self._decoder, hidden[row : row + 1], tokens[row : row + 1])[0]
-            yield float(losses[len(losses) - counted :].double().sum()), counted
+            total = float(losses[len(losses) - counted :].double().sum())
+            job.require_number(total)
+            yield total, counted
+
+
+def _is_number(loss: Loss) -> bool:
+    return math.isfinite(loss[0])
 
 
 def windows_at_once(decoder: Decoder, seqlen: int, batch: int) -> int:

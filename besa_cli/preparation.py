@@ -1,6 +1,5 @@
 """What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -10,66 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from besa_cli import anatomy, calibration, corpora, documents
-from besa_cli.disk import MANIFEST, read_json, sha256_file
+from besa_cli.disk import MANIFEST, sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
+from besa_cli.tokenizer import tokenizer_digest as tokenizer_digest
+from besa_cli.tokenizer import tokenizer_of as tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Notify = Callable[[str], None]
 
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 _ROW = 32  # tokens that show whether a model gives the same block by block as whole
-_VOCABULARIES = ("merges.txt", "spiece.model", "tokenizer.json", "tokenizer.model", "vocab.txt")
-
-
-def tokenizer_of(model: Model) -> "PreTrainedTokenizerBase":
-    """The model's own tokenizer.
-
-    Raises
-    ------
-    BesaError
-        The model's directory has none, or one that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    directory = model.directory
-    if not any((directory / name).is_file() for name in _VOCABULARIES):
-        raise BesaError(
-            f"{directory} has no tokenizer (none of {', '.join(_VOCABULARIES)})",
-            "copy the tokenizer's files beside config.json, or give token ids: --data FILE.jsonl with 'input_ids'",
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            read_json(directory / name)  # the tokenizers library says what is wrong without the file's name
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BesaError(
-            f"cannot read the tokenizer in {directory}: {reason}", "fetch the model's files again"
-        ) from error
-    return tokenizer
-
-
-def tokenizer_digest(directory: Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's tokenizer files, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(_TOKENIZER_FILES):
-        if (directory / name).is_file():
-            digest.update(f"{name} {sha256_file(directory / name)}\n".encode())
-    return digest.hexdigest()
 
 
 def calibration_options(
@@ -139,7 +90,7 @@ def calibrate(
         return found
     calibration.refuse_foreign(directory)
     config = anatomy.config_of(model.directory)
-    tokenizer = _Later(model)
+    tokenizer = _Later(model, notify)
     kinds = {documents.suffix(Path(name)) for name in options.data}
     if not kinds <= {".jsonl", ".jsonl.gz"}:  # those may hold token ids, which need none
         tokenizer.load()
@@ -234,12 +185,12 @@ def _shown(value: object) -> str:
 class _Later:
     """The model's tokenizer, read when first needed: token rows need none."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, notify: Notify) -> None:
+        self._model, self._notify = model, notify
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        return tokenizer_of(self._model)
+        return tokenizer_of(self._model, self._notify)
 
     def load(self) -> None:
         """Read it now."""

@@ -1,10 +1,20 @@
 """A finished export → a repository on the Hugging Face hub. Nothing else needs the hub's write access."""
 
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.errors import BesaError, UsageError, reason_of
 from besa_cli.models import hub_errors
+
+Found = TypeVar("Found")
+
+ANSWER_SECONDS = 30.0  # for the first answer
+_LINE_SECONDS = 60.0  # for the next bytes of a line, in either direction
+_LEAST_RATE = 10_000  # bytes a second that an upload has to go on with, beside ten minutes for the commit
+_COMMIT_SECONDS = 600.0
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -37,11 +47,58 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
+    _bound_lines()
     api = HfApi()
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    message = f"besa export: {directory.name}"
     try:
-        address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=directory, commit_message=f"besa export: {directory.name}")
-    except hub_errors.kinds() as error:
-        told = error if isinstance(error, BesaError) else hub_errors.translate(error, repo, None)
-        raise BesaError(f"{directory} was not pushed: {told.message}", told.hint) from error
+        address = _within(ANSWER_SECONDS, repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
+        _within(
+            _COMMIT_SECONDS + size / _LEAST_RATE,
+            repo,
+            lambda: api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message),
+        )
+    except BesaError as error:
+        hint = "check the network, then type the same command again" if hub_errors.is_passing(error) else error.hint
+        raise BesaError(f"{directory} was not pushed: {error.message}", hint) from error
     return str(address)
+
+
+def _bound_lines() -> None:
+    """Let no request of the hub's library wait for ever: by itself it sets no time for most of them."""
+    from huggingface_hub import get_session, set_client_factory
+
+    session = get_session()
+    kind, hooks = type(session), session.event_hooks
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=_LINE_SECONDS))
+
+
+def _within(seconds: float, repo: str, ask: Callable[[], Found]) -> Found:
+    """What the hub answers, in time: in a thread, since a name look-up and a slow answer know no limit of their own.
+
+    Raises
+    ------
+    BesaError
+        It gave no answer, refused, or cannot be understood.
+    """
+    answers: list[Found | Exception] = []
+
+    def work() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # noqa: BLE001  # whatever an answer makes the library raise, it is said once
+            answers.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise hub_errors.unreachable(repo, f"no answer within {seconds:.0f} s")
+    found = answers[0]
+    if not isinstance(found, Exception):
+        return found
+    if isinstance(found, BesaError):
+        raise found
+    if not isinstance(found, hub_errors.kinds()):
+        raise BesaError(f"cannot read what the hub answers for {repo}: {reason_of(found)}", "try again") from found
+    raise hub_errors.translate(found, repo, None) from found

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from besa_cli.errors import BesaError, UsageError
+from besa_cli.errors import BesaError, UsageError, reason_of
 from besa_cli.launch import Place
 
+_JOINING = timedelta(seconds=90)  # for all ranks to have started
 _TIMEOUT = timedelta(hours=24)  # a lost rank is noticed at once; this bounds a fetch by the first one
 
 
@@ -56,8 +58,11 @@ class Ranks:
         if devices:
             torch.cuda.set_device(place.local_rank % devices)
         backend = "cpu:gloo,cuda:nccl" if devices >= place.local_size else "gloo"  # nccl wants a GPU for each rank
+        with self._meeting():
+            self._store, _, _ = next(rendezvous("env://", timeout=_JOINING))
+            self._store.set(f"besa/here/{self.rank}", "")
+            self._store.wait([f"besa/here/{rank}" for rank in range(self.size)], _JOINING)
         with self._reaching():
-            self._store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
 
     def leave(self, code: int) -> None:
@@ -177,6 +182,21 @@ class Ranks:
             for work in works:
                 if work is not None:
                     work.wait()
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Say in one line that the others did not come, or that there is no place to meet."""
+        began = time.monotonic()
+        try:
+            yield
+        except (RuntimeError, ValueError, OSError) as error:
+            waited = time.monotonic() - began >= _JOINING.total_seconds()
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = f"{_JOINING.total_seconds():.0f} s are over" if waited else reason_of(error)
+            raise BesaError(
+                f"rank {self.rank} of {self.size} did not meet all others at {place}: {why}",
+                "start all ranks together with torchrun, or unset WORLD_SIZE to run alone",
+            ) from error
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from typing_extensions import is_typeddict
+
 from besa_cli import disk
 from besa_cli.errors import BesaError
 
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 Record = TypeVar("Record")
+
+
+def strict(kind: type[Record]) -> type[Record]:
+    """Class decorator: read a record type strictly, NaN and infinity refused; a `TypedDict` keeps unknown fields."""
+    extra = "allow" if is_typeddict(kind) else "ignore"
+    kind.__pydantic_config__ = {"strict": True, "extra": extra, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    return kind
 
 
 def read(kind: type[Record], path: Path, hint: str = "restore the file, or make its directory anew") -> Record:

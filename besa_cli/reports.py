@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
+
+_Count = Annotated[int, Ge(0)]
+_Size = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,10 +15,10 @@ class LinearReport:
     """What was done to one linear: `pruned` weights by the mask, `zeros` in the stored tensor."""
 
     name: str
-    rows: int
-    cols: int
-    pruned: int
-    zeros: int
+    rows: _Size
+    cols: _Size
+    pruned: _Count
+    zeros: _Count
 
     @property
     def sparsity(self) -> float:
@@ -38,8 +43,8 @@ class BlockReport:
         The block was found finished on disk; `seconds` is then the time of its replay.
     """
 
-    index: int
-    blocks: int
+    index: _Count
+    blocks: _Size
     linears: tuple[LinearReport, ...]
     error_before: float | None
     error_after: float | None
@@ -48,6 +53,17 @@ class BlockReport:
     resumed: bool = False
     seconds: float = 0.0
     peak_memory: int = 0
+
+    @property
+    def problem(self) -> str:
+        """What contradicts itself in the report; empty where nothing does."""
+        if not 0 <= self.index < self.blocks:
+            return f"block {self.index} of {self.blocks}"
+        for linear in self.linears:
+            if not linear.pruned <= linear.zeros <= linear.rows * linear.cols:
+                size = linear.rows * linear.cols
+                return f"{linear.name} with {linear.pruned} pruned and {linear.zeros} zeros of {size} weights"
+        return ""
 
     def record(self) -> dict[str, Any]:
         """The part of the report that is the same whenever and however often the command is run."""
@@ -58,6 +74,6 @@ class BlockReport:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "BlockReport":
-        """The inverse of `record`."""
+        """The inverse of `record`, of a block that was finished before."""
         linears = tuple(LinearReport(**linear) for linear in record["linears"])
         return cls(**{**record, "linears": linears, "resumed": True})

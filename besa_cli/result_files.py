@@ -1,12 +1,13 @@
 """One file a result: what was measured, with the versions that it depends on."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from besa_cli import disk
+from typing_extensions import TypedDict
+
+from besa_cli import disk, records
 from besa_cli.checkpoint import manifests
 
 if TYPE_CHECKING:
@@ -25,12 +26,24 @@ def save(
 
 
 def load(kind: type[Result], file: Path, versions: Mapping[str, str]) -> Result | None:
-    """A result that was saved, or None where there is none of the same versions."""
+    """A result that was saved, or None where there is none of the same versions.
+
+    Raises
+    ------
+    BesaError
+        The file is damaged (the field is named).
+    """
     if not file.exists():
         return None
-    record = disk.read_json(file)
-    fields = inspect.signature(kind).parameters
-    needed = [name for name, field in fields.items() if field.default is field.empty]
-    if record.get("versions") != versions or not all(name in record for name in needed):
+    text, remedy = disk.read_text(file), f"delete {file}: it is measured again then"
+    if records.parse(_Made, text, file, remedy)["versions"] != versions:
         return None
-    return kind(**{name: record[name] for name in fields if name in record})
+    return records.parse(kind, text, file, remedy)
+
+
+@records.strict
+class _Made(TypedDict):
+    """What every result says of how it was made."""
+
+    format: int
+    versions: dict[str, str]

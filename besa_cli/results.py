@@ -1,12 +1,26 @@
 """Where a run keeps its perplexities: one file a result; while one is measured, the losses of its windows so far."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, lock, result_files
+from besa_cli import disk, lock, records, result_files
 from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import Positive
+from besa_cli.errors import BesaError
 from besa_cli.evaluation import Loss, Measurement, Perplexity
+
+
+@records.strict
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """The losses of the first windows of a measurement: sums of −log p, and of how many tokens."""
+
+    batch_size: int
+    versions: dict[str, str]
+    losses: tuple[tuple[float, Positive], ...]
 
 
 class Results:
@@ -37,6 +51,11 @@ class Results:
     def load(self, job: Measurement) -> Perplexity | None:
         """The result of the same measurement, or None where there is none."""
         found = load(self.file(job))
+        if found and not job.made(found):
+            raise BesaError(
+                f"{self.file(job)} holds another measurement than its name says",
+                f"delete {self.file(job)}: it is measured again then",
+            )
         if found and self._windows_file(job).exists():  # killed between the two steps of `save`
             with lock.moment(self._directory.parent):
                 self._windows_file(job).unlink(missing_ok=True)
@@ -45,9 +64,11 @@ class Results:
     def known(self, job: Measurement) -> list[Loss]:
         """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
         file = self._windows_file(job)
-        record = disk.read_json(file) if file.exists() else {}
-        same = record.get("versions") == manifests.versions() and record.get("batch_size") == job.settings.batch_size
-        return [(float(total), int(count)) for total, count in record["losses"]] if same else []
+        if not file.exists():
+            return []
+        record = records.read(_Windows, file, f"delete {file}: its windows are measured again then")
+        same = record.versions == manifests.versions() and record.batch_size == job.settings.batch_size
+        return list(record.losses) if same else []
 
     def keep(self, job: Measurement, losses: Sequence[Loss]) -> None:
         """Put the losses of the first windows on disk."""
@@ -76,5 +97,6 @@ def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
 
 
 def load(file: Path) -> Perplexity | None:
-    """A result that was saved, or None where there is none of the same versions."""
-    return result_files.load(Perplexity, file, manifests.versions())
+    """A result that was saved, or None where there is none of the same versions; one that is no number is none."""
+    found = result_files.load(Perplexity, file, manifests.versions())
+    return found if found and math.isfinite(found.nll) else None

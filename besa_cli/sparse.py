@@ -3,6 +3,7 @@
 `docs/export.md` specifies the format.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -109,6 +110,8 @@ def decoded(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
         if last == MASK:
+            if f"{prefix}.{WEIGHT}" in tensors:
+                raise _damaged(f"{prefix}.{WEIGHT} in {place}", "it is there both whole and in parts")
             own = {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
             found[f"{prefix}.{WEIGHT}"] = weight(own, f"{prefix}.{WEIGHT} in {place}")
         elif last not in PARTS:
@@ -116,6 +119,19 @@ def decoded(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
         elif f"{prefix}.{MASK}" not in tensors:
             raise _damaged(f"{name} in {place}", f"there is no {MASK} with it")
     return found
+
+
+def dense_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes that `decoded` would take, by the sizes that are stored; parts that are no sizes count for nothing."""
+    total = 0
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        values = tensors.get(f"{prefix}.{VALUES}")
+        if last == SHAPE and values is not None and tensor.dtype == torch.int64 and tensor.dim() == 1:
+            total += values.element_size() * math.prod(tensor.tolist())
+        elif last not in PARTS:
+            total += tensor.nbytes
+    return total
 
 
 def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
@@ -126,12 +142,21 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
     BesaError
         They do not belong together; `place` names the weight and its file.
     """
-    if CODES in parts:
-        return affine.dequantize(_quantized(parts, place)).to(parts[VALUES].dtype)
     mask = _mask(parts, place)
     values, count = parts[VALUES], int(mask.sum())
+    if not values.is_floating_point():
+        raise _damaged(place, f"{VALUES} has the dtype {values.dtype}")
+    if CODES in parts:
+        if values.numel():
+            raise _damaged(place, f"there are both {VALUES} and {CODES}")
+        return affine.dequantize(_quantized(parts, place)).to(values.dtype)
+    strangers = [part for part in (SCALE, ZERO, GRID) if part in parts]
+    if strangers:
+        raise _damaged(place, f"there is {strangers[0]}, but no {CODES}")
     if values.shape != (count,):
         raise _damaged(place, f"{MASK} has {count} bits set, but {VALUES} has the shape {list(values.shape)}")
+    if not bool(bitmask.stored(values.unsqueeze(0)).all()) or not bool(torch.isfinite(values.float()).all()):
+        raise _damaged(place, f"{VALUES} holds zeros, NaN or infinity")
     return bitmask.expanded(mask, values)
 
 
@@ -145,6 +170,8 @@ def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:
     rows, cols = shape.tolist()
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (rows, -(-cols // 8)):
         raise _damaged(place, f"{MASK} has not a bit for each of {rows} x {cols} weights")
+    if cols % 8 and bool((bits[:, -1] >> (cols % 8)).any()):
+        raise _damaged(place, f"{MASK} has bits set beyond the last of {cols} columns")
     return bitmask.unpacked(bits, cols)
 
 
@@ -154,22 +181,42 @@ def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
     missing = [part for part in (SCALE, GRID) if part not in parts]
     if missing:
         raise _damaged(place, f"{missing[0]} is missing")
-    chosen, scales, data = parts[GRID], parts[SCALE], parts[CODES]
-    if chosen.shape != (2,) or not 1 <= int(chosen[0]) <= 8 or int(chosen[1]) < 1:
-        raise _damaged(place, f"{GRID} is not bits and columns")
-    bits, width = chosen.tolist()
-    grid = Grid(bits=bits, group_size=width, symmetric=ZERO not in parts)
-    rows, cols = mask.shape
+    grid, data = _grid(parts[GRID], mask.shape[1], place, symmetric=ZERO not in parts), parts[CODES]
+    scales, zeros = _scales(parts, grid, tuple(mask.shape), place)
+    count, bits, cols = int(mask.sum()), grid.bits, mask.shape[1]
+    if data.dtype != torch.uint8 or tuple(data.shape) != (-(-count * bits // 8),):
+        raise _damaged(place, f"{MASK} has {count} bits set, but {CODES} has the shape {list(data.shape)}")
+    if count * bits % 8 and int(data[-1]) >> count * bits % 8:
+        raise _damaged(place, f"{CODES} has bits set beyond the last of {count} codes")
+    nothing = affine.spread(zeros, grid, cols)
+    codes = nothing.clone()
+    codes[mask] = packing.unpacked(data.unsqueeze(0), bits, count)[0]
+    if bool((codes == nothing)[mask].any()):
+        raise _damaged(place, f"{CODES} holds codes that stand for zero")
+    return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
+
+
+def _grid(stored: Tensor, cols: int, place: str, *, symmetric: bool) -> Grid:
+    whole = stored.dtype == torch.int64 and stored.shape == (2,)
+    bits, width = stored.tolist() if whole else (0, 0)
+    if bits not in affine.BITS or not 1 <= width <= cols:
+        raise _damaged(place, f"{GRID} is not bits and columns of a group")
+    return Grid(bits=bits, group_size=width, symmetric=symmetric)
+
+
+def _scales(parts: Mapping[str, Tensor], grid: Grid, shape: tuple[int, ...], place: str) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, of shape (rows, groups)."""
+    rows, cols = shape
     groups = (rows, grid.groups(cols))
+    scales = parts[SCALE]
     zeros = parts.get(ZERO, torch.full(groups, grid.middle, dtype=torch.uint8))
     if tuple(scales.shape) != groups or tuple(zeros.shape) != groups:
         raise _damaged(place, f"{SCALE} has not a number for each of {groups[0]} x {groups[1]} groups")
-    count = int(mask.sum())
-    if tuple(data.shape) != (-(-count * bits // 8),):
-        raise _damaged(place, f"{MASK} has {count} bits set, but {CODES} has {len(data)} bytes")
-    codes = affine.spread(zeros, grid, cols).clone()
-    codes[mask] = packing.unpacked(data.unsqueeze(0), bits, count)[0]
-    return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
+    if scales.dtype != torch.float16 or not bool((scales.isfinite() & (scales > 0)).all()):
+        raise _damaged(place, f"{SCALE} holds what are no scales")
+    if zeros.dtype != torch.uint8 or bool((zeros > grid.top).any()):
+        raise _damaged(place, f"{ZERO} holds what are no codes of {grid.bits} bits")
+    return scales, zeros
 
 
 def _damaged(place: str, reason: str) -> BesaError:

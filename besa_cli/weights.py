@@ -2,30 +2,26 @@
 
 import copy
 import hashlib
-import json
 import math
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from besa_cli import compute, disk
+from besa_cli import compute, headers
 from besa_cli.errors import BesaError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from besa_cli.headers import INDEX as INDEX  # also under the names that they had here
+from besa_cli.headers import SINGLE as SINGLE
+from besa_cli.headers import entries as entries
 
 Found = TypeVar("Found")
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
 _REMEDY = "fetch or copy the file again"
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Weights:
@@ -39,23 +35,24 @@ class Weights:
     Raises
     ------
     BesaError
-        A file is missing, cut short or not safetensors; a tensor of the index is not in its shard.
+        A file is missing, cut short or not safetensors; a tensor is in two shards, or in none though the index has it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file: dict[str, Path] = {}
-        self._bytes: dict[str, int] = {}
+        self._entry: dict[str, headers.Entry] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
-        listed = _listed(directory)
-        for path in sorted({directory / name for name in listed.values()} or {directory / SINGLE}):
-            for name, size in header(path).items():
-                self._file[name] = path
-                self._bytes[name] = size
+        table = listed(directory)
+        for path in sorted({directory / name for name in table.values()} or {directory / SINGLE}):
+            for name, entry in entries(path).items():
+                if name in self._file:
+                    raise BesaError(f"{self._file[name]} and {path.name} both hold the tensor {name}", _REMEDY)
+                self._file[name], self._entry[name] = path, entry
             self._stamps[path] = _stamp(path)
-        missing = sorted(set(listed) - set(self._file))
+        missing = sorted(set(table) - set(self._file))
         if missing:
-            raise BesaError(f"{directory / listed[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
+            raise BesaError(f"{directory / table[missing[0]]} lacks the tensor {missing[0]}", _REMEDY)
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +81,8 @@ class Weights:
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes that these tensors take on disk."""
-        return sum(self._bytes[name] for name in names)
+        offsets = (self._entry[name]["data_offsets"] for name in names)
+        return sum(stop - start for start, stop in offsets)
 
     def refuse_change(self, other: "Weights") -> None:
         """Refuse files that were written after `other` looked at the same directory.
@@ -117,12 +115,53 @@ class Weights:
             found |= _opened(path, wanted, lambda file, name: file.get_tensor(name).clone())
         return {name: found[name] for name in names}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, as its file's header says."""
+        return tuple(self._entry[name]["shape"])
+
+    def kind(self, name: str) -> str:
+        """The dtype of a tensor, as its file's header calls it, for instance ``BF16``."""
+        return self._entry[name]["dtype"]
+
+    def require_floats(self, names: Iterable[str]) -> None:
+        """Refuse tensors that are not numbers of 16 bits or more.
+
+        Raises
+        ------
+        BesaError
+            There is one.
+        """
+        for name in names:
+            if self.kind(name) not in _FLOATS:
+                raise BesaError(
+                    f"{name} in {self.directory} is stored as {self.kind(name)}: the model is already compressed",
+                    "name the dense model that it was made from, or save this one in bfloat16",
+                )
+
     def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """The shapes of tensors, without reading them."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path, wanted in self._by_file(names).items():
-            found |= _opened(path, wanted, lambda file, name: tuple(file.get_slice(name).get_shape()))
-        return {name: found[name] for name in names}
+        self._by_file(names)  # refuses files that have changed since
+        return {name: self.shape(name) for name in names}
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; a few rows at a time are in memory."""
+        if self.shape(one) != self.shape(other):
+            return False
+        if not self.shape(one) or not self.nbytes([one]):
+            found = self.read([one, other])
+            return torch.equal(found[one], found[other])
+        rows = self.shape(one)[0]
+        step = max(rows * _PORTION // self.nbytes([one]), 1)
+        return all(
+            torch.equal(self._rows(one, start, start + step), self._rows(other, start, start + step))
+            for start in range(0, rows, step)
+        )
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, as fp32 or wider."""
+        (path,) = self._by_file([name])
+        found: Tensor = _opened(path, [name], lambda file, name: file.get_slice(name)[start:stop].clone())[name]
+        return found if found.dtype.itemsize > 4 or not found.is_floating_point() else found.float()
 
     def _by_file(self, names: Sequence[str]) -> dict[Path, list[str]]:
         by_file: dict[Path, list[str]] = defaultdict(list)
@@ -139,85 +178,22 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-class Names:
-    """Which tensor of a checkpoint goes where in the model, by the rules of transformers' own loading.
-
-    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on
-    disk), and a base model alone is stored without the prefix that it has in the whole model.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    stored : sequence of str
-        The names in the checkpoint.
-    """
-
-    def __init__(self, model: "PreTrainedModel", stored: Sequence[str]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        own, base = set(model.state_dict()), f"{model.base_model_prefix}."
-        renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-        renamed: dict[str, str] = {}
-        for name in stored:
-            renamed[name] = name
-            for rule in renamings:
-                renamed[name], _ = rule.rename_source_key(renamed[name])
-        bare = not any(name.startswith(base) for name in renamed.values()) and any(
-            base + name in own for name in renamed.values()
-        )
-        self._place = {name: base + new if bare and new not in own else new for name, new in renamed.items()}
-        self._origin = {place: name for name, place in self._place.items() if place != name}
-        self._origin |= {name: name for name, place in self._place.items() if place == name}
-
-    def origin(self, name: str) -> str:
-        """The checkpoint's name of the model's tensor `name`; `name` itself where the checkpoint lacks it."""
-        return self._origin.get(name, name)
-
-    def below(self, prefix: str) -> list[str]:
-        """The checkpoint's names of all tensors whose name in the model begins with `prefix`, sorted."""
-        return sorted(name for name, place in self._place.items() if place.startswith(prefix))
-
-
-def _listed(directory: Path) -> dict[str, str]:
-    if (directory / SINGLE).exists() or not (directory / INDEX).exists():  # as transformers chooses
-        return {}
-    table = disk.read_json(directory / INDEX).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise BesaError(f"{directory / INDEX} has no weight_map", _REMEDY)
-    return {str(name): str(file) for name, file in table.items()}
-
-
-def header(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in one file, after checking that the file is as long as its header says."""
-    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries(path).items()}
-
-
-def entries(path: Path) -> dict[str, dict[str, Any]]:
-    """What the header of one file says of each tensor (`dtype`, `shape`, `data_offsets`), checked against its length.
+def listed(directory: Path) -> dict[str, str]:
+    """The file of every tensor by the checkpoint's index; empty where a single file holds all.
 
     Raises
     ------
     BesaError
-        The file is missing, cut short or not safetensors.
+        The index is damaged.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= size - 8:
-                raise BesaError(f"{path} is cut short or not a safetensors file ({size} bytes)", _REMEDY)
-            found: dict[str, dict[str, Any]] = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise BesaError(f"{path} is missing", _REMEDY) from error
-    except (OSError, ValueError) as error:
-        raise BesaError(f"{path} is not a safetensors file: {error}", _REMEDY) from error
-    found.pop("__metadata__", None)
-    expected = 8 + length + sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in found.values())
-    if size != expected:
-        raise BesaError(f"{path} is cut short: {size} bytes where its header promises {expected}", _REMEDY)
-    return found
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():  # as transformers chooses
+        return {}
+    return headers.weight_map(directory / INDEX)
+
+
+def header(path: Path) -> dict[str, int]:
+    """Bytes of each tensor in one file; see `besa_cli.headers.entries`."""
+    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries(path).items()}
 
 
 def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:

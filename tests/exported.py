@@ -1,11 +1,11 @@
 """Finished stages of tiny models to export, made once and copied."""
 
-import json
 import shutil
 from pathlib import Path
 
 import tiny
 import torch
+import written
 from safetensors.torch import load_file, save_file
 
 from besa_cli.checkpoint.runs import Run
@@ -54,16 +54,7 @@ def _refill(run: Run) -> None:
             elif name.endswith("0.self_attn.k_proj.weight"):
                 tensor[:] = 0.25
         save_file(tensors, file, metadata={"format": "pt"})
-    settle(directory)
-
-
-def settle(directory: Path) -> None:
-    """Let the digest of a stage follow what was changed in its weights by hand."""
-    from besa_cli import weights
-
-    manifest = json.loads((directory / "besa.json").read_text())
-    manifest["digest"] = weights.check(weights.Weights(directory))
-    (directory / "besa.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    written.settle(directory)
 
 
 def export(run: Run, name: str, **options: object) -> Path:

@@ -1,12 +1,16 @@
 """A small imitation of the Hugging Face hub on this machine: listings, files with ranges, refusals, and cut lines."""
 
+import contextlib
+import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -21,6 +25,10 @@ class Hub:
     large file's body the line is cut (once `stall` is set, if there is one); if it `dies` of that, it is `dead` and
     answers nothing any more. If it is `tired`, it leaves a connection after a large file, without a word, when the next
     question comes.
+
+    A hostile one answers with what `lies` holds: "sha", "siblings" and "listing" (the whole body) in its listings,
+    "commit", "etag", "linked", "location" and "length" in the headers of files. `endless` names a file, or "listing",
+    whose body does not end, in one-byte pieces every `drip` seconds if that is set.
     """
 
     files: dict[str, bytes]
@@ -33,6 +41,9 @@ class Hub:
     dies: bool = False
     dead: bool = False
     tired: bool = False
+    lies: dict[str, Any] = field(default_factory=dict)
+    endless: str = ""
+    drip: float = 0
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
     endpoint: str = ""
 
@@ -53,11 +64,14 @@ class Hub:
             if name.endswith(LARGE):
                 entry["lfs"] = {"sha256": tag(name, content), "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        return {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": COMMIT, "siblings": siblings}
+        told = {"_id": "1", "id": self.repo, "modelId": self.repo, "sha": COMMIT, "siblings": siblings}
+        return {**told, **{name: self.lies[name] for name in ("sha", "siblings") if name in self.lies}}
 
 
 def tag(name: str, content: bytes) -> str:
-    return sha256(content).hexdigest() if name.endswith(LARGE) else sha1(content).hexdigest()
+    if name.endswith(LARGE):
+        return sha256(content).hexdigest()
+    return sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git names it
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -102,9 +116,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RepoNotFound")
         if revision and revision not in (*self.hub.branches, *self.hub.branches.values()):
             return self.refuse(404, "RevisionNotFound")
-        text = json.dumps(self.hub.listing()).encode()
+        text = self.hub.lies.get("listing", json.dumps(self.hub.listing()).encode())
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
+        if self.hub.endless == "listing":
+            self.end_headers()
+            return self.go_on(text)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
@@ -119,12 +136,31 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{tag(name, content)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        told = self.hub.lies
+        if self.hub.endless != name or not body:
+            self.send_header("Content-Length", str(told.get("length", len(content) - start)))
+        self.send_header("ETag", f'"{told.get("etag", tag(name, content))}"')
+        for header, key in (("X-Linked-Etag", "linked"), ("Location", "location"), ("X-Xet-Hash", "xet")):
+            if key in told:
+                self.send_header(header, told[key])
+        self.send_header("X-Repo-Commit", told.get("commit", COMMIT))
         self.end_headers()
-        if body:
+        if body and self.hub.endless == name:
+            self.go_on(content[start:])
+        elif body:
             self.body(name, content[start:])
+
+    def go_on(self, content: bytes) -> None:
+        """Answer without an end, until nobody listens."""
+        self.close_connection = True
+        pieces = itertools.chain([content], itertools.repeat(b" " * 65536))
+        if self.hub.drip:
+            pieces = itertools.chain((content[at : at + 1] for at in range(len(content))), itertools.repeat(b" "))
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.wfile.flush()
+                time.sleep(self.hub.drip)
 
     def body(self, name: str, content: bytes) -> None:
         self.asleep = self.hub.tired and name.endswith(LARGE)

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import torch
+import written
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from besa_cli import weights
 from besa_cli.checkpoint.runs import Run
 
 
@@ -55,9 +55,6 @@ def stage(run: Run, *, bits: int = 4, group: int | None = 32, symmetric: bool = 
         (target / "codes").mkdir(exist_ok=True)
         save_file(codes, target / "codes" / file.name, metadata={"format": "pt"})
         save_file(tensors, file, metadata={"format": "pt"})
-    manifest = json.loads((target / "besa.json").read_text())
-    manifest |= {"stage": "quantized", "command": "quantize"}
-    manifest["quantization"] = {"bits": bits, "group_size": group, "symmetric": symmetric}
-    manifest["digest"] = weights.check(weights.Weights(target))
-    (target / "besa.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    grid = {"bits": bits, "group_size": group, "symmetric": symmetric}
+    written.settle(target, stage="quantized", command="quantize", quantization=grid)
     return run

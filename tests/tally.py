@@ -1,6 +1,7 @@
 """What became of the injections of `tests/faults.py`: counted, kept, and put into tables."""
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -53,3 +54,19 @@ class Tally:
             cells = " | ".join(str(found[column]) for column in COLUMNS)
             lines.append(f"| {name} | {found.total()} | {cells} |")
         return "\n".join(lines) + "\n"
+
+
+def kinds(tried: Counter[str], right: Counter[str]) -> str:
+    """A table in Markdown: kinds of inputs, how many were tried, and how many answered rightly."""
+    rows = [*((kind, tried[kind], right[kind]) for kind in sorted(tried)), ("**all**", tried.total(), right.total())]
+    lines = [f"| {kind} | {all_} | {good} |" for kind, all_, good in rows]
+    return "\n".join(["| kind | tried | right |", "|---|---|---|", *lines]) + "\n"
+
+
+def write_section(file: Path, title: str, text: str) -> None:
+    """Put a text under a heading of a Markdown page, in the place of what stands there, or at the end."""
+    head, *sections = re.split(r"^(?=## )", file.read_text(), flags=re.MULTILINE)
+    new = f"## {title}\n\n{text.strip()}\n\n"
+    known = any(section.startswith(f"## {title}\n") for section in sections)
+    kept = [new if section.startswith(f"## {title}\n") else section for section in sections] + [new] * (not known)
+    file.write_text("".join([head, *(f"{section.rstrip()}\n\n" for section in kept)]).rstrip() + "\n")

@@ -22,7 +22,9 @@ BENCHMARKS = scripts.BENCHMARKS
 PAPER = json.loads((BENCHMARKS / "paper.json").read_text())
 
 
-besa_runs, plans, report, ablations = map(scripts.load, ("besa_runs", "ablation_plan", "ablation_report", "ablations"))
+besa_runs, plans, report, ablations, recorded, protocol_a = map(
+    scripts.load, ("besa_runs", "ablation_plan", "ablation_report", "ablations", "recorded", "protocol_a")
+)
 
 SETUP = plans.Setup()
 EXPERIMENTS = plans.experiments(SETUP.samples)
@@ -36,6 +38,8 @@ def line(cell: Any, perplexity: float, setup: Any = SETUP) -> dict[str, Any]:
         "setup": setup.record(),
         "setting": cell.setting.record(),
         "seed": cell.seed,
+        "options": cell.setting.options(),
+        "methods": recorded.methods(*([] if cell == plans.DENSE else [cell.setting.method])),
         "perplexity": {"wikitext2": perplexity},
         "evaluation_seconds": 10.0,
         "counts": {"sparsity": cell.setting.sparsity, "blocks_kept_uniform": 1, "blocks": 30},
@@ -130,11 +134,63 @@ def test_what_is_there_is_not_measured_again() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": "other"}, {"data": ("ptb",)}, {"seqlen": 64}, {"context": 64}, {"windows": None}, {"dtype": "bfloat16"}],
+    [
+        {"model": "other"},
+        {"data": ("ptb",)},
+        {"seqlen": 64},
+        {"context": 64},
+        {"windows": None},
+        {"dtype": "bfloat16"},
+        {"device": "cuda"},
+    ],
 )
 def test_a_line_of_another_setup_counts_for_nothing(change: dict[str, Any]) -> None:
     lines = [line(cell, 1.0, replace(SETUP, **change)) for cell in CELLS]
     assert plans.measured(lines, SETUP) == {}
+
+
+def test_a_line_of_an_older_method_or_of_other_defaults_counts_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line(cell, 1.0) for cell in CELLS]
+    found = plans.measured(lines, SETUP)
+    assert set(found) == set(CELLS)
+    monkeypatch.setitem(recorded.PRUNERS, "wanda", 2)
+    assert {cell.setting.method for cell in set(CELLS) - set(plans.measured(lines, SETUP))} == {"wanda"}
+    monkeypatch.undo()
+    for each in lines:
+        if each["setting"]["method"] == "besa":
+            each["options"] = {**each["options"], "d_coef": 2.0}  # which no setting names
+    assert {cell.setting.method for cell in plans.measured(lines, SETUP)} == {"wanda", "sparsegpt"}
+
+
+def test_a_page_of_old_lines_alone_is_measured_again(tmp_path: Path, fake: "Besa") -> None:
+    assert main(options(tmp_path, "--seeds", "0")) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recorded.PRUNERS, "besa", recorded.PRUNERS["besa"] + 1)
+        fake.calls.clear()
+        for place in (tmp_path / "work").rglob("report"):  # the weights are gone
+            assert place.is_dir()
+        assert main(options(tmp_path, "--seeds", "0")) == 0
+        assert [words[0] for words in fake.calls].count("prune") == 2
+
+
+def test_protocol_a_computes_all_of_a_cell_in_the_dtype_and_on_the_device_that_are_asked_for(
+    tmp_path: Path, fake: "Besa", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol_a, "LINES", tmp_path / "lines.jsonl")
+    words = ["text.jsonl", "--work", str(tmp_path), "--seed", "0", "1", "--dtype", "float16", "--device", "cpu"]
+    protocol_a.main([*words, "--only", "dense", "magnitude-60", "besa-layer-70"])
+    kinds = [call[0] for call in fake.calls]
+    assert (kinds.count("calibrate"), kinds.count("prune"), kinds.count("eval")) == (2, 3, 4)  # one of magnitude
+    for call in fake.calls:
+        if call[0] != "calibrate":
+            assert (call[call.index("--dtype") + 1], call[call.index("--device") + 1]) == ("float16", "cpu")
+    lines = besa_runs.read_lines(tmp_path / "lines.jsonl")
+    assert [each["setup"]["dtype"] for each in lines] == ["float16"] * 4
+    assert [(each["seed"], each["setting"]["sparsity"]) for each in lines[1:]] == [(0, 0.6), (0, 0.7), (1, 0.7)]
+    assert all(each["commit"] and "methods" in each and "options" in each for each in lines)
+    fake.calls.clear()
+    protocol_a.main([*words, "--only", "dense", "magnitude-60", "besa-layer-70"])
+    assert fake.calls == []
 
 
 def test_the_newest_line_of_a_cell_counts() -> None:
@@ -155,7 +211,7 @@ def test_mean_and_deviation_over_the_seeds(values: list[float]) -> None:
     found = report.summary(values)
     assert (found.mean, found.deviation) == (statistics.mean(values), statistics.stdev(values))
     text = page([line(plans.Cell(setting=BASE, seed=seed), value) for seed, value in enumerate(values)])
-    shown = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (n={len(values)})"
+    shown = f"{statistics.mean(values):,.2f} ± {statistics.stdev(values):,.2f} (n={len(values)})"
     assert row(text, "Epochs", "1")[1] == shown
     assert row(text, "What is reconstructed together", "block")[1] == shown
 
@@ -310,8 +366,9 @@ def test_the_committed_page_is_that_of_its_lines() -> None:
     written = (BENCHMARKS / "ABLATIONS.md").read_text()
     words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
     asked = ablations.parser().parse_args(words)
-    names = ("model", "samples", "seqlen", "context", "windows", "dtype")
+    names = ("model", "samples", "seqlen", "context", "windows", "dtype", "device")
     setup = plans.Setup(data=tuple(asked.data), **{name: getattr(asked, name) for name in names})
+    assert setup == ablations.COMMITTED
     found = plans.measured(besa_runs.read_lines(BENCHMARKS / "ablations.jsonl"), setup)
     assert written == report.markdown(setup, found, PAPER)
 

@@ -1,13 +1,16 @@
 import errno
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +125,61 @@ def test_an_error_is_a_line_and_a_code(
     assert len(outcome.err.splitlines()) <= 2
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), AssertionError("a bug")])
-def test_a_bug_is_not_hidden(besa: Besa, failing: Callable[[BaseException], None], error: Exception) -> None:
+class PanicException(BaseException):
+    pass
+
+
+FAULTS = [
+    RuntimeError("a\nbug"),
+    ValueError("a bug"),
+    AssertionError("a bug"),
+    PanicException("a bug"),
+    RecursionError("a bug"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_an_error_that_nobody_foresaw_is_a_line_and_its_traceback_a_file(
+    besa: Besa,
+    failing: Callable[[BaseException], None],
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("besa_cli.app.NamedTemporaryFile", partial(tempfile.NamedTemporaryFile, dir=tmp_path))
     failing(error)
-    with pytest.raises(type(error), match="a bug"):
-        besa("calibrate")
+    outcome = besa("calibrate")
+    (file,) = tmp_path.glob("besa-traceback-*.txt")
+    assert outcome.code == 1
+    assert outcome.err.splitlines() == [
+        f"error: besa failed in a way that nobody foresaw: {type(error).__name__}: a bug",
+        f"hint: please report it with the traceback in {file}",
+    ]
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith("Traceback (most recent call last):")
+    assert "in calibrate" in text
+
+
+def test_where_no_file_can_be_made_the_hint_names_debug(
+    besa: Besa, failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("besa_cli.app.NamedTemporaryFile", full)
+    failing(ValueError("a bug"))
+    outcome = besa("calibrate")
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 2)
+    assert "besa --debug" in outcome.err
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr", "both", "all"])
+def test_closed_streams_change_nothing_but_what_is_seen(workplace: Path, closed: str) -> None:
+    ends = {"stdout": ">&-", "stderr": "2>&-", "both": ">&- 2>&-", "all": "<&- >&- 2>&-"}[closed]
+    words = shlex.join([*PROGRAM, "show", "nowhere"])
+    done = subprocess.run(["bash", "-c", f"{words} {ends}"], capture_output=True, text=True, check=False)
+    said = ["error: nowhere does not exist"] if closed == "stdout" else []
+    assert (done.returncode, done.stderr.splitlines()[:1]) == (1, said)
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
@@ -247,10 +300,26 @@ def test_a_closed_pipe_is_no_traceback(workplace: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["show", "nowhere"], ["--version"], ["prune", "--help"], []])
+@pytest.mark.parametrize("ends", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1", "| true", "2>&1 | true"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_no_traceback(workplace: Path, ends: str, words: list[str]) -> None:
+    line = f"{shlex.join([*PROGRAM, *words])} {ends}; echo rc ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] in ("rc 0", "rc 1", "rc 2")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert len([each for each in done.stderr.splitlines() if each.startswith("error: ")]) <= 1
+
+
 def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     text = " ".join(besa("calibrate", "--help").out.split())
     default = calibration.Options()
-    stated = {"data": f"({','.join(default.data)})", "samples": f"({default.samples})", "seed": f"{default.seed}; x>=0"}
+    stated = {
+        "data": f"({','.join(default.data)})",
+        "samples": f"({default.samples}); x<=1000000",
+        "seed": f"{default.seed}; x>=0",
+    }
     for option, value in stated.items():
         assert f"[default: {value}]" in text.split(f" --{option} ")[1].split(" --")[0]
     assert f"[default: ({default.seqlen}, or" in text.split("--seqlen ")[1]

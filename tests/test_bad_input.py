@@ -129,9 +129,9 @@ def test_not_a_decoder(kind: str, place: Place) -> None:
     if kind == "no layers":
         (directory / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, "num_hidden_layers": 0}))
     tiny.add_tokenizer(directory)
-    outcome = place.prune(model="other")
-    refused(outcome, 1, "LlamaForCausalLM" if kind == "no layers" else "other", "dense decoders")
-    refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, "dense decoders")
+    said = "num_hidden_layers: 0" if kind == "no layers" else "dense decoders"
+    refused(place.prune(model="other"), 1, "other", said)
+    refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, said)
 
 
 def write(path: Path, content: bytes) -> str:
@@ -199,8 +199,8 @@ def test_what_a_calibration_directory_holds_of_the_users_stays(words: tuple[str,
     source.parent.mkdir(parents=True)
     source.write_text("w5 w6 w7 " * 30)
     drawn = ("--data", source, "--samples", 1, "--seqlen", 4, *words)
-    refused(place.prune(*drawn), 1, "mine.txt is in the place of a calibration set")
-    refused(place.besa("calibrate", "--model", "m", "--run", "r", *drawn), 1, "mine.txt is in the place")
+    refused(place.prune(*drawn), 1, "was not made by besa: it holds mine.txt")
+    refused(place.besa("calibrate", "--model", "m", "--run", "r", *drawn), 1, "was not made by besa: it holds mine.txt")
     assert source.read_text() == "w5 w6 w7 " * 30
     assert [path.name for path in source.parent.iterdir()] == ["mine.txt"]
 

@@ -8,7 +8,9 @@ import pytest
 import scripts
 import torch
 
-bench_prune, time_to_quality, results = map(scripts.load, ("bench_prune", "time_to_quality", "results"))
+bench_prune, time_to_quality, results, recorded = map(
+    scripts.load, ("bench_prune", "time_to_quality", "learning_cost", "recorded")
+)
 HIDDEN, INTERMEDIATE, HEADS, GROUPS = 32, 48, 4, 2
 
 
@@ -83,6 +85,7 @@ def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     def line(window: str, samples: int, perplexity: float, units: float) -> dict[str, Any]:
         options = {"window": window, "lr": 1.0}
         return {
+            "methods": recorded.methods("besa"),
             "dtype": "float32", "options": options, "samples": samples,
             "perplexity": perplexity, "units": units, "peak_memory": 10**9,
         }  # fmt: skip
@@ -95,4 +98,5 @@ def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     assert "128 steps" not in results.quality(lines[1:])
     stale = {**line("block", 8, 30.0, 0.5), "options": {"window": "block", "lr": 0.1}}
     other = {**line("block", 8, 30.0, 0.5), "dtype": "bfloat16"}
-    assert results.quality([stale, other, *lines]) == results.quality(lines)
+    old = {**line("block", 8, 30.0, 0.5), "methods": {"besa": 1}}
+    assert results.quality([stale, other, old, *lines]) == results.quality(lines)

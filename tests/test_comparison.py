@@ -12,6 +12,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import digest_of, stage_manifest
 
 from besa_cli import comparison
 
@@ -20,15 +21,8 @@ Besa = Callable[..., Any]  # conftest.Outcome
 
 def manifest(digest: str, parent: str = "origin", **options: Any) -> dict[str, Any]:
     given = {"model": "org/m", "method": "besa", "sparsity": 0.5, "granularity": "row", "seed": 0, **options}
-    return {
-        "format": 1,
-        "stage": "pruned",
-        "status": "complete",
-        "digest": digest,
-        "options": given,
-        "model": {"name": "org/m", "digest": parent},
-        "history": [],
-    }
+    origin = {**stage_manifest()["model"], "name": "org/m", "digest": digest_of(parent)}
+    return stage_manifest(status="complete", digest=digest_of(digest), options=given, model=origin)
 
 
 def result(digest: str, perplexity: float, **facts: Any) -> dict[str, Any]:
@@ -41,7 +35,7 @@ def result(digest: str, perplexity: float, **facts: Any) -> dict[str, Any]:
         "split": "test",
         "text_digest": "t",
         "tokenizer_digest": "k",
-        "model_digest": digest,
+        "model_digest": digest_of(digest),
         "windows": 148,
         "windows_in_text": 148,
         "seqlen": 2048,
@@ -200,7 +194,12 @@ def test_accuracies_of_tasks_stand_beside_perplexities(nested: bool, tmp_path: P
         "higher_is_better": {"piqa": {"acc": True}},
         "n-shot": {"piqa": 0},
     }
-    tasks = {"kind": "tasks", "model_digest": "A", "model": {"name": "besa"}, "dense": {"piqa": {"acc": 0.9}}}
+    tasks = {
+        "kind": "tasks",
+        "model_digest": digest_of("A"),
+        "model": {"name": "besa"},
+        "dense": {"piqa": {"acc": 0.9}},
+    }
     tasks |= {"harness": harness} if nested else harness
     path = run(tmp_path / "a", manifest("A"), tasks, result("A", 20.0))
     assert table(comparison.compare([path]))["besa 50 %"] == {
@@ -214,14 +213,19 @@ def test_accuracies_of_tasks_stand_beside_perplexities(nested: bool, tmp_path: P
 
 def test_shots_and_limits_are_columns_of_their_own(tmp_path: Path) -> None:
     def tasks(value: float, **settings: Any) -> dict[str, Any]:
-        return {"kind": "tasks", "model_digest": "A", "settings": settings, "results": {"piqa": {"acc": value}}}
+        return {
+            "kind": "tasks",
+            "model_digest": digest_of("A"),
+            "settings": settings,
+            "results": {"piqa": {"acc": value}},
+        }
 
     path = run(tmp_path / "a", manifest("A"), tasks(0.5), tasks(0.6, num_fewshot=5), tasks(0.7, limit=10))
     found = table(comparison.compare([path]))["besa 50 %"]
     assert found == {"piqa acc": 0.5, "piqa acc, 5 shots": 0.6, "piqa acc, limit 10": 0.7}
     files = [{"test": {"name": "piqa.jsonl", "sha256": digest}} for digest in "ab"]
-    path = run(tmp_path / "b", manifest("A"), *(tasks(0.5 + each, data=file) for each, file in enumerate(files)))
-    assert sorted(table(comparison.compare([path]))["besa 50 %"].values()) == [0.5, 1.5]
+    path = run(tmp_path / "b", manifest("A"), *(tasks(0.5 + each / 4, data=file) for each, file in enumerate(files)))
+    assert sorted(table(comparison.compare([path]))["besa 50 %"].values()) == [0.5, 0.75]
 
 
 @settings(deadline=None, max_examples=40)
@@ -240,16 +244,18 @@ def test_no_figure_is_lost_or_mixed(
     for name in "ABC":
         records = [
             result(name, float(number), seqlen=seqlen, text_digest=text)
-            for number, (model, seqlen, text) in enumerate(cells)
+            for number, (model, seqlen, text) in enumerate(cells, 1)
             if model == name
         ]
         if records:
             runs.append(run(place / name, manifest(name, seed=name), *records))
     found = comparison.compare(runs)
-    assert sorted(value for row in found.rows for value in row.figures.values()) == list(map(float, range(len(cells))))
+    assert sorted(value for row in found.rows for value in row.figures.values()) == list(
+        map(float, range(1, len(cells) + 1))
+    )
     for row in found.rows:
         for column, value in row.figures.items():
-            model, seqlen, text = cells[int(value)]
+            model, seqlen, text = cells[int(value) - 1]
             facts = dict(column.hidden)
             assert row.run is not None
             assert (row.run.name, facts["seqlen"], facts["text_digest"]) == (model, seqlen, text)
@@ -264,7 +270,7 @@ def two(workplace: Path) -> Path:
     run(workplace / "b", manifest("B", granularity="layer"), result("B", 30.0))
     write(
         workplace / "b" / "eval" / "tasks.json",
-        {"kind": "tasks", "model_digest": "B", "results": {"piqa": {"acc": 0.6625}}},
+        {"kind": "tasks", "model_digest": digest_of("B"), "results": {"piqa": {"acc": 0.6625}}},
     )
     return workplace
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from besa_cli.console import (
     Console,
+    escaped,
     human_bytes,
     human_perplexity,
     human_seconds,
@@ -222,3 +223,50 @@ def test_share() -> None:
 def test_short_names_stay_unique() -> None:
     assert short_names(["self_attn.q_proj", "mlp.gate_proj", "fc1"]) == ["q", "gate", "fc1"]
     assert short_names(["a.out_proj", "b.out_proj", "b.up_proj"]) == ["a.out_proj", "b.out_proj", "up"]
+
+
+HOSTILE = "a\x1b]0;x\x07\x1b[2J\nerror: forged\r\x9b31m\u202egnp.\u2028\x7f"
+UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize("kind", ["line", "text", "note", "table", "error", "blocks", "json"])
+def test_control_characters_out_of_files_are_written_out(capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    console = Console(json=kind == "json")
+    if kind == "error":
+        show_error(HOSTILE, HOSTILE)
+    elif kind == "table":
+        console.table(HOSTILE, [HOSTILE, "n"], [[HOSTILE, 1]])
+    elif kind == "blocks":
+        with console.blocks(HOSTILE, 1) as progress:
+            progress.advance(0, 1.0, HOSTILE)
+    elif kind == "json":
+        console.emit_json({HOSTILE: HOSTILE})
+    else:
+        getattr(console, kind)(HOSTILE)
+    said = "".join(capsys.readouterr())
+    assert UNSAFE.search(said) is None
+    assert "forged" in said
+    assert kind == "text" or not re.search("^error: forged", said, re.MULTILINE)
+    if kind == "json":
+        assert json.loads(said) == {HOSTILE: HOSTILE}
+
+
+def test_control_characters_do_not_reach_a_terminal_either() -> None:
+    with terminal() as stream:
+        console = Console()
+        console.note(HOSTILE)
+        show_error(HOSTILE)
+        with console.blocks(f"[bold]{HOSTILE}", 1) as progress:
+            progress.step(0, 1, HOSTILE)
+            progress.advance(0, 1.0, HOSTILE)
+    assert "\x1b]" not in stream.getvalue()
+    assert "[bold]" in stream.getvalue()
+    assert UNSAFE.search(visible(stream.getvalue()).replace("\r", "")) is None
+
+
+@given(st.text())
+def test_what_is_escaped_is_one_line_and_safe(text: str) -> None:
+    said = escaped(text)
+    assert len(said.splitlines()) <= 1
+    assert UNSAFE.search(said) is None
+    assert said == text or len(said) > len(text)

@@ -1,5 +1,6 @@
 """A hub that answers, one that refuses, one that never answers: each noticed at once, nothing tried twice."""
 
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ import pytest
 
 from besa_cli import datahub
 from besa_cli.errors import BesaError
+from besa_cli.models import transfer
 
 FILE = datahub.RemoteFile(repository="some/texts", path="en/part.jsonl")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA = b'{"text": "a document"}\n'
+TAG = hashlib.sha1(b"blob %d\0" % len(DATA) + DATA).hexdigest()
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -22,7 +25,7 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self, *, status: int = 200, commit: str | None = COMMIT, delay: float = 0) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        self.status, self.commit, self.delay = status, commit, delay
+        self.status, self.commit, self.delay, self.tag, self.more = status, commit, delay, TAG, 0
         self.requests: list[str] = []
 
     @property
@@ -44,13 +47,15 @@ class Answer(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {self.path}")
         time.sleep(hub.delay)
         self.send_response(hub.status)
-        self.send_header("Content-Length", str(len(DATA)))
-        self.send_header("ETag", '"abc"')
+        if not (hub.more and body):
+            self.send_header("Content-Length", str(len(DATA)))
+        self.send_header("ETag", f'"{hub.tag}"')
         if hub.commit is not None:
             self.send_header("X-Repo-Commit", hub.commit)
         self.end_headers()
         if body:
-            self.wfile.write(DATA)
+            self.wfile.write(DATA + b" " * hub.more)
+            self.close_connection = bool(hub.more)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -124,13 +129,49 @@ def test_offline_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_a_download_that_breaks_off_says_that_it_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def broken(*_: object, **__: object) -> str:
+    def broken(*_: object) -> None:
         raise ConnectionResetError("connection reset")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
-    with serving(FakeHub()) as fake, pytest.raises(BesaError, match="broke off: connection reset") as caught:
+    monkeypatch.setattr(transfer, "_append", broken)
+    with serving(FakeHub()) as fake, pytest.raises(BesaError, match=r"broke off after .*connection reset") as caught:
         datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None)
     assert not isinstance(caught.value, datahub.Unreachable)
     assert "goes on where it stopped" in caught.value.hint
+
+
+@pytest.mark.parametrize("field", ["commit", "tag"])
+@pytest.mark.parametrize("value", ["../../../../evil", "/tmp/besa-evil", "abc"])
+def test_a_commit_or_tag_that_is_a_path_is_refused_before_anything_is_written(
+    field: str, value: str, tmp_path: Path
+) -> None:
+    with serving(FakeHub()) as fake:
+        setattr(fake, field, value)
+        with pytest.raises(BesaError, match="which is not a digest"):
+            datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=pytest.fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_content_than_the_tag_says_is_refused(tmp_path: Path) -> None:
+    with serving(FakeHub()) as fake:
+        fake.tag = "0" * 40
+        with pytest.raises(BesaError, match=r"en/part\.jsonl of some/texts arrived damaged"):
+            datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None)
+
+
+def test_more_than_was_declared_is_refused(tmp_path: Path) -> None:
+    with serving(FakeHub()) as fake:
+        fake.more = 100_000
+        with pytest.raises(BesaError, match=f"more of en/part.jsonl of some/texts than the {len(DATA)} bytes"):
+            datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None)
+
+
+def test_a_file_that_changed_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    with serving(FakeHub()) as fake:
+        path = datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None).path
+        path.resolve().write_bytes(DATA.upper())
+        with pytest.raises(BesaError, match="is damaged"):
+            datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path, offline=True), notify=pytest.fail)
+        notes: list[str] = []
+        assert datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=notes.append).path == path
+    assert path.read_bytes() == DATA
+    assert f"{path} is damaged and is fetched again" in notes

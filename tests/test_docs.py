@@ -26,6 +26,7 @@ from besa_cli.app import app
 from besa_cli.checkpoint.runs import Run
 from besa_cli.evaluation import Perplexity
 from besa_cli.jobs.job import Job
+from besa_cli.pruners import wanda
 from besa_cli.sim import accelerator
 
 PACKAGE = Path(besa_cli.__file__).parent
@@ -246,6 +247,11 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(pruners.PRUNERS, name, summary)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_example_of_a_method_says_what_it_holds(example: ModuleType) -> None:
+    """Scores and masks, like Wanda's, whose it makes: the other tensors exist for one linear at a time."""
+    assert example.held(example.Options()) == wanda.held(wanda.Options())
 
 
 def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:

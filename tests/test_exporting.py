@@ -1,6 +1,7 @@
 """Exports of every architecture: what stock transformers makes of them, the way back, and what stops half-way."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +11,15 @@ import exported
 import pytest
 import tiny
 import torch
+import written
 from conftest import Outcome
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from besa_cli import importing
 from besa_cli.checkpoint.runs import Run
+from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.exporting import Job, Request
 
@@ -124,7 +128,7 @@ def test_what_a_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     tensors = tiny.load_file(shard)
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
     exported.save_file(tensors, shard, metadata={"format": "pt"})
-    exported.settle(shard.parent)
+    written.settle(shard.parent)
     job = Job(run, Request(format="hf", options={"dtype": "float16"}))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight holds 1e\+06, too large for float16"):
         list(job.pieces())
@@ -182,7 +186,8 @@ def test_files_of_another_stage_do_not_pass_for_this_one(runs: Callable[..., Run
     directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
     (directory / "export.json").unlink()  # it knows them all
     manifest = directory / "stage" / "besa.json"
-    manifest.write_text(manifest.read_text().replace('"digest": "', '"digest": "0', 2))
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "digest": told["digest"][::-1]}))
     job = importing.Job(directory, Run(tmp_path / "back"))
     with pytest.raises(BesaError, match="does not give its stage back"):
         list(job.shards())
@@ -270,3 +275,125 @@ def test_no_stage_nothing_to_export(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(BesaError, match="has no stage to export"):
         Job(Run(tmp_path / "run"), Request(format="hf", options={}))
+
+
+@pytest.mark.parametrize("name", ["hf", ".hf.partial"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_that_is_not_an_export_is_not_replaced(
+    name: str, restart: bool, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    (run.exports / name).mkdir(parents=True)
+    (run.exports / name / "mine.txt").write_text("mine")
+    with pytest.raises(BesaError, match="was not made by besa"):
+        Job(run, Request(options={}), restart=restart)
+    assert (run.exports / name / "mine.txt").read_text() == "mine"
+
+
+def test_an_export_that_holds_another_file_is_not_replaced(runs: Callable[..., Run], tmp_path: Path) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    directory = exported.export(run, "hf")
+    (directory / "notes.md").write_text("mine")
+    with pytest.raises(BesaError, match=r"notes\.md, which besa did not write"):
+        Job(run, Request(options={}), restart=True)
+    (directory / "notes.md").unlink()
+    job = Job(run, Request(options={}), restart=True)
+    list(job.pieces())
+    assert job.finish()["status"] == "complete"
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_an_export_whose_files_were_changed_is_not_finished_already(
+    how: str, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    file = exported.export(run, "hf") / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink() if how == "gone" else file.write_bytes(content)
+    with pytest.raises(BesaError, match=r"model\.safetensors is damaged or missing"):
+        Job(run, Request(options={}))
+
+
+RESULT = {"dataset": "x", "split": None, "windows": 1, "seqlen": 8, "dtype": "float32", "perplexity": 3.0}
+
+
+@pytest.mark.parametrize(
+    "change", [{"perplexity": None}, {"perplexity": float("nan")}, {"dataset": 3}, {"windows": -1}]
+)
+def test_a_damaged_perplexity_is_refused_before_any_work(
+    change: dict[str, object], runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    digest = json.loads((run.stage("pruned") / "besa.json").read_text())["digest"]
+    run.evaluations.mkdir()
+    file = run.evaluations / "ppl-x.json"
+    file.write_text(json.dumps({**RESULT, "model_digest": digest, **change}))
+    with pytest.raises(BesaError, match=r"ppl-x\.json is not what besa wrote"):
+        Job(run, Request(options={}))
+    file.write_text(json.dumps({**RESULT, "model_digest": digest, "dataset": "/home/jane/a|b.txt"}))
+    card = (exported.export(run, "hf") / "README.md").read_text()
+    assert "| a\\|b.txt | - | 1 | 8 | float32 | 3.0000 |" in card
+    assert "jane" not in card
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 1000])
+def test_a_stage_with_another_number_of_blocks_than_shards_is_refused(
+    blocks: int, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    file = run.stage("pruned") / "besa.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "blocks": blocks}))
+    with pytest.raises(BesaError, match=r"besa\.json|shard|missing"):
+        Job(run, Request(options={}))
+
+
+def loading_refused(directory: Path) -> str:
+    with pytest.raises(BesaError) as caught:
+        loaded(directory)
+    return caught.value.message
+
+
+CONFIGURED = {
+    "a newer format": ("quantization_config", "format", 99),
+    "a format of text": ("quantization_config", "format", "1"),
+    "an index elsewhere": ("quantization_config", "index", "../x.safetensors.index.json"),
+    "weights elsewhere": ("transformers_weights", None, "../x.safetensors"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURED)
+def test_transformers_refuses_a_configuration_that_leads_elsewhere(
+    what: str, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
+    outer, inner, value = CONFIGURED[what]
+    config = json.loads((directory / "config.json").read_text())
+    if inner is None:
+        config[outer] = value
+    else:
+        config[outer][inner] = value
+    (directory / "config.json").write_text(json.dumps(config))
+    assert "the checkpoint" in loading_refused(directory)
+
+
+@pytest.mark.parametrize("how", ["a mask", "no digests", "a tensor left out", "a pipe"])
+def test_transformers_loads_no_damaged_sparse_checkpoint(how: str, runs: Callable[..., Run], tmp_path: Path) -> None:
+    directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
+    file, index = directory / "sparse-00002-of-00003.safetensors", directory / "sparse.safetensors.index.json"
+    told = json.loads(index.read_text())
+    if how == "a mask":
+        tensors = load_file(file)
+        tensors["model.layers.0.mlp.up_proj.weight_mask"][3, 0] ^= 1
+        save_file(tensors, file, metadata={"format": "pt"})
+        told["metadata"]["sha256"][file.name] = sha256_file(file)
+    elif how == "no digests":
+        del told["metadata"]
+    elif how == "a tensor left out":
+        del told["weight_map"]["model.layers.0.mlp.up_proj.weight_mask"]
+    else:
+        file.unlink()
+        os.mkfifo(file)
+    index.write_text(json.dumps(told))
+    message = loading_refused(directory)
+    assert "up_proj" in message or file.name in message or index.name in message

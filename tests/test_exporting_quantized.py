@@ -11,6 +11,7 @@ import pytest
 import quantized
 import tiny
 import torch
+import written
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors.torch import load_file
 from torch import Tensor
@@ -86,6 +87,9 @@ def test_codes_that_are_not_the_weights_are_refused(pruned: Callable[[str], Run]
     codes = load_file(file)
     codes["model.layers.0.mlp.up_proj.codes"][3, 4] ^= 1
     exported.save_file(codes, file, metadata={"format": "pt"})
+    with pytest.raises(BesaError, match=rf"{file} is damaged"):
+        exported.export(run, "sparse")
+    written.settle(run.stage("quantized"))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight is not what its codes stand for"):
         exported.export(run, "sparse")
 

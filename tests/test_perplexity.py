@@ -507,3 +507,66 @@ def test_progress_without_a_terminal_counts_the_head(besa: Besa, pruned: Path) -
         f"{title} 2/3 (block 2/2)",
         f"{title} 3/3 (head)",
     ]
+
+
+def overflowing(directory: Path) -> Path:
+    """A model whose logits float16 does not hold, nor those of any text; its hidden states it does."""
+    model = tiny.built(tiny.config("llama"))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(directory)
+    return tiny.add_tokenizer(directory)
+
+
+def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, workplace: Path) -> None:
+    directory, text = overflowing(workplace / "model"), workplace / "words.txt"
+    text.write_text(text_of().text)
+    words = ("--model", directory, "--seqlen", 16, "--run", "run")
+    outcome = besa("eval", "ppl", text, *words, "--dtype", "float16")
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    for word in (str(directory), "words", "nan in float16"):
+        assert word in line
+    assert "hint: compute with --dtype float32" in outcome.err
+    assert not list((workplace / "run").rglob("ppl-*"))
+    assert besa("eval", "ppl", text, *words, "--dtype", "float32").code == 0
+    assert len(list((workplace / "run").rglob("ppl-*.json"))) == 1
+
+
+def test_a_result_that_is_no_number_is_measured_again(besa: Besa, model: Path, workplace: Path) -> None:
+    """An earlier version kept such results."""
+    (workplace / "words.txt").write_text(text_of().text)
+    words = (
+        "eval",
+        "ppl",
+        "words.txt",
+        "--model",
+        model,
+        "--seqlen",
+        16,
+        "--dtype",
+        "float32",
+        "--run",
+        "run",
+        "--json",
+    )
+    first = besa(*words)
+    (file,) = (workplace / "run").rglob("ppl-*.json")
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "nll": math.nan, "perplexity": math.nan}))
+    again = besa(*words)
+    assert (again.code, json.loads(again.out)) == (0, json.loads(first.out))
+    assert json.loads(file.read_text()) == record
+
+
+def test_losses_that_are_no_numbers_are_not_gone_on_from(besa: Besa, model: Path, workplace: Path) -> None:
+    job = measurement(model, text_of())
+    with pytest.raises(BesaError, match=r"gives tokens of words.txt the loss nan in float32"):
+        job.result([(1.0, 15), (math.nan, 15)])
+    with pytest.raises(BesaError, match=r"the loss inf in float32"):
+        job.result([(math.inf, 15)])
+    whole = perplexity.Walk([job])
+    list(whole)
+    resumed = perplexity.Walk([job], [[whole.losses[0][0], (math.nan, 15), *whole.losses[0][2:5]]])
+    list(resumed)
+    assert resumed.losses == whole.losses

@@ -1,7 +1,9 @@
 """`besa export --push-to`: asked first, refused before any work where it cannot be, and the very files."""
 
 import io
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import typer
 
 from besa_cli import pushing
 from besa_cli.errors import BesaError
+from besa_cli.models import hub_errors
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -113,4 +116,52 @@ def test_a_hub_that_breaks_off_leaves_the_export(
 
     monkeypatch.setattr(hub, "upload_folder", broken)
     with pytest.raises(BesaError, match="was not pushed: cannot reach the hub"):
+        pushing.push(tmp_path, "org/name", private=True)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("asked", ["create_repo", "upload_folder"])
+def test_a_hub_that_does_not_answer_is_given_up(
+    asked: str, tmp_path: Path, hub: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushing, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(pushing, "_COMMIT_SECONDS", 0.3)
+    monkeypatch.setattr(hub, asked, lambda *_, **__: threading.Event().wait(30))
+    with pytest.raises(BesaError, match=r"was not pushed: cannot reach the hub .*: no answer within 0 s"):
+        pushing.push(tmp_path, "org/name", private=True)
+
+
+def test_no_request_of_the_hubs_library_waits_for_ever(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after the library has closed its client and made another."""
+    from huggingface_hub import close_session, get_session, set_client_factory
+
+    before = get_session()
+    monkeypatch.setattr(pushing, "_LINE_SECONDS", 0.3)
+    try:
+        pushing._bound_lines()
+        close_session()
+        assert get_session().event_hooks == before.event_hooks
+        with pytest.raises(hub_errors.transport()):
+            get_session().post(silent, json={})
+    finally:
+        kind, hooks = type(before), before.event_hooks
+        set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def test_an_answer_that_cannot_be_understood_is_one_line(
+    tmp_path: Path, hub: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: object, **__: object) -> None:
+        raise KeyError("url")
+
+    monkeypatch.setattr(hub, "create_repo", odd)
+    with pytest.raises(BesaError, match="was not pushed: cannot read what the hub answers for org/name: 'url'"):
         pushing.push(tmp_path, "org/name", private=True)

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import tiny
 import torch
 from crew import Rank, crew, wait_for
 from torch import Tensor
+
+from besa_cli import ranks as ranks_module
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -168,6 +172,44 @@ def test_commands_that_ranks_cannot_share_are_refused_once(workplace: Path) -> N
     with crew(workplace, 2, "show") as ranks:
         assert [rank.code() for rank in ranks] == [2, 2]
         assert lines(ranks) == ["error: besa show does not work on 2 ranks: besa prune does"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_others_do_not_come_gives_up_with_one_line(
+    rank: int, besa: Besa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks_module, "_JOINING", timedelta(seconds=1))
+    outcome = besa("prune", "--model", "nowhere")
+    assert outcome.code == 1
+    assert [line for line in outcome.err.splitlines() if line.startswith("error: ")] == [
+        f"error: rank {rank} of 2 did not meet all others at 127.0.0.1:{port}: 1 s are over"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "9" * 18),
+        ("WORLD_SIZE", "9" * 5000),
+        ("WORLD_SIZE", "\u0662"),
+        ("RANK", "2"),
+        ("MASTER_PORT", "65536"),
+        ("MASTER_PORT", "x"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(name: str, value: str, besa: Besa, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for each, usual in {**told, name: value}.items():
+        monkeypatch.setenv(each, usual)
+    outcome = besa("prune", "--model", "nowhere")
+    assert (outcome.code, outcome.err.count("error: ")) == (2, 1)
+    assert f"error: {name} is " in outcome.err
 
 
 def test_variables_that_say_too_little_are_named(besa: Besa, monkeypatch: pytest.MonkeyPatch) -> None:

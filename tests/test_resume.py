@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import torch
 
 import besa_cli
 from besa_cli import compute, disk, results
-from besa_cli.checkpoint import stages
+from besa_cli.checkpoint import ownership, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs.job import Job
@@ -48,10 +47,10 @@ class Fate:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.deadly: str | None = None
-        self._replace, self._rename, self._rmtree = Path.replace, Path.rename, shutil.rmtree
+        self._replace, self._rename, self._rmtree = Path.replace, Path.rename, ownership.remove
         patch.setattr(Path, "replace", lambda path, target: self._around(self._replace, path, target))
         patch.setattr(Path, "rename", lambda path, target: self._around(self._rename, path, target))
-        patch.setattr(shutil, "rmtree", self._remove)
+        patch.setattr(ownership, "remove", self._remove)
         patch.setattr(disk, "_remove", lambda path: None)  # a killed process tidies nothing
 
     def _around(self, act: Callable[[Path, Path], Path], path: Path, target: Path) -> Path:
@@ -62,13 +61,13 @@ class Fate:
         self._meet(f"after {name}")
         return result
 
-    def _remove(self, path: Path, ignore_errors: bool = False) -> None:
+    def _remove(self, path: Path) -> None:
         self._meet(f"before removing {path.name}")
         if self.deadly == f"halfway removing {path.name}":
-            for inner in [*sorted(path.iterdir())[::2], path / "besa.json"]:
-                inner.unlink(missing_ok=True)
+            for inner in sorted(path.iterdir())[2::2]:  # not the manifest, which goes last
+                inner.unlink()
             raise Killed
-        self._rmtree(path, ignore_errors)
+        self._rmtree(path)
         self._meet(f"after removing {path.name}")
 
     def _meet(self, event: str) -> None:
@@ -196,7 +195,7 @@ def test_what_was_auto_is_resolved_once(
     with pytest.raises(Killed):
         tiny.run(job(tmp_path / "cut", model, request))
     fate.at(None)
-    monkeypatch.setattr(compute, "dtype", lambda name, on: torch.float32)  # the machine was busier this time
+    monkeypatch.setattr(compute, "dtype", lambda name, on: torch.float32)  # another machine goes on
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:

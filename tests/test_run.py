@@ -1,6 +1,8 @@
 """`besa run`: every section is a command, and the paper's files say what the paper's authors typed."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,35 @@ def test_a_command_that_fails_ends_the_run_with_its_code(workplace: Path, besa: 
     assert "eval ppl" not in outcome.err
 
 
+def test_a_file_that_only_prunes_is_done_when_it_has_pruned(place: Path, besa: Besa) -> None:
+    text = yaml.safe_load(experiment("r", "magnitude"))
+    del text["eval ppl"]
+    Path("e.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
+    outcome = besa("run", "e.yaml", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out) == {"columns": [], "rows": [], "notes": []}
+    assert (place / "r" / "pruned" / "besa.json").exists()
+
+
+@pytest.mark.parametrize("module", ["random", "yaml", "torch", "typer", "besa_cli", "sitecustomize"])
+def test_modules_beside_an_experiment_are_not_imported(module: str, place: Path, besa: Besa) -> None:
+    """As `besa`, by `besa run`, and as `python -m besa_cli`, which puts the current directory on the path."""
+    marker = place / "ran"
+    (place / f"{module}.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('not this one')\n")
+    Path("e.yaml").write_text("run: r\nprune:\n  model: nowhere\n", encoding="utf-8")
+    assert "unknown model 'nowhere'" in besa("run", "e.yaml").err
+    if module != "besa_cli":  # python itself has found that one before any line of ours
+        words = [sys.executable, "-m", "besa_cli", "prune", "--config", "e.yaml"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert "unknown model 'nowhere'" in done.stderr
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("run: r\n", "has no sections"),
+        ("run: r\nprune: {}\nexport:\n  push-to: org/name\n", "'push-to' stands in e.yaml, line 4"),
         ("run: r\nprun:\n  seed: 1\n", "unknown command 'prun' in e.yaml, line 2"),
         ("run: r\neval:\n  limit: 1\n", "'eval' in e.yaml, line 2 is several commands"),
         ("run: r\nprune:\n  sparsty: 1\n", "unknown option 'sparsty' in e.yaml, line 3"),

@@ -1,13 +1,16 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import exported
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor
+from written import stage_manifest
 
 from besa_cli import disk, inspection, models
 from besa_cli.checkpoint.runs import Run
@@ -68,15 +71,7 @@ def source(workplace: Path) -> Path:
 def stage(run: Path, source: Path, *, blocks: int = 2) -> Path:
     """A stage of a run, of which so many of the two blocks are finished."""
     made = Stage(Run(run).stage("pruned"), 2)
-    manifest = {
-        "format": 1,
-        "stage": "pruned",
-        "command": "prune",
-        "options": OPTIONS,
-        "compute": {"device": "cpu", "dtype": "float32"},
-        "model": {"name": "some/model", "kind": "hub"},
-        "history": [],
-    }
+    manifest = stage_manifest(options=OPTIONS)
     made.begin(manifest, source)
     made.write_rest({"model.embed_tokens.weight": torch.zeros(10, 6)})
     for index in range(blocks):
@@ -170,6 +165,67 @@ def test_a_tensor_that_lost_its_zeros_is_reported(besa: Besa, source: Path) -> N
     assert "warning: the reports name more pruned weights than there are zeros" in outcome.err
 
 
+@pytest.mark.parametrize("index", [-1, 0, 1])
+def test_a_finished_stage_that_lost_a_shard_is_refused_by_its_name(index: int, besa: Besa, source: Path) -> None:
+    directory = stage(Path("besa-run"), source)
+    shard = Stage(directory, 2).shard(index)
+    shard.unlink()
+    for command in ("show", "simulate"):
+        outcome = besa(command, *([directory] if command == "show" else ["--model", directory]))
+        assert outcome.code == 1
+        assert shard.name in outcome.err
+        assert outcome.err.count("error: ") == 1
+
+
+def test_zeros_that_are_not_those_of_the_report_are_named(besa: Besa, source: Path) -> None:
+    directory = stage(Path("besa-run"), source)
+    tensors = block_tensors(1)
+    tensors["model.layers.1.self_attn.q_proj.weight"][0] = 0.0
+    save_file(tensors, Stage(directory, 2).shard(1))
+    outcome = besa("show", directory)
+    assert "warning: self_attn.q_proj of block 1 has " in outcome.err
+
+
+@pytest.mark.parametrize("how", ["gone", "shorter"])
+def test_an_export_whose_file_is_not_as_listed_is_shown_with_a_warning(how: str, besa: Besa, workplace: Path) -> None:
+    directory = exported.export(exported.stage(workplace), "hf")
+    assert "warning" not in besa("show", directory).err
+    file = directory / "model.safetensors"
+    file.unlink() if how == "gone" else os.truncate(file, 10)
+    outcome = besa("show", directory, "--json")
+    assert "warning: " in outcome.err
+    assert file.name in json.loads(outcome.out)["damage"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"format": 1}', '{"format": 99}', '{"format": 1, "command": "export"}']
+)
+@pytest.mark.parametrize("name", ["besa.json", "export.json"])
+def test_a_manifest_of_nothing_is_one_line(name: str, content: str, besa: Besa, workplace: Path) -> None:
+    (workplace / "x").mkdir()
+    (workplace / "x" / name).write_text(content)
+    for words in (("show", "x"), ("show", "x", "--config"), ("simulate", "--model", "x")):
+        outcome = besa(*words)
+        assert outcome.code == 1
+        assert len(outcome.err.splitlines()) <= 2
+        assert "x" in outcome.err
+
+
+def test_odd_checkpoints_are_shown_or_refused_in_one_line(besa: Besa, workplace: Path) -> None:
+    (workplace / "config.json").write_text('{"model_type": ["gpt2"]}')
+    weights = {"layers.0.a.weight": torch.zeros(0, 3), "layers.1.a.weight": torch.ones(2, 3)}
+    save_file(weights | {f"layers.{'9' * 5000}.a.weight": torch.ones(2, 3)}, workplace / "model.safetensors")
+    outcome = besa("show", workplace)
+    assert outcome.code == 0, outcome.err
+    assert "0 of 6 weights are zero" in outcome.out
+
+
+def test_a_name_that_is_too_long_is_one_line(besa: Besa, workplace: Path) -> None:
+    outcome = besa("show", "x" * 5000)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: ")
+
+
 def test_config_is_yaml_that_the_command_takes(besa: Besa, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage(Path("besa-run"), source)
     text = besa("show", "--config").out
@@ -187,8 +243,8 @@ def test_config_is_yaml_that_the_command_takes(besa: Besa, source: Path, monkeyp
     Path("again.yaml").write_text(text)
     tried: list[str] = []
     monkeypatch.setattr(models, "resolve", lambda name, **_: tried.append(name))
-    with pytest.raises(AttributeError, match="NoneType"):  # all options were taken; there is no model to go on with
-        besa("prune", "--config", "again.yaml")
+    outcome = besa("prune", "--config", "again.yaml")
+    assert "AttributeError: 'NoneType'" in outcome.err  # all options were taken; there is no model to go on with
     assert tried == ["some/model"]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from besa_cli import sparse
 from besa_cli.errors import BesaError
+from besa_cli.ops import affine
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -77,3 +78,59 @@ def damaged(what: str) -> dict[str, Tensor]:
 def test_parts_that_do_not_belong_together_are_refused_by_name(what: str) -> None:
     with pytest.raises(BesaError, match=r"mlp\.up_proj\.weight.* in sparse-00002\.safetensors is damaged"):
         sparse.decoded(damaged(what), "sparse-00002.safetensors")
+
+
+def quantized_parts() -> dict[str, Tensor]:
+    grid = affine.Grid(bits=4, group_size=8, symmetric=False)
+    on_grid = affine.nearest(half(4, 16), grid)
+    return sparse.encoded_codes(NAME, affine.dequantize(on_grid), on_grid)
+
+
+CODED = {
+    "codes of another dtype": ("codes", lambda part: part.long()),
+    "codes too few": ("codes", lambda part: part[1:]),
+    "codes as a scalar": ("codes", lambda part: part.sum().to(torch.uint8)),
+    "a scale of NaN": ("scale", lambda part: part.fill_(float("nan"))),
+    "a scale of 0": ("scale", lambda part: part.zero_()),
+    "a scale below 0": ("scale", lambda part: -part),
+    "scales in fp32": ("scale", lambda part: part.float()),
+    "scales too few": ("scale", lambda part: part[:, :1]),
+    "zero points beyond the grid": ("zero", lambda part: part.fill_(16)),
+    "zero points of another dtype": ("zero", lambda part: part.long()),
+    "a grid of 5 bits": ("grid", lambda part: torch.tensor([5, 8])),
+    "a grid of floats": ("grid", lambda part: part.float()),
+    "a grid of huge groups": ("grid", lambda part: torch.tensor([4, 1 << 40])),
+    "a grid of nothing": ("grid", lambda part: torch.zeros(2, dtype=torch.int64)),
+    "a grid of one": ("grid", lambda part: part[:1]),
+    "values beside codes": ("values", lambda part: torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", CODED)
+def test_wrong_codes_are_refused_by_name(what: str) -> None:
+    name, how = CODED[what]
+    stored = quantized_parts()
+    assert torch.equal(sparse.decoded(stored, "file")[NAME], sparse.decoded(quantized_parts(), "file")[NAME])
+    stored[f"{NAME}_{name}"] = how(stored[f"{NAME}_{name}"])
+    with pytest.raises(BesaError, match=r"mlp\.up_proj\.weight.* in file is damaged"):
+        sparse.decoded(stored, "file")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_values_that_are_never_stored_are_refused(value: float) -> None:
+    stored = parts_of(half())
+    stored[f"{NAME}_values"][2] = value
+    with pytest.raises(BesaError, match="holds zeros, NaN or infinity"):
+        sparse.decoded(stored, "file")
+
+
+def test_bits_beyond_the_last_column_are_refused() -> None:
+    stored = parts_of(half(cols=21))
+    stored[f"{NAME}_mask"][0, -1] |= 1 << 6
+    with pytest.raises(BesaError, match="bits set beyond the last of 21 columns"):
+        sparse.decoded(stored, "file")
+
+
+def test_a_weight_both_whole_and_in_parts_is_refused() -> None:
+    with pytest.raises(BesaError, match="both whole and in parts"):
+        sparse.decoded({**parts_of(half()), NAME: half()}, "file")

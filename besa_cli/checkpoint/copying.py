@@ -7,8 +7,8 @@ from pathlib import Path
 
 from besa_cli import disk
 from besa_cli.checkpoint import manifests
-from besa_cli.errors import BesaError
-from besa_cli.models import cache
+from besa_cli.errors import BesaError, reason_of
+from besa_cli.models import cache, files
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _OWN = (manifests.MANIFEST, manifests.EXPORT, cache.FILES)
@@ -16,7 +16,7 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and licence files of a model; nothing that holds weights, nothing of besa's own.
+    """Copy configuration, tokenizer, chat template and licence files; nothing that holds weights, nothing of besa's.
 
     Raises
     ------
@@ -28,13 +28,19 @@ def copy_small_files(source: Path, target: Path) -> None:
             if path.suffix == ".json":
                 _require_json(path)
             disk.publish(target / path.name, partial(_copy, path))
+    for folder in files.FOLDERS:
+        for path in sorted((source / folder).glob("*.jinja")):
+            if path.is_file():
+                disk.publish(target / folder / path.name, partial(_copy, path))
 
 
 def _require_json(path: Path) -> None:
     try:
         json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BesaError(f"{path} is damaged: {error}", "restore the file, or fetch the model again") from error
+    except (ValueError, RecursionError) as error:
+        raise BesaError(
+            f"{path} is damaged: {reason_of(error)}", "restore the file, or fetch the model again"
+        ) from error
 
 
 def _is_copied(name: str) -> bool:

@@ -1,41 +1,62 @@
 """One stage takes the place of another, and a stage is removed: a crash in between is made good."""
 
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from besa_cli import disk
-from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint import manifests, ownership
 
 
 def replace_stage(old: Path, new: Path) -> None:
-    """Let the finished stage `new` take the place of `old`; a crash in between is made good by `recover`."""
+    """Let the finished stage `new` take the place of `old`; a crash in between is made good by `recover`.
+
+    Raises
+    ------
+    BesaError
+        `old` holds something that besa did not write (named): nothing is changed.
+    """
     if old.exists():
         _put_aside(old, old)
     new.rename(old)
     disk.flush_directory(old.parent)
-    shutil.rmtree(_aside(old), ignore_errors=True)
+    _remove_aside(old)
 
 
 def recover(old: Path, new: Path) -> None:
-    """Finish an exchange or a removal of stages that a crash interrupted."""
-    if (new / manifests.MANIFEST).exists() and manifests.read(new).get("status") == "complete":
+    """Finish an exchange or a removal of stages that a crash interrupted; the only copy of a stage is put back."""
+    if manifests.is_complete(new):
         replace_stage(old, new)
-    if _aside(old).exists():
-        shutil.rmtree(_aside(old), ignore_errors=True)
+    elif not old.exists() and manifests.is_complete(aside(old)):
+        aside(old).rename(old)
+        disk.flush_directory(old.parent)
+    _remove_aside(old)
 
 
-def discard(stage: Path, final: Path) -> None:
-    """Remove a stage whose final place is `final`; half removed, it is nowhere that it could be taken for a stage."""
+def discard(stage: Path, final: Path, sources: Iterable[Path] = ()) -> None:
+    """Remove a stage whose final place is `final`; half removed, it is nowhere that it could be taken for a stage.
+
+    Raises
+    ------
+    BesaError
+        It holds something that besa did not write, or a file that is read (named): nothing is changed.
+    """
     if stage.exists():
-        _put_aside(stage, final)
-        shutil.rmtree(_aside(final))
+        _put_aside(stage, final, sources)
+        _remove_aside(final)
 
 
-def _put_aside(stage: Path, final: Path) -> None:
-    if _aside(final).exists():
-        shutil.rmtree(_aside(final))
-    stage.rename(_aside(final))
-
-
-def _aside(final: Path) -> Path:
+def aside(final: Path) -> Path:
+    """Where a stage is until another has taken its place."""
     return final.with_name(f".{final.name}.replaced")
+
+
+def _put_aside(stage: Path, final: Path, sources: Iterable[Path] = ()) -> None:
+    for place in (stage, aside(final)):
+        ownership.refuse_to_replace(place, sources)
+    _remove_aside(final)
+    stage.rename(aside(final))
+
+
+def _remove_aside(final: Path) -> None:
+    if aside(final).exists():
+        ownership.remove(aside(final))

@@ -2,40 +2,214 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from besa_cli import __version__, disk
+from annotated_types import Ge, Le, Len
+from typing_extensions import TypedDict
+
+from besa_cli import __version__, disk, records
 from besa_cli.errors import BesaError
+from besa_cli.records import strict
 
 FORMAT = 1
 MANIFEST = disk.MANIFEST
 EXPORT = "export.json"  # the manifest of an export, written last; an export is no stage
 _LIBRARIES = ("torch", "transformers", "safetensors")
 
+MOST_BLOCKS = 10_000
+
+Digest = Annotated[str, Len(64, 64)]  # SHA-256 in hexadecimal
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Options = dict[str, str | int | float | bool | list[str | int] | None]
+
+
+@strict
+class Source(TypedDict):
+    """A text or a file of token rows that calibration samples were taken from."""
+
+    asked: str
+    source: str
+    file: str
+    sha256: Digest
+
+
+@strict
+class Origin(TypedDict):
+    """The model that a stage was made from; `stage` where it is another stage of the run."""
+
+    name: str
+    kind: Literal["demo", "hub", "local", "gguf"]
+    revision: str | None
+    directory: str
+    digest: Digest
+    stage: NotRequired[Literal["pruned", "quantized"]]
+
+
+@strict
+class Compute(TypedDict):
+    """Where and how a stage is computed: all of it changes bytes."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    threads: Annotated[int, Ge(1), Le(4096)]
+    batch: Positive
+    kernels: str
+    processor: str
+    environment: dict[str, str]
+
+
+@strict
+class Quantization(TypedDict):
+    """The grid of a quantized stage, see `besa_cli.ops.affine.Grid`."""
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: Positive | None
+    symmetric: bool
+
+
+@strict
+class Calibration(TypedDict):
+    """The calibration tokens that a stage was made with; none where a method observes none."""
+
+    tokens_digest: Digest | None
+    sources: list[Source]
+
+
+@strict
+class Counts(TypedDict):
+    """What a finished stage holds, in weights of the linears inside the blocks."""
+
+    weights: Count
+    pruned: Count
+    zeros: Count
+    blocks_kept_uniform: Count
+    sparsity: Annotated[float, Ge(0), Le(1)]
+
+
+@strict
+class Step(TypedDict):
+    """An earlier stage of which this one was made."""
+
+    stage: str
+    command: str
+    options: Options
+    versions: dict[str, str]
+    digest: NotRequired[Digest]
+
+
+@strict
+class StageManifest(TypedDict):
+    """`besa.json` of a stage."""
+
+    format: int
+    stage: Literal["pruned", "quantized"]
+    command: Literal["prune", "quantize"]
+    options: Options
+    compute: Compute
+    model: Origin
+    quantization: NotRequired[Quantization]
+    calibration: Calibration
+    versions: dict[str, str]
+    history: list[Step]
+    status: Literal["beginning", "running", "complete"]
+    blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
+    restart: NotRequired[bool]
+    counts: NotRequired[Counts]
+    digest: NotRequired[Digest]
+
+
+@strict
+class CalibrationManifest(TypedDict):
+    """`besa.json` of a calibration set."""
+
+    format: int
+    stage: Literal["calibration"]
+    status: Literal["complete"]
+    options: Options
+    sources: list[Source]
+    sampling: str
+    tokenizer_digest: Digest
+    tokens_digest: Digest
+    samples: Positive
+    seqlen: Positive
+    seed: Count
+    versions: dict[str, str]
+
+
+@strict
+class _Kind(TypedDict):
+    """What every manifest says first; the format decides how the rest is read."""
+
+    format: int
+    stage: NotRequired[str]
+    status: NotRequired[str]
+
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
+
     return {"besa": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 def read(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest of a stage or calibration set, or, under its own name, of an export.
+    """The manifest of a stage or a calibration set, or, under its own name, of an export.
 
     Raises
     ------
     BesaError
-        There is none, or a newer version of besa wrote it.
+        There is none, it is of another format, or it is damaged (the field is named).
     """
-    manifest = disk.read_json(directory / name)
-    found = manifest.get("format")
-    if not isinstance(found, int) or found > FORMAT:
+    path = directory / name
+    text = disk.read_text(path)
+    kind = _known(path, text)
+    if name != MANIFEST:
+        return disk.parse_json(text, path)
+    if kind.get("stage") == "calibration":
+        return {**records.parse(CalibrationManifest, text, path, "make it again with: besa calibrate --restart")}
+    manifest = records.parse(StageManifest, text, path, _REMEDY)
+    if manifest["status"] == "complete":
+        _require_finished(manifest, path)
+    return {**manifest}
+
+
+_REMEDY = "restore the file, or make the stage again with --restart"
+
+
+def _known(path: Path, text: str) -> _Kind:
+    found = records.parse(_Kind, text, path, _REMEDY)
+    if found["format"] != FORMAT:
         raise BesaError(
-            f"{directory / name} has format {found}, this besa {__version__} knows {FORMAT}",
+            f"{path} has format {found['format']}, this besa {__version__} reads {FORMAT}",
             "use the besa version that wrote it, or a newer one",
         )
-    return manifest
+    return found
+
+
+def _require_finished(manifest: StageManifest, path: Path) -> None:
+    """Refuse a finished stage without digest or counts, or with counts that contradict each other."""
+
+    missing = [name for name in ("digest", "counts") if name not in manifest]
+    if missing:
+        raise BesaError(f"{path} is not what besa wrote: {missing[0]} is missing", _REMEDY)
+    counts = manifest["counts"]
+    if not counts["pruned"] <= counts["weights"] or not counts["pruned"] <= counts["zeros"] <= counts["weights"]:
+        raise BesaError(
+            f"{path} is not what besa wrote: {counts['pruned']} pruned and {counts['zeros']} zeros "
+            f"of {counts['weights']} weights",
+            _REMEDY,
+        )
+    if abs(counts["sparsity"] - counts["pruned"] / max(counts["weights"], 1)) > 1e-12:
+        raise BesaError(
+            f"{path} is not what besa wrote: counts.sparsity {counts['sparsity']} is not the share that was pruned",
+            _REMEDY,
+        )
+    if (manifest["stage"] == "quantized") != ("quantization" in manifest):
+        raise BesaError(f"{path} is not what besa wrote: stage {manifest['stage']} and its grid disagree", _REMEDY)
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a finished stage is there."""
-    return (directory / MANIFEST).exists() and read(directory).get("status") == "complete"
+    """Whether a finished stage or calibration set is there, by its manifest's own word."""
+
+    path = directory / MANIFEST
+    return path.exists() and _known(path, disk.read_text(path)).get("status") == "complete"

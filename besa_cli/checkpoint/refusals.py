@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from besa_cli import disk
-from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint import manifests, ownership
+from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
@@ -20,16 +21,8 @@ def refuse_foreign(directory: Path, model: Path) -> None:
     """
     if model.resolve() == directory.resolve():
         raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
-    if directory.exists() and not directory.is_dir():
-        raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
-    if (directory / manifests.MANIFEST).exists() or not directory.exists():
-        return
-    strangers = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-    if strangers:
-        raise BesaError(
-            f"{directory} was not made by besa: it holds {strangers[0]} and no {manifests.MANIFEST}",
-            "move it away, or name another run directory with --run",
-        )
+    if not (directory / manifests.MANIFEST).exists():
+        ownership.refuse_to_replace(directory)
 
 
 def refuse_damaged(directory: Path, found: str) -> None:
@@ -45,16 +38,20 @@ def refuse_damaged(directory: Path, found: str) -> None:
     Raises
     ------
     BesaError
-        The digests differ.
+        The digests differ, or a shard, a report or a file of codes is missing or that of another block.
     """
     if not (directory / manifests.MANIFEST).exists():
         return
-    written = manifests.read(directory).get("digest")
-    if written not in (None, found):
+    manifest = manifests.read(directory)
+    if manifest["status"] != "complete":
+        return
+    written = manifest["digest"]
+    if written != found:
         raise BesaError(
             f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
             f"restore its files, make it anew with --restart, or name it with --model {directory} to take it as it is",
         )
+    Stage(directory, manifest["blocks"]).require_whole()
 
 
 def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) -> None:

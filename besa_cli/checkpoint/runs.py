@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint import exchange, manifests
 from besa_cli.checkpoint.stages import STAGES, finished
 
 
@@ -61,8 +61,11 @@ class Run:
 
     def whole(self, name: str) -> Path:
         """Where a stage is, also after a crash in the middle of an exchange."""
-        directory, beside = self.stage(name), self.next_stage(name)
-        return beside if not directory.exists() and manifests.is_complete(beside) else directory
+        directory = self.stage(name)
+        if directory.exists():
+            return directory
+        others = (self.next_stage(name), exchange.aside(directory))
+        return next((place for place in others if manifests.is_complete(place)), directory)
 
     def stale(self, name: str) -> bool:
         """Whether a stage was made from another stage of this run that is not the same any more."""

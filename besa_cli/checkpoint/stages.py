@@ -1,16 +1,19 @@
 """A stage: a complete Hugging Face checkpoint, one shard a block, while it is written or read."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from besa_cli import disk, weights
+from besa_cli import disk, records, weights
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.copying import copy_small_files
 from besa_cli.errors import BesaError
-from besa_cli.ops import affine
+from besa_cli.ops import affine, masks
 from besa_cli.ops.affine import Grid
 from besa_cli.reports import BlockReport, LinearReport
 
@@ -54,6 +57,7 @@ class Stage:
             They are not those that were written, or the codes are not or are missing.
         """
         tensors = self._checked(self.shard(index), index, "digest")
+        self._require_counts(index, tensors)
         self.codes(index)
         self._seen.add(index)
         return tensors
@@ -62,16 +66,27 @@ class Stage:
         """Those tensors of a finished block whose names are wanted, not compared with what was written."""
         return weights.read_file(self.shard(index), wanted)
 
-    def _checked(self, path: Path, index: int, key: str) -> dict[str, Tensor]:
-        """What a file holds, compared with the digest in the report of its block; older reports have none."""
+    def _checked(self, path: Path, index: int, key: Literal["digest", "codes_digest"]) -> dict[str, Tensor]:
+        """What a file holds, compared with the digest in the report of its block."""
         tensors = weights.read_file(path)
-        written = self._record(index).get(key)
-        if written not in (None, weights.digest(tensors)):
+        if getattr(self._record(index), key) != weights.digest(tensors):
             raise _damaged(path, self.shard(index))
         return tensors
 
-    def _record(self, index: int) -> dict[str, Any]:
-        return disk.read_json(self._report(index))
+    def _record(self, index: int) -> "_Record":
+        """The report of a block as it lies on the disk, which has to be that of this block and as it was written."""
+        path = self._report(index)
+        text = disk.read_text(path)
+        record = records.parse(_Record, text, path, _made_anew(self.shard(index)))
+        problem = record.problem or (f"block {record.index}" if record.index != index else "")
+        if not problem and record.blocks != self.blocks:
+            problem = f"{record.blocks} blocks"
+        if problem:
+            where = f"block {index} of {self.blocks}"
+            raise BesaError(f"{path}, the report of {where}, tells of {problem}", _made_anew(self.shard(index)))
+        if record.seal != _seal(disk.parse_json(text, path)):
+            raise BesaError(f"{path} was changed since it was written", _made_anew(self.shard(index)))
+        return record
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
@@ -86,6 +101,21 @@ class Stage:
         """
         return self._checked(self._codes(index), index, "codes_digest") if self._has_codes(index) else {}
 
+    def _require_counts(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Compare the zeros of each linear, counted, with those that the block's report tells of."""
+        for linear in self._record(index).linears:
+            ending = f".{linear.name}.weight"
+            found = [tensor for name, tensor in tensors.items() if f".{name}".endswith(ending)]
+            if len(found) != 1:  # the checkpoint calls it otherwise than the model
+                continue
+            counted, shape = masks.zeros(found[0]), tuple(found[0].shape)
+            if (counted, shape) != (linear.zeros, (linear.rows, linear.cols)):
+                raise BesaError(
+                    f"{self._report(index)} tells of {linear.zeros} zeros in {linear.name} ({linear.rows} x "
+                    f"{linear.cols}), its shard holds {counted} in {' x '.join(map(str, shape))}",
+                    _made_anew(self.shard(index)),
+                )
+
     def code_names(self, index: int) -> list[str]:
         """The names of the tensors that `codes` reads."""
         return list(weights.header(self._codes(index))) if self._has_codes(index) else []
@@ -94,20 +124,17 @@ class Stage:
         return self.directory / _CODES / self.shard(index).name
 
     def _has_codes(self, index: int) -> bool:
-        """Whether the block has codes; older reports do not say."""
-        path = self._codes(index)
-        if path.exists():
-            return True
-        if "codes_digest" in self._record(index):
+        """Whether the block has codes, which then have to be there; codes that no report knows are not ours."""
+        path, told = self._codes(index), self._record(index).codes_digest is not None
+        if told and not path.exists():
             raise BesaError(f"{path} is missing", _made_anew(self.shard(index)))
-        return False
+        return told
 
     def report(self, index: int) -> BlockReport:
         """The report of a finished block."""
-        record = self._record(index)
-        for key in ("digest", "codes_digest"):
-            record.pop(key, None)
-        return BlockReport.from_record(record)
+        found = self._record(index)
+        told = {each.name: getattr(found, each.name) for each in fields(BlockReport)}
+        return BlockReport(**told | {"resumed": True})
 
     def reports(self) -> Iterator[BlockReport]:
         """The reports of all finished blocks."""
@@ -116,7 +143,8 @@ class Stage:
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """Put a block's report, codes and tensors on disk, the shard last."""
         digests = {"digest": weights.digest(tensors)} | ({"codes_digest": weights.digest(codes)} if codes else {})
-        disk.write_json(self._report(report.index), {**report.record(), **digests})
+        record = {**report.record(), **digests}
+        disk.write_json(self._report(report.index), {**record, "seal": _seal(record)})
         if codes:
             self._codes(report.index).parent.mkdir(exist_ok=True)
             self._save(self._codes(report.index), codes)
@@ -140,6 +168,25 @@ class Stage:
 
     def _save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
+
+    def require_whole(self) -> None:
+        """Refuse a finished stage whose shards hold other tensors than its index lists, or whose reports are changed.
+
+        The tensors themselves are compared by the digest in the manifest, see `refusals.refuse_damaged`.
+
+        Raises
+        ------
+        BesaError
+            A shard, a report or a file of codes is missing, or is that of another block.
+        """
+        table = weights.listed(self.directory)
+        for index in range(-1, self.blocks):
+            shard = self.shard(index)
+            expected = {name for name, file in table.items() if file == shard.name}
+            if weights.header(shard).keys() != expected:
+                raise BesaError(f"{shard} holds other tensors than {weights.INDEX} lists", _made_anew(shard))
+            if index >= 0:
+                self.codes(index)
 
     def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
         """Make the directory: the manifest that says whose it is, configuration and tokenizer files of the source."""
@@ -178,13 +225,29 @@ class Stage:
             "blocks_kept_uniform": sum(report.kept_uniform for report in self.reports()),
         }
         counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
-        manifest = disk.read_json(self.directory / manifests.MANIFEST)
+        manifest = manifests.read(self.directory)
         manifest.pop("restart", None)
         if "quantization" in manifest:
             counts |= _grid_counts(linears, Grid(**manifest["quantization"]))
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest
+
+
+@records.strict
+@dataclass(frozen=True, kw_only=True)
+class _Record(BlockReport):
+    """A block's report on the disk: digests of the block's tensors and codes, and a digest of all that it says."""
+
+    digest: manifests.Digest
+    codes_digest: manifests.Digest | None = None
+    seal: manifests.Digest
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a report says, but for its seal: block, counts and digests belong together."""
+    told = {name: value for name, value in record.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: Path, shard: Path) -> BesaError:

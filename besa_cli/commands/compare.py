@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from besa_cli.commands import options
 from besa_cli.console import Console, human_perplexity, human_share
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ Format = Literal["table", "markdown", "csv", "json"]
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories with results.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories with results.")
+    ],
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "table",
 ) -> None:
     """The results of several runs side by side: methods by data sets, the dense model once."""
@@ -29,14 +32,14 @@ def compare(
         exact = [
             [row.title, *(_exact(row.figures.get(column)) for column in found.columns.values())] for row in found.rows
         ]
-        console.line(comparison.comma_separated(header, exact))
+        console.text(comparison.comma_separated(header, exact))
         return
     rows = [
         [row.title, *(_short(column, row.figures.get(column)) for column in found.columns.values())]
         for row in found.rows
     ]
     if form == "markdown":
-        console.line(comparison.markdown(header, rows))
+        console.text(comparison.markdown(header, rows))
     else:
         console.table("", header, rows)
     console.emit_json(_record(found))

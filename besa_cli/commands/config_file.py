@@ -1,5 +1,6 @@
 """`--config FILE.yaml`: options of a command, or of the several commands of an experiment; what is typed wins."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +10,17 @@ from typing import Any
 import typer
 import yaml
 
-from besa_cli.errors import UsageError, unknown
+from besa_cli import disk
+from besa_cli.errors import BesaError, UsageError, unknown
 
 _NULL = "tag:yaml.org,2002:null"
+_TAGS = {_NULL, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))}
 _FORM = "write one 'option: value' a line"
+_LARGEST = 1 << 18  # bytes of a file
+_LONGEST = 80  # characters of an option's or a command's name
+
+# Consent to publish is typed. What a file may say of these, and what not, by the option's name.
+_CONSENT = {"push-to": (None,), "yes": (None,), "public": (None,), "private": (None, "true", "yes", "on", "1")}
 
 
 class _AsTyped(yaml.SafeLoader):
@@ -64,6 +72,7 @@ def apply(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None or context.resilient_parsing:
         return path
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser fails without a home)
     shared, sections = read(path)
     parameters, elsewhere = _parameters(context.command), set[str]()
     for name, section in sections.items():
@@ -83,20 +92,19 @@ def read(path: Path) -> tuple[list[Entry], dict[str, Section]]:
     Raises
     ------
     UsageError
-        The file cannot be read, is broken, or names one model for all sections: an `eval` would measure that model
-        instead of what `prune` made of it.
+        The file cannot be read, is broken, consents to publish a model, or names one model for all sections: an `eval`
+        would measure that model instead of what `prune` made of it.
     """
     shared, sections = [], {}
     with _explained(path):
-        root, loader = _root(path)
-        for key, node in root:
-            entry = _entry(loader, key, node)
+        for key, node in _root(path):
+            entry = _entry(key, node, path)
             if not isinstance(node, yaml.MappingNode):
                 shared.append(entry)
             elif entry.name in sections:
                 raise UsageError(f"section '{entry.name}' is given twice in {path}, line {entry.line}", "join the two")
             else:
-                sections[entry.name] = Section(entry.line, [_entry(loader, *pair) for pair in node.value])
+                sections[entry.name] = Section(entry.line, [_entry(name, value, path) for name, value in node.value])
     for entry in shared:
         if sections and entry.option == "model":
             raise UsageError(
@@ -183,24 +191,42 @@ def _parameters(command: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in found.items() if name != "config"}
 
 
-def _entry(loader: yaml.SafeLoader, key: yaml.Node, value: yaml.Node) -> Entry:
-    found: Any = loader
-    return Entry(
-        str(found.construct_object(key, deep=True)),
-        found.construct_object(value, deep=True),
-        key.start_mark.line + 1,
-    )
+def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> Entry:
+    """One key and its value; nothing is constructed that an option cannot be: no objects, no nests, no copies."""
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST:
+        raise UsageError(f"{path}, line {line}: a key that cannot be the name of an option or command", _FORM)
+    entry = Entry(key.value, _value(node, path), line)
+    allowed = _CONSENT.get(entry.option)
+    if allowed is not None and (entry.value.lower() if isinstance(entry.value, str) else entry.value) not in allowed:
+        raise UsageError(
+            f"'{entry.name}' stands in {path}, line {line}, but consent to publish a model is typed, never read",
+            f"take it out of the file, and type --{entry.option}",
+        )
+    return entry
 
 
-def _root(path: Path) -> tuple[list[tuple[yaml.Node, yaml.Node]], yaml.SafeLoader]:
-    """The keys and values of the file's mapping, and what makes values of them."""
-    loader = _AsTyped(path.read_text(encoding="utf-8"))
-    root = loader.get_single_node()
+def _value(node: yaml.Node, path: Path) -> str | list[str] | yaml.Node | None:
+    """The value as it would be typed; the node itself where it can be no option's."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else []
+    for each in (node, *nodes):
+        if isinstance(each, yaml.Node) and each.tag not in _TAGS:
+            raise UsageError(f"{path}, line {each.start_mark.line + 1}: broken YAML: no tags: {each.tag[:80]}", _FORM)
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == _NULL else str(node.value)
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        return [each.value for each in nodes]
+    return node
+
+
+def _root(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of the file's mapping."""
+    root = _AsTyped(disk.read_text(path, _LARGEST)).get_single_node()
     if root is None:
-        return [], loader
+        return []
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line {root.start_mark.line + 1}: not a mapping", _FORM)
-    return root.value, loader
+    return list(root.value)
 
 
 @contextmanager
@@ -208,10 +234,12 @@ def _explained(path: Path) -> Iterator[None]:
     """One line for every way in which a file cannot be read."""
     try:
         yield
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "name a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read {path}: it is not UTF-8 text", "name a YAML file") from error
+    except UsageError:
+        raise
+    except BesaError as error:
+        raise UsageError(error.message, "name a YAML file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: too many lists within lists", _FORM) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{path}, line {line}: broken YAML: {error.problem}", _FORM) from error

@@ -1,5 +1,6 @@
 """`besa eval`: what was lost, as perplexity and as a look at what the models say."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,6 +17,8 @@ from besa_cli.console import Console, human_perplexity
 from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from besa_cli.evaluation import Measurement, Perplexity, Settings
     from besa_cli.forecast import Forecast
     from besa_cli.results import Results
@@ -99,18 +102,19 @@ def _measure(
 
     results = Results(subject.results) if subject.results else None
     digest = str(subject.digest) if parent else subjects.digest(subject)
-    jobs = _jobs(subject, digest, texts, settings)
-    found = {number: results.load(job) for number, job in enumerate(jobs)} if results else {}
+    jobs = _jobs(subject, digest, texts, settings, console.note)
+    stored = [(number, results.load(job)) for number, job in enumerate(jobs)] if results else []
+    found = {number: result for number, result in stored if result}
     for number, job in enumerate(jobs):
-        if results and found[number]:
+        if results and number in found:
             console.note(f"{subject.name}: result taken from {results.file(job)}")
-    left = [number for number in range(len(jobs)) if not found.get(number)]
+    left = [number for number in range(len(jobs)) if number not in found]
     if left and parent:
         subjects.refuse_changed(subject)
     if left:
         made = _walk(subject, [jobs[number] for number in left], results, console)
         found.update(zip(left, made, strict=True))
-    return [result for number in range(len(jobs)) if (result := found[number])]
+    return [found[number] for number in range(len(jobs))]
 
 
 def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings") -> "Forecast":
@@ -139,6 +143,8 @@ def _walk(
         if losses:
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
     walk = Walk(jobs, known)
+    for note in walk.notes:
+        console.note(note)
     try:
         title = f"{', '.join(job.dataset for job in jobs)}, {subject.name}"
         with console.blocks(title, walk.steps, walk.work) as progress:
@@ -165,12 +171,16 @@ def _way_on(results: "Results | None", jobs: "Sequence[Measurement]") -> str:
 
 
 def _jobs(
-    subject: Subject, digest: str, texts: "Sequence[EvaluationText]", settings: "Settings"
+    subject: Subject,
+    digest: str,
+    texts: "Sequence[EvaluationText]",
+    settings: "Settings",
+    notify: "Callable[[str], None]" = lambda _: None,
 ) -> "list[Measurement]":
     from besa_cli import preparation
     from besa_cli.evaluation import Measurement
 
-    tokenizer = subjects.tokenizer(subject)
+    tokenizer = subjects.tokenizer(subject, notify)
     made_of = preparation.tokenizer_digest(subject.directory)
     return [Measurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
 
@@ -211,7 +221,7 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
 def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the models go on from.")] = _PROMPT,
     model: options.OtherModelOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Tokens to add.")] = 40,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=options.MOST, metavar="N", help="Tokens to add.")] = 40,
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
     config: options.ConfigOption = None,
@@ -219,15 +229,21 @@ def sample(
 ) -> None:
     """What the dense and the pruned model continue a prompt with (greedy), side by side."""
     console = Console(json=as_json)
-    from besa_cli import compute, evaluation
+    from besa_cli import compute, continuations
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
+    both = [each for each in (subject.parent, subject) if each is not None]
+    tokenizers = [subjects.tokenizer(each, console.note) for each in both]
+    prompts = [
+        continuations.prompted(each.directory, tokenizer, prompt, tokens)
+        for each, tokenizer in zip(both, tokenizers, strict=True)
+    ]
     said = {}
-    for each in (subject.parent, subject):
-        if each is not None:
-            tokenizer = subjects.tokenizer(each)
-            said[each.name] = evaluation.continuation(each.directory, tokenizer, prompt, tokens, computed)
+    for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
+        with console.blocks(each.name, 1) as progress:
+            show = functools.partial(progress.step, total=tokens, phase="token")
+            said[each.name] = continuations.continuation(each.directory, tokenizer, inputs, tokens, computed, show)
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
     )

@@ -8,7 +8,7 @@ import typer
 
 from besa_cli.commands import forecasting, options
 from besa_cli.console import Console, human_bytes
-from besa_cli.errors import UsageError
+from besa_cli.errors import BesaError, UsageError
 from besa_cli.exporters import EXPORTERS
 
 if TYPE_CHECKING:
@@ -90,12 +90,25 @@ def export(
                 began = time.monotonic()
         _show(job, console)
     if push_to is not None:
+        _refuse_strangers(job)
         if not yes:
             size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
             if not typer.confirm(f"Push {human_bytes(size)} to {push_to}?", err=True):
                 console.note(f"not pushed; the export is in {job.directory}")
                 return
         console.note(f"pushed to {pushing.push(job.directory, push_to, private=private)}")
+
+
+def _refuse_strangers(job: "Job") -> None:
+    """Nothing goes out that is not of the export."""
+    from besa_cli.checkpoint import ownership
+
+    strangers = ownership.strangers(job.directory)
+    if strangers:
+        raise BesaError(
+            f"not pushed: {job.directory} holds {strangers[0]}, which is not of the export",
+            "move it away, and run the same command again",
+        )
 
 
 def _show(job: "Job", console: Console) -> None:

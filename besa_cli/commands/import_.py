@@ -11,7 +11,9 @@ from besa_cli.console import Console
 
 
 def import_(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `besa export` made.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=options.directories, help="A directory that `besa export` made.")
+    ],
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,

@@ -1,5 +1,6 @@
 """The options that several verbs share, each with its help text written once."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,20 +17,73 @@ DEFAULT_RUN = Path("besa-run")
 _MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO})"
 
 
+MOST = 1_000_000  # of anything that is counted one by one: more cannot be meant, and would be worked on for years
+
+
+def expanded(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Paths with the home directory for a leading ``~``, which shells leave as it is after ``=`` and in variables.
+
+    The callback of every option that is a path. A ``~`` that stands for nobody's home stays.
+    """
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111  (Path.expanduser fails without a home)
+    return value and [Path(os.path.expanduser(each)) for each in value]  # noqa: PTH111
+
+
+def directories(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """The same for directories of weights, which cannot lie below a name that is not UTF-8: safetensors opens none.
+
+    Raises
+    ------
+    UsageError
+        One of them is not UTF-8.
+    """
+    found = expanded(value)
+    for each in found if isinstance(found, list) else [found]:
+        named(None if each is None else str(each))
+    return found
+
+
+def named(value: str | None) -> str | None:
+    """Refuse a name that is not UTF-8; the callback of the options that name a model.
+
+    Raises
+    ------
+    UsageError
+        It is not.
+    """
+    shown = os.fsencode(value or "").decode("utf-8", "backslashreplace")
+    if value and shown != value:
+        raise UsageError(f"'{shown}' is not a name in UTF-8, and no weights can be read or written there", "rename it")
+    return value
+
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 Compression = Literal["zstd"]
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", callback=named, help=f"{_MODEL}.")]
 OtherModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help=f"{_MODEL}.", show_default="the newest stage of the run directory"),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        callback=named,
+        help=f"{_MODEL}.",
+        show_default="the newest stage of the run directory",
+    ),
 ]
 RunOption = Annotated[
     Path,
-    typer.Option("--run", metavar="DIR", envvar="BESA_RUN", help="The run directory: where a run keeps all it makes."),
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        envvar="BESA_RUN",
+        callback=directories,
+        help="The run directory: where a run keeps all it makes.",
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[
@@ -77,7 +131,8 @@ DataOption = Annotated[
     ),
 ]
 SamplesOption = Annotated[
-    int | None, typer.Option("--samples", metavar="N", help="Number of calibration samples.", show_default="128")
+    int | None,
+    typer.Option("--samples", max=MOST, metavar="N", help="Number of calibration samples.", show_default="128"),
 ]
 SeqlenOption = Annotated[
     int | None,
@@ -102,13 +157,17 @@ DataDirOption = Annotated[
         "--data-dir",
         metavar="DIR",
         envvar="BESA_DATA",
+        callback=expanded,
         help="Where local copies of data sets and tasks are looked for first (see docs/data.md, docs/tasks.md).",
     ),
 ]
 
 
 CalibrationOption = Annotated[
-    Path | None, typer.Option("--calibration", metavar="DIR", help="Use the calibration set in this directory.")
+    Path | None,
+    typer.Option(
+        "--calibration", metavar="DIR", callback=directories, help="Use the calibration set in this directory."
+    ),
 ]
 DampingOption = Annotated[
     float | None,

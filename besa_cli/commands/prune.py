@@ -53,7 +53,7 @@ LossOption = Annotated[
     choices.Loss | None,
     _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
 ]
-EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1)]
+EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
 BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
 OptimizerOption = Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")]
 RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)]

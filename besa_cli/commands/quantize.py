@@ -21,6 +21,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
+        callback=options.named,
         help="A model to quantize as it is: a name or directory as of besa prune, or any stage.",
         show_default="the run's pruned stage",
     ),
@@ -49,7 +50,7 @@ LossOption = Annotated[
     choices.Loss | None,
     _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
 ]
-EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1)]
+EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
 BatchSizeOption = Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)]
 RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)]
 

@@ -15,6 +15,11 @@ from besa_cli.commands import config_file, options
 from besa_cli.console import Console
 from besa_cli.errors import BesaError, Interrupted, UsageError
 
+# With -P nothing is imported from the current directory, where experiments of others lie. The place of this very
+# program comes last, for one that is not installed.
+_PACKAGES = str(Path(__file__).parents[2])
+_BESA = "import sys; sys.path.append(sys.argv.pop(1)); from besa_cli.app import main; sys.exit(main())"
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -27,7 +32,10 @@ class Experiment:
 
 def run(
     context: typer.Context,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.yaml...", help="Experiment files, run in turn.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE.yaml...", callback=options.expanded, help="Experiment files, run in turn."),
+    ],
     data_dir: options.DataDirOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -41,8 +49,11 @@ def run(
             words = [*command.split(), "--config", str(experiment.file)]
             console.note(f"besa {shlex.join(words)}")
             _call(words, environment, silent=as_json)
-    form = "json" if as_json else "table"
-    _call(["eval", "compare", *(str(experiment.run) for experiment in experiments), "--format", form], environment)
+    measured = [str(each.run) for each in experiments if any((each.run / "eval").glob("*.json"))]
+    if measured:
+        _call(["eval", "compare", *measured, "--format", "json" if as_json else "table"], environment)
+    else:
+        console.emit_json({"columns": [], "rows": [], "notes": []})
 
 
 def _read(context: typer.Context, file: Path) -> Experiment:
@@ -85,7 +96,9 @@ def _call(words: Sequence[str], environment: Mapping[str, str], *, silent: bool 
         It failed, and has said why; its exit code is passed on.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "besa_cli", *words], env=environment, stdout=subprocess.DEVNULL if silent else None
+        [sys.executable, "-P", "-c", _BESA, _PACKAGES, *words],
+        env=environment,
+        stdout=subprocess.DEVNULL if silent else None,
     )
     try:
         code = process.wait()

@@ -21,7 +21,10 @@ def show(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="DIR", help="A run directory, a stage or any checkpoint.", show_default="the run directory"
+            metavar="DIR",
+            callback=options.directories,
+            help="A run directory, a stage or any checkpoint.",
+            show_default="the run directory",
         ),
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,
@@ -30,7 +33,10 @@ def show(
     ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """What a directory is, the commands that made it, and the sparsity of each linear, counted in the tensors."""
+    """What a directory is, the commands that made it, and the sparsity of each linear, counted in the tensors.
+
+    Digests are not compared: besa eval and besa export do that.
+    """
     from besa_cli import inspection
     from besa_cli.checkpoint.runs import Run
 
@@ -81,7 +87,7 @@ def _print_config(place: Path, console: Console) -> None:
     manifest = manifests.read(place)
     values = inspection.options_to_repeat(manifest)
     text = yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items()}, sort_keys=False)
-    console.line(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
+    console.text(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
     console.emit_json(values)
 
 
@@ -103,10 +109,10 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
         facts["exports"].append({"directory": str(directory), **_show_export(directory, console)})
     facts["evaluations"] = inspection.evaluations(run)
     if facts["evaluations"]:
-        console.line(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
+        console.text(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
     facts["simulations"] = inspection.simulations(run)
     if facts["simulations"]:
-        console.line(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
+        console.text(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
     return facts
 
 
@@ -127,15 +133,19 @@ def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _show_export(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli.checkpoint import manifests
+    from besa_cli import inspection
+    from besa_cli.checkpoint import exports
 
-    manifest = manifests.read(directory, manifests.EXPORT)
+    manifest = exports.read(directory)
     sizes, source = manifest["sizes"], manifest["source"]
     console.line(
         f"{directory}: {manifest['options']['format']} export of the {source['stage']} stage {source['digest'][:12]}, "
         f"{human_bytes(sizes['weights'])} ({human_share(sizes['weights'] / sizes['weights_dense'])} of dense bf16)"
     )
-    return {"manifest": manifest}
+    damage = inspection.damage(directory, manifest)
+    if damage:
+        console.note(f"warning: {damage}")
+    return {"manifest": manifest, **({"damage": damage} if damage else {})}
 
 
 def _show_model(directory: Path, console: Console) -> dict[str, Any]:
@@ -234,6 +244,13 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
         console.line(f"{pruned:,} were pruned ({human_share(pruned / weights)})")
         if pruned > zeros:
             console.note("warning: the reports name more pruned weights than there are zeros: the tensors were changed")
+    for block in counts:
+        for linear in block.linears:
+            if linear.written not in (None, linear.zeros):
+                console.note(
+                    f"warning: {linear.name} of block {block.index} has {linear.zeros:,} zeros, its report says "
+                    f"{linear.written:,}: the tensors were changed"
+                )
 
 
 def _label(linear: str) -> str:
@@ -268,7 +285,7 @@ def _facts(counts: "Sequence[BlockCount]") -> list[dict[str, Any]]:
                     "cols": linear.cols,
                     "zeros": linear.zeros,
                     "pruned": linear.pruned,
-                    "sparsity": linear.zeros / linear.weights,
+                    "sparsity": linear.zeros / max(linear.weights, 1),
                 }
                 for linear in block.linears
             ],

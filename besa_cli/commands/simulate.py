@@ -1,5 +1,6 @@
 """`besa simulate`: what a sparse accelerator would make of the pruned model."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,7 @@ AcceleratorOption = Annotated[
     typer.Option(
         "--accelerator",
         metavar="NAME|FILE",
+        callback=os.path.expanduser,
         help="besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file like theirs.",
     ),
 ]
@@ -59,7 +61,13 @@ BlocksOption = Annotated[
 ]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV: a line a block, linear and dataflow.")]
 PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw cycles, speed-up and columns: .png, .svg or .pdf.")
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        callback=options.expanded,
+        help="Draw cycles, speed-up and columns: .png, .svg or .pdf.",
+    ),
 ]
 
 
@@ -143,4 +151,4 @@ def _print_csv(found: "list[BlockCost]", console: Console) -> None:
     from besa_cli import comparison
     from besa_cli.simulation import record
 
-    console.line(comparison.comma_separated(*record.rows(found)))
+    console.text(comparison.comma_separated(*record.rows(found)))

@@ -1,5 +1,6 @@
 """What `besa eval` looks at: the newest stage of a run directory or `--model`, and the dense model it was made from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 RunOption = Annotated[
     Path | None,
     typer.Option(
-        "--run", metavar="DIR", envvar="BESA_RUN", help="The run directory.", show_default=str(options.DEFAULT_RUN)
+        "--run",
+        metavar="DIR",
+        envvar="BESA_RUN",
+        callback=options.directories,
+        help="The run directory.",
+        show_default=str(options.DEFAULT_RUN),
     ),
 ]
 BaselineOption = Annotated[
@@ -92,8 +98,10 @@ def digest(subject: Subject) -> str:
     """
     from besa_cli import weights
     from besa_cli.checkpoint import refusals
+    from besa_cli.models import cache
 
     found = weights.check(weights.Weights(subject.directory))
+    cache.confirm(subject.directory, found)
     if subject.digest is not None:
         refusals.refuse_damaged(subject.directory, found)
     return found
@@ -108,8 +116,10 @@ def refuse_changed(parent: Subject) -> None:
         The model has changed since.
     """
     from besa_cli import weights
+    from besa_cli.models import cache
 
     found = weights.check(weights.Weights(parent.directory))
+    cache.confirm(parent.directory, found)
     if found != parent.digest:
         raise BesaError(
             f"the model in {parent.directory} has changed since the stage was made from it "
@@ -118,10 +128,9 @@ def refuse_changed(parent: Subject) -> None:
         )
 
 
-def tokenizer(subject: Subject) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the checkpoint."""
-    from besa_cli import preparation
+def tokenizer(subject: Subject, notify: Callable[[str], None] = lambda _: None) -> "PreTrainedTokenizerBase":
+    """The tokenizer that lies with the checkpoint; see `besa_cli.tokenizer.tokenizer_of`."""
+    from besa_cli.tokenizer import tokenizer_of
 
-    return preparation.tokenizer_of(
-        models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
-    )
+    place = models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
+    return tokenizer_of(place, notify)

@@ -32,7 +32,11 @@ TasksArgument = Annotated[
 ShotsOption = Annotated[
     int | None,
     typer.Option(
-        "--num-fewshot", metavar="N", help="Examples in a prompt.", show_default="the task's own: 0 for the six"
+        "--num-fewshot",
+        max=options.MOST,
+        metavar="N",
+        help="Examples in a prompt.",
+        show_default="the task's own: 0 for the six",
     ),
 ]
 LimitOption = Annotated[
@@ -55,6 +59,7 @@ DefinitionsOption = Annotated[
     typer.Option(
         "--definitions",
         metavar="DIR",
+        callback=options.expanded,
         help="Keep the generated task definitions here, for lm_eval --include_path.",
         show_default="they are gone at the end",
     ),

@@ -1,7 +1,8 @@
 """A stock transformers decoder of which only the parts in use have weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 from besa_cli import anatomy, compute
 from besa_cli.decoder.ahead import Ahead
 from besa_cli.errors import BesaError
-from besa_cli.weights import Names, Weights
+from besa_cli.names import Names, fit
+from besa_cli.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class PartialModel:
@@ -22,10 +27,15 @@ class PartialModel:
     device, dtype : torch.device, torch.dtype
         Where and in which dtype to compute.
 
+    Attributes
+    ----------
+    notes : list of str
+        What the user should know of how the checkpoint fits the model, see `besa_cli.names.fit`.
+
     Raises
     ------
     BesaError
-        The model cannot be handled, or a weight is missing.
+        The model cannot be handled, or a weight is missing or of another shape.
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -33,9 +43,14 @@ class PartialModel:
         self.config = anatomy.config_of(directory)
         self.weights = Weights(directory)
         self.device, self.dtype = device, dtype
+        _require_sizes(self.config, directory)
         self.model = anatomy.skeleton(self.config, dtype)
         self.prefix, self.blocks = anatomy.block_list(self.model)
+        self._outside = _outside(self.model, self.blocks)
+        self._buffered = _buffered(self.model)
+        self._above = [module for module in self._outside if self.blocks in set(module.modules())]
         self._names = Names(self.model, self.weights.names)
+        self.notes = fit(self.model, self._names, self.weights)
         self._ahead = Ahead(lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda")
         for index in range(len(self.blocks)):
             self._require(self.block_names(index), f"block {index}")
@@ -43,6 +58,11 @@ class PartialModel:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.config.get_text_config().vocab_size)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of block `index` by their name inside it."""
@@ -91,7 +111,8 @@ class PartialModel:
         block = self.blocks[index]
         tensors = dict(source) if source is not None else self._ahead.take(index)
         block.to_empty(device=self.device)
-        self._restore_buffers(list(block.modules()))
+        if not self._buffered.isdisjoint(block.modules()):
+            self._restore_buffers([*block.modules(), *self._above])
         self._fill(block.state_dict(), self.block_names(index), tensors)
         return tensors
 
@@ -118,9 +139,9 @@ class PartialModel:
         wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self._head = self._belonging(wanted, head)
+        self._head = self._own_head = self._belonging(wanted, head)
         now = {name: origin for name, origin in wanted.items() if name not in self._head}
-        self._fill_outside([module for module in _outside(self.model, self.blocks) if module is not head], now)
+        self._fill_outside([module for module in self._outside if module is not head], now)
         self._embedding = self._belonging(now, self.embedding)
 
     def _belonging(self, origins: Mapping[str, str], owner: nn.Module | None) -> dict[str, str]:
@@ -135,7 +156,7 @@ class PartialModel:
             _to_empty(module, self.device)
         self._restore_buffers(modules)
         self._fill(self.model.state_dict(), origins, tensors)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)
         self.model.requires_grad_(False)
 
     @property
@@ -150,13 +171,13 @@ class PartialModel:
         return sum(self.model.get_parameter(name).nbytes for name in self._embedding) if held else 0
 
     def drop_embedding(self) -> None:
-        """Free the token embedding, and a head that is tied to it; whatever needs it next reads it again."""
+        """Free the token embedding, and a head's weight that is tied to it; whatever needs it next reads it again."""
         if self.embedding is None or not self._embedding:
             return
         weight = self.embedding.weight
         for module in self.model.modules():
-            if any(parameter is weight for parameter in module._parameters.values()):
-                module.to("meta")
+            for name in [name for name, parameter in module._parameters.items() if parameter is weight]:
+                _empty(module, name, torch.device("meta"))
         compute.give_back_memory()
 
     def load_embedding(self) -> None:
@@ -169,18 +190,55 @@ class PartialModel:
         return sum(self.model.get_parameter(name).numel() * self.dtype.itemsize for name in self._head)
 
     def load_head(self) -> None:
-        """Give the head its weights, where it has any of its own; only logits need them."""
-        if self._head:
-            _to_empty(self.model.get_output_embeddings(), self.device)  # type: ignore[no-untyped-call]
-            self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
-            self._head = {}
+        """Give the head its weights, where it has any of its own; only logits need them.
+
+        A weight that is tied to the embedding stays as it is: a bias alone may be the head's own.
+        """
+        if not self._head:
+            return
+        for name in self._head:
+            owner, _, own = name.rpartition(".")
+            _empty(self.model.get_submodule(owner), own, self.device)
+        self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
+        self._head = {}
+
+    def drop_head(self) -> None:
+        """Free what `load_head` has read; it is read again when logits are wanted."""
+        for name in self._own_head:
+            owner, _, own = name.rpartition(".")
+            _empty(self.model.get_submodule(owner), own, torch.device("meta"))
+        self._head = self._own_head
+        compute.give_back_memory()
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the dtype of computation and as they are stored: what loading them may take."""
+        loaded = sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
+        return loaded + self.weights.nbytes(self.weights.names)
 
     def _restore_buffers(self, modules: Sequence[nn.Module]) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
-        with torch.no_grad():
-            for module in modules:
-                if module._non_persistent_buffers_set:
-                    self.model._init_weights(module)  # type: ignore[no-untyped-call]
+        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does.
+
+        Its own initialization does it, which asks the model that each module belongs to, and after the modules
+        inside those around them, which may compute buffers of theirs. Weights count as initialized, and stay.
+        """
+        chosen = self._buffered.intersection(modules)
+        if not chosen:
+            return
+        for module in self.model.modules():
+            module._is_hf_initialized = module not in chosen  # type: ignore[assignment]
+            for name, tensor in tensors_of(module):
+                tensor._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
+        self.model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def _require_sizes(config: "PretrainedConfig", directory: Path) -> None:
+    text = config.get_text_config()
+    for name in ("hidden_size", "vocab_size"):
+        if not isinstance(getattr(text, name, None), int):
+            raise BesaError(
+                f"{directory / 'config.json'} gives no {name} of the decoder ({config.model_type})",
+                "besa passes hidden states of one width from block to block; this model has no such width",
+            )
 
 
 def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:
@@ -188,11 +246,31 @@ def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:
     return [module for module in model.modules() if module not in inside]
 
 
+def _buffered(model: nn.Module) -> set[nn.Module]:
+    """The modules that hold a buffer that no checkpoint holds, or have one inside."""
+    return {
+        module for module in model.modules() if any(inner._non_persistent_buffers_set for inner in module.modules())
+    }
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers by their name in it."""
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            yield name, tensor
+
+
 def _to_empty(module: nn.Module, device: torch.device) -> None:
     """`Module.to_empty` for one module's own tensors."""
-    for name, parameter in list(module._parameters.items()):
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-    for name, buffer in list(module._buffers.items()):
-        if buffer is not None:
-            module._buffers[name] = torch.empty_like(buffer, device=device)
+    for name, _ in tensors_of(module):
+        _empty(module, name, device)
+
+
+def _empty(module: nn.Module, name: str, device: torch.device) -> None:
+    """Put a tensor without values in the place of one of a module's own tensors."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+        return
+    buffer = module._buffers[name]
+    module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=device)

@@ -14,6 +14,7 @@ from besa_cli.exporters.stage import Source
 ARCHITECTURE = "llama"
 ROPE_FACTORS = "rope_freqs.weight"
 _KNOWN = ("llama",)  # model types of transformers
+_ACTS = ("silu", "swish")  # two names of one function
 _ROPES = ("default", "linear", "llama3")
 _ELSEWISE = "export as hf, and convert that with llama.cpp's own script"
 
@@ -36,6 +37,17 @@ def check(source: Source) -> None:
         raise BesaError(
             f"{source.directory} has rotary embeddings of type '{rope['rope_type']}'; GGUF is written for "
             f"{', '.join(_ROPES)}",
+            _ELSEWISE,
+        )
+    act = anatomy.config_of(source.directory).hidden_act
+    if act not in _ACTS:
+        raise BesaError(
+            f"{source.directory} has hidden_act '{act}'; llama.cpp computes SiLU in every '{ARCHITECTURE}' model",
+            _ELSEWISE,
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise BesaError(
+            f"{source.directory} turns a part of each head (partial_rotary_factor); llama.cpp turns all of it",
             _ELSEWISE,
         )
     for name in source.names:

@@ -1,28 +1,29 @@
-"""A Hugging Face tokenizer in the terms of llama.cpp: its tokens, their kinds, its merges, how it splits words."""
+"""A Hugging Face tokenizer in the terms of llama.cpp: its tokens, their kinds, its merges, how it splits words.
+
+What is read is the tokenizer that stock transformers makes of the files, in the words of tokenizer.json.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from besa_cli import disk
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading
+from besa_cli.exporters import gguf_pairs
+from besa_cli.models.gguf_splits import WAYS, Step
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How words are split: tokenizer.json's words for it -> llama.cpp's name.
-_BYTES = ("ByteLevel", False)
-_SPLITS: dict[tuple[tuple[object, object], ...], str] = {
-    (("ByteLevel", True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", _LLAMA3), _BYTES): "llama-bpe",
-}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_WRITTEN = ("gpt-2", "smollm", "llama-bpe")
 _ELSEWISE = "export as hf, and convert that with llama.cpp's own script"
+_BLANK = "▁"  # stands for a space
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}
+_NO_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class Vocabulary:
         A `TokenType` for each.
     scores : list of float
         Of ``llama``: the higher, the earlier a pair is merged to this token; empty for ``gpt2``.
+    prefixed : bool
+        A text is read as if a space stood before it.
+    framed : dict
+        Whether a text gets the token ``bos`` before it, and ``eos`` after it.
     """
 
     model: str
@@ -47,6 +52,8 @@ class Vocabulary:
     tokens: list[str]
     kinds: list[int]
     scores: list[float]
+    prefixed: bool
+    framed: dict[str, bool]
 
     def add_to(self, writer: GGUFWriter, directory: Path) -> None:
         """Write it, with merges, special tokens and chat template as the gguf package reads them."""
@@ -56,9 +63,9 @@ class Vocabulary:
         writer.add_token_types(self.kinds)
         if self.scores:
             writer.add_token_scores(self.scores)
+        writer.add_add_space_prefix(self.prefixed)
         special = SpecialVocab(directory, load_merges=self.model == "gpt2", n_vocab=len(self.tokens))
-        for name in ("bos", "eos"):
-            special.add_special_token.setdefault(name, False)
+        special.add_special_token.update(self.framed)
         special.add_to_gguf(writer, quiet=True)
 
 
@@ -68,16 +75,21 @@ def read(directory: Path, size: int) -> Vocabulary:
     Raises
     ------
     BesaError
-        There is none, or it is of a kind that this export does not know.
+        There is none, or llama.cpp would read texts otherwise than it.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise BesaError(f"{directory} has no tokenizer.json, which a GGUF file needs", _ELSEWISE)
-    facts = disk.read_json(path)
+    stock = _stock(directory, path)
+    facts = disk.parse_json(stock.backend_tokenizer.to_str(), path)
     model = facts["model"]
     if model.get("type") != "BPE":
         raise BesaError(f"{path} is a tokenizer of kind {model.get('type')}, not BPE", _ELSEWISE)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise BesaError(f"{path} has {key} {model[key]!r}, which llama.cpp has not", _ELSEWISE)
     added = {int(token["id"]): token for token in facts.get("added_tokens", [])}
+    _require_bare(added, path)
     names = {int(number): token for token, number in model["vocab"].items()}
     names |= {number: str(token["content"]) for number, token in added.items()}
     if names and max(names) >= size:
@@ -85,9 +97,45 @@ def read(directory: Path, size: int) -> Vocabulary:
     tokens = [names.get(number, f"[PAD{number}]") for number in range(size)]
     plain = bool(model.get("byte_fallback"))
     kinds = [_kind(number, names, added, model, plain) for number in range(size)]
+    framed = _frame(stock, path)
     if plain:
-        return Vocabulary(model="llama", pre="default", tokens=tokens, kinds=kinds, scores=_scores(tokens, model))
-    return Vocabulary(model="gpt2", pre=_split(facts, path), tokens=tokens, kinds=kinds, scores=[])
+        gguf_pairs.require_bytes({f"<0x{byte:02X}>" for byte in range(256)}, model["vocab"], path)
+        scores, prefixed = gguf_pairs.scores(tokens, model, set(added), path), _prefixed(facts, path)
+        return Vocabulary(
+            model="llama", pre="default", tokens=tokens, kinds=kinds, scores=scores, prefixed=prefixed, framed=framed
+        )
+    pre = _split(facts, path)
+    gguf_pairs.require_bytes(set(gguf_pairs.alphabet()), model["vocab"], path)
+    if bool(model.get("ignore_merges")) != WAYS[pre].whole_words:
+        gguf_pairs.require_reached(model, path)
+    return Vocabulary(model="gpt2", pre=pre, tokens=tokens, kinds=kinds, scores=[], prefixed=False, framed=framed)
+
+
+def _stock(directory: Path, path: Path) -> "PreTrainedTokenizerFast":
+    import transformers
+
+    with reading(path, _ELSEWISE):
+        found = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not isinstance(found, transformers.PreTrainedTokenizerFast):
+        raise BesaError(f"{path} is read by {type(found).__name__}, which has no tokenizer.json of its own", _ELSEWISE)
+    return found
+
+
+def _require_bare(added: Mapping[int, Mapping[str, Any]], path: Path) -> None:
+    for token in added.values():
+        for key in ("lstrip", "rstrip", "single_word"):
+            if token.get(key):
+                raise BesaError(f"{path} has {token['content']!r} with {key}, which llama.cpp has not", _ELSEWISE)
+
+
+def _frame(stock: "PreTrainedTokenizerFast", path: Path) -> dict[str, bool]:
+    """Which of the two tokens stock transformers puts around a text."""
+    plain, framed = (list(stock("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    for before in ([], [stock.bos_token_id]):
+        for after in ([], [stock.eos_token_id]):
+            if framed == [*before, *plain, *after]:
+                return {"bos": bool(before), "eos": bool(after)}
+    raise BesaError(f"{path} puts other tokens around a text than the first and the last", _ELSEWISE)
 
 
 def _kind(
@@ -105,33 +153,52 @@ def _kind(
     return int(TokenType.NORMAL)
 
 
-def _scores(tokens: list[str], model: Mapping[str, Any]) -> list[float]:
-    """Of each token, minus the rank of the first pair that makes it; what no pair makes comes after all of them."""
-    ranks: dict[str, int] = {}
-    for rank, pair in enumerate(model["merges"]):
-        parts = pair.split(" ") if isinstance(pair, str) else pair
-        ranks.setdefault("".join(parts), rank)
-    return [float(-ranks.get(token, len(ranks) + number)) for number, token in enumerate(tokens)]
+def _steps(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, sequences resolved."""
+    if not stage:
+        return []
+    if stage.get("type") != "Sequence":
+        return [stage]
+    return [step for part in stage.get(inner, []) for step in _steps(part, inner)]
+
+
+def _prefixed(facts: Mapping[str, Any], path: Path) -> bool:
+    """Whether a space is put before a text, by a tokenizer that changes and splits nothing else."""
+    normalizers = _steps(facts.get("normalizer"), "normalizers")
+    splits = [step for step in _steps(facts.get("pre_tokenizer"), "pretokenizers") if step != _NO_SPACES]
+    prepend = {"type": "Prepend", "prepend": _BLANK}
+    if normalizers in ([_SPACES], [prepend, _SPACES]) and not splits:
+        return prepend in normalizers
+    if not normalizers and len(splits) == 1:
+        step = splits[0]
+        within = any(_BLANK in "".join(gguf_pairs.parts(pair))[1:] for pair in facts["model"]["merges"])
+        if step.get("type") == "Metaspace" and step.get("replacement") == _BLANK and not (step.get("split") and within):
+            return step.get("prepend_scheme") in ("always", "first")
+    told = json.dumps([*normalizers, *splits])[:160]
+    raise BesaError(
+        f"{path} changes or splits texts in a way that llama.cpp has not for such tokens: {told}", _ELSEWISE
+    )
 
 
 def _split(facts: Mapping[str, Any], path: Path) -> str:
     """llama.cpp's name for the way in which a byte-level tokenizer splits words."""
-    stage = facts.get("pre_tokenizer") or {}
-    steps = stage.get("pretokenizers", [stage]) if stage.get("type") == "Sequence" else [stage]
-    found = _SPLITS.get(tuple(map(_step, steps)))
-    if found is None or facts.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
-        told = json.dumps(stage)[:120]
+    steps = tuple(_named(facts))
+    found = next((name for name in _WRITTEN if WAYS[name].steps == steps), None)
+    if found is None or _steps(facts.get("normalizer"), "normalizers"):
+        told = json.dumps(facts.get("pre_tokenizer"))[:120]
         raise BesaError(f"{path} splits words in a way that has no name in llama.cpp known here: {told}", _ELSEWISE)
     return found
 
 
-def _step(step: Mapping[str, Any]) -> tuple[object, object]:
-    """The kind of a step and what tells it from others of its kind; a step with unusual settings matches nothing."""
-    kind = step.get("type")
-    if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return kind, bool(step.get("use_regex", True))
-    if kind == "Digits":
-        return kind, bool(step.get("individual_digits"))
-    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return kind, step.get("pattern", {}).get("Regex")
-    return kind, None
+def _named(facts: Mapping[str, Any]) -> Iterator[Step | tuple[str, None]]:
+    """The kind of each step and what tells it from others of its kind; with unusual settings it matches nothing."""
+    for step in _steps(facts.get("pre_tokenizer"), "pretokenizers"):
+        kind = str(step.get("type"))
+        if kind == "ByteLevel" and not step.get("add_prefix_space"):
+            yield kind, bool(step.get("use_regex", True))
+        elif kind == "Digits":
+            yield kind, bool(step.get("individual_digits"))
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            yield kind, str(step.get("pattern", {}).get("Regex"))
+        else:
+            yield kind, None

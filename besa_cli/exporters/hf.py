@@ -10,6 +10,7 @@ from torch import Tensor
 from besa_cli import disk
 from besa_cli.checkpoint import copying
 from besa_cli.compute import DTYPES
+from besa_cli.errors import require_counts
 from besa_cli.exporters import shards
 from besa_cli.exporters.stage import Piece, Source, narrowed
 
@@ -28,6 +29,9 @@ class Options:
 
     dtype: str | None = None
     shard_size: int = 5_000_000_000
+
+    def __post_init__(self) -> None:
+        require_counts(shard_size=self.shard_size)
 
 
 _PIECES = 20  # of progress

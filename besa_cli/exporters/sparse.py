@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from besa_cli import compression, disk, sparse
-from besa_cli.checkpoint import copying, stages
-from besa_cli.exporters.stage import Piece, Source
+from besa_cli.checkpoint import copying, ownership, stages
+from besa_cli.exporters.stage import STAGE_FILES, Piece, Source
 from besa_cli.sparse import INDEX, METHOD, NEEDS_IMPORT
-
-STAGE_FILES = "stage"  # the directory in which the stage's own small files lie as they were
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +70,18 @@ def shard_name(stage_shard: str) -> str:
 
 
 def copy_stage_files(source: Path, target: Path) -> None:
-    """Copy what a stage holds beside its weights and its timing: manifest, reports, configuration, tokenizer."""
+    """Copy what a stage holds beside its weights and its timing: manifest, reports, configuration, tokenizer.
+
+    Files that besa did not write there stay where they are.
+    """
     target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        hidden = path.name.startswith(".") or path.name == stages.TIMING
-        if path.is_file() and path.suffix != ".safetensors" and not hidden:
-            shutil.copyfile(path, target / path.name)
+    strangers = ownership.strangers(source)
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts) or path.name == stages.TIMING
+        if path.is_file() and path.suffix != ".safetensors" and not hidden and name.as_posix() not in strangers:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
 
 
 def loading(options: Options) -> str:
@@ -94,5 +98,5 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
 The weights are expanded while they are loaded{meanwhile}: smaller on disk, not in memory.
-`besa import DIRECTORY --run RUN` gives back the very stage that it was made from, byte for byte.
+`besa import DIRECTORY --run RUN` gives back the very stage that it was made from: every weight, bit for bit.
 """

@@ -1,7 +1,7 @@
 """The stage that is exported: its tensors, read a few at a time, and which of them are pruned linears."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from besa_cli import disk
 from besa_cli.checkpoint import stages
+from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
-from besa_cli.weights import Weights, entries
+from besa_cli.reports import BlockReport
+from besa_cli.weights import INDEX, Weights, entries
 
 CODES = "codes"  # the directory of a quantized stage that holds the codes its weights were made from
+STAGE_FILES = "stage"  # the directory of a sparse export in which the stage's own small files lie
 DENSE_BITS = 16  # of a weight in the dense model that sizes are compared with
 
 
@@ -55,6 +58,7 @@ class Source:
         self.manifest = stages.finished(directory)
         self.weights = Weights(directory)
         self.stage = Stage(directory, int(self.manifest["blocks"]))
+        self._require_shards()
         self.config: dict[str, Any] = disk.read_json(directory / "config.json")
         self._dtype: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
@@ -62,6 +66,17 @@ class Source:
             for name, entry in entries(path).items():
                 self._dtype[name], self._shape[name] = entry["dtype"], tuple(entry["shape"])
         self.linears = set(self._find_linears())
+        refuse_other_counts(directory, self.manifest["counts"], self.stage.reports())
+
+    def _require_shards(self) -> None:
+        """The index names a shard a block and one of the rest, no others."""
+        files, blocks = set(self.weights.shards()), self.stage.blocks
+        expected = {self.stage.shard(index) for index in range(-1, blocks)} if len(files) == blocks + 1 else set()
+        if files != expected:
+            raise BesaError(
+                f"{self.directory / INDEX} does not name the shards of {blocks} blocks, as {MANIFEST} says",
+                "make the stage anew with --restart",
+            )
 
     def _find_linears(self) -> Iterator[str]:
         for report in self.stage.reports():
@@ -131,6 +146,42 @@ class Source:
 
     def _size(self, name: str) -> int:
         return int(torch.Size(self._shape[name]).numel())
+
+
+def refuse_other_counts(directory: Path, counts: Mapping[str, Any], reports: Iterable[BlockReport]) -> None:
+    """Refuse a stage whose manifest counts other weights than the reports of its blocks together.
+
+    Parameters
+    ----------
+    directory : Path
+        The stage's.
+    counts : mapping
+        Of its manifest.
+    reports : iterable of BlockReport
+        Of all its blocks.
+
+    Raises
+    ------
+    BesaError
+        They differ.
+    """
+    linears = [linear for report in reports for linear in report.linears]
+    found = {
+        "weights": sum(linear.rows * linear.cols for linear in linears),
+        "pruned": sum(linear.pruned for linear in linears),
+        "zeros": sum(linear.zeros for linear in linears),
+    }
+    for name, number in found.items():
+        if counts[name] != number:
+            raise BesaError(
+                f"{directory / MANIFEST} counts {counts[name]} {name}, the reports of its blocks {number}",
+                "make the stage anew with --restart",
+            )
+
+
+def private(export: Path) -> Path:
+    """Where those small files of a stage are kept, beside a sparse export of it, that name paths on this machine."""
+    return export.with_name(f".{export.name}.private")
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """Where a job begins: the manifest of what is asked, and what is there already, compared with it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from besa_cli.errors import BesaError
 from besa_cli.jobs.request import Request
 from besa_cli.models import Model
 from besa_cli.ops import kernels
+
+# Variables that choose how libraries compute; threads have variables of their own and are settled by the manifest.
+_MATHEMATICS = ("ATEN_CPU", "MKL_CBWR", "MKL_ENABLE", "ONEDNN_", "DNNL_", "TORCH_ALLOW_TF32", "NVIDIA_TF32", "CUBLAS_")
 
 _PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what more takes leaves a processor's cache
 
@@ -37,9 +41,12 @@ def new_manifest(
         "compute": {
             "device": device.type,
             "dtype": compute.name_of(dtype),
+            "dtype_reason": compute.dtype_reason(request.dtype, device),
             "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
             "kernels": kernels.name(device, dtype),
+            "processor": _processor(device),
+            "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_MATHEMATICS)},
         },
         "model": {
             "name": model.name,
@@ -134,6 +141,44 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _processor(device: torch.device) -> str:
+    """What decides which of a library's kernels run: the instructions of a CPU, or the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse to go on with a stage where its other blocks would be computed otherwise.
+
+    Parameters
+    ----------
+    place : Path
+        The stage.
+    old, new : mapping
+        Its manifest, and that of what is asked now.
+
+    Raises
+    ------
+    BesaError
+        Versions, inner loops, the processor or variables that choose how libraries compute differ; names both values.
+    """
+    there, here = ({**each["versions"], **_environment(each["compute"])} for each in (old, new))
+    different = [
+        f"{name} {there.get(name, 'unset')} there, {here.get(name, 'unset')} here"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise BesaError(
+            f"{place} was begun in another environment, in which its blocks would have other bytes: "
+            f"{'; '.join(different)}",
+            "go on in the same environment, or give --restart to begin again",
+        )
+
+
+def _environment(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"inner loops": settings["kernels"], "processor": settings["processor"], **settings["environment"]}
+
+
 def _short(value: object) -> str:
     text = "-" if value is None else str(value)
     return text[:12] if len(text) == 64 else text
@@ -146,8 +191,3 @@ def history(directory: Path) -> list[dict[str, Any]]:
     parent = stages.finished(directory)
     own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
     return [*parent.get("history", []), own]
-
-
-def listed(versions: Mapping[str, str]) -> str:
-    """Versions in words."""
-    return ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -6,19 +6,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from besa_cli import compute, disk, footprint, forecast, weights
 from besa_cli.activations import Shelf
 from besa_cli.calibration import CalibrationSet
-from besa_cli.checkpoint import exchange, manifests, refusals, stages
+from besa_cli.checkpoint import exchange, ownership, refusals, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.verification import verify
+from besa_cli.decoder.verification import SMALL, verify
 from besa_cli.jobs import beginning, joining
 from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
-from besa_cli.models import Model
+from besa_cli.models import Model, cache
 from besa_cli.ranks import Ranks
 from besa_cli.reports import BlockReport
 from besa_cli.stream.behind import Behind
@@ -72,23 +73,26 @@ class Job:
             exchange.recover(self._final, self._beside)
         for place in (self._final, self._beside):
             refusals.refuse_foreign(place, model.directory)
+            if restart:
+                ownership.refuse_to_replace(place, self._sources())
         source = weights.Weights(model.directory)
         extremes: dict[str, tuple[float, float]] = {}
         self._digest = weights.check(source, extremes)
+        cache.confirm(model.directory, self._digest)
         self._checking = time.perf_counter() - began
         refusals.refuse_damaged(model.directory, self._digest)
         new = beginning.new_manifest(run, model, self._digest, calibration, request, self._world.size)
         self._directory, self.manifest = beginning.place(self._final, self._beside, new, restart=restart)
-        if not self.done and self.manifest["versions"] != manifests.versions():
-            notify(
-                f"{self._directory} was begun with {beginning.listed(self.manifest['versions'])}, not with those here"
-            )
-        if not self.done and self.manifest["compute"].get("kernels") != new["compute"]["kernels"]:
-            notify(
-                f"{self._directory} was begun with {self.manifest['compute'].get('kernels')} inner loops, "
-                f"here they are {new['compute']['kernels']}: sums may differ in their last digits"
-            )
+        if self.done:
+            refusals.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
+        elif self.manifest["status"] != "new":
+            beginning.refuse_other_environment(self._directory, self.manifest, new)
         self._check_and_begin(source, extremes, notify)
+
+    def _sources(self) -> list[Path]:
+        """What is read while the stage is made."""
+        named = self.request.calibration
+        return [self.model.directory, *([Path(named)] if named else [])]
 
     @property
     def done(self) -> bool:
@@ -105,6 +109,9 @@ class Job:
         self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(self._work.decoder))
         self._work.decoder.weights.refuse_change(source)
+        self._work.decoder.weights.require_floats(self._work.decoder.linear_tensors())
+        for note in self._work.decoder.notes:
+            notify(note)
         if self.request.grid:
             names = self._work.decoder.linear_tensors()
             refusals.refuse_beyond_fp16({name: extremes[name] for name in names if name in extremes}, self.request.grid)
@@ -116,7 +123,7 @@ class Job:
             settings["batch"] = placing.batch
             self._to_write = whole + hidden
             refusals.require_space(self._directory, self._to_write)
-            verify(self._work.decoder, self.calibration.tokens)
+            verify(self._work.decoder, self.calibration.tokens, room=self._room(placing))
         self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
         if self._dry:
             disk.require_writable(self._directory)
@@ -126,7 +133,7 @@ class Job:
 
     def _begin(self, source: weights.Weights, notify: Callable[[str], None], *, spilled: bool) -> None:
         if self.manifest["status"] == "new":
-            exchange.discard(self._directory, self._final)
+            exchange.discard(self._directory, self._final, self._sources())
             self._stage.begin(self.manifest, self.model.directory)
         else:
             done = self._stage.finished()
@@ -155,6 +162,12 @@ class Job:
         return footprint.place(
             limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
         )
+
+    def _room(self, placing: footprint.Placing) -> int:
+        """Bytes that checking the decoder may take: no more than the work after it, or little."""
+        limit = self.request.max_memory
+        most = max(placing.peak, compute.resident() + SMALL)
+        return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> forecast.Forecast:
         """What the command will take, from the model of memory and a trial of the first window; for a dry job."""
@@ -222,5 +235,4 @@ class Job:
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }
-        with (self._directory / stages.TIMING).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        disk.append_line(self._directory / stages.TIMING, json.dumps(line))

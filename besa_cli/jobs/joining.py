@@ -11,7 +11,7 @@ from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
 from besa_cli.jobs.request import Request
 from besa_cli.jobs.work import Work
-from besa_cli.models import Model
+from besa_cli.models import Model, cache
 from besa_cli.ranks import Ranks
 
 
@@ -90,6 +90,7 @@ def follow(model: Model, request: Request, world: Ranks) -> None:
     """
     source = weights.Weights(model.directory)
     digest = weights.check(source)
+    cache.confirm(model.directory, digest)
     told = world.tell(None)
     if told is None:
         return

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from besa_cli.disk import require_regular
 from besa_cli.errors import BesaError, unknown
 from besa_cli.models import demo, gguf, hub, local
 
@@ -80,6 +81,7 @@ def _resolve(name: str, notify: Callable[[str], None]) -> Model:
     if path.is_dir():
         return Model(name=name, kind="local", directory=local.directory(path, notify=notify), revision=None)
     if path.exists():
+        require_regular(path)
         return Model(name=name, kind="gguf", directory=gguf.directory(path, notify=notify), revision=None)
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise BesaError(
@@ -89,4 +91,5 @@ def _resolve(name: str, notify: Callable[[str], None]) -> Model:
     if match is None:
         raise unknown("model", name, [DEMO, "org/name on the hub", "a directory", "a GGUF file"])
     directory, revision = hub.directory(match["repo"], match["revision"], notify=notify)
+    local.check(directory)
     return Model(name=name, kind="hub", directory=directory, revision=revision)

@@ -1,24 +1,45 @@
-"""The user's cache: converted checkpoints, each made once, whole or absent."""
+"""The user's cache: converted checkpoints, each made once, whole or absent, and found out when it has changed.
+
+What is cached carries the SHA-256 of every file. A file is read again for it when its stamp (size, times, inode) is not
+the one that the digest was computed at; the time of the inode's own change, which no program can set, is part of that.
+A job reads all weights anyway: `confirm` compares what it has read.
+"""
 
 import contextlib
+import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from besa_cli.disk import read_json, sha256_file, write_json
+from besa_cli.disk import read_json, require_regular, sha256_file, write_json
 from besa_cli.errors import BesaError
 
 FILES = "besa-cache.json"  # the digests of a cached directory
+SETTLED_SECONDS = 2.0  # a file that changed since may change once more without another time: file systems round
 
 
 def root() -> Path:
-    """The cache directory: ``$BESA_CACHE``, or the platform's own place for it."""
+    """The cache directory: ``$BESA_CACHE``, or the platform's own place for it.
+
+    Raises
+    ------
+    BesaError
+        There is no home directory.
+    """
     import platformdirs
 
     chosen = os.environ.get("BESA_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("besa")
+    if chosen:
+        return Path(os.path.expanduser(chosen)).absolute()  # noqa: PTH111  (Path.expanduser fails without a home)
+    try:
+        return platformdirs.user_cache_path("besa")
+    except RuntimeError as error:
+        raise BesaError(
+            "there is no home directory to keep converted models in", "name a directory for them: BESA_CACHE=DIR"
+        ) from error
 
 
 def made_once(name: str, make: Callable[[Path], None], *, notify: Callable[[str], None]) -> Path:
@@ -68,42 +89,154 @@ def _make(directory: Path, make: Callable[[Path], None], notify: Callable[[str],
     partial.mkdir()
     try:
         make(partial)
-        files = {}
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            files[str(path.relative_to(partial))] = path.stat().st_size
-            _flush(path)
-        write_json(partial / FILES, {"files": files})
+        for path in _below(partial):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        _describe(partial)
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _below(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != FILES)
 
 
-def _is_whole(directory: Path) -> bool:
-    files = _noted(directory / FILES).get("files", {})
-    return bool(files) and all(
-        (directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files.items()
+def _describe(directory: Path) -> None:
+    write_json(
+        directory / FILES,
+        {"files": {str(path.relative_to(directory)): sha256_file(path) for path in _below(directory)}},
     )
 
 
-def digest(path: Path) -> str:
-    """The SHA-256 of a file, remembered in the cache by path, size and time of change."""
-    from hashlib import sha256
+def _is_whole(directory: Path) -> bool:
+    """Whether every file is what was made."""
+    files = _noted(directory / FILES).get("files")
+    if not isinstance(files, dict) or not files:
+        return False
+    try:
+        if all(isinstance(size, int) for size in files.values()):  # releases before this one noted the sizes alone
+            if any((directory / name).stat().st_size != size for name, size in files.items()):
+                return False
+            with contextlib.suppress(BesaError):  # a cache that others share may not be written to
+                _describe(directory)
+            return True
+        return all(digest(directory / name) == value for name, value in files.items())
+    except (BesaError, OSError):
+        return False
 
+
+def digest(path: Path) -> str:
+    """The SHA-256 of an ordinary file, remembered in the cache by the file's stamp.
+
+    Raises
+    ------
+    BesaError
+        It is not an ordinary file.
+    """
+    require_regular(path)
     status = path.stat()
-    identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
-    note = root() / "digests" / f"{sha256(identity.encode()).hexdigest()[:32]}.json"
-    known = _noted(note)
-    if known.get("file") == identity:
+    stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    note, known = _note(path), _noted(_note(path))
+    if known.get("stamp") == stamp:
         return str(known["sha256"])
     value = sha256_file(path)
-    with contextlib.suppress(BesaError):  # it would only save time
-        write_json(note, {"file": identity, "sha256": value})
+    if time.time() - status.st_ctime > SETTLED_SECONDS:
+        with contextlib.suppress(BesaError):  # it would only save time
+            write_json(note, {"stamp": stamp, "sha256": value})
     return value
+
+
+def _note(path: Path) -> Path:
+    """Where the digest of a file is noted."""
+    return root() / "digests" / f"{_short(str(path.resolve()))}.json"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
+
+
+def confirm(directory: Path, content: str) -> None:
+    """Compare the digest of the weights that a job has read from a directory with what the first job read from it.
+
+    Only cached directories are known: conversions, and snapshots of the hub. Disks forget without a trace in the
+    stamp; what has changed in that way is read in full by the next command, and made or fetched again.
+
+    Parameters
+    ----------
+    directory : Path
+    content : str
+        As `weights.check` gives it.
+
+    Raises
+    ------
+    BesaError
+        It is another.
+    """
+    weights = _digests(directory)
+    if weights is None:
+        return
+    note = root() / "contents" / f"{_short(repr(sorted(weights.values())))}.json"
+    known = _noted(note).get("content")
+    if known is None:
+        with contextlib.suppress(BesaError):  # a cache that others share may not be written to
+            write_json(note, {"content": content})
+    elif known != content:
+        for name in weights:
+            _note(directory / name).unlink(missing_ok=True)
+        raise BesaError(
+            f"the weights in {directory} are not what they were when they were used first: the disk has damaged them",
+            "run the same command again: they are made or fetched anew",
+        )
+
+
+def _digests(directory: Path) -> dict[str, str] | None:
+    """The digests that the weight files of a cached directory are to have; None for a directory of the user's."""
+    weights = sorted(path.name for path in directory.glob("*.safetensors"))
+    noted = _noted(directory / FILES).get("files") if root() in directory.absolute().parents else None
+    found = noted if isinstance(noted, dict) else {name: blob_name(directory / name) for name in weights}
+    known = {name: str(found[name]) for name in weights if found.get(name)}
+    return known if known and len(known) == len(weights) else None
+
+
+def blob_name(path: Path) -> str | None:
+    """The name of the blob that a file in a snapshot of the hub's cache is a link to, if the name is a digest."""
+    if not path.is_symlink():
+        return None
+    blob = path.readlink()
+    is_digest = len(blob.name) in (40, 64) and set(blob.name) <= set("0123456789abcdef")
+    return blob.name if blob.parent.name == "blobs" and is_digest else None
+
+
+def is_what_it_was(path: Path) -> bool:
+    """Whether a file of the hub's cache has the digest that its blob is named by; yes where the name is none."""
+    name = blob_name(path)
+    if name is None:
+        return True
+    return digest(path) == name if len(name) == 64 else is_as_named(path, name)
+
+
+def is_as_named(path: Path, name: str, hear: Callable[[int], None] = lambda _: None) -> bool:
+    """Whether a file has the digest that it is named by: SHA-256, or of a small file git's own.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+        64 or 40 hexadecimal digits. Mirrors of the hub name small files by their plain SHA-1.
+    hear : callable
+        Takes the number of bytes that were read, again and again.
+    """
+    require_regular(path)
+    kinds = [hashlib.sha256()] if len(name) == 64 else [hashlib.sha1(usedforsecurity=False) for _ in range(2)]
+    if len(name) == 40:
+        kinds[0].update(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            hear(len(chunk))
+            for each in kinds:
+                each.update(chunk)
+    return name in {each.hexdigest() for each in kinds}
 
 
 def _noted(path: Path) -> dict[str, Any]:

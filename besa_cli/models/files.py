@@ -1,16 +1,16 @@
 """The files of a checkpoint directory: which there are, and whether they are whole."""
 
-import json
+import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from besa_cli import headers
 from besa_cli.disk import read_json
 from besa_cli.errors import BesaError
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from besa_cli.headers import INDEX as INDEX
+from besa_cli.headers import SINGLE as SINGLE
 
 _SIDE_FILES = (
     "config.json",
@@ -24,8 +24,15 @@ _SIDE_FILES = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
+    "*quant*_config.json",
 )
-_LONGEST_HEADER = 100_000_000
+FOLDERS = ("additional_chat_templates",)  # of side files, one deep
+_MARKS = {  # side files that say of weights what config.json does not, and by which keys
+    "hf_quant_config.json": ("quant_algo", "quant_method"),
+    "quantize_config.json": ("bits", "quant_method"),
+    "quant_config.json": ("w_bit", "bits", "quant_method"),
+    "quantization_config.json": ("bits", "quant_method", "quant_algo"),
+}
 
 
 def refuse_quantized(config: dict[str, Any], name: str) -> None:
@@ -37,9 +44,43 @@ def refuse_quantized(config: dict[str, Any], name: str) -> None:
             raise BesaError(f"{name} is already compressed ({method})", "name the dense model that it was made from")
 
 
+def refuse_marked(directory: Path) -> None:
+    """Raise if a file beside ``config.json`` says that the weights are not dense floats."""
+    for name, keys in _MARKS.items():
+        if (directory / name).exists():
+            told = read_json(directory / name)
+            within = told.get("quantization")
+            said = {**told, **(within if isinstance(within, dict) else {})}
+            method = next((said[key] for key in keys if said.get(key)), None)
+            if method is not None:
+                raise BesaError(
+                    f"{directory} is already compressed ({name}: {method})",
+                    "name the dense model that it was made from",
+                )
+
+
 def side_files(names: Iterable[str]) -> list[str]:
-    """The names of a model's config and tokenizer files among `names`, sorted."""
-    return sorted({name for name in names if any(fnmatch(name, pattern) for pattern in _SIDE_FILES)})
+    """The names of a model's config and tokenizer files among `names`, sorted.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Relative to the model's directory; of those in its folders, only additional chat templates count.
+    """
+    return sorted({name for name in names if _is_side_file(*name.rpartition("/")[::2])})
+
+
+def _is_side_file(folder: str, name: str) -> bool:
+    if folder:
+        return folder in FOLDERS and name.endswith(".jinja")
+    return any(fnmatch(name, pattern) for pattern in _SIDE_FILES)
+
+
+def listed(directory: Path) -> list[str]:
+    """The side files that a directory holds, relative to it, sorted; not necessarily ordinary files."""
+    places = [directory, *(directory / folder for folder in FOLDERS if (directory / folder).is_dir())]
+    entries = [entry for place in places for entry in place.iterdir() if entry.exists() and not entry.is_dir()]
+    return side_files(entry.relative_to(directory).as_posix() for entry in entries)
 
 
 def weight_files(path: Path) -> list[Path] | None:
@@ -50,12 +91,12 @@ def weight_files(path: Path) -> list[Path] | None:
     BesaError
         The index names a shard that is not there.
     """
-    if (path / SINGLE).is_file():
+    if os.path.lexists(path / SINGLE):
         return [path / SINGLE]
-    if not (path / INDEX).is_file():
+    if not os.path.lexists(path / INDEX):
         return None
     files = [path / name for name in shards(path / INDEX)]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.lexists(file)]
     if missing:
         many = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise BesaError(f"{path} lacks {missing[0]}{many}, named in {INDEX}", "copy or fetch the directory again")
@@ -63,28 +104,16 @@ def weight_files(path: Path) -> list[Path] | None:
 
 
 def shards(index: Path) -> list[str]:
-    """The file names in a checkpoint's index, sorted, each once."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise BesaError(f"{index} has no weight_map", "copy or fetch the directory again")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if Path(name).name != name:
-            raise BesaError(f"{index} names the file {name} outside its directory", "copy or fetch the directory again")
-    return files
+    """The file names in a checkpoint's index, sorted, each once.
+
+    Raises
+    ------
+    BesaError
+        The index cannot be read, or names a file that is not one of its directory.
+    """
+    return sorted(set(headers.weight_map(index).values()))
 
 
 def check_whole(path: Path) -> None:
-    """Raise unless a safetensors file is exactly as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= min(size, _LONGEST_HEADER) else b""
-    try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BesaError(f"{path} is not a whole safetensors file ({size} bytes)", "copy or fetch it again") from error
-    if size != expected:
-        raise BesaError(f"{path} is cut off: {size} of {expected} bytes", "copy or fetch it again")
+    """Raise unless a safetensors file is exactly what its header says."""
+    headers.entries(path)

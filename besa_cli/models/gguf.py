@@ -1,22 +1,18 @@
-"""GGUF files: dequantized once into a clean checkpoint by transformers' own reader."""
+"""GGUF files: dequantized once into a clean checkpoint that means what llama.cpp reads in the file."""
 
-import contextlib
-import io
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from besa_cli.disk import read_json, save_tensors, write_json
+from besa_cli.disk import save_tensors, write_json
 from besa_cli.errors import BesaError
-from besa_cli.models import cache, gguf_header
+from besa_cli.models import cache, gguf_config, gguf_header, gguf_tensors, gguf_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
-_NO_LIMIT = 10**9
-_ELSEWISE = "try the same model in the safetensors format"
+_METHOD = 2  # of the conversion; another one gives other checkpoints, and is cached apart
 
 
 def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
@@ -25,24 +21,18 @@ def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
     Raises
     ------
     BesaError
-        The file is not GGUF, is cut off, or holds an architecture that transformers cannot read from GGUF.
+        The file is not GGUF, is cut off, or holds anything that would be read as another model or tokenizer.
     """
     header = gguf_header.read(path)
-    _refuse_unreadable(path, header.architecture)
+    plan = _Plan(header)
 
     def make(target: Path) -> None:
-        notify(f"converting {path} to a Hugging Face checkpoint (once)")
-        convert(path, target)
+        unsaid = gguf_tokenizer.splits_unsaid(header)
+        more = "; it does not say how words are split (tokenizer.ggml.pre): as GPT-2 does" if unsaid else ""
+        notify(f"converting {path} to a Hugging Face checkpoint (once){more}")
+        plan.write(target, None)
 
-    return cache.made_once(f"models/gguf-{cache.digest(path)[:16]}", make, notify=notify)
-
-
-def _refuse_unreadable(path: Path, architecture: str) -> None:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        known = ", ".join(sorted(set(GGUF_SUPPORTED_ARCHITECTURES)))
-        raise BesaError(f"{path} holds a '{architecture}' model, which cannot be read from GGUF", f"supported: {known}")
+    return cache.made_once(f"models/gguf{_METHOD}-{cache.digest(path)[:16]}", make, notify=notify)
 
 
 def convert(source: Path, target: Path, *, max_length: int | None = None) -> None:
@@ -56,37 +46,74 @@ def convert(source: Path, target: Path, *, max_length: int | None = None) -> Non
         The GGUF file; an existing directory.
     max_length : int, optional
         What the tokenizer states as the longest input; the model's own maximum if not given.
+
+    Raises
+    ------
+    BesaError
+        See `directory`.
     """
-    import torch
-
-    header = gguf_header.read(source)
-    dtype = getattr(torch, _dtype(set(header.types.values())))
-    try:
-        with _quiet():
-            model, missing = _load(source, dtype)
-            if "tokenizer.ggml.tokens" in header.fields:
-                _save_tokenizer(source, target, max_length or getattr(model.config, "max_position_embeddings", None))
-    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError) as error:
-        raise BesaError(f"{source} cannot be converted: {str(error).strip()[:200]}", _ELSEWISE) from error
-    if missing:
-        raise BesaError(f"{source} lacks {min(missing)}", _ELSEWISE)
-    _save_model(model, target, dtype, source)
+    _Plan(gguf_header.read(source)).write(target, max_length)
 
 
-def _load(source: Path, dtype: "torch.dtype") -> "tuple[PreTrainedModel, set[str]]":
-    """The model with dense weights, and the names of the weights that the file does not have."""
-    import transformers
+class _Plan:
+    """What a file becomes, known from its header; every refusal that needs no weight is made here."""
 
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=dtype,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    model, report = loaded
-    return model, set(report["missing_keys"]) - set(model.all_tied_weights_keys)
+    def __init__(self, header: gguf_header.Header) -> None:
+        _require_model(header)
+        self._header = header
+        self._read: set[str] = set()
+        self._config = gguf_config.config_of(header, self._values)
+        self._weights = gguf_tensors.weights(header, self._config, self._read)
+
+    def _values(self, name: str) -> list[float]:
+        self._read.add(name)
+        found: list[float] = gguf_tensors.values(self._header, name).tolist()
+        return found
+
+    def write(self, target: Path, longest: int | None) -> None:
+        """Fill a directory: tokenizer, weights, configuration."""
+        if gguf_tokenizer.has_one(self._header):
+            longest = longest or getattr(self._config, "max_position_embeddings", None)
+            gguf_tokenizer.save(self._header, target, words=self._config.vocab_size, longest=longest)
+        dtype = _dtype({tensor.kind for tensor in self._header.tensors.values()})
+        save_tensors(target / "model.safetensors", dict(self._read_weights(dtype)))
+        _save_config(self._config, target, dtype)
+
+    def _read_weights(self, dtype: str) -> "Iterator[tuple[str, torch.Tensor]]":
+        import torch
+
+        for own, weight in self._weights.items():
+            if weight.stored is None:
+                yield own, torch.zeros(weight.shape, dtype=getattr(torch, dtype))
+                continue
+            value = torch.from_numpy(gguf_tensors.restored(self._header, weight.stored, self._config).copy())
+            value = value.reshape(weight.shape).to(getattr(torch, dtype))
+            if not bool(torch.isfinite(value).all()):
+                raise BesaError(
+                    f"{own} in {self._header.path} holds values that {dtype} cannot", "fetch the file again"
+                )
+            yield own, value
+
+
+def _require_model(header: gguf_header.Header) -> None:
+    """Refuse a part of a model, and what is added to one.
+
+    Raises
+    ------
+    BesaError
+        It is one.
+    """
+    parts = header.fields.get("split.count", 1)
+    if parts not in (0, 1):
+        raise BesaError(
+            f"{header.path} is one of {parts!r:.20} files (split.count)", "join them with `llama-gguf-split --merge`"
+        )
+    count = header.fields.get("split.tensors.count", len(header.tensors))
+    if count != len(header.tensors):
+        gguf_header.refuse(header, "split.tensors.count", f"is {count!r:.20}; {len(header.tensors)} are there")
+    kind = header.fields.get("general.type", "model")
+    if kind != "model":
+        gguf_header.refuse(header, "general.type", f"is {kind!r:.40}, not 'model'")
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -95,38 +122,13 @@ def _dtype(kinds: set[str]) -> str:
     return "float16" if kinds <= {"F16", "F32"} else "bfloat16"
 
 
-def _save_model(model: "PreTrainedModel", target: Path, dtype: "torch.dtype", source: Path) -> None:
-    """Write weights and config by hand: transformers holds a model from GGUF for quantized and refuses to save it."""
-    import torch
-
-    tied = set(model.all_tied_weights_keys)
-    weights = {
-        name: value.to(dtype).contiguous() for name, value in sorted(model.state_dict().items()) if name not in tied
-    }
-    for name, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            raise BesaError(f"{name} in {source} holds values that {dtype} cannot", "fetch the file again")
-    save_tensors(target / "model.safetensors", weights)
-    config = _short_floats(model.config.to_diff_dict()) | {"architectures": [type(model).__name__]}
-    for key in ("_name_or_path", "_model_name_or_path", "quantization_config"):
-        config.pop(key, None)
-    write_json(target / "config.json", dict(sorted(config.items())) | {"dtype": str(dtype).removeprefix("torch.")})
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(target)
-
-
-def _save_tokenizer(source: Path, target: Path, limit: int | None) -> None:
+def _save_config(config: "PretrainedConfig", target: Path, dtype: str) -> None:
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
-    tokenizer.save_pretrained(target)
-    path = target / "tokenizer_config.json"
-    config = read_json(path)
-    for key in ("is_local", "local_files_only", "name_or_path"):
-        config.pop(key, None)
-    if limit is not None and config.get("model_max_length", 0) > _NO_LIMIT:
-        config["model_max_length"] = limit
-    write_json(path, config)
+    found = _short_floats(config.to_diff_dict()) | {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
+    write_json(target / "config.json", dict(sorted(found.items())))
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(target)
 
 
 def _short_floats(value: Any) -> Any:
@@ -140,21 +142,3 @@ def _short_floats(value: Any) -> Any:
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the loaders' bars and advice off the terminal."""
-    from transformers.utils import logging as notes
-
-    level = notes.get_verbosity()
-    bars = notes.is_progress_bar_enabled()
-    notes.set_verbosity(logging.ERROR)
-    notes.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        notes.set_verbosity(level)
-        if bars:
-            notes.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -5,14 +5,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from besa_cli.disk import read_json
-from besa_cli.errors import BesaError
-from besa_cli.models import files, hub_errors, pickled, transfer
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+from besa_cli.errors import BesaError, reason_of
+from besa_cli.models import answers, cache, files, hub_errors, pickled, transfer
 
 
 def directory(repo: str, revision: str | None, *, notify: Callable[[str], None]) -> tuple[Path, str]:
@@ -35,11 +31,12 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
     BesaError
         The model is missing, gated, private, without usable weights, or the hub cannot be reached or broke off.
     """
+    if revision is not None and not all(part.strip(".") for part in revision.split("/")):
+        raise BesaError(f"'{revision}' cannot be a revision of {repo}", "name a branch, a tag or a commit")
     with _quiet():
         snapshot = _snapshot(repo, revision, notify)
     if files.weight_files(snapshot) is None:
-        names = files.side_files(entry.name for entry in snapshot.iterdir())
-        return pickled.directory(snapshot, names, notify=notify), snapshot.name
+        return pickled.directory(snapshot, files.listed(snapshot), notify=notify), snapshot.name
     for shard in files.weight_files(snapshot) or []:
         files.check_whole(shard)
     return snapshot, snapshot.name
@@ -48,7 +45,7 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
 def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) -> Path:
     from huggingface_hub import constants
 
-    cached = _cached(repo, revision)
+    cached = _undamaged(_cached(repo, revision))
     if cached is not None and cached.name == revision and _has_tokenizer(cached):
         return cached
     if constants.HF_HUB_OFFLINE:
@@ -82,43 +79,60 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     return None
 
 
+def _undamaged(snapshot: Path | None) -> Path | None:
+    """The snapshot, None where there is none or a file of it has to be fetched again."""
+    from huggingface_hub import constants
+
+    if snapshot is None:
+        return None
+    beside = files.listed(snapshot)
+    weights = files.weight_files(snapshot) or pickled.weight_files(snapshot)
+    for path in [*(snapshot / name for name in beside if (snapshot / name).is_file()), *weights]:
+        if not cache.is_what_it_was(path):
+            if constants.HF_HUB_OFFLINE:
+                raise BesaError(f"{path} is damaged: it is not what it was when it was fetched", "unset HF_HUB_OFFLINE")
+            return None
+    return snapshot
+
+
 def _has_tokenizer(snapshot: Path) -> bool:
     """Other programs may have fetched the weights alone."""
     return any(name.startswith(("tokenizer", "vocab")) for name in (entry.name for entry in snapshot.iterdir()))
 
 
-def _listing(repo: str, revision: str | None) -> "ModelInfo":
+def _listing(repo: str, revision: str | None) -> answers.Listing:
     """What the hub says about the model, or an error within ten seconds, whatever the network does."""
-    from huggingface_hub import HfApi
-
-    answer: list[ModelInfo | Exception] = []
+    answer: list[answers.Listing | Exception] = []
 
     def ask() -> None:
         try:
-            answer.append(
-                HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=transfer.ANSWER_SECONDS)
-            )
-        except hub_errors.kinds() as error:
+            answer.append(answers.listing(repo, revision))
+        except Exception as error:  # noqa: BLE001  # whatever an answer makes the libraries raise, it is said once
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(transfer.ANSWER_SECONDS + 1)
+    thread.join(answers.ANSWER_SECONDS + 1)
     if not answer:
-        raise hub_errors.unreachable(repo, f"no answer in {transfer.ANSWER_SECONDS:.0f} s")
-    if isinstance(answer[0], Exception):
-        raise hub_errors.translate(answer[0], repo, revision) from answer[0]
-    return answer[0]
+        raise hub_errors.unreachable(repo, f"no answer in {answers.ANSWER_SECONDS:.0f} s")
+    found = answer[0]
+    if not isinstance(found, Exception):
+        return found
+    if isinstance(found, BesaError):
+        raise found
+    if not isinstance(found, hub_errors.kinds()):
+        raise BesaError(f"cannot read what the hub answers for {repo}: {reason_of(found)}", answers.DISTRUST) from found
+    raise hub_errors.translate(found, repo, revision) from found
 
 
-def _fetch(repo: str, revision: str | None, listing: "ModelInfo", notify: Callable[[str], None]) -> Path:
+def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Callable[[str], None]) -> Path:
     """Fetch config and tokenizer, then the weights, all of one commit."""
-    sizes = {file.rfilename: file.size or 0 for file in listing.siblings or [] if "/" not in file.rfilename}
+    sizes = {name: size for name, size in listing.sizes.items() if "/" not in name or files.side_files([name])}
     if "config.json" not in sizes:
         raise BesaError(
             f"{repo} on the hub has no config.json", "name a transformers model, not an adapter or a GGUF repository"
         )
-    download = transfer.Download(repo=repo, commit=str(listing.sha), sizes=sizes, notify=notify)
+    download = transfer.Download(repo=repo, commit=listing.commit, sizes=sizes, digests=listing.digests, notify=notify)
     download.fetch(["config.json"])
     files.refuse_quantized(read_json(download.snapshot / "config.json"), repo)
     single, index = _weights(repo, set(sizes))
@@ -129,18 +143,8 @@ def _fetch(repo: str, revision: str | None, listing: "ModelInfo", notify: Callab
         total = sum(sizes.get(name, 0) for name in weights)
         notify(f"fetching {repo} from the hub: {hub_errors.size(total)} in {len(weights)} file(s)")
     download.fetch([*files.side_files(sizes), *weights])
-    _remember(repo, revision, download.commit)
+    download.remember(revision or "main")
     return download.snapshot
-
-
-def _remember(repo: str, revision: str | None, commit: str) -> None:
-    """Note in the hub's cache which commit a branch or tag stood for, now that the commit is complete there."""
-    from huggingface_hub import hf_hub_download
-
-    cached = _cached(repo, revision)
-    if revision != commit and (cached is None or cached.name != commit):
-        with contextlib.suppress(*hub_errors.kinds()):  # only a later run without network would miss it
-            hf_hub_download(repo, "config.json", revision=revision, etag_timeout=transfer.ANSWER_SECONDS)
 
 
 def _weights(repo: str, names: set[str]) -> tuple[str, str]:

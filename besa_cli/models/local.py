@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from besa_cli.disk import read_json
+from besa_cli.disk import read_json, require_regular
 from besa_cli.errors import BesaError
 from besa_cli.models import files, pickled
 
@@ -14,15 +14,29 @@ def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
     Raises
     ------
     BesaError
-        A file is missing or cut off, or the model is already quantized.
+        A file is missing, cut off or not an ordinary one, or the model is already quantized.
     """
     path = path.absolute()
-    if not (path / "config.json").is_file():
-        raise BesaError(f"{path} has no config.json, so it is no model", "name a Hugging Face checkpoint directory")
-    files.refuse_quantized(read_json(path / "config.json"), str(path))
+    check(path)
     shards = files.weight_files(path)
     if shards is None:
-        return pickled.directory(path, files.side_files(entry.name for entry in path.iterdir()), notify=notify)
+        return pickled.directory(path, files.listed(path), notify=notify)
     for shard in shards:
         files.check_whole(shard)
     return path
+
+
+def check(path: Path) -> None:
+    """Refuse a checkpoint directory by what lies beside its weights.
+
+    Raises
+    ------
+    BesaError
+        There is no ``config.json``, a side file is not an ordinary file, or the model is already quantized.
+    """
+    if not (path / "config.json").exists():
+        raise BesaError(f"{path} has no config.json, so it is no model", "name a Hugging Face checkpoint directory")
+    for name in files.listed(path):
+        require_regular(path / name)
+    files.refuse_quantized(read_json(path / "config.json"), str(path))
+    files.refuse_marked(path)

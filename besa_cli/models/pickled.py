@@ -11,7 +11,7 @@ from pickle import UnpicklingError  # only to catch it: nothing is ever unpickle
 from typing import TYPE_CHECKING, Any
 
 from besa_cli.disk import read_json, save_tensors, write_json
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading, reason_of
 from besa_cli.models import cache, files
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
+
+_LONGEST_NAME = 500
 
 
 def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None]) -> Path:
@@ -38,22 +40,31 @@ def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None
     BesaError
         There are no weights, a shard is missing, or a file is damaged or holds more than tensors.
     """
-    pickles = _pickles(path)
-    sources = [*pickles, *(path / name for name in side_files)]
+    pickles = weight_files(path)
+    beside = [name for name in side_files if not (path / name).is_dir()]
+    sources = [*pickles, *(path / name for name in beside)]
     identity = "\n".join(f"{file.name} {cache.digest(file)}" for file in sources)
 
     def make(target: Path) -> None:
         notify(f"converting {path} from pickles to safetensors (once)")
         _convert(pickles, target)
-        for name in side_files:
+        for name in beside:
             if name != "config.json":
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path / name, target / name)
         _write_config(path / "config.json", target)
 
     return cache.made_once(f"models/bin-{sha256(identity.encode()).hexdigest()[:16]}", make, notify=notify)
 
 
-def _pickles(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """The pickled files of a checkpoint directory.
+
+    Raises
+    ------
+    BesaError
+        There are none, or a shard is missing.
+    """
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():
@@ -76,6 +87,9 @@ def _convert(pickles: list[Path], target: Path) -> None:
     for number, file in enumerate(pickles, 1):
         name = files.SINGLE if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
         tensors = _load(file)
+        twice = sorted(set(tensors) & set(weight_map))
+        if twice:
+            raise BesaError(f"{file} holds {twice[0]}, as another file beside it does", _REMEDY)
         save_tensors(target / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
@@ -85,27 +99,66 @@ def _convert(pickles: list[Path], target: Path) -> None:
         )
 
 
+_REMEDY = "copy or fetch it again"
+_ELSEWISE = "ask for the model in the safetensors format"
+_COPIES = 8  # times that the tensors of a file may hold its bytes: tied weights are stored once
+
+
 def _load(file: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of one pickled file by name, dense and each with memory of its own."""
     import torch
 
+    found: Any
+    packed = zipfile.is_zipfile(file)
+    if packed:
+        _refuse_bomb(file)
     try:
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=packed)
     except UnpicklingError as error:
         raise BesaError(
-            f"{file} holds more than tensors and is not opened, because it could run code",
-            "ask for the model in the safetensors format",
+            f"{file} holds more than tensors and is not opened, because it could run code", _ELSEWISE
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise BesaError(f"{file} is cut off or damaged", "copy or fetch it again") from error
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's reader checks little of what it reads: anything can come
+        raise BesaError(f"{file} is cut off or damaged: {reason_of(error)}", _REMEDY) from error
+    items = found.items() if isinstance(found, dict) else ()
+    tensors = {name: value.detach() for name, value in items if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise BesaError(f"{file} holds no tensors by name", "ask for the model in the safetensors format")
+        raise BesaError(f"{file} holds no tensors by name", _ELSEWISE)
+    for name, tensor in tensors.items():
+        _refuse_odd(file, name, tensor)
+    if sum(tensor.nbytes for tensor in tensors.values()) > _COPIES * file.stat().st_size:
+        raise BesaError(f"{file} holds tensors that take more than {_COPIES} times its bytes", _ELSEWISE)
     seen: set[int] = set()
     for name, tensor in sorted(tensors.items()):
         shared = tensor.untyped_storage().data_ptr() in seen
         seen.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor.detach().clone() if shared else tensor.detach().contiguous()
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
     return tensors
+
+
+def _refuse_bomb(file: Path) -> None:
+    """Refuse an archive whose parts take more room than it has: torch packs nothing, and reads no part twice."""
+    with reading(file, _REMEDY), zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if packed or sum(part.file_size for part in parts) > file.stat().st_size:
+        raise BesaError(f"{file} is not an archive as torch writes them: its parts are compressed or overlap", _REMEDY)
+
+
+def _refuse_odd(file: Path, name: object, tensor: "torch.Tensor") -> None:
+    """Refuse a name or tensor that a checkpoint cannot hold: sparse, quantized, complex, expanded or without data."""
+    import torch
+
+    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME and name != "__metadata__"
+    if not fits:
+        raise BesaError(f"{file} holds a tensor under {str(name)[:80]!r}, which is not a name", _ELSEWISE)
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.dtype in (torch.complex32, torch.complex128):
+        raise BesaError(f"{name} in {file} is not a dense tensor of plain numbers", _ELSEWISE)
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise BesaError(f"{name} in {file} has fewer numbers than its shape {tuple(tensor.shape)} says", _ELSEWISE)
 
 
 def _write_config(source: Path, target: Path) -> None:

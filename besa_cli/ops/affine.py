@@ -21,6 +21,7 @@ BITS = (2, 3, 4, 8)
 CHANNEL = "channel"
 GROUP = "128"  # columns that share a scale where nothing else is said
 LARGEST = torch.finfo(torch.float16).max
+_SCALE_BITS = 16  # an fp16 number
 _SMALLEST = 2.0**-24  # of the fp16 numbers above zero
 
 
@@ -243,10 +244,18 @@ def pruned(quantized: Quantized, keep: Bool[Tensor, "rows cols"]) -> Quantized:
 
 
 def bits_needed(rows: int, cols: int, nonzero: int, grid: Grid) -> int:
-    """Bits that a linear takes when packed: codes, scales (16 each), zero points of an asymmetric grid, and a mask.
+    """Bits that a linear takes when packed, `nonzero` of its weights not zero."""
+    return packed_bits(rows * cols, nonzero, rows * grid.groups(cols), grid)
 
-    With a mask (one bit a weight) only what is not zero has a code; without one everything has. The smaller counts.
+
+def packed_bits(size: int, nonzero: int, groups: int, grid: Grid) -> int:
+    """Bits of so many weights in so many groups: codes, scales, zero points of an asymmetric grid, and a mask."""
+    return value_bits(size, nonzero, grid.bits) + groups * (_SCALE_BITS + (0 if grid.symmetric else grid.bits))
+
+
+def value_bits(size: int, nonzero: int, bits: int) -> int:
+    """Bits of so many weights of `bits` each.
+
+    With a mask (one bit a weight) only what is not zero is stored; without one everything is. The smaller counts.
     """
-    size = rows * cols
-    values = min(grid.bits * size, grid.bits * nonzero + size)
-    return values + rows * grid.groups(cols) * (16 + (0 if grid.symmetric else grid.bits))
+    return min(bits * size, bits * nonzero + size)

@@ -10,3 +10,7 @@ PRUNERS: dict[str, str] = {
     "sparsegpt": "column by column, the surviving weights make up for the error",
     "magnitude": "|weight|, compared within each row",
 }
+
+# Of methods whose results have changed since their first version. Raise it with every change that makes a method decide
+# otherwise by more than rounding does: figures of an older version are then marked as old (benchmarks/recorded.py).
+VERSIONS: dict[str, int] = {"besa": 3}

@@ -9,3 +9,6 @@ QUANTIZERS: dict[str, str] = {
     "gptq": "column by column, the surviving weights make up for the error",
     "clip": "learned clipping: how far each group's grid reaches, so that the block keeps its output",
 }
+
+# As `besa_cli.pruners.VERSIONS`.
+VERSIONS: dict[str, int] = {"gptq": 2, "clip": 2}

@@ -7,8 +7,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from besa_cli.errors import UsageError, unknown
+from besa_cli import disk
+from besa_cli.errors import BesaError, UsageError, reason_of, unknown
 
+_LARGEST = 1 << 20  # bytes of a file
+_GREATEST = 10**15  # of all numbers: more bytes a second than any memory moves
+_LONGEST_TITLE = 200
 _SECTIONS = ("array", "memory", "buffers", "words")
 _FOLDER = files("besa_cli.sim") / "accelerators"
 
@@ -75,19 +79,17 @@ def load(name: str) -> Accelerator:
     if path.suffix != ".toml":
         raise unknown("accelerator", name, [*names(), "a TOML file"])
     try:
-        return _parse(path.read_text(encoding="utf-8"), name)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "name a TOML file with --accelerator") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"cannot read {path}: it is not UTF-8 text", "name a TOML file with --accelerator") from error
+        return _parse(disk.read_text(path, _LARGEST), name)
+    except BesaError as error:
+        raise UsageError(error.message, "name a TOML file with --accelerator") from error
 
 
 def _parse(text: str, place: str) -> Accelerator:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{place}: broken TOML: {error}", "compare it with the shipped ones") from error
-    found: dict[str, Any] = {"title": table.get("title", Path(place).stem)}
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: broken TOML: {reason_of(error)}", "compare it with the shipped ones") from error
+    found: dict[str, Any] = {"title": str(table.get("title", Path(place).stem))[:_LONGEST_TITLE]}
     for section in _SECTIONS:
         given = table.get(section, {})
         if not isinstance(given, Mapping):
@@ -98,9 +100,17 @@ def _parse(text: str, place: str) -> Accelerator:
         if key not in known:
             stranger = unknown("number", key, known)
             raise UsageError(f"{stranger.message} in {place}", stranger.hint)
-        if key != "title" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{place}: {key} = {value} is not a whole number from 1 on", "give a larger whole number")
+        if key != "title":
+            _require_number(place, key, value)
     missing = [key for key in known if key not in found]
     if missing:
         raise UsageError(f"{place} lacks {missing[0]}", f"it needs the tables {', '.join(_SECTIONS)} of besa.toml")
     return Accelerator(**found)
+
+
+def _require_number(place: str, key: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        shown = reason_of(ValueError(str(value)))
+        raise UsageError(f"{place}: {key} = {shown} is not a whole number from 1 on", "give a larger whole number")
+    if value > _GREATEST:
+        raise UsageError(f"{place}: {key} is more than {_GREATEST}", "give a smaller whole number")

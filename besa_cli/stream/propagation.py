@@ -7,8 +7,8 @@ from torch import Tensor
 
 from besa_cli import compute
 from besa_cli.activations import Shelf
+from besa_cli.decoder.conduct import require_finite
 from besa_cli.decoder.running import Decoder
-from besa_cli.errors import BesaError
 
 
 def batches(samples: int, batch: int) -> Iterator[slice]:
@@ -58,11 +58,7 @@ def advance(
     with torch.no_grad(), compute.repeated_passes():
         for part in batches(len(hidden), batch):
             output = decoder.forward(index, hidden[part].to(decoder.device), tokens[part])
-            if not bool(output.isfinite().all()):
-                raise BesaError(
-                    f"block {index} gives hidden states that are NaN or infinite in {compute.name_of(decoder.dtype)}",
-                    "compute with --dtype float32",
-                )
+            require_finite(output, f"block {index}")
             if on_part:
                 on_part(part, output)
             hidden[part] = output

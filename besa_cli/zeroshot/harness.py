@@ -11,14 +11,17 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from besa_cli import documents
-from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli import anatomy, documents
+from besa_cli.errors import BesaError, UsageError, reading, unknown
 from besa_cli.zeroshot import definitions
 from besa_cli.zeroshot.definitions import LocalData
 from besa_cli.zeroshot.forms import FORMS
 from besa_cli.zeroshot.watching import Notify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PAPER = tuple(FORMS)
 _NO_MODEL_CODE = "besa measures log-likelihoods of text, and runs no code that a model has written"
@@ -166,26 +169,48 @@ def load(tasks: Tasks, name: str, notify: Notify) -> Any:
     return loaded
 
 
-def in_memory(directory: Path, *, device: str, dtype: str, batch_size: str, notify: Notify) -> Any:
+def in_memory(
+    directory: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    device: str,
+    dtype: str,
+    batch_size: str,
+    notify: Notify,
+) -> Any:
     """The harness's own model class over a checkpoint directory; no code from the checkpoint runs.
 
     Parameters
     ----------
+    tokenizer : PreTrainedTokenizerBase
+        As from `besa_cli.tokenizer.tokenizer_of`.
     batch_size : str
         Requests in a pass: a number or ``auto``.
+
+    Raises
+    ------
+    BesaError
+        The model cannot be handled, or transformers cannot load it.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers.utils import logging as progress
 
+    from besa_cli.decoder.conduct import require_logits
+
     progress.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with _quiet(notify):
-        return HFLM(
+    config = anatomy.config_of(directory)
+    with _quiet(notify), reading(directory):
+        model = HFLM(
             pretrained=str(directory.resolve()),  # a relative path would be taken for a name on the hub
+            config=config,
+            tokenizer=tokenizer,
             device=device,
             dtype=dtype,
             batch_size=batch_size,
             trust_remote_code=False,
         )
+    model.model.register_forward_hook(lambda _, __, output: require_logits(output.logits, str(directory)))
+    return model
 
 
 def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, notify: Notify) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, lock, result_files
+from besa_cli import disk, lock, records, result_files
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
 
@@ -63,6 +63,7 @@ class Score:
     version: float | str | None
 
 
+@records.strict
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """One task's result with all that made it.

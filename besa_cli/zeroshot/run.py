@@ -141,6 +141,7 @@ class Measurement:
         if self._model is None:
             self._model = harness.in_memory(
                 self._directory,
+                self._tokenizer,
                 device=settings.device,
                 dtype=settings.dtype,
                 batch_size=settings.batch_size,

@@ -15,6 +15,7 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from torch import Tensor
 
 from besa_cli import anatomy
+from besa_cli.decoder.conduct import require_logits
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError
 from besa_cli.stream import propagation
@@ -144,6 +145,8 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
             logger.warning("%d questions exceed the model's maximum length (%d)", too_long, self.max_length)
         found: dict[int, Scored] = {}
         decoder = Decoder(self._directory, self._device, self._dtype)
+        for note in decoder.notes:
+            logger.warning("%s", note)
         passes = self._passes(self._batches(asked))
         with self._progress(len(passes) * len(decoder)) as advance:
             for turn, batches in enumerate(passes):
@@ -206,14 +209,21 @@ class _Inputs:
     def scores(self, asked: _Asked) -> dict[int, Scored]:
         """The score of every request with one of these inputs, by the request's number."""
         found: dict[int, Scored] = {}
-        for part in propagation.batches(len(self._inputs), self._head_batch):
+        for part in self._head_parts():
             logits = self._decoder.finish(self._hidden[part], self._tokens[part])
+            require_logits(logits, str(self._decoder.weights.directory))
             likely = torch.log_softmax(logits, dim=-1)  # in the model's dtype, as the harness does
             for row, number in enumerate(range(part.start, part.stop)):
                 for request, continuation in asked[self._inputs[number]]:
                     stop = self._lengths[number]
                     found[request] = _score(likely[row, stop - len(continuation) : stop], continuation)
         return found
+
+    def _head_parts(self) -> Iterator[slice]:
+        """The inputs of each batch in parts for the head, which no other batch shares, however many there are."""
+        for whole in propagation.batches(len(self._inputs), self._batch):
+            for part in propagation.batches(whole.stop - whole.start, self._head_batch):
+                yield slice(whole.start + part.start, whole.start + part.stop)
 
 
 def _score(likely: Tensor, continuation: Sequence[int]) -> Scored:

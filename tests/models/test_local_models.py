@@ -1,7 +1,11 @@
 """Checkpoint directories: whole, broken, and of pickles."""
 
+import io
 import json
+import os
+import random
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from besa_cli.errors import BesaError
+from besa_cli.models import pickled as pickled_checkpoints
 from besa_cli.models import resolve
 
 
@@ -74,7 +79,7 @@ def test_a_cut_off_shard_is_named(keep: int, tiny: Path, tmp_path: Path, notes: 
     [
         (None, "has no config.json"),
         ("{", "cannot read .*config.json"),
-        ("[]", "not a JSON object"),
+        ("[]", "does not hold a JSON object"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"already compressed \(gptq\)"),
         ('{"model_type": "llama"}', "holds no weights"),
     ],
@@ -86,6 +91,61 @@ def test_what_a_directory_lacks_is_said(text: str | None, said: str, tmp_path: P
         resolve(str(tmp_path), notify=notes.append)
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "link to itself"])
+def test_what_is_no_file_is_refused_at_once(name: str, kind: str, tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    (path / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path / name)
+    else:
+        (path / name).symlink_to(path / name if kind == "link to itself" else "/dev/zero")
+    if kind == "link to itself" and not name.startswith("model"):
+        assert resolve(str(path), notify=notes.append).directory == path  # as if it were not there
+        return
+    with pytest.raises(BesaError, match=str(path / name)):
+        resolve(str(path), notify=notes.append)
+
+
+def test_a_pipe_is_not_taken_for_a_model(tmp_path: Path, notes: list[str]) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(BesaError, match=r"m\.gguf is a pipe, not a file"):
+        resolve(str(tmp_path / "m.gguf"), notify=notes.append)
+
+
+MARKS = {
+    "hf_quant_config.json": ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, "FP8"),
+    "quantize_config.json": ({"bits": 4, "group_size": 128}, "4"),
+    "quant_config.json": ({"w_bit": 4, "zero_point": True}, "4"),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_side_file_that_tells_of_few_bits_is_believed(
+    name: str, tiny: Path, tmp_path: Path, notes: list[str]
+) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    told, method = MARKS[name]
+    (path / name).write_text(json.dumps(told))
+    with pytest.raises(BesaError, match=rf"already compressed \({name}: {method}\)"):
+        resolve(str(path), notify=notes.append)
+
+
+def test_few_bits_of_the_cache_alone_leave_the_weights_dense(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = shutil.copytree(tiny, tmp_path / "m")
+    told = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(told))
+    assert resolve(str(path), notify=notes.append).directory == path
+
+
+def test_chat_templates_of_a_folder_go_into_the_conversion(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    made = resolve(str(path), notify=notes.append).directory
+    assert (made / "additional_chat_templates" / "tool_use.jinja").read_text() == "TOOLS"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -159,6 +219,114 @@ def test_a_pickle_with_code_in_it_is_not_run(
     with pytest.raises(BesaError, match=r"pytorch_model.bin holds more than tensors"):
         resolve(str(path), notify=notes.append)
     assert not (tmp_path / "ran").exists()
+
+
+def expanded() -> object:
+    return {"lm_head.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}
+
+
+def quantized() -> object:
+    return {"lm_head.weight": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "content",
+    [
+        [torch.zeros(2)],
+        torch.zeros(2),
+        5,
+        None,
+        {"a": 1},
+        {"lm_head.weight": torch.eye(3).to_sparse()},
+        {"lm_head.weight": torch.empty(2, device="meta")},
+        {"lm_head.weight": torch.zeros(2, dtype=torch.complex128)},
+        {"__metadata__": torch.zeros(2)},
+        {"": torch.zeros(2)},
+        {"\x1b[2J": torch.zeros(2)},
+        {"a\ud800": torch.zeros(2)},
+        {"a" * 100_000: torch.zeros(2)},
+        {5: torch.zeros(2)},
+        {("a", "b"): torch.zeros(2)},
+        expanded,
+        quantized,
+        lambda: dict.fromkeys(map(str, range(1000)), torch.zeros(10_000)),
+    ],
+)
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_what_a_pickle_holds_beside_dense_tensors_by_name_is_refused(
+    content: Any, form: str, tiny: Path, tmp_path: Path, notes: list[str], cache: Path
+) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    value = content() if callable(content) else content
+    torch.save(value, path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(BesaError, match=r"pytorch_model\.bin") as caught:
+        resolve(str(path), notify=notes.append)
+    assert "Error" not in caught.value.message
+    assert not [entry for entry in (cache / "models").iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_pickles_with_any_byte_changed_are_read_or_one_line(form: str, tmp_path: Path, cache: Path) -> None:
+    """Bytes of the pickle itself: names, sizes, opcodes, references; those of the numbers make another model."""
+    whole = io.BytesIO()
+    torch.save({"a.weight": torch.zeros(3, 4), "b": torch.ones(2)}, whole, _use_new_zipfile_serialization=form == "zip")
+    chance = random.Random(0)
+    file, said = tmp_path / "pytorch_model.bin", list[str]()
+    for _ in range(300):
+        if form == "legacy":
+            data = bytearray(whole.getvalue())
+            for _ in range(chance.randrange(1, 4)):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            file.write_bytes(data)
+        else:
+            changed_archive(whole, file, chance)
+        try:
+            assert pickled_checkpoints._load(file)
+        except BesaError as error:
+            said.append(error.message)
+    assert len(said) > 100
+    assert all(str(file) in line for line in said)
+
+
+def changed_archive(whole: io.BytesIO, file: Path, chance: random.Random) -> None:
+    """The same archive with up to three bytes of its pickle changed."""
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(file, "w") as target:
+        for name in source.namelist():
+            data = bytearray(source.read(name))
+            for _ in range(chance.randrange(1, 4) if name.endswith("data.pkl") else 0):
+                data[chance.randrange(len(data))] = chance.randrange(256)
+            target.writestr(name, bytes(data))
+
+
+def test_a_packed_archive_is_not_unpacked(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old")
+    whole = io.BytesIO()
+    torch.save({"lm_head.weight": torch.zeros(1 << 22)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as to:
+        for name in source.namelist():
+            to.writestr(name, source.read(name))
+    with pytest.raises(BesaError, match="its parts are compressed or overlap"):
+        resolve(str(path), notify=notes.append)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "pytorch_model-00001-of-00002.bin"])
+def test_a_pipe_beside_or_in_place_of_pickles_is_not_waited_for(
+    name: str, tiny: Path, tmp_path: Path, notes: list[str]
+) -> None:
+    path = pickled(tiny, tmp_path / "old", shards=2)
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(BesaError, match=str(path / name) if "bin" not in name else name):
+        resolve(str(path), notify=notes.append)
+
+
+def test_a_tensor_in_two_pickles_is_refused(tiny: Path, tmp_path: Path, notes: list[str]) -> None:
+    path = pickled(tiny, tmp_path / "old", shards=2)
+    for file in sorted(path.glob("*.bin")):
+        torch.save({"lm_head.weight": torch.ones(2)}, file)
+    with pytest.raises(BesaError, match=r"00002-of-00002\.bin holds lm_head\.weight, as another file"):
+        resolve(str(path), notify=notes.append)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 5000, -100])

@@ -1,11 +1,15 @@
 """What is made once is made once, whole, whoever asks at the same time and however the first attempt ended."""
 
+import hashlib
+import json
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from besa_cli.errors import BesaError
 from besa_cli.models import cache as module
 
 
@@ -51,7 +55,7 @@ def test_what_broke_off_leaves_nothing_and_is_made_again(notes: list[str], cache
     assert sorted(path.name for path in made.iterdir()) == ["besa-cache.json", "x"]
 
 
-@pytest.mark.parametrize("damage", ["shorter", "gone", "note"])
+@pytest.mark.parametrize("damage", ["shorter", "gone", "note", "bit", "pipe"])
 def test_damage_is_noticed(damage: str, notes: list[str]) -> None:
     def make(target: Path) -> None:
         (target / "file").write_text("whole")
@@ -59,6 +63,13 @@ def test_damage_is_noticed(damage: str, notes: list[str]) -> None:
     made = module.made_once("models/some", make, notify=notes.append)
     if damage == "shorter":
         (made / "file").write_text("whol")
+    elif damage == "bit":
+        times = (made / "file").stat()
+        (made / "file").write_text("wholf")
+        os.utime(made / "file", ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif damage == "pipe":
+        (made / "file").unlink()
+        os.mkfifo(made / "file")
     elif damage == "gone":
         (made / "file").unlink()
     else:
@@ -70,6 +81,8 @@ def test_damage_is_noticed(damage: str, notes: list[str]) -> None:
 def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("one")
+    module.digest(file)
+    monkeypatch.setattr(module, "SETTLED_SECONDS", -1)
     first = module.digest(file)
     assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
     with monkeypatch.context() as context:
@@ -77,3 +90,99 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypat
         assert module.digest(file) == first
     file.write_text("three")
     assert module.digest(file) != first
+
+
+def test_a_digest_is_not_kept_for_a_file_that_may_still_change_unseen(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in ("one", "two", "six"):
+        file.write_text(text)
+        assert module.digest(file) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_time_put_back_hides_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLED_SECONDS", -1)
+    file = tmp_path / "file"
+    file.write_text("one")
+    times = file.stat()
+    first = module.digest(file)
+    time.sleep(0.02)  # the clock of the file system ticks
+    with file.open("r+") as opened:
+        opened.write("two")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_mtime_ns == times.st_mtime_ns
+    assert module.digest(file) != first
+
+
+def test_a_cache_of_an_earlier_release_is_taken_and_watched_from_then_on(notes: list[str]) -> None:
+    def make(target: Path) -> None:
+        (target / "file").write_text("whole")
+
+    made = module.made_once("models/some", make, notify=notes.append)
+    (made / "besa-cache.json").write_text('{"files": {"file": 5}}')
+    assert module.made_once("models/some", make, notify=notes.append) == made
+    assert notes == []
+    (made / "file").write_text("wholf")
+    module.made_once("models/some", make, notify=notes.append)
+    assert notes == [f"{made} is damaged and is made again"]
+
+
+def test_weights_that_a_disk_changed_without_a_trace_are_found_by_the_job_that_reads_them(
+    notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLED_SECONDS", -1)
+
+    def make(target: Path) -> None:
+        (target / "model.safetensors").write_text("whole")
+
+    made = module.made_once("models/some", make, notify=notes.append)
+    module.made_once("models/some", make, notify=notes.append)
+    module.confirm(made, "content")
+    module.confirm(made, "content")
+    stamp = json.loads(module._note(made / "model.safetensors").read_text())["stamp"]
+    (made / "model.safetensors").write_text("wholf")
+    monkeypatch.setattr(Path, "stat", lambda path, stat=Path.stat, **_: Stamped(stat(path), stamp, path.name))
+    assert module.made_once("models/some", make, notify=notes.append) == made
+    assert notes == []
+    with pytest.raises(BesaError, match="are not what they were"):
+        module.confirm(made, "other content")
+    assert (module.made_once("models/some", make, notify=notes.append) / "model.safetensors").read_text() == "whole"
+    assert notes == [f"{made} is damaged and is made again"]
+
+
+class Stamped:
+    """What the system says of a file whose bytes have changed on the disk alone."""
+
+    def __init__(self, real: os.stat_result, stamp: list[int], name: str) -> None:
+        self.real, self.stamp, self.name = real, stamp, name
+
+    def __getattr__(self, field: str) -> object:
+        fields = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+        if self.name == "model.safetensors" and field in fields:
+            return self.stamp[fields.index(field)]
+        return getattr(self.real, field)
+
+
+def test_a_directory_of_the_user_is_not_remembered(tmp_path: Path, cache: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("one")
+    (mine / "besa-cache.json").write_text('{"files": {"model.safetensors": "0"}}')  # copied from the cache
+    module.confirm(mine, "content")
+    module.confirm(mine, "other content")
+    assert not cache.exists()
+
+
+def test_without_a_home_one_line_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("BESA_CACHE")
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    with pytest.raises(BesaError, match="no home directory") as caught:
+        module.root()
+    assert "BESA_CACHE" in caught.value.hint
+
+
+def test_the_home_of_the_cache_is_expanded(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:
+    monkeypatch.setenv("BESA_CACHE", "~/kept")
+    assert module.root() == own_home / "kept"

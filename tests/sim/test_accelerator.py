@@ -1,5 +1,6 @@
 """Accelerators: what ships is whole and says where each number is from; what is wrong in a file is named."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def test_transfers_take_whole_cycles() -> None:
         ("lanes = 64", "lanes = 0", "m.toml: lanes = 0 is not a whole number from 1 on"),
         ("lanes = 64", "lanes = 6.5", "m.toml: lanes = 6.5 is not a whole number from 1 on"),
         ("lanes = 64", "lanes = true", "m.toml: lanes = True is not a whole number from 1 on"),
+        ("lanes = 64", "lanes = 'x'", "m.toml: lanes = x is not a whole number from 1 on"),
+        ("lanes = 64", f"lanes = {10**300}", "m.toml: lanes is more than 1000000000000000"),
+        ("lanes = 64", f"lanes = {'9' * 5000}", "m.toml: broken TOML: Exceeds the limit"),
+        ("lanes = 64", f"lanes = {'[' * 50_000}", "m.toml: broken TOML"),
         ("lanes = 64", "lane = 64", "unknown number 'lane' in m.toml"),
         ("lanes = 64", "# lanes", "m.toml lacks lanes"),
         ("[array]", "[array", "m.toml: broken TOML: Expected ']'"),
@@ -63,12 +68,27 @@ def test_what_is_wrong_in_a_file_is_named(old: str, new: str, message: str, work
     assert caught.value.hint
 
 
+def test_what_is_not_an_ordinary_file_or_far_too_large_is_refused_at_once(workplace: Path) -> None:
+    os.mkfifo("pipe.toml")
+    (workplace / "device.toml").symlink_to("/dev/zero")
+    with (workplace / "huge.toml").open("wb") as file:
+        file.truncate(1 << 40)
+    for name, message in (
+        ("pipe.toml", "pipe.toml is a pipe"),
+        ("device.toml", "device.toml is a device"),
+        ("huge.toml", "huge.toml has"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            accelerator.load(name)
+        assert caught.value.message.startswith(message)
+
+
 def test_a_table_that_is_none_and_files_that_cannot_be_read_are_named(workplace: Path) -> None:
     (workplace / "n.toml").write_text("array = 3")
     (workplace / "b.toml").write_bytes(b"\xff\xfe")
     for name, message in (
         ("n.toml", "n.toml: array is not a table of numbers"),
-        ("b.toml", "cannot read b.toml: it is not UTF-8 text"),
+        ("b.toml", "cannot read b.toml: 'utf-8' codec"),
         ("gone.toml", "cannot read gone.toml: No such file"),
         ("bessa", "unknown accelerator 'bessa'"),
     ):

@@ -13,11 +13,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from questions import words
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError
-from besa_cli.zeroshot import memory
+from besa_cli.zeroshot import harness, memory
 from besa_cli.zeroshot.streamed import StreamedLM
 
 LONG = 70  # words: more than a tiny model takes
@@ -174,3 +175,36 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
     assert memory.available(torch.device("cpu")) == 600
     (tmp_path / "max").write_text("max\n")
     assert memory.available(torch.device("cpu")) > 1000
+
+
+@pytest.mark.parametrize("in_the_whole", [False, True], ids=["streamed", "in-memory"])
+def test_scores_that_are_no_numbers_are_no_accuracy(in_the_whole: bool, tmp_path: Path) -> None:
+    whole = tiny.built(tiny.config("llama"))
+    with torch.no_grad():
+        whole.lm_head.weight.mul_(1e6)
+    whole.save_pretrained(tmp_path / "model")
+    directory = tiny.add_tokenizer(tmp_path / "model")
+    lm = streamed(directory, torch.float16)
+    if in_the_whole:
+        lm = harness.in_memory(directory, device="cpu", dtype="float16", batch_size="1", notify=lambda _: None)
+    with pytest.raises(BesaError, match=r"gives logits that are NaN or infinite in float16") as caught:
+        lm.loglikelihood(requests(3))
+    assert caught.value.hint == "compute with --dtype float32"
+
+
+def test_room_for_hidden_states_changes_no_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits into a pass depends on what other programs take; products of other shapes round otherwise."""
+    directory, finish = made(tmp_path, "llama"), Decoder.finish
+    together: dict[tuple[int, ...], int] = {}  # rows that the head takes with an input
+
+    def noted(self: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
+        together.update({tuple(row): len(tokens) for row in tokens.tolist()})
+        return finish(self, hidden, tokens)
+
+    monkeypatch.setattr(Decoder, "finish", noted)
+    found = []
+    for room in (1, 2_000_000, 1 << 30):
+        streamed(directory, room=room).loglikelihood(requests(300))
+        found.append(dict(together))
+        together.clear()
+    assert found[0] == found[1] == found[2]

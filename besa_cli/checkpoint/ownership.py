@@ -1,0 +1,229 @@
+"""One rule for what may be replaced: a directory that besa made, as far as besa wrote the files in it.
+
+A directory is besa's when its manifest says so. Of what lies in it, besa's are the manifest, the files that the
+manifest lists or whose names follow from it (shards, their reports and codes, the index, the timing), and what a killed
+process left of them. Anything else stays, and so does what is read meanwhile: both are refusals that name the file.
+"""
+
+import filecmp
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
+from besa_cli.checkpoint.stages import STAGES, TIMING
+from besa_cli.errors import BesaError
+from besa_cli.weights import INDEX
+
+_CALIBRATION = ("tokens.safetensors",)
+_SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")
+_WEIGHTS = re.compile(r"(?:model|sparse)-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?|model-[A-Z0-9_]+\.gguf")
+_SMALL = re.compile(
+    r"(?:[a-z]+_)*config\.json|tokenizer\.(?:json|model)(?:\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
+    r"|vocab\.(?:json|txt)|merges\.txt|chat_template\.(?:jinja|json)|additional_chat_templates/[^/]+\.jinja"
+    r"|[^/]+\.(?:model|tiktoken|spm)|(?i:LICENSE)[^/]*"
+)
+_EXPORTED = ("README.md", "sparse.safetensors.index.json", INDEX, "model.safetensors")
+_LEFT = re.compile(r"\.(.+)\.\d+\.partial")  # see `disk.publish`
+_AWAY = "move it away, or name another run directory with --run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Owned:
+    """What besa wrote into one directory.
+
+    Attributes
+    ----------
+    listed : frozenset of str
+        Names that the manifest lists, below the directory, with ``/``.
+    shards : int
+        How many files of weights its stage has; 0 where it is not a stage.
+    origin : Path or None
+        Where a stage's small files were copied from.
+    unfinished : bool
+        An export or import that was interrupted: it has no list yet.
+    """
+
+    listed: frozenset[str] = frozenset()
+    shards: int = 0
+    origin: Path | None = None
+    unfinished: bool = False
+
+    def has(self, directory: Path, name: str) -> bool:
+        """Whether besa wrote the file of this name."""
+        folder, _, last = name.rpartition("/")
+        left = _LEFT.fullmatch(last)
+        name = f"{folder}/{left[1]}".lstrip("/") if left else name
+        return (
+            name in self.listed
+            or self._is_shard(name)
+            or (bool(self.shards) and (_SMALL.fullmatch(name) is not None or self._is_copy(directory, name)))
+            or (self.unfinished and self._may_be_exported(name))
+        )
+
+    def _is_shard(self, name: str) -> bool:
+        match = _SHARD.fullmatch(name)
+        if match is None:
+            return False
+        number, total = (int(part) for part in match.groups() if part is not None)
+        return total == self.shards and 1 <= number <= total
+
+    def _is_copy(self, directory: Path, name: str) -> bool:
+        """Whether the very file lies where the stage's small files came from: nothing is lost with this one."""
+        if self.origin is None:
+            return False
+        here, there = directory / name, self.origin / name
+        try:
+            return not here.samefile(there) and filecmp.cmp(here, there, shallow=False)
+        except (OSError, ValueError):
+            return False
+
+    @staticmethod
+    def _may_be_exported(name: str) -> bool:
+        plain = name.removeprefix("stage/")
+        known = (MANIFEST, EXPORT, TIMING, *_EXPORTED)
+        return plain in known or any(each.fullmatch(plain) for each in (_SMALL, _SHARD, _WEIGHTS))
+
+
+_BEGUN = _Owned(
+    listed=frozenset({MANIFEST, EXPORT})
+)  # a directory without a manifest: a killed process began to write one
+
+
+def refuse_to_replace(directory: Path, sources: Iterable[Path] = ()) -> None:
+    """Refuse to replace a directory that besa did not make, that holds anything else, or a file that is being read.
+
+    Parameters
+    ----------
+    directory : Path
+        What is to be replaced or removed; it need not exist.
+    sources : iterable of Path
+        Files and directories that are read meanwhile: none of their files may lie in `directory`, by any link.
+
+    Raises
+    ------
+    BesaError
+        Names the file.
+    """
+    if not _there(directory):
+        return
+    if not directory.is_dir():
+        raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
+    for source in sources:
+        _refuse_source(directory, source)
+    stranger = next(iter(strangers(directory)), None)
+    if stranger is None:
+        return
+    if not manifest_names(directory):
+        raise BesaError(f"{directory} was not made by besa: it holds {stranger} and no {MANIFEST} or {EXPORT}", _AWAY)
+    raise BesaError(f"{directory} is not replaced: it holds {stranger}, which besa did not write", _AWAY)
+
+
+def manifest_names(directory: Path) -> list[str]:
+    """The manifests that lie in a directory."""
+    return [name for name in (MANIFEST, EXPORT) if (directory / name).exists()]
+
+
+def strangers(directory: Path) -> list[str]:
+    """The files of a directory, below it, that besa did not write, sorted; all of them where it has no manifest.
+
+    Raises
+    ------
+    BesaError
+        A manifest cannot be read.
+    """
+    owned = _owned(directory) or _BEGUN
+    return sorted(name for name in _files(directory) if not owned.has(directory, name))
+
+
+def remove(directory: Path) -> None:
+    """Remove what besa wrote into a directory, and the folders that are empty then; of a link the link alone.
+
+    What besa did not write stays where it is, and so does the directory around it.
+
+    Raises
+    ------
+    BesaError
+        It cannot be removed.
+    """
+    try:
+        if directory.is_symlink():
+            directory.unlink()
+            return
+        owned = _owned(directory) or _BEGUN
+        doomed = [name for name in _files(directory) if owned.has(directory, name)]
+        last = [name for name in doomed if name in (MANIFEST, EXPORT)]  # until then it is besa's
+        for name in [*(name for name in doomed if name not in last), *last]:
+            (directory / name).unlink(missing_ok=True)
+        _remove_empty(directory)
+    except OSError as error:
+        raise BesaError(f"cannot remove {directory}: {error.strerror}", "remove it by hand") from error
+
+
+def _remove_empty(directory: Path) -> None:
+    for place, _, _ in os.walk(directory, topdown=False):
+        if not any(Path(place).iterdir()):
+            Path(place).rmdir()
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """Everything below a directory that is not itself a directory; links are not followed."""
+    for place, folders, files in os.walk(directory):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in (*files, *links):
+            yield (Path(place) / name).relative_to(directory).as_posix()
+
+
+def _refuse_source(directory: Path, source: Path) -> None:
+    home = directory.resolve()
+    inside = source.rglob("*") if source.is_dir() else ()
+    for path in (source, *inside):
+        if path.resolve().is_relative_to(home):
+            raise BesaError(
+                f"{directory} is not replaced: {path}, which is read, lies in it",
+                "name another run directory with --run",
+            )
+
+
+def _owned(directory: Path) -> _Owned | None:
+    """What of a directory is besa's; None where no manifest says that besa made it."""
+    name = next((name for name in (EXPORT, MANIFEST) if (directory / name).is_file()), None)
+    if name is None:
+        return None
+    try:
+        manifest = manifests.read(directory, name)
+    except BesaError as error:
+        raise BesaError(f"{directory} is not replaced: {error.message}", _AWAY) from error
+    if name == EXPORT:
+        return _of_export(manifest, directory)
+    if manifest.get("stage") == "calibration":
+        return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
+    if manifest.get("stage") not in STAGES:
+        return None
+    return _of_stage(manifest)
+
+
+def _of_export(manifest: Mapping[str, Any], directory: Path) -> _Owned:
+    files = manifest.get("files", {})
+    if manifest.get("command") != "export" or not isinstance(files, dict):
+        raise BesaError(f"{directory / EXPORT} does not say what besa exported", _AWAY)
+    return _Owned(listed=frozenset({EXPORT, *files}), unfinished=manifest.get("status") != "complete")
+
+
+def _of_stage(manifest: Mapping[str, Any]) -> _Owned:
+    """Names that follow from a stage's manifest; `files`, which older stages lack, lists the small ones."""
+    blocks, model, small = manifest.get("blocks"), manifest.get("model"), manifest.get("files", [])
+    origin = model.get("directory") if isinstance(model, dict) else None
+    return _Owned(
+        listed=frozenset({MANIFEST, TIMING, INDEX, *(small if isinstance(small, list | dict) else ())}),
+        shards=blocks + 1 if isinstance(blocks, int) and blocks > 0 else 0,
+        origin=Path(origin) if isinstance(origin, str) else None,
+    )

@@ -1,0 +1,77 @@
+"""All cases, and the table of what became of them."""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import harm
+import tally
+
+from hostile import code, commands, data, experiments, exports, forged, gguf, hub, models, pickles, runs, strangers
+from hostile.base import Bench
+from hostile.frame import Case
+
+_SYSTEMATIC = (": a field", ": a metadata key", ": a value")  # kinds of every field × every wrong value
+_OF_A_KIND = 3  # cases that `make test` tries
+_MODULES = (models, code, pickles, gguf, data, runs, strangers, exports, forged, commands, experiments, hub)
+
+
+def cases(base: Path) -> Iterator[Case]:
+    """Every case; `base` is the material that they begin from."""
+    for module in _MODULES:
+        yield from module.cases(base)
+
+
+def subset(found: Sequence[Case], size: int = _OF_A_KIND) -> list[Case]:
+    """The first, the middle and the last case of every kind."""
+    chosen = []
+    for kind in dict.fromkeys(case.kind for case in found):
+        own = [case for case in found if case.kind == kind]
+        chosen += [own[number * (len(own) - 1) // max(size - 1, 1)] for number in range(min(size, len(own)))]
+    return chosen
+
+
+def chosen(found: Sequence[Case], options: argparse.Namespace) -> list[Case]:
+    """Those that are asked for."""
+    if options.subset:
+        return subset(found)
+    counts = Counter[str]()
+    wanted = []
+    for case in found:
+        counts[case.kind] += 1
+        every = options.every * (options.fields if case.kind.endswith(_SYSTEMATIC) else 1)
+        if (
+            (not options.kinds or any(word in case.kind for word in options.kinds))
+            and (not options.names or any(word in case.name for word in options.names))
+            and (counts[case.kind] - 1) % every == 0
+        ):
+            wanted.append(case)
+    return wanted
+
+
+def campaign(place: Path, options: argparse.Namespace) -> int:
+    """Try what is asked for; 1 if any answer was wrong."""
+    harm.warm_up()
+    bench = Bench(place)
+    wanted = chosen(list(cases(bench.base)), options)
+    tried, right = Counter[str](), Counter[str]()
+    for case in wanted:
+        if options.list:
+            sys.stdout.write(f"{case.kind} | {case.name}\n")
+            continue
+        began = time.monotonic()
+        wrong = bench.run(case)
+        tried[case.kind] += 1
+        right[case.kind] += not wrong
+        if wrong:
+            sys.stderr.write(f"WRONG {case.kind} | {case.name} | {time.monotonic() - began:.1f} s | {wrong}\n")
+        if tried.total() % 50 == 0:
+            sys.stderr.write(f"{tried.total()} of {len(wanted)}, {tried.total() - right.total()} wrong\n")
+    table = tally.kinds(tried, right)
+    sys.stdout.write(table)
+    if options.write:
+        tally.write_section(options.write, "Hostile inputs", table)
+    return int(tried != right)

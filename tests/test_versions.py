@@ -1,0 +1,84 @@
+"""A method whose results change gets another version: each is compared with what its version did when it was recorded.
+
+`python tests/test_versions.py` records anew, once the numbers in `VERSIONS` are raised.
+"""
+
+import base64
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from besa_cli import pruners, quantizers, quantizing
+from besa_cli.checkpoint.runs import Run
+from besa_cli.jobs.job import Job
+
+RECORD = Path(__file__).parent / "versions.json"
+ALIKE = 0.99  # of the decisions: rounding, of another machine too, turns fewer
+BITS = 2
+METHODS = [*pruners.PRUNERS, *quantizers.QUANTIZERS]
+
+
+def version(method: str) -> int:
+    """Today's."""
+    return pruners.VERSIONS.get(method) or quantizers.VERSIONS.get(method, 1)
+
+
+def decisions(method: str, place: Path) -> np.ndarray:
+    """What a method makes of every weight of a tiny model: kept or not, or a code, in one row."""
+    source = tiny.local(tiny.checkpoint(place / "source", blocks=1))
+    rows = tiny.calibration_set(tiny.tokens(samples=32))
+    if method in pruners.PRUNERS:
+        tiny.run(Job(Run(place / "run"), source, rows, tiny.request(method)))
+        made = tiny.weights(place / "run" / "pruned")
+        (names,) = tiny.linear_names(tiny.built(tiny.config("llama", blocks=1)), "model.layers")
+        return np.concatenate([(made[name] != 0).numpy().astype(np.uint8).ravel() for name in names])
+    asked = quantizing.Request(method=method, options={}, bits=BITS, group_size="16", device="cpu", dtype="float32")
+    tiny.run(Job(Run(place / "run"), source, rows, asked))
+    codes = tiny.weights(place / "run" / "quantized" / "codes")
+    return np.concatenate([codes[name].numpy().ravel() for name in sorted(codes) if name.endswith(".codes")])
+
+
+def recorded() -> dict[str, Any]:
+    """Method → its version and what it decided."""
+    found: dict[str, Any] = json.loads(RECORD.read_text())
+    return found
+
+
+def agreement(method: str, found: np.ndarray) -> float:
+    """The share of decisions that are those recorded."""
+    packed = np.frombuffer(base64.b64decode(recorded()[method]["decisions"]), np.uint8)
+    return float((np.unpackbits(packed)[: 2 * len(found)].reshape(-1, 2) @ (2, 1) == found).mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_decides_as_its_version_did(method: str, tmp_path: Path) -> None:
+    remedy = "raise its number in VERSIONS, and record: python tests/test_versions.py"
+    assert recorded()[method]["version"] == version(method), remedy
+    assert agreement(method, decisions(method, tmp_path)) >= ALIKE, remedy
+
+
+def test_every_record_is_of_a_method_that_there_is() -> None:
+    assert set(recorded()) == set(METHODS)
+    assert set(pruners.VERSIONS) <= set(pruners.PRUNERS)
+    assert set(quantizers.VERSIONS) <= set(quantizers.QUANTIZERS)
+
+
+def record() -> None:
+    """Write what every method decides today."""
+    made = {}
+    for method in METHODS:
+        with tempfile.TemporaryDirectory() as name:
+            found = decisions(method, Path(name))
+        bits = np.unpackbits(found[:, None], axis=1)[:, -2:]
+        packed = base64.b64encode(np.packbits(bits).tobytes()).decode()
+        made[method] = {"version": version(method), "decisions": packed}
+    RECORD.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    record()
