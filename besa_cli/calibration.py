@@ -1,7 +1,6 @@
 """Calibration sets: the token windows that a model is pruned on, stored with all that made them."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from besa_cli import __version__, corpora, datahub, documents, sampling, token_rows, tokenizing, weights
-from besa_cli.checkpoint import exchange, manifests
+from besa_cli.checkpoint import exchange, manifests, ownership
 from besa_cli.disk import MANIFEST, publish, save_tensors, write_json
-from besa_cli.errors import BesaError, UsageError, reading, reason_of
+from besa_cli.errors import BesaError, UsageError, reason_of
 from besa_cli.spool import Text
 
 FORMAT = 1
@@ -242,32 +241,18 @@ def _versions() -> dict[str, str]:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Refuse a directory that holds anything but a calibration set: what is in the way may be the user's.
+    """Refuse a directory in which no set may be written: what is not a calibration set may be the user's.
 
     Raises
     ------
     BesaError
-        A file that is not of the set is there, or files of that name without a manifest that says they are besa's, or
-        there is a set behind a link.
+        Something that besa did not write is there (the file is named), or something of besa's that is not a set.
     """
-    with reading(directory, _ELSEWHERE):
-        there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    stranger = next((name for name in there if not _is_ours(name)), None)
-    if stranger is not None or (there and MANIFEST not in there):
-        name = documents.printable(stranger or there[0])
-        raise BesaError(f"{directory / name} is in the place of a calibration set and was not made by besa", _ELSEWHERE)
-    if there and (stage := manifests.read(directory)["stage"]) != "calibration":
-        raise BesaError(f"{directory} does not hold a calibration set but '{stage}'", _ELSEWHERE)
-    if directory.exists() and not directory.is_dir():
-        raise BesaError(f"cannot write {directory}: a file is in its place", _ELSEWHERE)
-
-
-_ELSEWHERE = "move it away, or name another directory with --run"
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a set has a file of that name, finished or left by a process that was killed."""
-    return name in _FILES or any(name.startswith(f".{each}.") and name.endswith(".partial") for each in _FILES)
+    ownership.refuse_to_replace(directory)
+    if (directory / MANIFEST).exists() and (stage := manifests.read(directory)["stage"]) != "calibration":
+        raise BesaError(
+            f"{directory} does not hold a calibration set but '{stage}'", "name another run directory with --run"
+        )
 
 
 def save(calibration_set: CalibrationSet, directory: Path) -> None:
@@ -293,11 +278,14 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
 
 def _clear(remains: Path) -> None:
     """Remove what a process that was killed left of a set that was to be the next."""
-    if not os.path.lexists(remains):
-        return
-    if remains.is_symlink() or not remains.is_dir() or not all(_is_ours(path.name) for path in remains.iterdir()):
-        raise BesaError(f"{remains} is in the way and was not made by besa", _ELSEWHERE)
-    shutil.rmtree(remains)
+    if remains.is_dir() and not remains.is_symlink() and all(_is_ours(path.name) for path in remains.iterdir()):
+        shutil.rmtree(remains)
+    ownership.refuse_to_replace(remains)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a set has a file of that name, whole or not."""
+    return any(name == each or (name.startswith(f".{each}.") and name.endswith(".partial")) for each in _FILES)
 
 
 def recover(directory: Path) -> None:

@@ -199,8 +199,8 @@ def test_what_a_calibration_directory_holds_of_the_users_stays(words: tuple[str,
     source.parent.mkdir(parents=True)
     source.write_text("w5 w6 w7 " * 30)
     drawn = ("--data", source, "--samples", 1, "--seqlen", 4, *words)
-    refused(place.prune(*drawn), 1, "mine.txt is in the place of a calibration set")
-    refused(place.besa("calibrate", "--model", "m", "--run", "r", *drawn), 1, "mine.txt is in the place")
+    refused(place.prune(*drawn), 1, "was not made by besa: it holds mine.txt")
+    refused(place.besa("calibrate", "--model", "m", "--run", "r", *drawn), 1, "was not made by besa: it holds mine.txt")
     assert source.read_text() == "w5 w6 w7 " * 30
     assert [path.name for path in source.parent.iterdir()] == ["mine.txt"]
 

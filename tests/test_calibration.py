@@ -358,7 +358,7 @@ def test_what_is_not_a_set_stays(text: Path, place: Path, name: str) -> None:
     place.mkdir()
     (place / name).write_text("precious")
     for _ in range(2):
-        with pytest.raises(BesaError, match=rf"{re.escape(name)} is in the place of a calibration set") as caught:
+        with pytest.raises(BesaError, match=f"was not made by besa: it holds {re.escape(name)}") as caught:
             calibration.save(build(text), place)
         assert caught.value.hint
         assert {path.name: path.read_text() for path in place.iterdir()} == {name: "precious"}
@@ -369,10 +369,11 @@ def test_what_is_not_a_set_stays(text: Path, place: Path, name: str) -> None:
 def test_a_set_with_something_of_the_users_beside_it_is_not_replaced(text: Path, place: Path, name: str) -> None:
     calibration.save(build(text, seed=1), place)
     (place / name).mkdir()
-    with pytest.raises(BesaError, match=rf"{re.escape(name)} is in the place"):
+    (place / name / "file").write_text("precious")
+    with pytest.raises(BesaError, match=f"is not replaced: it holds {re.escape(name)}/file"):
         calibration.save(build(text, seed=2), place)
     assert calibration.load(place).manifest["seed"] == 1
-    assert (place / name).is_dir()
+    assert (place / name / "file").read_text() == "precious"
 
 
 @pytest.mark.parametrize("manifest", ["{", '{"stage": "pruned"}', "{}", "[]"])
@@ -408,7 +409,7 @@ def test_what_is_not_ours_in_the_place_of_the_next_set_stays(text: Path, place: 
     beside = place.with_name(".set.next")
     beside.mkdir()
     (beside / "mine.txt").write_text("precious")
-    with pytest.raises(BesaError, match=r"\.set\.next is in the way"):
+    with pytest.raises(BesaError, match=r"\.set\.next was not made by besa: it holds mine\.txt"):
         calibration.save(build(text), place)
     assert (beside / "mine.txt").read_text() == "precious"
 
@@ -535,7 +536,7 @@ def test_missing_and_cut_files_are_named(text: Path, place: Path) -> None:
 
 def test_a_directory_that_cannot_be_written_is_named(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BesaError, match=r"cannot write .*file"):
+    with pytest.raises(BesaError, match=r"cannot make .*file: a file is in its place"):
         calibration.save(build(text), tmp_path / "file")
 
 
