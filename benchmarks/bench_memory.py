@@ -165,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32", help="dtype to compute in")
     parser.add_argument("--method", default="besa", help="what prunes")
     parser.add_argument("--work", type=Path, help="where the models lie meanwhile; where temporary files do by default")
+    parser.add_argument("--lines", type=Path, default=LINES, help="the file that the results are added to")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=32)
     options = parser.parse_args(arguments)
@@ -187,11 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kept = {"case": case, "method": options.method, "blocks": options.blocks, "compute": options.compute,
                 "above_imports": [least, most], "block": block, "commit": commit(),
                 "methods": recorded.methods(options.method)}  # fmt: skip
-        append_line(LINES, kept)
+        append_line(options.lines, kept)
         line = {"case": case, "growth_mb": round(growth / 1e6, 1), "of_a_block": round(growth / block, 3)}
         print(json.dumps({**line, "block_mb": round(block / 1e6, 1)}))
     made = {"date": time.strftime("%Y-%m-%d"), "besa": __version__, **versions()}
-    print(json.dumps({"arguments": {**vars(options), "work": None}, "versions": made}))
+    print(json.dumps({"arguments": {**vars(options), "work": None, "lines": None}, "versions": made}))
 
 
 if __name__ == "__main__":

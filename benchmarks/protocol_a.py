@@ -101,19 +101,13 @@ def cost(found: Found) -> str:
 
 
 def found(setup: Setup = SETUP) -> Found:
-    """What was measured, as the program is today; a cell of the ablations that is the same counts, too."""
-    return measured(lines(), setup)
-
-
-def lines() -> list[Line]:
-    """All lines there are, the newest last."""
-    there = [*read_lines(LINES), *read_lines(HERE / ablations.LINES)]
-    return sorted(there, key=lambda line: str(line.get("date", "")))
+    """What was measured, as the program is today; the same cell of the ablations where there is none of its own."""
+    return measured(read_lines(HERE / ablations.LINES), setup) | measured(read_lines(LINES), setup)
 
 
 def dtypes() -> list[str]:
     """Those that anything was measured in."""
-    return sorted({line["setup"]["dtype"] for line in lines()})
+    return sorted({line["setup"]["dtype"] for line in read_lines(LINES)})
 
 
 def main(words: Sequence[str] | None = None) -> None:

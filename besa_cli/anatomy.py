@@ -11,6 +11,7 @@ from besa_cli import configuration
 from besa_cli.configuration import SUITED as _SUITED
 from besa_cli.disk import read_json
 from besa_cli.errors import BesaError, reading
+from besa_cli.headers import INDEX
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -77,9 +78,10 @@ def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = config_of(directory)
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        read_json(generation)
+    configuration.check_generation(directory)
+    index = directory / INDEX
+    if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
+        raise BesaError(f"{index} has no metadata: stock transformers cannot load it", 'add "metadata": {} to it')
     load: Any = AutoModelForCausalLM.from_pretrained
     with reading(directory):
         model: PreTrainedModel = load(

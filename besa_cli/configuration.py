@@ -1,6 +1,7 @@
 """A model's ``config.json``, read and found plausible before anything is built from it."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ _SIZES = (
     "head_dim",
     "vocab_size",
 )
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_POSITIVE = ("rope_theta", "rotary_emb_base")
 _MOST_BLOCKS, _MOST_LABELS = 10_000, 30_000
 _FEW_BLOCKS = 256  # up to here nothing is compared: it is soon built
 _LARGEST_SIZE = 1 << 40
@@ -67,6 +70,28 @@ def read(directory: Path) -> "PretrainedConfig":
     return config
 
 
+def check_generation(directory: Path) -> None:
+    """Refuse a ``generation_config.json`` that cannot be read, or that names tokens by something that is no number.
+
+    Raises
+    ------
+    BesaError
+        There is one.
+    """
+    from transformers import GenerationConfig
+
+    place = directory / "generation_config.json"
+    if not place.exists():
+        return
+    told = disk.read_json(place)
+    for name, value in told.items():
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if name.endswith("_token_id") and not all(each is None or type(each) is int for each in ids):
+            raise BesaError(f"{place} says {name}: {str(value)[:40]}, which is not a token id", _REMEDY)
+    with reading(place, _REMEDY):
+        GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
 def code_refused(place: Path, code: object) -> BesaError:
     """The error for a file that says which Python code of the model is to be run."""
     names = list(code.values()) if isinstance(code, Mapping) else [code]
@@ -78,7 +103,7 @@ def code_refused(place: Path, code: object) -> BesaError:
 
 
 def _values(value: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Every number in a JSON value, with the name that it goes by, and whether it stands in a list."""
+    """Every number and text in a JSON value, with the name that it goes by, and whether it stands in a list."""
     left: list[tuple[str, Any, bool]] = [("", value, False)]
     while left:
         name, value, listed = left.pop()
@@ -86,26 +111,31 @@ def _values(value: Any) -> Iterator[tuple[str, Any, bool]]:
             left += [(key, each, False) for key, each in value.items()]
         elif isinstance(value, list):
             left += [(name, each, True) for each in value]
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float | str):
             yield name, value, listed
 
 
 def _refuse_values(place: Path, told: Mapping[str, Any]) -> None:
-    """Refuse numbers that are none, and counts that would only fill the memory."""
+    """Refuse numbers that are none, counts that would only fill the memory, and text that acts on a terminal."""
     for name, value, listed in _values(told):
-        if isinstance(value, float):
+        if isinstance(value, str):
+            refused = _CONTROL.search(value) is not None
+        elif name in _POSITIVE and value <= 0:
+            refused = True
+        elif isinstance(value, float):
             refused = math.isnan(value) or (math.isinf(value) and not listed)  # a limit may be open to one side
         elif "layers" in name:
             refused = value > _MOST_BLOCKS
         else:
             refused = abs(value) >= 1 << 63 or (name == "num_labels" and value > _MOST_LABELS)
         if refused:
-            raise BesaError(f"{place} says {name[:80]}: {str(value)[:40]}, which no model can have", _REMEDY)
+            raise BesaError(f"{place} says {name[:80]}: {value!r:.40}, which no model can have", _REMEDY)
 
 
 def _refuse_blocks(directory: Path, told: Mapping[str, Any]) -> None:
     """Refuse more blocks than the checkpoint has tensors, before they are built."""
-    blocks = max((int(value) for name, value, _ in _values(told) if name.endswith("layers")), default=0)
+    counts = (value for name, value, _ in _values(told) if name.endswith("layers") and isinstance(value, int))
+    blocks = max(counts, default=0)
     if blocks <= _FEW_BLOCKS:
         return
     single, index = directory / headers.SINGLE, directory / headers.INDEX

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from besa_cli import anatomy
 from besa_cli.decoder.conduct import overflow
-from besa_cli.errors import UsageError
+from besa_cli.errors import UsageError, reading
 from besa_cli.evaluation import require_known
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def prompted(directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str,
             f"PROMPT is not UTF-8 from its character {error.start + 1} on", "give text in the encoding UTF-8"
         ) from error
     config = anatomy.config_of(directory)
-    inputs: BatchEncoding = tokenizer(prompt, return_tensors="pt", verbose=False)
+    with reading(f"PROMPT with the tokenizer in {directory}", "give other words, or fetch the tokenizer again"):
+        inputs: BatchEncoding = tokenizer(prompt, return_tensors="pt", verbose=False)
     ids = inputs["input_ids"]
     if not ids.numel():
         raise UsageError("PROMPT is empty: there is nothing to go on from", "give a few words")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa_cli.errors import BesaError
-from besa_cli.models import answers, cache, transfer
+from besa_cli.models import answers, cache, hub_errors, transfer
 
 TIMEOUT = 8.0  # seconds until the hub counts as unreachable
 
@@ -94,6 +94,8 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
     if hub.offline:
         raise Unreachable("HF_HUB_OFFLINE is set, and the file is not in the hub's cache")
     commit, size = _probe(file, hub)
+    if hub.cache is None:
+        hub_errors.require_cache()
     notify(f"fetching {file.path} of {file.repository} from {hub.endpoint}")
     download = transfer.Download(
         repo=file.repository,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from besa_cli import compute, disk, records
+from besa_cli import compute, disk
 from besa_cli.decoder.conduct import overflow
 from besa_cli.decoder.running import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
@@ -63,7 +63,6 @@ class Settings:
         require_counts(limit=self.limit, batch_size=self.batch_size)
 
 
-@records.strict
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """One measured perplexity with all that made it; the last six fields say where the text is from."""

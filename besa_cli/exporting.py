@@ -108,6 +108,7 @@ class Job:
             for place in (self.directory, self._partial):
                 ownership.refuse_to_replace(place, [newest])
             self._perplexities = card.perplexities(run, self.source.manifest)
+            self.source.refuse_misfit()
             refusals.refuse_damaged(newest, weights.check(self.source.weights))
             refusals.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
 

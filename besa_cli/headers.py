@@ -114,7 +114,10 @@ def weight_map(index: Path) -> dict[str, str]:
     BesaError
         The index cannot be read, has no such map, names a tensor twice, or a file that is not one of its directory.
     """
-    listed = disk.read_json(index, unique=True).get("weight_map")
+    told = disk.read_json(index, unique=True)
+    listed, about = told.get("weight_map"), told.get("metadata")
+    if about is not None and not isinstance(about, dict):
+        raise BesaError(f"{index} has metadata that are not an object, but {_short(about)}", _AGAIN)
     if not isinstance(listed, dict) or not listed:
         raise BesaError(f"{index} has no weight_map", _AGAIN)
     for name, file in listed.items():

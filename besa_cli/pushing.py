@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from besa_cli.errors import BesaError, UsageError, reason_of
-from besa_cli.models import hub_errors
+from besa_cli.models import answers, hub_errors
 
 Found = TypeVar("Found")
 
@@ -45,9 +45,9 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
     BesaError
         The hub cannot be reached, or refuses. The export stays where it is.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
 
-    _bound_lines()
+    answers.set_clients(get_session().event_hooks, _LINE_SECONDS)  # it sets no time for most of its requests
     api = HfApi()
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     message = f"besa export: {directory.name}"
@@ -64,15 +64,6 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
     return str(address)
 
 
-def _bound_lines() -> None:
-    """Let no request of the hub's library wait for ever: by itself it sets no time for most of them."""
-    from huggingface_hub import get_session, set_client_factory
-
-    session = get_session()
-    kind, hooks = type(session), session.event_hooks
-    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=_LINE_SECONDS))
-
-
 def _within(seconds: float, repo: str, ask: Callable[[], Found]) -> Found:
     """What the hub answers, in time: in a thread, since a name look-up and a slow answer know no limit of their own.
 
@@ -81,20 +72,20 @@ def _within(seconds: float, repo: str, ask: Callable[[], Found]) -> Found:
     BesaError
         It gave no answer, refused, or cannot be understood.
     """
-    answers: list[Found | Exception] = []
+    answered: list[Found | Exception] = []
 
     def work() -> None:
         try:
-            answers.append(ask())
+            answered.append(ask())
         except Exception as error:  # noqa: BLE001  # whatever an answer makes the library raise, it is said once
-            answers.append(error)
+            answered.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not answers:
+    if not answered:
         raise hub_errors.unreachable(repo, f"no answer within {seconds:.0f} s")
-    found = answers[0]
+    found = answered[0]
     if not isinstance(found, Exception):
         return found
     if isinstance(found, BesaError):

@@ -54,13 +54,16 @@ class Index:
         Raises
         ------
         BesaError
-            It is missing, not an ordinary file, or another.
+            It is missing, not an ordinary file, longer than all tensors together, or another.
         """
         path = self.directory / file
         if not path.exists():
             raise BesaError(f"{path} is missing", _FETCH)
         disk.require_regular(path)
         with reading(path, _FETCH):
+            size = path.stat().st_size
+            if size > self.total + compression.LONGEST_HEADER:
+                raise BesaError(f"{path} is damaged: it has {size} bytes, {INDEX} has {self.total} in all", _FETCH)
             found = disk.sha256_file(path)
         if found != self.digests.get(file):
             raise BesaError(f"{path} is damaged: its SHA-256 is not the one in {INDEX}", _FETCH)

@@ -7,7 +7,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, Protocol
 
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, reading
 from besa_cli.spool import Text, parts
 
 PIECE = 1 << 18  # characters tokenized at a time; the library takes about 300 bytes for each
@@ -51,7 +51,7 @@ class Encoder:
         Raises
         ------
         BesaError
-            The tokenizer makes thousands of tokens of one letter, or the text cannot be taken in pieces.
+            The tokenizer fails, makes thousands of tokens of one letter, or the text cannot be taken in pieces.
         """
         source = _Source(parts(text))
         if not getattr(self._tokenizer, "is_fast", False):
@@ -64,13 +64,18 @@ class Encoder:
             return iter(self._whole(source, UNDIVIDED))
         return chain(around[0], chain.from_iterable(self._pieces(source)), around[1])
 
+    def _split(self, text: str, **options: Any) -> Any:
+        """What the tokenizer makes of a text; whatever stops it is a fault of its files."""
+        with reading("a text with the model's tokenizer", "the tokenizer's files are damaged: fetch the model again"):
+            return self._tokenizer(text, **options)
+
     def _whole(self, source: "_Source", most: int) -> Sequence[int]:
         """The ids of a text that is tokenized at once."""
         if not source.ends_within(most):
             raise _indivisible(most)
         text = source.text(0, most)
         self._refuse_growth(text)
-        ids: Sequence[int] = self._tokenizer(text, verbose=False)["input_ids"]  # not verbose: no warning of its length
+        ids: Sequence[int] = self._split(text, verbose=False)["input_ids"]  # not verbose: no warning of its length
         return ids
 
     def _pieces(self, source: "_Source") -> Iterator[Sequence[int]]:
@@ -96,7 +101,7 @@ class Encoder:
     def _piece(self, source: "_Source", start: int, size: int) -> "_Piece":
         text = source.text(start, start + size)
         self._refuse_growth(text)
-        found = self._tokenizer(
+        found = self._split(
             text,
             verbose=False,
             add_special_tokens=False,
@@ -108,8 +113,8 @@ class Encoder:
 
     def _found_around(self, text: str) -> tuple[list[int], list[int]] | None:
         """The ids that are put before and after every text, or None where it does not come to that."""
-        plain: list[int] = self._tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
-        found = self._tokenizer(text, verbose=False)
+        plain: list[int] = self._split(text, verbose=False, add_special_tokens=False)["input_ids"]
+        found = self._split(text, verbose=False)
         ids: list[int] = found["input_ids"]
         own = [number for number, sequence in enumerate(found.sequence_ids(0)) if sequence is not None]
         if not own:
@@ -120,7 +125,7 @@ class Encoder:
     def _refuse_crowd(self) -> None:
         """Refuse a tokenizer that puts thousands of tokens around a text, or repeats it."""
         if self._added is None:
-            one = [self._tokenizer("a", verbose=False, add_special_tokens=own)["input_ids"] for own in (True, False)]
+            one = [self._split("a", verbose=False, add_special_tokens=own)["input_ids"] for own in (True, False)]
             self._added = len(one[0]) - len(one[1])
         if self._added > _AROUND:
             raise BesaError(f"the tokenizer adds {self._added} tokens around the letter 'a'", _OTHER)

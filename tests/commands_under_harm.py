@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import harm
 import tiny
 import torch
 
@@ -148,6 +149,7 @@ def _main(words: tuple[str, ...], log: Path, begun: int, before: Callable[[], No
     try:
         from besa_cli.app import main
 
+        harm.settle_fork()
         before()
         os.close(begun)
         code = main(words)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from besa_cli import disk
 
 
@@ -149,6 +151,11 @@ _WARM = (
     "exporters.gguf", "exporters.compressed_tensors", "pruners.besa", "pruners.sparsegpt", "quantizers.gptq",
     "quantizers.clip", "commands.run",
 )  # fmt: skip
+
+
+def settle_fork() -> None:
+    """Give torch its threads again, first thing in a fork: several threads that ask for them at once would fail."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def warm_up() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from besa_cli import anatomy, configuration
+from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
+from besa_cli.jobs.job import Job
 
 
 @pytest.fixture
@@ -65,6 +68,11 @@ def test_attention_is_computed_by_what_is_installed(way: object, model: Path) ->
     assert built.config._attn_implementation in ("sdpa", "eager")
 
 
+def test_nothing_that_a_prune_loads_asks_for_attention_by_another_package(model: Path, tmp_path: Path) -> None:
+    change(model, attn_implementation="somebody/kernel", _attn_implementation="somebody/kernel")
+    tiny.run(Job(Run(tmp_path / "r"), tiny.local(model), tiny.calibration_set(tiny.tokens()), tiny.request()))
+
+
 COUNTS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 
 
@@ -86,6 +94,8 @@ def test_a_size_that_no_model_can_have_is_refused_by_its_name(name: str, value: 
         {"hidden_act": "evil"},
         {"rope_parameters": {"rope_type": "evil", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("nan")}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": -1e4}},
+        {"rope_parameters": {"rope_type": "\x1b]0;title\x07", "rope_theta": 1e4}},
         {"rope_parameters": 5},
         {"layer_types": ["evil", "evil"]},
         {"pad_token_id": 10**6},
@@ -140,3 +150,44 @@ def test_what_is_no_configuration_at_all_is_refused_at_once(kind: str, model: Pa
         (model / "config.json").write_bytes(b'{"a": ' + b"[" * 100_000 if kind == "deep" else b'{"model_type": "\xff"}')
     with pytest.raises(BesaError, match=f"{model / 'config.json'}"):
         configuration.read(model)
+
+
+@pytest.mark.parametrize("told", [{}, {"metadata": None}, {"metadata": []}], ids=str)
+def test_an_index_that_stock_does_not_load_is_named(told: dict[str, Any], model: Path) -> None:
+    names = [*load_file(model / "model.safetensors")]
+    (model / "model.safetensors").rename(model / "part.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({**told, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+    with pytest.raises(BesaError, match=f"{index} has no metadata"):
+        anatomy.whole(model, torch.float32)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
+    assert anatomy.whole(model, torch.float32).num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": float("nan")},
+        {"eos_token_id": {}},
+        {"eos_token_id": [1, "\x1b[31m"]},
+        {"pad_token_id": [0]},
+        {"bos_token_id": True},
+        {"cache_implementation": "evil"},
+        {"compile_config": 5},
+        [],
+    ],
+    ids=str,
+)
+def test_settings_of_generation_that_cannot_be_are_refused_by_their_file(values: object, model: Path) -> None:
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(BesaError, match=str(path)):
+        anatomy.whole(model, torch.float32)
+
+
+@pytest.mark.parametrize("values", [{}, {"eos_token_id": [1, 2], "pad_token_id": None}, {"do_sample": True}], ids=str)
+def test_settings_of_generation_that_can_be_are_taken(values: dict[str, Any], model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps(values))
+    found = anatomy.whole(model, torch.float32).generation_config.to_dict()
+    assert {name: found[name] for name in values} == values

@@ -175,3 +175,15 @@ def test_a_file_that_changed_in_the_cache_is_fetched_again(tmp_path: Path) -> No
         assert datahub.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=notes.append).path == path
     assert path.read_bytes() == DATA
     assert f"{path} is damaged and is fetched again" in notes
+
+
+def test_without_a_home_nothing_is_fetched_into_a_directory_called_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with serving(FakeHub()) as fake, pytest.raises(BesaError, match="no home directory"):
+        datahub.fetch(FILE, datahub.Hub(endpoint=fake.endpoint, offline=False), notify=pytest.fail)
+    assert list(tmp_path.iterdir()) == []

@@ -337,6 +337,19 @@ def test_a_damaged_perplexity_is_refused_before_any_work(
     assert "jane" not in card
 
 
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 60}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}, {"intermediate_size": 8}]
+)
+def test_a_stage_whose_configuration_is_of_another_model_is_not_exported(
+    change: dict[str, int], runs: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = exported.copy_of(runs(), tmp_path / "run")
+    file = run.stage("pruned") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(BesaError, match=r"blocks|shape"):
+        Job(run, Request(options={}))
+
+
 @pytest.mark.parametrize("blocks", [1, 3, 1000])
 def test_a_stage_with_another_number_of_blocks_than_shards_is_refused(
     blocks: int, runs: Callable[..., Run], tmp_path: Path

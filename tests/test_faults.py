@@ -85,6 +85,7 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
         ["export", "--run", "run"],
         ["export", "--format", "sparse", "--run", "run"],
         ["eval", "ppl", "text.txt", "--seqlen", "12", "--run", "run", "--no-baseline"],
+        ["eval", "sample", "w3 w4", "--tokens", "2", "--run", "run"],
     ):
         found = besa(*words)
         assert found.code == 1
@@ -96,6 +97,18 @@ def test_a_finished_stage_with_a_flipped_bit_is_not_read_by_the_next_command(
     harm.flip_a_bit(workplace / "run" / "quantized" / "codes" / stage.shard(1).name)
     with pytest.raises(BesaError, match=r"codes/model-00003-of-00004.safetensors is damaged"):
         stage.codes(1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_stage_that_lost_a_small_file_is_not_finished_already(name: str, model: Path, tmp_path: Path) -> None:
+    tiny.run(job(tmp_path, model))
+    lost = tmp_path / "pruned" / name
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(BesaError, match=f"pruned lacks {name}"):
+        job(tmp_path, model)
+    lost.write_bytes(content)
+    assert job(tmp_path, model).done
 
 
 def test_what_belongs_to_no_block_is_compared_with_the_source_before_a_run_goes_on(
@@ -141,7 +154,7 @@ def test_a_manifest_of_a_newer_format_is_left_alone(
     content = manifest.read_bytes()
     harm.newer_format(manifest)
     before = tiny.files(tmp_path, without=())
-    with pytest.raises(BesaError, match=r"has format 2, this besa .* knows 1"):
+    with pytest.raises(BesaError, match=r"has format 2, this besa .* reads 1"):
         job(tmp_path, model)
     assert tiny.files(tmp_path, without=()) == before
     manifest.write_bytes(content)

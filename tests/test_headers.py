@@ -145,3 +145,11 @@ def test_an_index_without_a_map_is_refused(told: Header, tmp_path: Path) -> None
     (tmp_path / headers.INDEX).write_text(json.dumps(told))
     with pytest.raises(BesaError, match="has no weight_map"):
         headers.weight_map(tmp_path / headers.INDEX)
+
+
+@pytest.mark.parametrize("about", [[], "x", 5, True], ids=str)
+def test_an_index_whose_metadata_the_library_could_not_read_is_refused(about: object, tmp_path: Path) -> None:
+    told = {"metadata": about, "weight_map": {"a": "m.safetensors"}}
+    (tmp_path / headers.INDEX).write_text(json.dumps(told))
+    with pytest.raises(BesaError, match="has metadata that are not an object"):
+        headers.weight_map(tmp_path / headers.INDEX)

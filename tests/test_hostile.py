@@ -1,4 +1,4 @@
-"""A few of the hostile inputs of every kind (`make faults`: all), and what the campaign counts as wrong."""
+"""A hostile input of every kind (`make faults`: many), and what the campaign counts as wrong."""
 
 import json
 import os
@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 WHOLE = Whole(perplexity=1.0, pruned=2.0, gguf=3.0, sample="")
 
 
-def test_no_answer_to_a_few_inputs_of_every_kind_is_wrong() -> None:
+def test_no_answer_to_an_input_of_every_kind_is_wrong() -> None:
     """In a process of its own, which has no other threads when it forks."""
     words = [sys.executable, str(TESTS / "hostile"), "--subset"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -288,6 +288,11 @@ def test_what_is_not_an_ordinary_file_is_refused_at_once(kind: str, file: str, e
     refused(export, tmp_path / "run")
 
 
+def test_a_file_that_is_far_too_long_is_not_read(export: Path, tmp_path: Path) -> None:
+    os.truncate(export / SHARD, 1 << 40)
+    assert f"{SHARD} is damaged: it has 1099511627776 bytes" in refused(export, tmp_path / "run")
+
+
 def test_files_that_no_list_names_are_not_taken(export: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (export / "stage" / "evil.py").write_text("x")
@@ -388,3 +393,13 @@ def test_import_names_a_file_in_the_way_and_leaves_it(where: str, export: Path, 
     with pytest.raises(BesaError, match=r"notes\.txt"):
         importing.Job(export, Run(tmp_path / "run"), restart=True)
     assert (tmp_path / "run" / where / "notes.txt").read_text() == "mine"
+
+
+def test_chat_templates_in_their_folder_go_out_and_come_back(made: Run, tmp_path: Path) -> None:
+    run = exported.copy_of(made, tmp_path / "run")
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+    (run.stage("pruned") / template).parent.mkdir()
+    (run.stage("pruned") / template).write_text("TOOLS")
+    directory = exported.export(run, "sparse")
+    assert (directory / template).read_text() == "TOOLS"
+    assert (imported(directory, tmp_path / "back") / template).read_text() == "TOOLS"

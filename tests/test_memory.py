@@ -17,8 +17,9 @@ SMALL = ["--hidden", "512", "--intermediate", "2048", "--method", "wanda", "--bl
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_four_more_blocks_cost_less_than_one() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py"), *SMALL]
+def test_four_more_blocks_cost_less_than_one(tmp_path: Path) -> None:
+    kept = ["--lines", str(tmp_path / "lines.jsonl")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py"), *SMALL, *kept]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,11 @@ from pathlib import Path
 import exported
 import pytest
 import tiny
+import written
 
 from besa_cli.checkpoint import ownership
 from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 
 
@@ -172,3 +174,19 @@ def test_a_file_in_the_place_of_a_directory_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(BesaError, match="a file is in its place"):
         ownership.refuse_to_replace(tmp_path / "file")
+
+
+def test_a_stage_lists_the_small_files_that_it_copied_whatever_their_names(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    names = {"USE_POLICY.txt", "params.json", "additional_chat_templates/tool_use.jinja"}
+    for name in names:
+        (source / name).write_text("{}")
+    stage = Stage(tmp_path / "stage", 2)
+    stage.begin(written.stage_manifest(), source)
+    for name in names:
+        (source / name).unlink()
+    ownership.refuse_to_replace(stage.directory)
+    (stage.directory / "notes.txt").write_text("mine")
+    with pytest.raises(BesaError, match=r"notes\.txt"):
+        ownership.refuse_to_replace(stage.directory)

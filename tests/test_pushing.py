@@ -14,7 +14,7 @@ import typer
 
 from besa_cli import pushing
 from besa_cli.errors import BesaError
-from besa_cli.models import hub_errors
+from besa_cli.models import answers, hub_errors
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -139,21 +139,22 @@ def test_a_hub_that_does_not_answer_is_given_up(
         pushing.push(tmp_path, "org/name", private=True)
 
 
-def test_no_request_of_the_hubs_library_waits_for_ever(silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_of_the_hubs_library_waits_for_ever(
+    silent: str, tmp_path: Path, hub: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also after the library has closed its client and made another."""
-    from huggingface_hub import close_session, get_session, set_client_factory
+    from huggingface_hub import close_session, get_session
 
-    before = get_session()
+    hooks, seconds = get_session().event_hooks, get_session().timeout
     monkeypatch.setattr(pushing, "_LINE_SECONDS", 0.3)
     try:
-        pushing._bound_lines()
+        pushing.push(tmp_path, "org/name", private=True)
         close_session()
-        assert get_session().event_hooks == before.event_hooks
+        assert get_session().event_hooks == hooks
         with pytest.raises(hub_errors.transport()):
             get_session().post(silent, json={})
     finally:
-        kind, hooks = type(before), before.event_hooks
-        set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+        answers.set_clients(hooks, seconds)
 
 
 def test_an_answer_that_cannot_be_understood_is_one_line(

@@ -457,6 +457,19 @@ def test_a_damaged_finished_shard_is_named(model: Path, fate: Fate, tmp_path: Pa
         tiny.run(job(tmp_path, model, METHODS["wanda"]))
 
 
+def test_no_command_takes_a_stage_whose_shards_are_exchanged(besa: Besa, words: list[str], workplace: Path) -> None:
+    assert besa(*words, "--run", "whole").code == 0
+    stage = workplace / "whole" / "pruned"
+    one, other = (stage / f"{name}.safetensors" for name in SHARDS[1:])
+    one.rename(stage / "swap")
+    other.rename(one)
+    (stage / "swap").rename(other)
+    for command in (["eval", "sample", "Hello", "--tokens", "2"], ["eval", "ppl"], ["quantize"], ["export"], words):
+        refused = besa(*command, "--run", "whole")
+        assert (refused.code, command, refused.err.count("error: ")) == (1, command, 1)
+        assert one.name in refused.err
+
+
 def test_a_cached_result_is_whole_or_absent(fate: Fate, tmp_path: Path) -> None:
     """A result file that another version wrote is not used; a temporary one is none."""
     (tmp_path / ".ppl.json.partial").write_text("{")

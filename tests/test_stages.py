@@ -208,6 +208,17 @@ def test_another_number_of_threads_ends_in_the_same_bytes(threads: int, run: Pat
     assert tiny.files(run) == tiny.files(finished)
 
 
+def test_a_stage_of_before_is_read_and_gone_on_with(run: Path, model: Path) -> None:
+    manifest = run / "pruned" / "besa.json"
+    for index in (0, 1):
+        edit(shard(run / "pruned", index, "json"), lambda told: told.pop("seal"))
+    edit(manifest, lambda told: [told["compute"].pop("processor"), told["compute"].pop("environment")])
+    assert job(run, model).done
+    unfinished(run)
+    tiny.run(job(run, model))
+    assert job(run, model).done
+
+
 FOREIGN = {"notes": "notes.txt", "hidden": ".git/HEAD", "model": "model-00009-of-00009.safetensors"}
 
 

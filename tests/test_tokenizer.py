@@ -59,6 +59,13 @@ def test_a_class_that_splits_otherwise_gives_way_to_the_file(named: str, model: 
     assert named in note
 
 
+def test_an_export_to_gguf_names_the_way_to_split_that_everything_is_measured_with(model: Path) -> None:
+    from besa_cli.exporters import gguf_tokenizer
+
+    settings(model, tokenizer_class="GPT2Tokenizer")
+    assert gguf_tokenizer.read(model, 512).pre == "smollm"  # digits one by one, then bytes
+
+
 @pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend", "NoSuchTokenizer", None])
 def test_a_tokenizer_that_is_as_written_is_left_alone(named: str | None, model: Path) -> None:
     settings(model, tokenizer_class=named)

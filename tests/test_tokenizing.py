@@ -237,3 +237,16 @@ def test_a_tokenizer_that_puts_thousands_of_tokens_around_a_text_is_refused() ->
 def test_letters_that_honestly_become_many_are_let_through() -> None:
     made = fast(unigram())
     assert list(Encoder(made)("ﷺ" * 300)) == made("ﷺ" * 300)["input_ids"]  # NFKC makes 18 letters of each
+
+
+def test_a_tokenizer_whose_pattern_never_ends_is_one_line() -> None:
+    made = byte_level(pre_tokenizers.Split(Regex("(a+a+a+)+b"), "isolated"))
+    with pytest.raises(BesaError, match=r"cannot read a text with the model's tokenizer: .*Regex search error"):
+        list(Encoder(transformers.PreTrainedTokenizerFast(tokenizer_object=made))("a" * 20_000 + " c"))
+
+
+def test_a_word_that_the_tokenizer_cannot_take_is_one_line() -> None:
+    made = Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(BesaError, match=r"cannot read a text with the model's tokenizer: .*Missing \[UNK\] token"):
+        list(Encoder(fast(made))("the word"))

@@ -15,23 +15,26 @@ _OWN = (manifests.MANIFEST, manifests.EXPORT, cache.FILES)
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
+def small_files(source: Path) -> list[str]:
+    """The names of configuration, tokenizer, chat template and licence files; nothing that holds weights."""
+    flat = [path.name for path in sorted(source.iterdir()) if path.is_file() and _is_copied(path.name)]
+    inside = [path for folder in files.FOLDERS for path in sorted((source / folder).glob("*.jinja")) if path.is_file()]
+    return [*flat, *(path.relative_to(source).as_posix() for path in inside)]
+
+
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer, chat template and licence files; nothing that holds weights, nothing of besa's.
+    """Copy `small_files`; nothing of besa's own.
 
     Raises
     ------
     BesaError
         A JSON file is none, as when it was cut short.
     """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and _is_copied(path.name):
-            if path.suffix == ".json":
-                _require_json(path)
-            disk.publish(target / path.name, partial(_copy, path))
-    for folder in files.FOLDERS:
-        for path in sorted((source / folder).glob("*.jinja")):
-            if path.is_file():
-                disk.publish(target / folder / path.name, partial(_copy, path))
+    for name in small_files(source):
+        path = source / name
+        if path.suffix == ".json":
+            _require_json(path)
+        disk.publish(target / name, partial(_copy, path))
 
 
 def _require_json(path: Path) -> None:

@@ -55,8 +55,8 @@ class Compute(TypedDict):
     threads: Annotated[int, Ge(1), Le(4096)]
     batch: Positive
     kernels: str
-    processor: str
-    environment: dict[str, str]
+    processor: NotRequired[str]  # not in stages of before, whose reports have no seal either
+    environment: NotRequired[dict[str, str]]
 
 
 @strict
@@ -114,6 +114,7 @@ class StageManifest(TypedDict):
     history: list[Step]
     status: Literal["beginning", "running", "complete"]
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
+    files: NotRequired[list[str]]
     restart: NotRequired[bool]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]

@@ -54,6 +54,19 @@ def refuse_damaged(directory: Path, found: str) -> None:
     Stage(directory, manifest["blocks"]).require_whole()
 
 
+def refuse_incomplete(directory: Path) -> None:
+    """Refuse to call a stage finished that lacks one of the small files that were copied into it.
+
+    Raises
+    ------
+    BesaError
+        The file is named.
+    """
+    for name in manifests.read(directory).get("files", ["config.json"]):  # older stages do not say
+        if not (directory / name).is_file():
+            raise BesaError(f"{directory} lacks {name}", "restore the file, or make the stage anew with --restart")
+
+
 def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) -> None:
     """Refuse weights whose scales would surely be no fp16 numbers, wherever the groups lie.
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from besa_cli import disk, records, weights
 from besa_cli.checkpoint import manifests
-from besa_cli.checkpoint.copying import copy_small_files
+from besa_cli.checkpoint.copying import copy_small_files, small_files
 from besa_cli.errors import BesaError
 from besa_cli.ops import affine, masks
 from besa_cli.ops.affine import Grid
@@ -84,9 +85,15 @@ class Stage:
         if problem:
             where = f"block {index} of {self.blocks}"
             raise BesaError(f"{path}, the report of {where}, tells of {problem}", _made_anew(self.shard(index)))
-        if record.seal != _seal(disk.parse_json(text, path)):
+        unsealed = record.seal is None and not self._sealed
+        if not unsealed and record.seal != _seal(disk.parse_json(text, path)):
             raise BesaError(f"{path} was changed since it was written", _made_anew(self.shard(index)))
         return record
+
+    @cached_property
+    def _sealed(self) -> bool:
+        """Whether reports have a seal: those of stages of before, which do not name their processor, have none."""
+        return "processor" in manifests.read(self.directory)["compute"]
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
@@ -195,9 +202,10 @@ class Stage:
         except OSError as error:
             reason = error.strerror or error
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
-        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "beginning", "blocks": self.blocks})
+        begun = {**manifest, "blocks": self.blocks, "files": small_files(source)}
+        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "beginning"})
         copy_small_files(source, self.directory)
-        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running", "blocks": self.blocks})
+        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "running"})
 
     def finish(self) -> dict[str, Any]:
         """Write the index, then the manifest with what was reached; returns the manifest.
@@ -241,7 +249,7 @@ class _Record(BlockReport):
 
     digest: manifests.Digest
     codes_digest: manifests.Digest | None = None
-    seal: manifests.Digest
+    seal: manifests.Digest | None = None
 
 
 def _seal(record: Mapping[str, Any]) -> str:

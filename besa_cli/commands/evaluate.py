@@ -233,12 +233,14 @@ def sample(
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
+    subjects.digest(subject)  # refuses a stage that is not what was written
     both = [each for each in (subject.parent, subject) if each is not None]
     tokenizers = [subjects.tokenizer(each, console.note) for each in both]
     prompts = [
         continuations.prompted(each.directory, tokenizer, prompt, tokens)
         for each, tokenizer in zip(both, tokenizers, strict=True)
     ]
+    subjects.digest(subject)  # refuses what is not as it was written
     said = {}
     for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
         with console.blocks(each.name, 1) as progress:

@@ -68,7 +68,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
     counts = manifest["counts"]
     bits = f", {manifest['quantization']['bits']} bits" if "quantization" in manifest else ""
     return Subject(
-        name=f"{manifest['options']['method']} {human_share(counts['sparsity'])}{bits}",
+        name=f"{manifest['options'].get('method', manifest['stage'])} {human_share(counts['sparsity'])}{bits}",
         directory=newest,
         digest=manifest["digest"],
         parent=_parent(manifest, place.evaluations, console) if baseline else None,

@@ -40,9 +40,11 @@ def following(model: nn.Module) -> Iterator[None]:
     except (BesaError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        narrow = next(model.parameters()).dtype != torch.float32
         raise BesaError(
             f"{type(model).__name__} cannot be run block by block: {type(error).__name__}: {reason_of(error)}",
-            "besa passes hidden states from block to block; this decoder cannot be followed that way",
+            ("its code may need --dtype float32; else " if narrow else "")
+            + "besa passes hidden states from block to block, and this decoder cannot be followed that way",
         ) from error
 
 

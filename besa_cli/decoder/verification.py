@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from besa_cli import anatomy
 from besa_cli.decoder.conduct import TOLERANCE, following, not_causal, relative_error, require_finite
 from besa_cli.decoder.running import Decoder
-from besa_cli.errors import BesaError, reading
+from besa_cli.errors import BesaError
 
 _CHECK_TOKENS = 32  # length of the samples on which stream and whole model are compared
 SMALL = 64 << 20  # bytes of a model that is compared with stock's in any case
@@ -86,17 +87,13 @@ def _compare_with_stock(decoder: Decoder, hidden: Tensor, rows: Tensor) -> None:
 
 def _stock_logits(decoder: Decoder, rows: Tensor) -> Tensor:
     """Logits of the whole model as transformers loads it, of shape (samples, seqlen, vocabulary)."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     directory, said = decoder.weights.directory, logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        with reading(directory, "stock transformers cannot load it either: fetch the model again"):
-            stock: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=decoder.dtype, local_files_only=True, trust_remote_code=False
-            )
+        stock: Any = anatomy.whole(directory, decoder.dtype)
     finally:
         logging.set_verbosity(said)
     with following(decoder.model), torch.no_grad():

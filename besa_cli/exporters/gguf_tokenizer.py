@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer in the terms of llama.cpp: its tokens, their kinds, its merges, how it splits words.
 
-What is read is the tokenizer that stock transformers makes of the files, in the words of tokenizer.json.
+What is read is the tokenizer that everything else here is measured with, in the words of tokenizer.json.
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from besa_cli import disk
-from besa_cli.errors import BesaError, reading
+from besa_cli.errors import BesaError
 from besa_cli.exporters import gguf_pairs
+from besa_cli.models import Model
 from besa_cli.models.gguf_splits import WAYS, Step
+from besa_cli.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,8 +116,7 @@ def read(directory: Path, size: int) -> Vocabulary:
 def _stock(directory: Path, path: Path) -> "PreTrainedTokenizerFast":
     import transformers
 
-    with reading(path, _ELSEWISE):
-        found = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    found = tokenizer_of(Model(name=str(directory), kind="local", directory=directory, revision=None))
     if not isinstance(found, transformers.PreTrainedTokenizerFast):
         raise BesaError(f"{path} is read by {type(found).__name__}, which has no tokenizer.json of its own", _ELSEWISE)
     return found

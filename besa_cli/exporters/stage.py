@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from besa_cli import disk
+from besa_cli import anatomy, disk, names
 from besa_cli.checkpoint import stages
 from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.stages import Stage
@@ -77,6 +77,23 @@ class Source:
                 f"{self.directory / INDEX} does not name the shards of {blocks} blocks, as {MANIFEST} says",
                 "make the stage anew with --restart",
             )
+
+    def refuse_misfit(self) -> None:
+        """Refuse a configuration that describes another model than the tensors are of: nothing would load the export.
+
+        Raises
+        ------
+        BesaError
+            It cannot be read, or gives another number of blocks or another shape.
+        """
+        model = anatomy.skeleton(anatomy.config_of(self.directory), torch.bfloat16)
+        _, blocks = anatomy.block_list(model)
+        if len(blocks) != self.stage.blocks:
+            raise BesaError(
+                f"{self.directory / 'config.json'} describes {len(blocks)} blocks, the stage has {self.stage.blocks}",
+                "restore the file, or make the stage anew with --restart",
+            )
+        names.fit(model, names.Names(model, self.weights.names), self.weights)
 
     def _find_linears(self) -> Iterator[str]:
         for report in self.stage.reports():

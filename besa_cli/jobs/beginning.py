@@ -162,6 +162,8 @@ def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[s
         Versions, inner loops, the processor or variables that choose how libraries compute differ; names both values.
     """
     there, here = ({**each["versions"], **_environment(each["compute"])} for each in (old, new))
+    if "processor" not in there:  # a stage of before
+        del here["processor"]
     different = [
         f"{name} {there.get(name, 'unset')} there, {here.get(name, 'unset')} here"
         for name in dict.fromkeys([*there, *here])
@@ -176,7 +178,8 @@ def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[s
 
 
 def _environment(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"inner loops": settings["kernels"], "processor": settings["processor"], **settings["environment"]}
+    known = {"processor": settings["processor"]} if "processor" in settings else {}
+    return {"inner loops": settings["kernels"], **known, **settings.get("environment", {})}
 
 
 def _short(value: object) -> str:

@@ -85,6 +85,7 @@ class Job:
         self._directory, self.manifest = beginning.place(self._final, self._beside, new, restart=restart)
         if self.done:
             refusals.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
+            refusals.refuse_incomplete(self._directory)
         elif self.manifest["status"] != "new":
             beginning.refuse_other_environment(self._directory, self.manifest, new)
         self._check_and_begin(source, extremes, notify)

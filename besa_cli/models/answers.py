@@ -153,20 +153,46 @@ def asked(url: str, start: int = 0) -> Iterator[Any]:  # a response of httpx, un
 
 
 @contextmanager
-def guarded(tag: str, commit: str) -> Iterator[None]:
-    """Let the hub's library fetch what is within: whatever answers with another tag or commit ends it."""
+def guarded(tag: str | None = None, commit: str | None = None) -> Iterator[None]:
+    """Let the hub's library, or one that uses it, fetch what is within; an answer that is not a hub's ends it.
+
+    Parameters
+    ----------
+    tag, commit : str, optional
+        Those that every answer has to have; any digest will do if not given.
+    """
     from huggingface_hub import get_session
 
-    def check(response: Any) -> None:
-        said = {response.headers.get("X-Repo-Commit", commit)}
-        if response.request.method == "HEAD":
-            said.add(response.headers.get("X-Linked-Etag", response.headers.get("ETag", tag)).strip('W/"'))
-        if not said <= {tag, commit}:
-            raise BesaError(f"the hub answers with {sorted(said)}, where it said {tag} of {commit}", DISTRUST)
+    hooks, seconds = get_session().event_hooks, get_session().timeout
 
-    hooks = get_session().event_hooks
-    get_session().event_hooks = {**hooks, "response": [*hooks.get("response", []), check]}
+    def check(response: Any) -> None:
+        said = response.headers.get("X-Repo-Commit")
+        if said is None:
+            return
+        _same(said, commit, "commit")
+        tagged = response.headers.get("X-Linked-Etag") or response.headers.get("ETag")
+        if tagged is not None and response.request.method == "HEAD":
+            _same(tagged.removeprefix("W/").strip('"'), tag, "tag")
+
+    set_clients({**hooks, "response": [*hooks.get("response", []), check]}, seconds)
     try:
         yield
     finally:
-        get_session().event_hooks = hooks
+        set_clients(hooks, seconds)
+
+
+def set_clients(hooks: Any, seconds: Any) -> None:
+    """Give every client that the hub's library makes from here on these hooks and seconds to wait for the next bytes.
+
+    It makes another one whenever a connection fails.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    kind = type(get_session())
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+
+
+def _same(said: str, expected: str | None, what: str) -> None:
+    """Refuse a commit or tag that is not a digest, or another than before."""
+    if digest(said, f"the {what}") != (expected or said):
+        raise BesaError(f"the {what}, says the hub, is {said}, where it said {expected} before", DISTRUST)

@@ -137,23 +137,22 @@ def digest(path: Path) -> str:
     require_regular(path)
     status = path.stat()
     stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    note, known = _note(path), _noted(_note(path))
+    note = _note("digests", str(path.resolve()))
+    known = _noted(note)
     if known.get("stamp") == stamp:
         return str(known["sha256"])
     value = sha256_file(path)
     if time.time() - status.st_ctime > SETTLED_SECONDS:
-        with contextlib.suppress(BesaError):  # it would only save time
-            write_json(note, {"stamp": stamp, "sha256": value})
+        _write(note, {"stamp": stamp, "sha256": value})  # it only saves time
     return value
 
 
-def _note(path: Path) -> Path:
-    """Where the digest of a file is noted."""
-    return root() / "digests" / f"{_short(str(path.resolve()))}.json"
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
+def _note(folder: str, what: str) -> Path | None:
+    """Where something is noted; nowhere without a home."""
+    try:
+        return root() / folder / f"{hashlib.sha256(os.fsencode(what)).hexdigest()[:32]}.json"
+    except BesaError:
+        return None
 
 
 def confirm(directory: Path, content: str) -> None:
@@ -176,14 +175,15 @@ def confirm(directory: Path, content: str) -> None:
     weights = _digests(directory)
     if weights is None:
         return
-    note = root() / "contents" / f"{_short(repr(sorted(weights.values())))}.json"
+    note = _note("contents", repr(sorted(weights.values())))
     known = _noted(note).get("content")
     if known is None:
-        with contextlib.suppress(BesaError):  # a cache that others share may not be written to
-            write_json(note, {"content": content})
+        _write(note, {"content": content})
     elif known != content:
         for name in weights:
-            _note(directory / name).unlink(missing_ok=True)
+            digests = _note("digests", str((directory / name).resolve()))
+            if digests is not None:
+                digests.unlink(missing_ok=True)
         raise BesaError(
             f"the weights in {directory} are not what they were when they were used first: the disk has damaged them",
             "run the same command again: they are made or fetched anew",
@@ -193,7 +193,9 @@ def confirm(directory: Path, content: str) -> None:
 def _digests(directory: Path) -> dict[str, str] | None:
     """The digests that the weight files of a cached directory are to have; None for a directory of the user's."""
     weights = sorted(path.name for path in directory.glob("*.safetensors"))
-    noted = _noted(directory / FILES).get("files") if root() in directory.absolute().parents else None
+    kept = _note("models", "")
+    own = kept is not None and kept.parents[1] in directory.absolute().parents
+    noted = _noted(directory / FILES).get("files") if own else None
     found = noted if isinstance(noted, dict) else {name: blob_name(directory / name) for name in weights}
     known = {name: str(found[name]) for name in weights if found.get(name)}
     return known if known and len(known) == len(weights) else None
@@ -239,9 +241,16 @@ def is_as_named(path: Path, name: str, hear: Callable[[int], None] = lambda _: N
     return name in {each.hexdigest() for each in kinds}
 
 
-def _noted(path: Path) -> dict[str, Any]:
+def _noted(note: Path | None) -> dict[str, Any]:
     """What an earlier run wrote down; nothing if that cannot be read."""
     try:
-        return read_json(path)
+        return {} if note is None else read_json(note)
     except BesaError:
         return {}
+
+
+def _write(note: Path | None, value: dict[str, Any]) -> None:
+    """Write something down for later runs, where that is possible: a cache that others share may not be written to."""
+    if note is not None:
+        with contextlib.suppress(BesaError):
+            write_json(note, value)

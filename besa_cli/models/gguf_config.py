@@ -1,6 +1,6 @@
 """What a GGUF file's metadata means as a configuration of transformers, architecture by architecture.
 
-Only architectures are here whose logits were compared with llama.cpp's (benchmarks/check_gguf.py).
+Only architectures are here whose logits were compared with llama.cpp's, on the models of tests/gguf_files.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -178,7 +178,7 @@ def _alignment(fields: Mapping[str, Value]) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int, path: Path) -> dict[str, Tensor]:
-    """All tensors; each whole, within the file, and apart from the others."""
+    """All tensors; each whole, within the file, and right behind the one before it."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     known = set(GGMLQuantizationType)
@@ -208,7 +208,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int, path: Path) -> dict[st
     if len(found) < len(listed):
         ((twice, _),) = Counter(name for name, _ in listed).most_common(1)
         raise _DamagedError(f"{_short(twice)} is given twice")
-    _require_apart(found, len(cursor.data))
+    _require_packed(found, start, alignment, len(cursor.data))
     return found
 
 
@@ -216,11 +216,13 @@ def _moved(tensor: Tensor, start: int) -> Tensor:
     return Tensor(kind=tensor.kind, shape=tensor.shape, place=tensor.place + start, size=tensor.size)
 
 
-def _require_apart(tensors: Mapping[str, Tensor], length: int) -> None:
-    end = 0
+def _require_packed(tensors: Mapping[str, Tensor], end: int, alignment: int, length: int) -> None:
+    """Refuse tensors that overlap or leave gaps, as llama.cpp does: they were stored with another type or shape."""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].place):
         if tensor.place < end:
             raise _DamagedError(f"{_short(name)} lies where another tensor does")
+        if tensor.place - end >= alignment:
+            raise _DamagedError(f"{tensor.place - end} bytes before {_short(name)} belong to no tensor")
         end = tensor.place + tensor.size
         if end > length:
             raise _DamagedError(f"{_short(name)} ends at byte {end} of {length}")

@@ -33,6 +33,7 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
     """
     if revision is not None and not all(part.strip(".") for part in revision.split("/")):
         raise BesaError(f"'{revision}' cannot be a revision of {repo}", "name a branch, a tag or a commit")
+    hub_errors.require_cache()
     with _quiet():
         snapshot = _snapshot(repo, revision, notify)
     if files.weight_files(snapshot) is None:

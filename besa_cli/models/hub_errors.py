@@ -54,6 +54,20 @@ def offline(repo: str) -> BesaError:
     )
 
 
+def require_cache() -> None:
+    """Refuse to fetch where the hub's library has no place for it: it would make a directory called ``~``.
+
+    Raises
+    ------
+    BesaError
+        There is no home directory, and no variable names another.
+    """
+    from huggingface_hub import constants
+
+    if str(constants.HF_HUB_CACHE).startswith("~"):
+        raise BesaError("there is no home directory to keep the hub's files in", "name one for them: HF_HOME=DIR")
+
+
 def unreachable(repo: str, reason: str) -> BesaError:
     """The hub does not answer."""
     from huggingface_hub import constants

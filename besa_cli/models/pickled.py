@@ -109,7 +109,8 @@ def _load(file: Path) -> "dict[str, torch.Tensor]":
     import torch
 
     found: Any
-    packed = zipfile.is_zipfile(file)
+    with reading(file, _REMEDY):
+        packed = zipfile.is_zipfile(file)
     if packed:
         _refuse_bomb(file)
     try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa_cli import anatomy, documents
 from besa_cli.errors import BesaError, UsageError, reading, unknown
+from besa_cli.models import answers
 from besa_cli.zeroshot import definitions
 from besa_cli.zeroshot.definitions import LocalData
 from besa_cli.zeroshot.forms import FORMS
@@ -154,7 +155,7 @@ def load(tasks: Tasks, name: str, notify: Notify) -> Any:
     import datasets
 
     try:
-        with _quiet(notify):
+        with _quiet(notify), answers.guarded():
             loaded = tasks.manager.load([name])
     except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,7 @@ import torch
 
 from hostile.forks import forked, typed
 from hostile.frame import Case, Line, Seen, Whole, line, run
+from hostile.liar import HUB
 
 DRAWN = ("--data", "rows.jsonl", "--samples", "2", "--seqlen", "16")
 FLOAT = ("--dtype", "float32")
@@ -64,6 +65,7 @@ class Bench:
         try:
             return run(case, self._place, self._whole, typing=typed)
         finally:
+            HUB.forget()
             for made in (self._place, self._place.parent / "cache", self._place.parent / "hf"):
                 shutil.rmtree(made, ignore_errors=True)
 

@@ -10,13 +10,26 @@ from pathlib import Path
 import harm
 import tally
 
-from hostile import code, commands, data, experiments, exports, forged, gguf, hub, models, pickles, runs, strangers
+from hostile import (
+    caches,
+    code,
+    commands,
+    data,
+    experiments,
+    exports,
+    forged,
+    gguf,
+    hub,
+    models,
+    pickles,
+    runs,
+    strangers,
+)
 from hostile.base import Bench
 from hostile.frame import Case
 
 _SYSTEMATIC = (": a field", ": a metadata key", ": a value")  # kinds of every field × every wrong value
-_OF_A_KIND = 3  # cases that `make test` tries
-_MODULES = (models, code, pickles, gguf, data, runs, strangers, exports, forged, commands, experiments, hub)
+_MODULES = (models, code, pickles, gguf, data, runs, strangers, exports, forged, commands, experiments, hub, caches)
 
 
 def cases(base: Path) -> Iterator[Case]:
@@ -25,13 +38,11 @@ def cases(base: Path) -> Iterator[Case]:
         yield from module.cases(base)
 
 
-def subset(found: Sequence[Case], size: int = _OF_A_KIND) -> list[Case]:
-    """The first, the middle and the last case of every kind."""
-    chosen = []
-    for kind in dict.fromkeys(case.kind for case in found):
-        own = [case for case in found if case.kind == kind]
-        chosen += [own[number * (len(own) - 1) // max(size - 1, 1)] for number in range(min(size, len(own)))]
-    return chosen
+def subset(found: Sequence[Case]) -> list[Case]:
+    """The middle case of every kind, which `make test` tries."""
+    kinds = dict.fromkeys(case.kind for case in found)
+    own = {kind: [case for case in found if case.kind == kind] for kind in kinds}
+    return [cases[len(cases) // 2] for cases in own.values()]
 
 
 def chosen(found: Sequence[Case], options: argparse.Namespace) -> list[Case]:

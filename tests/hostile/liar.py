@@ -30,12 +30,21 @@ class Answer:
 Change = Callable[[str, Answer], Answer]
 
 
+def unchanged(path: str, answer: Answer) -> Answer:
+    """The right answer."""
+    return answer
+
+
 class Hub:
     """What the one server of a campaign answers; a case sets `files` and `change`."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold nothing, and lie no more."""
         self.files: dict[str, bytes] = {}
-        self.change: Change = lambda path, answer: answer
+        self.change: Change = unchanged
 
     def answer(self, path: str) -> Answer:
         """The answer to a path, as the case wants it."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hostile import safe, values
 from hostile.base import PPL, PRUNE, PRUNE_TEXT, SAMPLE, stock
@@ -32,6 +33,7 @@ def as_sampled(judged: Judged) -> str:
 
 
 _PRUNED = (line(*PRUNE), line(*_MEASURED))
+_OF_TEXT = "tokenizer|documents"  # what a refusal is about
 _PRUNED_TEXT = (line(*PRUNE_TEXT), line(*_MEASURED))
 
 
@@ -41,13 +43,64 @@ def cases(base: Path) -> Iterator[Case]:
     yield from wrong("m/config.json", "config.json: a field", as_stock, *_PRUNED, said="/m")
     yield from wrong("m/generation_config.json", "generation_config.json: a field", as_sampled, line(*SAMPLE))
     for name in ("m/tokenizer.json", "m/tokenizer_config.json"):
-        yield from wrong(name, "tokenizer files: a field", as_stock, *_PRUNED_TEXT, said="tokenizer")
+        yield from wrong(name, "tokenizer files: a field", as_stock, *_PRUNED_TEXT, said=_OF_TEXT)
     yield from wrong(f"m/{INDEX}", "index of shards: a field", as_stock, *_PRUNED)
+    yield from _tokenizers()
     yield from _generations()
     yield from _indexes()
     yield from _headers()
     yield from _shards()
     yield from _files()
+
+
+def _tokenized(change: Callable[[dict[str, Any]], object]) -> Harm:
+    """Another tokenizer.json."""
+
+    def harm(place: Path) -> None:
+        path = place / "m" / "tokenizer.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+
+    return harm
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _tokenizers() -> Iterator[Case]:
+    """A tokenizer that can be read, and does what no other does."""
+    replace = {"type": "Replace", "pattern": {"String": "w"}, "content": "w " * 10_000}
+    around = {"Sequence": {"id": "A", "type_id": 0}}
+    padding = {
+        "strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }  # fmt: skip
+    token = {"id": 200, "content": "w5", "single_word": False, "lstrip": False, "rstrip": False}
+    changes: dict[str, Callable[[dict[str, Any]], object]] = {
+        "a letter becomes 10,000": lambda told: told.update(normalizer=replace),
+        "each of 20 letters becomes 20": lambda told: told.update(
+            normalizer={"type": "Sequence", "normalizers": [{**replace, "content": "w" * 20}] * 6}
+        ),
+        "the text 5,000 times": lambda told: told["post_processor"].update(single=[around] * 5000),
+        "a text of nothing": lambda told: told["post_processor"].update(single=[]),
+        "cut after 3 tokens": lambda told: told.update(
+            truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        ),
+        "padded to 10^9": lambda told: told.update(padding=padding),
+        "no words": lambda told: told["model"].update(vocab={"<unk>": 0}),
+        "ids beyond the vocabulary": lambda told: told["model"]["vocab"].update(w5=200, w10=10**6),
+        "a token more, beyond the vocabulary": lambda told: told["added_tokens"].append(
+            {**token, "normalized": False, "special": True}
+        ),
+        "two words of one id": lambda told: told["model"]["vocab"].update(w5=10),
+        "no unknown word": lambda told: told["model"].update(unk_token="none"),
+        "a pattern that takes for ever": lambda told: told.update(pre_tokenizer=_split("(w+w+)+x")),
+        "a pattern that is broken": lambda told: told.update(pre_tokenizer=_split("((")),
+    }
+    harms = {name: _tokenized(change) for name, change in changes.items()}
+    yield from several("tokenizer files: a behaviour", harms, *_PRUNED_TEXT, expect=either(as_stock, _OF_TEXT))
 
 
 def _generations() -> Iterator[Case]:

@@ -42,7 +42,7 @@ class _Call:
         return self._called
 
 
-def _pickled(save: Callable[[dict[str, torch.Tensor], Path], object]) -> Harm:
+def in_one(save: Callable[[dict[str, torch.Tensor], Path], object] = torch.save) -> Harm:
     """A model whose weights are in one pickle."""
 
     def harm(place: Path) -> None:
@@ -64,7 +64,7 @@ def _saved(change: Callable[[dict[str, Any], Path], object], **how: Any) -> Harm
         found = change(tensors, path)
         torch.save(tensors if found is None else found, path, **how)
 
-    return _pickled(save)
+    return in_one(save)
 
 
 def _raw(content: Callable[[bytes], bytes]) -> Harm:
@@ -74,7 +74,7 @@ def _raw(content: Callable[[bytes], bytes]) -> Harm:
         torch.save(tensors, path)
         path.write_bytes(content(path.read_bytes()))
 
-    return _pickled(save)
+    return in_one(save)
 
 
 def _member(change: Callable[[bytes], bytes]) -> Harm:
@@ -88,7 +88,7 @@ def _member(change: Callable[[bytes], bytes]) -> Harm:
             for name, data in content.items():
                 archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
 
-    return _pickled(save)
+    return in_one(save)
 
 
 def _ran(path: Path) -> tuple[str, str]:
@@ -154,5 +154,5 @@ _DAMAGED: dict[str, Harm] = {
     "a pickle without end": _member(lambda content: b"\x80\x02" + b"(" * 10**6),
     "memos that are missing": _member(lambda content: b"\x80\x02h\x07."),
     "an empty pickle": _member(lambda content: b""),
-    "a bare pickle": _pickled(lambda tensors, path: path.write_bytes(pickle.dumps({"a": 1}))),
+    "a bare pickle": in_one(lambda tensors, path: path.write_bytes(pickle.dumps({"a": 1}))),
 }

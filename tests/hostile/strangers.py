@@ -66,7 +66,6 @@ def _links() -> Iterator[Case]:
         yield from several(kind, {f"{name}: eval ppl": harm}, _OTHER_TEXT, expect=either())
     for name, each in {
         "pruned": _RESTART,
-        "calibration": _CALIBRATE,
         "export/hf": _EXPORT,
         "quantized": READERS["quantize"],
     }.items():

@@ -1,6 +1,7 @@
 """GGUF files written tensor by tensor from a known model must give that model back."""
 
 import functools
+import struct
 import tempfile
 from pathlib import Path
 
@@ -177,6 +178,16 @@ def test_the_header_says_what_is_there(tmp_path: Path) -> None:
     }
     wanted = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if name[:5] != "GGUF."}
     assert {name: list(value) if name.endswith("s") else value for name, value in header.fields.items()} == wanted
+
+
+def test_a_type_that_is_not_the_stored_one_is_refused(tmp_path: Path) -> None:
+    """The first of two tensors then ends before the place where the second begins."""
+    weights = {"lm_head.weight": torch.ones(96, 64), "model.norm.weight": torch.ones(64)}
+    path = write(tmp_path / "some.gguf", weights, Type.Q8_0)
+    stored = b"output.weight" + struct.pack("<IQQI", 2, 64, 96, Type.Q8_0)
+    path.write_bytes(path.read_bytes().replace(stored, stored[:-4] + struct.pack("<I", Type.Q4_0)))
+    with pytest.raises(BesaError, match=r"bytes before output_norm\.weight belong to no tensor"):
+        gguf_header.read(path)
 
 
 @settings(max_examples=100, deadline=None)

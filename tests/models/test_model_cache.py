@@ -138,7 +138,7 @@ def test_weights_that_a_disk_changed_without_a_trace_are_found_by_the_job_that_r
     module.made_once("models/some", make, notify=notes.append)
     module.confirm(made, "content")
     module.confirm(made, "content")
-    stamp = json.loads(module._note(made / "model.safetensors").read_text())["stamp"]
+    stamp = json.loads(Path(str(module._note("digests", str(made / "model.safetensors")))).read_text())["stamp"]
     (made / "model.safetensors").write_text("wholf")
     monkeypatch.setattr(Path, "stat", lambda path, stat=Path.stat, **_: Stamped(stat(path), stamp, path.name))
     assert module.made_once("models/some", make, notify=notes.append) == made
@@ -181,6 +181,17 @@ def test_without_a_home_one_line_says_what_to_set(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BesaError, match="no home directory") as caught:
         module.root()
     assert "BESA_CACHE" in caught.value.hint
+
+
+def test_what_needs_no_cache_works_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*_: object) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("BESA_CACHE")
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    (tmp_path / "model.safetensors").write_text("one")
+    assert module.digest(tmp_path / "model.safetensors").startswith("7692c3ad")
+    module.confirm(tmp_path, "content")
 
 
 def test_the_home_of_the_cache_is_expanded(monkeypatch: pytest.MonkeyPatch, own_home: Path) -> None:

@@ -186,7 +186,8 @@ def test_scores_that_are_no_numbers_are_no_accuracy(in_the_whole: bool, tmp_path
     directory = tiny.add_tokenizer(tmp_path / "model")
     lm = streamed(directory, torch.float16)
     if in_the_whole:
-        lm = harness.in_memory(directory, device="cpu", dtype="float16", batch_size="1", notify=lambda _: None)
+        how = {"device": "cpu", "dtype": "float16", "batch_size": "1"}
+        lm = harness.in_memory(directory, tokenizer(directory), **how, notify=lambda _: None)
     with pytest.raises(BesaError, match=r"gives logits that are NaN or infinite in float16") as caught:
         lm.loglikelihood(requests(3))
     assert caught.value.hint == "compute with --dtype float32"
