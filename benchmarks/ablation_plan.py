@@ -7,8 +7,8 @@ from typing import Any
 
 import recorded
 
+from besa_cli.jobs.prune import Request
 from besa_cli.models import DEMO
-from besa_cli.pruning import Request
 
 Line = Mapping[str, Any]  # one measured cell, as it stands in ablations.jsonl
 

@@ -30,7 +30,7 @@ import recorded
 from ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
-from besa_cli import compute
+from besa_cli.system import compute
 
 LINES, PAGE, FIGURES = "ablations.jsonl", "ABLATIONS.md", "figures"
 COMMITTED = Setup(data=("c4_en_train_first1000.jsonl",), samples=32, dtype="bfloat16")  # what the committed page is on

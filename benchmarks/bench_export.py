@@ -24,10 +24,11 @@ from llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
-from besa_cli import datahub, inspection, texts
-from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint import inspection, manifests
 from besa_cli.checkpoint.manifests import EXPORT
 from besa_cli.checkpoint.runs import Run
+from besa_cli.evaluation import texts
+from besa_cli.text import hub_files
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def losses(logits: np.ndarray, window: list[int]) -> np.ndarray:
 def windows(stage: Path, count: int, seqlen: int) -> list[list[int]]:
     """The first windows of WikiText-2's test split."""
     tokenizer = AutoTokenizer.from_pretrained(stage)
-    text = texts.evaluation_text("wikitext2", data_dir=None, hub=datahub.from_environment(), notify=print)
+    text = texts.evaluation_text("wikitext2", data_dir=None, hub=hub_files.from_environment(), notify=print)
     ids = tokenizer(text.text, verbose=False)["input_ids"]
     return [ids[start * seqlen : (start + 1) * seqlen] for start in range(count)]
 

@@ -68,7 +68,15 @@ CASES = {
     ),
 }  # fmt: skip
 COMMANDS = ("prune", "quantize", "export", "import_")
-WORK = ("calibration", "exporting", "importing", "jobs", "lock", "preparation", "pruning", "quantizing")
+WORK = (
+    "calibration.prepare",
+    "jobs.export",
+    "jobs.import_",
+    "jobs.prune",
+    "jobs.quantize",
+    "jobs.stage",
+    "system.lock",
+)
 METHODS = {"pruners": PRUNERS, "quantizers": QUANTIZERS, "exporters": EXPORTERS}
 
 

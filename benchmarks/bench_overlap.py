@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 
-from besa_cli import calibration, compute, weights
+from besa_cli.calibration.calibration_set import CalibrationSet, tokens_digest
+from besa_cli.checkpoint import weights
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.jobs.job import Job
+from besa_cli.jobs.prune import Request
+from besa_cli.jobs.stage import Job
 from besa_cli.models import Model
-from besa_cli.pruning import Request
+from besa_cli.system import compute
 
 
 def _always(answer: bool, device: torch.device) -> bool:
@@ -55,8 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     tokens = torch.randint(3, 1000, (options.samples, options.seqlen), generator=torch.Generator().manual_seed(0))
     drawn = {"data": ["random"], "samples": options.samples, "seqlen": options.seqlen, "seed": 0, "pack": None}
-    manifest = {"options": drawn, "sources": [], "tokens_digest": calibration.tokens_digest(tokens)}
-    calibration_set = calibration.CalibrationSet(tokens=tokens, manifest=manifest)
+    manifest = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(tokens)}
+    calibration_set = CalibrationSet(tokens=tokens, manifest=manifest)
     model = Model(name=str(options.model), kind="local", directory=options.model, revision=None)
     request = Request(method=options.method, options={}, device=options.device, dtype="float32")
     walks: dict[bool, list[tuple[float, float]]] = {False: [], True: []}

@@ -33,19 +33,20 @@ import torch
 from besa_runs import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from besa_cli import calibration, compute, windows
+from besa_cli.calibration import calibration_set
 from besa_cli.checkpoint.manifests import versions
 from besa_cli.checkpoint.runs import Run
-from besa_cli.decoder.running import Decoder
-from besa_cli.jobs.job import Job
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.jobs.prune import Request
+from besa_cli.jobs.stage import Job
 from besa_cli.models import Model
 from besa_cli.ops import kernels, losses
 from besa_cli.pruners import besa
 from besa_cli.pruners.besa.learning import learn, optimizers
 from besa_cli.pruners.besa.window import Window
-from besa_cli.pruning import Request
-from besa_cli.stream import propagation
+from besa_cli.stream import propagation, windows
 from besa_cli.stream.block import Block
+from besa_cli.system import compute
 
 LINES = HERE / "bench_prune.jsonl"
 CPU = torch.device("cpu")
@@ -149,8 +150,8 @@ def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
 def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor, turns: int) -> dict[str, float]:
     """All of `besa prune`, checks and reports included but not the start of Python, ÷ one plain pass."""
     settings = {"options": {"data": [], "samples": len(tokens), "seqlen": tokens.shape[1], "seed": 0, "pack": None}}
-    drawn = {**settings, "sources": [], "tokens_digest": calibration.tokens_digest(tokens)}
-    calibrated = calibration.CalibrationSet(tokens=tokens, manifest=drawn)
+    drawn = {**settings, "sources": [], "tokens_digest": calibration_set.tokens_digest(tokens)}
+    calibrated = calibration_set.CalibrationSet(tokens=tokens, manifest=drawn)
     model = Model(name="random", kind="local", directory=directory, revision=None)
     request = Request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
     decoder, reports = Decoder(directory, CPU, dtype), list[Any]()

@@ -16,7 +16,7 @@ from typing import Any
 import recorded
 from besa_runs import HERE, append_line, commit, read_lines
 
-from besa_cli import inspection
+from besa_cli.checkpoint import inspection
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
 from besa_cli.checkpoint.runs import Run
 

@@ -2,8 +2,8 @@
 
     python benchmarks/larger_models.py
 
-Nothing runs: sizes go into `besa_cli.footprint.compressing`. The 180B is Falcon's (arXiv 2311.16867): q, k and v are
-one linear, and there is no gate.
+Nothing runs: sizes go into `besa_cli.stream.memory_model.compressing`. The 180B is Falcon's (arXiv 2311.16867): q, k
+and v are one linear, and there is no gate.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from random_checkpoint import SHAPES
 
-from besa_cli import footprint
-from besa_cli.pruning import Request
+from besa_cli.jobs.prune import Request
+from besa_cli.stream import memory_model
 
 SAMPLES, SEQLEN, PASSING = 128, 2048, 4096
 LIBRARIES = 0.5e9  # bytes that the imports hold
@@ -57,7 +57,7 @@ MODELS = {
 def peak(sizes: Sizes, method: str, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes in memory, and those of the hidden states in files."""
     embedding = sizes.vocabulary * sizes.hidden
-    shape = footprint.Shape(
+    shape = memory_model.Shape(
         blocks=1,
         loaded=sizes.weights,
         weights=sizes.weights,
@@ -73,7 +73,7 @@ def peak(sizes: Sizes, method: str, dtype: torch.dtype) -> tuple[float, float]:
         dtype=dtype,
     )
     held = Request(method=method, options={}).held()
-    demand = footprint.compressing(shape, held, tokens=SAMPLES * SEQLEN, passing=PASSING, learning=SEQLEN)
+    demand = memory_model.compressing(shape, held, tokens=SAMPLES * SEQLEN, passing=PASSING, learning=SEQLEN)
     return LIBRARIES + shape.embedding + demand.peak(in_files=True), demand.hidden
 
 

@@ -21,7 +21,7 @@ from ablation_plan import DENSE, SEEDS, Cell, Line, Setting, Setup, left, measur
 from ablation_report import summary
 from besa_runs import HERE, append_line, read_lines
 
-from besa_cli import compute
+from besa_cli.system import compute
 
 LINES = HERE / "protocol_a.jsonl"
 SPARSITIES = (0.5, 0.6, 0.7)

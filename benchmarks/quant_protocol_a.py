@@ -21,9 +21,10 @@ import recorded
 from ablation_plan import DENSE
 from besa_runs import HERE, append_line, besa, calibrated, commit, facts, machine, newest, perplexity
 
-from besa_cli import compute, pruning, quantizing
+from besa_cli.jobs import prune, quantize
 from besa_cli.ops import affine
 from besa_cli.quantizers import QUANTIZERS
+from besa_cli.system import compute
 
 LINES, PAGE = HERE / "quant_protocol_a.jsonl", HERE / "QUANTIZATION.md"
 SPARSITY = 0.5
@@ -76,11 +77,11 @@ class Step:
         """All that it is told, defaults included."""
         own: dict[str, Any] = {} if self.search else {"search": False}
         if self.command == "quantize":
-            given = quantizing.Request(method=self.method, options=own)
+            given = quantize.Request(method=self.method, options=own)
             grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": given.symmetric}
             return {"command": "quantize", "method": self.method, **grid, "options": asdict(given.method_options())}
         grid = {"bits": self.bits, "group_size": self.group_size} if self.group_size else {}
-        asked = pruning.Request(method=self.method, sparsity=SPARSITY, options=grid)
+        asked = prune.Request(method=self.method, sparsity=SPARSITY, options=grid)
         options = asdict(asked.method_options())
         return {"command": "prune", "method": self.method, "sparsity": SPARSITY, "options": options}
 

@@ -25,9 +25,10 @@ import torch
 from bench_prune import CPU, plain_pass
 from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
-from besa_cli import compute, models
-from besa_cli.decoder.running import Decoder
+from besa_cli import models
+from besa_cli.decoder.decoder import Decoder
 from besa_cli.pruners.besa import Options
+from besa_cli.system import compute
 
 LINES = HERE / "time_to_quality.jsonl"
 SPARSITY = "0.5"

@@ -15,20 +15,21 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from besa_cli import __version__, launch, signals
-from besa_cli.commands import evaluate
+from besa_cli import __version__
+from besa_cli.commands import eval_
 from besa_cli.commands.calibrate import calibrate
-from besa_cli.commands.config_file import origin
 from besa_cli.commands.export import export
 from besa_cli.commands.import_ import import_
 from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
-from besa_cli.commands.settings import Settings
+from besa_cli.commands.shared.config_file import origin
+from besa_cli.commands.shared.context import Settings
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
 from besa_cli.errors import BesaError, Interrupted, UsageError, reason_of
+from besa_cli.system import signals, torchrun
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -61,7 +62,7 @@ def besa(
 
 def _join(context: typer.Context, settings: Settings) -> None:
     """Find the other ranks where `torchrun` started several; only the first one is heard from here on."""
-    place = launch.place(os.environ)
+    place = torchrun.place(os.environ)
     if place.size == 1:
         return
     settings.speaks = lambda: place.rank == 0
@@ -70,7 +71,7 @@ def _join(context: typer.Context, settings: Settings) -> None:
             f"besa {context.invoked_subcommand} does not work on {place.size} ranks: besa {', '.join(_SHARED)} does",
             "start it once, without torchrun",
         )
-    from besa_cli.ranks import Ranks
+    from besa_cli.system.ranks import Ranks
 
     settings.speaks = lambda: True  # who has not met the others cannot know that one of them speaks
     settings.ranks = Ranks(place)
@@ -82,7 +83,7 @@ def _join(context: typer.Context, settings: Settings) -> None:
 app.command()(calibrate)
 app.command()(prune)
 app.command()(quantize)
-app.add_typer(evaluate.app, name="eval")
+app.add_typer(eval_.app, name="eval")
 app.command()(export)
 app.command("import")(import_)
 app.command()(simulate)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
-    from besa_cli.reports import BlockReport, LinearReport
+    from besa_cli.checkpoint.reports import BlockReport, LinearReport
 
 Cell = str | int | float | None
 Facts = list[tuple[str, str]]

@@ -17,26 +17,29 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from besa_cli import compression, sparse, sparse_index
+from besa_cli.checkpoint import sparse_format, sparse_index, zstd
+from besa_cli.checkpoint.sparse_index import Index
 from besa_cli.errors import BesaError
-from besa_cli.sparse_index import Index
 
 _problems: "WeakKeyDictionary[PreTrainedModel, BesaError]" = WeakKeyDictionary()  # the first weight not to be expanded
 
 
-@register_quantization_config(sparse.METHOD)
+@register_quantization_config(sparse_format.METHOD)
 class SparseConfig(QuantizationConfigMixin):
     """What ``config.json`` says of a sparse checkpoint: the version of its format and the name of its index."""
 
-    def __init__(self, *, format: int = sparse.FORMAT, index: str = sparse.INDEX, **unknown: object) -> None:
-        self.quant_method = sparse.METHOD  # type: ignore[assignment]  # transformers' own enumeration is closed
-        if type(format) is not int or format != sparse.FORMAT:
+    def __init__(
+        self, *, format: int = sparse_format.FORMAT, index: str = sparse_format.INDEX, **unknown: object
+    ) -> None:
+        self.quant_method = sparse_format.METHOD  # type: ignore[assignment]  # transformers' own enumeration is closed
+        if type(format) is not int or format != sparse_format.FORMAT:
             raise BesaError(
-                f"the checkpoint has sparse format {format!r}, this besa knows {sparse.FORMAT}", "install a newer besa"
+                f"the checkpoint has sparse format {format!r}, this besa knows {sparse_format.FORMAT}",
+                "install a newer besa",
             )
-        if index != sparse.INDEX:
+        if index != sparse_format.INDEX:
             raise BesaError(
-                f"the checkpoint's config.json names the index {index!r}, not {sparse.INDEX}",
+                f"the checkpoint's config.json names the index {index!r}, not {sparse_format.INDEX}",
                 "fetch the checkpoint again",
             )
         self.format = format
@@ -76,12 +79,12 @@ class Expand(ConversionOps):
 
 def _dense(parts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """A weight, whole, out of what a file holds of it."""
-    if len(parts) == 1 and sparse.WEIGHT in parts:
-        return parts[sparse.WEIGHT]
-    if sparse.WEIGHT in parts:
+    if len(parts) == 1 and sparse_format.WEIGHT in parts:
+        return parts[sparse_format.WEIGHT]
+    if sparse_format.WEIGHT in parts:
         raise BesaError(f"{name} is damaged: it is there both whole and in parts", "fetch the checkpoint again")
     device = next(iter(parts.values())).device
-    return sparse.weight({part: tensor.cpu() for part, tensor in parts.items()}, name).to(device)
+    return sparse_format.weight({part: tensor.cpu() for part, tensor in parts.items()}, name).to(device)
 
 
 class AsItIs(ConversionOps):
@@ -94,7 +97,7 @@ class AsItIs(ConversionOps):
         return input_dict
 
 
-@register_quantizer(sparse.METHOD)
+@register_quantizer(sparse_format.METHOD)
 class SparseQuantizer(HfQuantizer):
     """Expands a sparse checkpoint while it is loaded, after checking its files against their digests."""
 
@@ -102,20 +105,20 @@ class SparseQuantizer(HfQuantizer):
     quantization_config: SparseConfig
     _expanded: "TemporaryDirectory[str] | None" = None
     _checked: Index | None = None
-    serialized_names = {sparse.WEIGHT: [sparse.WEIGHT, *sparse.PARTS]}  # noqa: RUF012 - read by transformers as it is
+    serialized_names = {sparse_format.WEIGHT: [sparse_format.WEIGHT, *sparse_format.PARTS]}  # noqa: RUF012 - read by transformers as it is
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Put the index's real name into the configuration; asked before transformers looks for the weights."""
         named = getattr(config, "transformers_weights", None)
-        if named == sparse.NEEDS_IMPORT:
-            config.transformers_weights = sparse.INDEX
-        elif named not in (None, sparse.INDEX):
+        if named == sparse_format.NEEDS_IMPORT:
+            config.transformers_weights = sparse_format.INDEX
+        elif named not in (None, sparse_format.INDEX):
             raise BesaError(
-                f"the checkpoint's config.json names as its weights {named!r}, not {sparse.NEEDS_IMPORT}",
+                f"the checkpoint's config.json names as its weights {named!r}, not {sparse_format.NEEDS_IMPORT}",
                 "fetch the checkpoint again",
             )
         directory = Path(str(config._name_or_path))
-        if (directory / sparse.INDEX).is_file():  # a local one: before transformers opens any file of it
+        if (directory / sparse_format.INDEX).is_file():  # a local one: before transformers opens any file of it
             self._checked = _check(directory)
         return config
 
@@ -129,8 +132,8 @@ class SparseQuantizer(HfQuantizer):
             self._checked = _check(files[0].parent)
         index = self._checked
         if {file.name for file in files} != set(index.digests):
-            raise BesaError(f"{index.directory / sparse.INDEX} lists files without tensors", "fetch it again")
-        if files[0].suffix == compression.SUFFIX:
+            raise BesaError(f"{index.directory / sparse_format.INDEX} lists files without tensors", "fetch it again")
+        if files[0].suffix == zstd.SUFFIX:
             self._expanded = TemporaryDirectory(prefix="besa-")
             place = Path(self._expanded.name)
             checkpoint_files[:] = [str(index.expand(file, place)) for file in files]  # the list that is read next

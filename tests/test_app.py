@@ -17,12 +17,15 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from besa_cli import __version__, calibration, models, signals
+import besa_cli
+from besa_cli import __version__, models
 from besa_cli.app import app
+from besa_cli.calibration import calibration_set
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.pruners import besa as besa_pruner
 from besa_cli.pruners import sparsegpt
 from besa_cli.quantizers import clip, gptq
+from besa_cli.system import signals
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -271,7 +274,7 @@ def test_a_signal_ends_with_one_line_that_says_how_to_go_on(workplace: Path, num
         "models.resolve = resolve\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job begins with it ignored
     )
-    path = os.pathsep.join([str(workplace), str(Path(calibration.__file__).parents[1])])
+    path = os.pathsep.join([str(workplace), str(Path(besa_cli.__file__).parents[1])])
     process = subprocess.Popen(
         [*PROGRAM, "calibrate"],
         stdout=subprocess.PIPE,
@@ -314,7 +317,7 @@ def test_output_that_cannot_be_written_is_no_traceback(workplace: Path, ends: st
 
 def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     text = " ".join(besa("calibrate", "--help").out.split())
-    default = calibration.Options()
+    default = calibration_set.Options()
     stated = {
         "data": f"({','.join(default.data)})",
         "samples": f"({default.samples}); x<=1000000",

@@ -9,33 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.decoder.running import Decoder
-from besa_cli.decoder.verification import verify
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.decoder.verify import verify
 from besa_cli.errors import BesaError
-from besa_cli.jobs.job import Job
+from besa_cli.jobs.prune import Request
+from besa_cli.jobs.stage import Job
 from besa_cli.pruners import PRUNERS
-from besa_cli.pruning import Request
 from besa_cli.stream import propagation
 
 CPU = torch.device("cpu")
 REQUESTS = {
-    "besa-row": tiny.request("besa", sparsity=0.37),
-    "besa-layer": tiny.request("besa", sparsity=0.61, granularity="layer"),
-    "besa-stream": tiny.request("besa", sparsity=0.5, target="stream"),
-    "wanda": tiny.request("wanda", sparsity=0.37),
-    "sparsegpt": tiny.request("sparsegpt", sparsity=0.37),
-    "magnitude": tiny.request("magnitude", sparsity=0.37),
-    "wanda-nm": tiny.request("wanda", nm=(2, 4)),
-    "sparsegpt-nm": tiny.request("sparsegpt", nm=(2, 4)),
-    "magnitude-nm": tiny.request("magnitude", nm=(3, 8)),
+    "besa-row": tiny_models.request("besa", sparsity=0.37),
+    "besa-layer": tiny_models.request("besa", sparsity=0.61, granularity="layer"),
+    "besa-stream": tiny_models.request("besa", sparsity=0.5, target="stream"),
+    "wanda": tiny_models.request("wanda", sparsity=0.37),
+    "sparsegpt": tiny_models.request("sparsegpt", sparsity=0.37),
+    "magnitude": tiny_models.request("magnitude", sparsity=0.37),
+    "wanda-nm": tiny_models.request("wanda", nm=(2, 4)),
+    "sparsegpt-nm": tiny_models.request("sparsegpt", nm=(2, 4)),
+    "magnitude-nm": tiny_models.request("magnitude", nm=(3, 8)),
 }
 MASK_ONLY = [name for name in REQUESTS if not name.startswith("sparsegpt")]
 
@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def of(family: str) -> Path:
         if family not in made:
-            made[family] = tiny.checkpoint(tmp_path_factory.mktemp(family), family, dtype=torch.float16)
+            made[family] = tiny_models.checkpoint(tmp_path_factory.mktemp(family), family, dtype=torch.float16)
         return made[family]
 
     return of
@@ -55,8 +55,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def finish(directory: Path, model: Path, request: Request, rows: Tensor | None = None) -> Path:
     """Prune `model` in a run directory; returns the stage."""
-    calibration = tiny.calibration_set(tiny.tokens(2, 12) if rows is None else rows)
-    manifest = tiny.run(Job(Run(directory), tiny.local(model), calibration, request))
+    calibration = tiny_models.calibration_set(tiny_models.tokens(2, 12) if rows is None else rows)
+    manifest = tiny_models.run(Job(Run(directory), tiny_models.local(model), calibration, request))
     assert manifest["status"] == "complete"
     return directory / "pruned"
 
@@ -72,11 +72,11 @@ def check_counts(stage: Path, family: str, request: Request) -> None:
     """The zeros in the tensors, block by block, are what the request says, and what the manifest says."""
     model = stock(stage)
     state = model.state_dict()
-    names = tiny.linear_names(model, tiny.blocks_of(family))
+    names = tiny_models.linear_names(model, tiny_models.blocks_of(family))
     zeros = [sum(int((state[name] == 0).sum()) for name in block) for block in names]
     if request.nm is None:
         sizes = [sum(state[name].numel() for name in block) for block in names]
-        expected = tiny.prefix_counts(request.sparsity, sizes)
+        expected = tiny_models.prefix_counts(request.sparsity, sizes)
     else:
         n, m = request.nm
         whole = [sum(state[name].shape[0] * (state[name].shape[1] // m) * n for name in block) for block in names]
@@ -87,7 +87,8 @@ def check_counts(stage: Path, family: str, request: Request) -> None:
     for index, block in enumerate(names):
         report = json.loads((stage / f"model-{index + 2:05d}-of-{len(names) + 1:05d}.json").read_text())
         counted = {
-            f"{tiny.blocks_of(family)}.{index}.{each['name']}.weight": each["pruned"] for each in report["linears"]
+            f"{tiny_models.blocks_of(family)}.{index}.{each['name']}.weight": each["pruned"]
+            for each in report["linears"]
         }
         assert counted == {name: int((state[name] == 0).sum()) for name in block}
 
@@ -96,7 +97,7 @@ def check_windows(stage: Path, family: str, n: int, m: int) -> None:
     """Exactly n zeros in every full window of m columns, none in the ragged rest."""
     model = stock(stage)
     state = model.state_dict()
-    for name in (name for block in tiny.linear_names(model, tiny.blocks_of(family)) for name in block):
+    for name in (name for block in tiny_models.linear_names(model, tiny_models.blocks_of(family)) for name in block):
         zero = state[name] == 0
         full = zero.shape[1] // m * m
         assert (zero[:, :full].reshape(-1, m).sum(1) == n).all(), name
@@ -105,7 +106,7 @@ def check_windows(stage: Path, family: str, n: int, m: int) -> None:
 
 def check_bits(stage: Path, model: Path, *, survivors: bool) -> None:
     """Every tensor but the linears' is the source's, bit for bit; with `survivors` so are the linears' kept weights."""
-    before, after = tiny.weights(model), tiny.weights(stage)
+    before, after = tiny_models.weights(model), tiny_models.weights(stage)
     assert before.keys() == after.keys()
     pruned = 0
     for name, tensor in after.items():
@@ -122,20 +123,20 @@ def check_bits(stage: Path, model: Path, *, survivors: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: Path) -> None:
-    directory = tiny.checkpoint(tmp_path / "model", family, blocks=4, tied=tied, dtype=torch.float16)
-    rows = tiny.tokens(3, 20)
+    directory = tiny_models.checkpoint(tmp_path / "model", family, blocks=4, tied=tied, dtype=torch.float16)
+    rows = tiny_models.tokens(3, 20)
     whole = stock(directory, torch.float32)
     with torch.no_grad():
         expected = whole(rows, output_hidden_states=True, use_cache=False)
     decoder = Decoder(directory, CPU, torch.float32)
-    assert (len(decoder), decoder.prefix) == (4, tiny.blocks_of(family))
+    assert (len(decoder), decoder.prefix) == (4, tiny_models.blocks_of(family))
     assert decoder.embedding_bytes() == decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[no-untyped-call]
     hidden = propagation.embed(decoder, rows, 2)  # batches of 2 and 1
     decoder.drop_embedding()  # what follows needs it for the logits alone
     assert decoder.embedding_bytes() == 0
-    assert all(each.is_meta for each in decoder.model.parameters() if len(each) == tiny.VOCABULARY)
+    assert all(each.is_meta for each in decoder.model.parameters() if len(each) == tiny_models.VOCABULARY)
     for index in range(4):
         torch.testing.assert_close(hidden, expected.hidden_states[index], rtol=1e-5, atol=1e-5)
         decoder.load(index)
@@ -152,7 +153,7 @@ def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: 
 def test_blocks_that_are_not_given_what_the_model_gives_them_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "llama"), CPU, torch.float32)
+    decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "llama"), CPU, torch.float32)
     known = decoder.keywords
 
     def turned(index: int, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -160,19 +161,19 @@ def test_blocks_that_are_not_given_what_the_model_gives_them_are_refused(
         cos, sin = named["position_embeddings"]
         return args, {**named, "position_embeddings": (sin, cos)}
 
-    verify(decoder, tiny.tokens(2, 12))
+    verify(decoder, tiny_models.tokens(2, 12))
     monkeypatch.setattr(decoder, "keywords", turned)
     with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
-        verify(decoder, tiny.tokens(2, 12))
+        verify(decoder, tiny_models.tokens(2, 12))
 
 
 def test_a_model_that_calls_its_blocks_in_another_order_is_refused(tmp_path: Path) -> None:
-    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "llama", blocks=3), CPU, torch.float32)
+    decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "llama", blocks=3), CPU, torch.float32)
     own = decoder.model.base_model
     first, *others = own.layers
     own.layers = torch.nn.ModuleList([*others, first])
     with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
-        verify(decoder, tiny.tokens(2, 12))
+        verify(decoder, tiny_models.tokens(2, 12))
 
 
 @pytest.mark.parametrize("wide", [8, 0])
@@ -184,24 +185,24 @@ def test_blocks_that_are_given_something_of_every_token_are_refused(wide: int, t
         layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, pad_token_id=0,
         hidden_size_per_layer_input=wide, vocab_size_per_layer_input=128,
     )  # fmt: skip
-    tiny.built(config).save_pretrained(tmp_path / "model")
+    tiny_models.built(config).save_pretrained(tmp_path / "model")
     decoder = Decoder(tmp_path / "model", CPU, torch.float32)
     refused = pytest.raises(BesaError, match="Gemma4ForCausalLM hands its blocks arguments that depend on the tokens")
     with refused if wide else contextlib.nullcontext():
-        verify(decoder, tiny.tokens(2, 12))
+        verify(decoder, tiny_models.tokens(2, 12))
 
 
 def test_the_comparison_reads_every_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "qwen2", blocks=3), CPU, torch.float32)
+    decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "qwen2", blocks=3), CPU, torch.float32)
     load, read = decoder.load, []
     monkeypatch.setattr(decoder, "load", lambda index, *words: read.append(index) or load(index, *words))
-    verify(decoder, tiny.tokens(2, 12))
+    verify(decoder, tiny_models.tokens(2, 12))
     assert read == [0, 1, 2]
 
 
 def test_mixed_attention_gives_each_block_arguments_of_its_own(tmp_path: Path) -> None:
-    decoder = Decoder(tiny.checkpoint(tmp_path / "model", "gemma3"), CPU, torch.float32)
-    rows = tiny.tokens(1, 12)
+    decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "gemma3"), CPU, torch.float32)
+    rows = tiny_models.tokens(1, 12)
     (_, sliding), (_, full) = decoder.keywords(0, rows), decoder.keywords(1, rows)
     assert isinstance(sliding["attention_mask"], Tensor)
     assert full["attention_mask"] is None  # plain causal attention needs no mask
@@ -210,7 +211,12 @@ def test_mixed_attention_gives_each_block_arguments_of_its_own(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(family, name) for family in tiny.FAMILIES for name in REQUESTS if name != "besa-stream" or family == "gemma3"],
+    [
+        (family, name)
+        for family in tiny_models.FAMILIES
+        for name in REQUESTS
+        if name != "besa-stream" or family == "gemma3"
+    ],
 )
 def test_a_finished_stage(family: str, name: str, source: Callable[[str], Path], tmp_path: Path) -> None:
     request, model = REQUESTS[name], source(family)
@@ -231,11 +237,11 @@ def test_every_method_is_covered() -> None:
 def test_the_sources_dtype_is_kept_whatever_is_computed_in(
     dtype: torch.dtype, compute: str, name: str, tmp_path: Path
 ) -> None:
-    model = tiny.checkpoint(tmp_path / "model", dtype=dtype)
+    model = tiny_models.checkpoint(tmp_path / "model", dtype=dtype)
     asked = REQUESTS[name]
     request = Request(method=asked.method, sparsity=0.5, options={}, device="cpu", dtype=compute)
     stage = finish(tmp_path / "run", model, request)
-    assert {tensor.dtype for tensor in tiny.weights(stage).values()} == {dtype}
+    assert {tensor.dtype for tensor in tiny_models.weights(stage).values()} == {dtype}
     check_counts(stage, "llama", request)
     check_bits(stage, model, survivors=name == "besa-row")
 
@@ -245,11 +251,11 @@ def test_the_sources_dtype_is_kept_whatever_is_computed_in(
 def test_every_sparsity_is_met_to_the_weight(
     method: str, sparsity: float, source: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    request = tiny.request(method, sparsity=sparsity)
+    request = tiny_models.request(method, sparsity=sparsity)
     model = source("llama")
     if sparsity == 0.0:
         stage = finish(tmp_path / "run", model, request)
-        assert not any(bool((tensor == 0).any()) for tensor in tiny.weights(stage).values())
+        assert not any(bool((tensor == 0).any()) for tensor in tiny_models.weights(stage).values())
         return
     check_counts(finish(tmp_path / "run", model, request), "llama", request)
 
@@ -276,7 +282,7 @@ def test_zeros_that_were_there_are_counted_first(name: str, source: Callable[[st
     stage = finish(tmp_path / "run", model, request)
     check_counts(stage, "llama", request)
     check_bits(stage, model, survivors=name in MASK_ONLY)
-    up = tiny.weights(stage)["model.layers.0.mlp.up_proj.weight"]
+    up = tiny_models.weights(stage)["model.layers.0.mlp.up_proj.weight"]
     assert (up[:, ::4] == 0).all()
 
 
@@ -290,8 +296,8 @@ def test_more_zeros_than_asked_are_kept_and_reported(
                 tensors[key][:, 1::3] = 0.0
 
     model = changed(source("llama"), tmp_path / "model", thin)
-    stage = finish(tmp_path / "run", model, tiny.request(method, sparsity=0.1))
-    before, after = tiny.weights(model), tiny.weights(stage)
+    stage = finish(tmp_path / "run", model, tiny_models.request(method, sparsity=0.1))
+    before, after = tiny_models.weights(model), tiny_models.weights(stage)
     first = [name for name in before if "layers.0" in name and name.endswith("proj.weight")]
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in first)
     report = json.loads((stage / "model-00002-of-00003.json").read_text())
@@ -309,7 +315,7 @@ def test_inputs_that_are_always_zero(name: str, source: Callable[[str], Path], t
 
     model = changed(source("llama"), tmp_path / "model", silence)
     stage = finish(tmp_path / "run", model, request)
-    after = tiny.weights(stage)
+    after = tiny_models.weights(stage)
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
     query = after["model.layers.0.self_attn.q_proj.weight"]
     if name in ("wanda", "besa-row"):
@@ -320,11 +326,11 @@ def test_inputs_that_are_always_zero(name: str, source: Callable[[str], Path], t
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 def test_a_base_model_stored_without_its_prefix(family: str, tmp_path: Path) -> None:
-    model = tiny.built(tiny.config(family, tied=True))
+    model = tiny_models.built(tiny_models.config(family, tied=True))
     model.to(torch.bfloat16)
     directory = tmp_path / "model"
     model.base_model.save_pretrained(directory)
-    assert not any(name.startswith("model.") for name in tiny.weights(directory))
+    assert not any(name.startswith("model.") for name in tiny_models.weights(directory))
     config = json.loads((directory / "config.json").read_text())
     request = REQUESTS["wanda"]
     stage = finish(tmp_path / "run", directory, request)
@@ -341,16 +347,16 @@ def test_tensors_that_the_model_does_not_use_are_carried_along(source: Callable[
     }
     model = changed(source("gpt_neox"), tmp_path / "model", lambda tensors: tensors.update(extra))
     stage = finish(tmp_path / "run", model, REQUESTS["wanda"])
-    after = tiny.weights(stage)
+    after = tiny_models.weights(stage)
     assert all(torch.equal(after[name], tensor) for name, tensor in extra.items())
-    where = tiny.shard_of_names(stage)
+    where = tiny_models.shard_of_names(stage)
     assert "left.over" in where["model-00001-of-00003.safetensors"]
     assert "gpt_neox.layers.1.attention.bias" in where["model-00003-of-00003.safetensors"]
 
 
 def test_one_shard_a_block_whatever_the_source_is_cut_into(tmp_path: Path) -> None:
-    whole = tiny.checkpoint(tmp_path / "whole", blocks=3, dtype=torch.bfloat16)
-    parts = tiny.checkpoint(tmp_path / "parts", blocks=3, dtype=torch.bfloat16, shard_size="9KB")
+    whole = tiny_models.checkpoint(tmp_path / "whole", blocks=3, dtype=torch.bfloat16)
+    parts = tiny_models.checkpoint(tmp_path / "parts", blocks=3, dtype=torch.bfloat16, shard_size="9KB")
     assert len(list(parts.glob("*.safetensors"))) > 5
     stages = [finish(tmp_path / f"run-{model.name}", model, REQUESTS["besa-row"]) for model in (whole, parts)]
     shards = [{path.name: path.read_bytes() for path in stage.glob("*.safetensors")} for stage in stages]
@@ -359,12 +365,12 @@ def test_one_shard_a_block_whatever_the_source_is_cut_into(tmp_path: Path) -> No
     index = json.loads((stages[1] / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards[0])
     for number in (0, 1, 2):
-        names = tiny.shard_of_names(stages[0])[f"model-{number + 2:05d}-of-00004.safetensors"]
+        names = tiny_models.shard_of_names(stages[0])[f"model-{number + 2:05d}-of-00004.safetensors"]
         assert all(name.startswith(f"model.layers.{number}.") for name in names)
 
 
 def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
-    model = tiny.checkpoint(tmp_path / "model", "qwen2", tied=True)
+    model = tiny_models.checkpoint(tmp_path / "model", "qwen2", tied=True)
     stage = finish(tmp_path / "run", model, REQUESTS["wanda"])
     loaded = stock(stage)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -373,14 +379,14 @@ def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
 
 def test_pruning_keeps_the_output_better_the_more_it_knows(tmp_path: Path) -> None:
     """On one tiny model: errors of the first block under the methods are in the order that the literature has."""
-    model = tiny.checkpoint(tmp_path / "model", blocks=1)
+    model = tiny_models.checkpoint(tmp_path / "model", blocks=1)
     errors = {}
     for method in PRUNERS:
         job = Job(
             Run(tmp_path / method),
-            tiny.local(model),
-            tiny.calibration_set(tiny.tokens(32, 32)),
-            tiny.request(method),
+            tiny_models.local(model),
+            tiny_models.calibration_set(tiny_models.tokens(32, 32)),
+            tiny_models.request(method),
         )
         (report,) = job.blocks()
         errors[method] = report.error_after
@@ -415,13 +421,13 @@ UNSUITED = {
 def test_what_cannot_be_pruned_is_refused_by_name(name: str, tmp_path: Path) -> None:
     config, message = UNSUITED[name]
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModel
-    model = kind.from_config(config) if name in ("t5", "bert", "distilbert") else tiny.built(config)
+    model = kind.from_config(config) if name in ("t5", "bert", "distilbert") else tiny_models.built(config)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(BesaError, match=message) as caught:
         Job(
             Run(tmp_path / "run"),
-            tiny.local(tmp_path / "model"),
-            tiny.calibration_set(tiny.tokens()),
+            tiny_models.local(tmp_path / "model"),
+            tiny_models.calibration_set(tiny_models.tokens()),
             REQUESTS["wanda"],
         )
     assert "nn.Linear" in caught.value.hint

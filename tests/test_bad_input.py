@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 
-from besa_cli.checkpoint import refusals
+from besa_cli.checkpoint import preflight
 from besa_cli.stream import walk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -34,15 +34,15 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.add_tokenizer(
-        tiny.checkpoint(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16, shard_size="20KB")
+    return tiny_models.add_tokenizer(
+        tiny_models.checkpoint(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16, shard_size="20KB")
     )
 
 
 @pytest.fixture
 def place(besa: Besa, model: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     shutil.copytree(model, workplace / "m")
-    tiny.rows_file(workplace / "rows.jsonl", tiny.tokens(2, 12))
+    tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(2, 12))
     (workplace / "short.txt").write_text("w5 w6 w7 w8")
 
     def no_work(*_: object, **__: object) -> Iterator[None]:
@@ -128,7 +128,7 @@ def test_not_a_decoder(kind: str, place: Place) -> None:
         (directory / "config.json").write_text('{"model_type": "wondrous"}')
     if kind == "no layers":
         (directory / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, "num_hidden_layers": 0}))
-    tiny.add_tokenizer(directory)
+    tiny_models.add_tokenizer(directory)
     said = "num_hidden_layers: 0" if kind == "no layers" else "dense decoders"
     refused(place.prune(model="other"), 1, "other", said)
     refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, said)
@@ -222,9 +222,11 @@ def test_fewer_token_rows_than_needed(place: Place) -> None:
 
 
 def test_a_length_over_the_models_maximum(place: Place) -> None:
-    refused(place.prune("--seqlen", tiny.LONGEST + 1), 2, "--seqlen 65", f"--seqlen {tiny.LONGEST} or less")
+    refused(
+        place.prune("--seqlen", tiny_models.LONGEST + 1), 2, "--seqlen 65", f"--seqlen {tiny_models.LONGEST} or less"
+    )
     outcome = place.besa("eval", "ppl", "short.txt", "--model", "m", "--seqlen", 65)
-    refused(outcome, 2, "--seqlen 65", f"--seqlen {tiny.LONGEST} or less")
+    refused(outcome, 2, "--seqlen 65", f"--seqlen {tiny_models.LONGEST} or less")
 
 
 def shards(directory: Path) -> list[Path]:
@@ -294,7 +296,7 @@ def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         refused(place.prune(run=str(disk / "r")), 1, "needs 0 MB")
         with monkeypatch.context() as patch:
-            patch.setattr(refusals, "require_space", lambda directory, needed: None)
+            patch.setattr(preflight, "require_space", lambda directory, needed: None)
             outcome = place.prune("--method", "wanda", run=str(disk / "r"))
         refused(outcome, 1, "cannot write", "No space left on device", "free disk space")
         outcome = place.prune("--method", "wanda", run=str(disk / "other"))
@@ -305,7 +307,7 @@ def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
         assert outcome.code == 0, outcome.err
         whole = place.prune("--method", "wanda", run="whole")
         assert whole.code == 0, whole.err
-        assert tiny.files(disk / "r" / "pruned") == tiny.files(place.directory / "whole" / "pruned")
+        assert tiny_models.files(disk / "r" / "pruned") == tiny_models.files(place.directory / "whole" / "pruned")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -343,8 +345,8 @@ def test_a_finished_run_is_untouched_by_refusals(place: Place, monkeypatch: pyte
     monkeypatch.chdir(place.directory)
     outcome = place.prune("--method", "wanda")
     assert outcome.code == 0, outcome.err
-    before = tiny.files(place.directory / "r", without=())
+    before = tiny_models.files(place.directory / "r", without=())
     for words in (("--method", "wand"), ("--method", "magnitude"), ("--sparsity", "3"), ("--data", "none.txt")):
         assert place.prune(*words).code in (1, 2)
     assert place.prune("--method", "wanda", "--restart", model="./nowhere").code == 1
-    assert tiny.files(place.directory / "r", without=()) == before
+    assert tiny_models.files(place.directory / "r", without=()) == before

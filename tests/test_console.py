@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.console import (
     Console,
     escaped,
@@ -18,7 +19,6 @@ from besa_cli.console import (
     short_names,
     show_error,
 )
-from besa_cli.reports import BlockReport, LinearReport
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 

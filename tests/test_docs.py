@@ -16,18 +16,22 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny_models
 from typer.main import get_command
 
 import besa_cli
-from besa_cli import calibration, corpora, documents, preparation, pruners, quantizing, sim, texts
+from besa_cli import pruners, sim
 from besa_cli.app import app
+from besa_cli.calibration import calibration_set, prepare
 from besa_cli.checkpoint.runs import Run
-from besa_cli.evaluation import Perplexity
-from besa_cli.jobs.job import Job
+from besa_cli.evaluation import texts
+from besa_cli.evaluation.measurement import Perplexity
+from besa_cli.jobs import quantize
+from besa_cli.jobs.stage import Job
 from besa_cli.pruners import wanda
 from besa_cli.sim import accelerator
+from besa_cli.text import corpora, documents
 
 PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent
@@ -255,17 +259,19 @@ def test_the_example_of_a_method_says_what_it_holds(example: ModuleType) -> None
 
 
 def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:
-    source = tiny.checkpoint(tmp_path / "source")
-    rows = tiny.calibration_set(tiny.tokens())
-    for number, asked in enumerate((tiny.request("ria", sparsity=0.37), tiny.request("ria", nm=(2, 4)))):
+    source = tiny_models.checkpoint(tmp_path / "source")
+    rows = tiny_models.calibration_set(tiny_models.tokens())
+    for number, asked in enumerate((tiny_models.request("ria", sparsity=0.37), tiny_models.request("ria", nm=(2, 4)))):
         stage = Run(tmp_path / f"run-{number}")
-        manifest = tiny.run(Job(stage, tiny.local(source), rows, asked))
+        manifest = tiny_models.run(Job(stage, tiny_models.local(source), rows, asked))
         counts = manifest["counts"]
         if asked.nm is None:
             assert counts["pruned"] == round(0.37 * counts["weights"])
-        made, before = tiny.weights(stage.stage("pruned")), tiny.weights(source)
+        made, before = tiny_models.weights(stage.stage("pruned")), tiny_models.weights(source)
         names = [
-            name for block in tiny.linear_names(tiny.built(tiny.config("llama")), "model.layers") for name in block
+            name
+            for block in tiny_models.linear_names(tiny_models.built(tiny_models.config("llama")), "model.layers")
+            for name in block
         ]
         assert sum(int((made[name] == 0).sum()) for name in names) == counts["pruned"]
         assert all(torch.equal(made[name][made[name] != 0], before[name][made[name] != 0]) for name in names)
@@ -277,14 +283,14 @@ def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> N
 @pytest.fixture
 def finished(tmp_path: Path) -> Run:
     """A run directory with a calibration set and a stage in it."""
-    model = tiny.local(tiny.checkpoint(tmp_path / "source"))
+    model = tiny_models.local(tiny_models.checkpoint(tmp_path / "source"))
     made = Run(tmp_path / "run")
-    file = tiny.rows_file(tmp_path / "rows.jsonl", tiny.tokens())
-    options = calibration.Options(data=(str(file),), samples=4, seqlen=16)
-    rows = preparation.calibrate(model, options, made.calibration, None, lambda _: None)
-    tiny.run(Job(made, model, rows, tiny.request("besa")))
-    few = quantizing.Request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
-    tiny.run(Job(made, tiny.local(made.stage("pruned")), rows, few))
+    file = tiny_models.rows_file(tmp_path / "rows.jsonl", tiny_models.tokens())
+    options = calibration_set.Options(data=(str(file),), samples=4, seqlen=16)
+    rows = prepare.calibrate(model, options, made.calibration, None, lambda _: None)
+    tiny_models.run(Job(made, model, rows, tiny_models.request("besa")))
+    few = quantize.Request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
+    tiny_models.run(Job(made, tiny_models.local(made.stage("pruned")), rows, few))
     return made
 
 

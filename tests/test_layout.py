@@ -18,40 +18,18 @@ from besa_cli.quantizers import QUANTIZERS
 PACKAGE = Path(besa_cli.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Each imports only from the layers above its own line; a folder's own files may import each other.
+# The floors of the package, from the lowest: each imports only from floors below its own; a package's own files may
+# import each other.
 LAYERS = (
-    {"choices", "errors", "reports", "signals"},
-    {
-        "activations",
-        "compute",
-        "disk",
-        "launch",
-        "ops",
-        "partition",
-        "spool",
-    },
-    {"headers", "row_files", "sampling", "tokenizing"},
-    {"configuration", "documents"},
-    {"anatomy", "compression", "models", "public", "ranks", "records", "sim", "sparse", "token_rows", "weights"},
-    {"datahub", "lock", "names", "sparse_index", "tokenizer"},
-    {"checkpoint", "corpora", "decoder", "hf"},
-    {"result_files", "texts", "windows"},
-    {"calibration", "footprint", "inspection", "stream"},
-    {"descent"},
-    {
-        "card",
-        "comparison",
-        "evaluation",
-        "exporters",
-        "forecast",
-        "preparation",
-        "pruners",
-        "quantizers",
-        "simulation",
-        "zeroshot",
-    },
-    {"continuations", "exporting", "importing", "jobs", "perplexity", "pushing", "results"},
-    {"pruning", "quantizing"},
+    {"choices", "errors"},
+    {"ops", "system"},
+    {"models", "sim"},
+    {"text"},
+    {"checkpoint"},
+    {"decoder", "hf", "simulation"},
+    {"calibration", "exporters", "stream"},
+    {"evaluation", "pruners", "quantizers"},
+    {"jobs"},
     {"console"},
     {"commands"},
     {"app"},
@@ -80,7 +58,7 @@ def part_of(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, in full (`from besa_cli import disk` is `besa_cli.disk`)."""
+    """Every module that a file imports, anywhere in it, in full: `from besa_cli import errors` is `besa_cli.errors`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)

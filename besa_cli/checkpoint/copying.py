@@ -5,10 +5,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from besa_cli import disk
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import cache, files
+from besa_cli.system import disk
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _OWN = (manifests.MANIFEST, manifests.EXPORT, cache.FILES)

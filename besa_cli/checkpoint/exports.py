@@ -5,11 +5,11 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from besa_cli import disk, records
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, Count, Counts, Digest, Positive, Step
 from besa_cli.errors import BesaError, reading
-from besa_cli.records import strict
+from besa_cli.system import disk, records
+from besa_cli.system.records import strict
 
 _REMEDY = "fetch the export again, or export it anew with --restart"
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, NotRequired
 from annotated_types import Ge, Le, Len
 from typing_extensions import TypedDict
 
-from besa_cli import __version__, disk, records
+from besa_cli import __version__
 from besa_cli.errors import BesaError
-from besa_cli.records import strict
+from besa_cli.system import disk, records
+from besa_cli.system.records import strict
 
 FORMAT = 1
 MANIFEST = disk.MANIFEST

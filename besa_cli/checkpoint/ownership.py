@@ -17,7 +17,7 @@ from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
 from besa_cli.checkpoint.stages import STAGES, TIMING
 from besa_cli.errors import BesaError
-from besa_cli.weights import INDEX
+from besa_cli.models.headers import INDEX
 
 _CALIBRATION = ("tokens.safetensors",)
 _SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")

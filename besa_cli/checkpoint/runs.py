@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from besa_cli.checkpoint import exchange, manifests
+from besa_cli.checkpoint import manifests, swap
 from besa_cli.checkpoint.stages import STAGES, finished
 
 
@@ -64,7 +64,7 @@ class Run:
         directory = self.stage(name)
         if directory.exists():
             return directory
-        others = (self.next_stage(name), exchange.aside(directory))
+        others = (self.next_stage(name), swap.aside(directory))
         return next((place for place in others if manifests.is_complete(place)), directory)
 
     def stale(self, name: str) -> bool:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from besa_cli import disk, records, weights
-from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint import manifests, weights
 from besa_cli.checkpoint.copying import copy_small_files, small_files
+from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.errors import BesaError
+from besa_cli.models import headers
 from besa_cli.ops import affine, masks
 from besa_cli.ops.affine import Grid
-from besa_cli.reports import BlockReport, LinearReport
+from besa_cli.system import disk, records
 
 TIMING = "timing.jsonl"
 STAGES = ("pruned", "quantized")  # in the order in which they are made
@@ -191,7 +192,7 @@ class Stage:
             shard = self.shard(index)
             expected = {name for name, file in table.items() if file == shard.name}
             if weights.header(shard).keys() != expected:
-                raise BesaError(f"{shard} holds other tensors than {weights.INDEX} lists", _made_anew(shard))
+                raise BesaError(f"{shard} holds other tensors than {headers.INDEX} lists", _made_anew(shard))
             if index >= 0:
                 self.codes(index)
 
@@ -224,7 +225,7 @@ class Stage:
                 table[name] = shard.name
                 total += size
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-        disk.write_json(self.directory / weights.INDEX, index_file)
+        disk.write_json(self.directory / headers.INDEX, index_file)
         linears = [linear for report in self.reports() for linear in report.linears]
         counts: dict[str, float] = {
             "weights": sum(linear.rows * linear.cols for linear in linears),

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 from besa_cli import models
-from besa_cli.commands import options
+from besa_cli.commands.shared import options
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
-    from besa_cli.calibration import CalibrationSet
+    from besa_cli.calibration.calibration_set import CalibrationSet
 
 
 def calibrate(
@@ -24,17 +24,18 @@ def calibrate(
     as_json: options.JsonOption = False,
 ) -> None:
     """Draw the text samples that a model is pruned on, and keep them as token ids in the run directory."""
-    from besa_cli import calibration, lock, preparation
+    from besa_cli.calibration import calibration_set, prepare
+    from besa_cli.system import lock
 
     console = Console(json=as_json)
     source = models.resolve(model, notify=console.note)
-    wanted = preparation.calibration_options(
+    wanted = prepare.calibration_options(
         source, data=data, samples=samples, seqlen=seqlen, seed=seed, pack=pack, notify=console.note
     )
     directory = run / "calibration"
     with lock.held(run, "besa calibrate"):
-        calibration.recover(directory)
-        made = preparation.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
+        calibration_set.recover(directory)
+        made = prepare.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
     _show(made, console, str(directory))
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import forecasting, options
+from besa_cli.commands.shared import forecast_view, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.exporters import EXPORTERS
 
 if TYPE_CHECKING:
-    from besa_cli.exporting import Job
+    from besa_cli.jobs.export import Job
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in EXPORTERS.items())
 
@@ -62,16 +62,17 @@ def export(
 ) -> None:
     """Write the newest stage in a form that other programs load, with a model card."""
     console = Console(json=as_json)
-    from besa_cli import lock, pushing
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.exporting import Job, Request
+    from besa_cli.jobs import push
+    from besa_cli.jobs.export import Job, Request
+    from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
     own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
     request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     if push_to is not None:
-        pushing.check(push_to)
+        push.check(push_to)
         if not (yes or dry_run or sys.stdin.isatty()):
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
@@ -79,7 +80,7 @@ def export(
     with lock.free(run) if dry_run else lock.held(run, f"besa export --run {run}"):
         job = Job(Run(run), request, restart=restart)
         if dry_run:
-            forecasting.job(job, console)
+            forecast_view.job(job, console)
             return
         if job.done:
             console.note(f"{job.directory} is finished already, with the same options")
@@ -96,7 +97,7 @@ def export(
             if not typer.confirm(f"Push {human_bytes(size)} to {push_to}?", err=True):
                 console.note(f"not pushed; the export is in {job.directory}")
                 return
-        console.note(f"pushed to {pushing.push(job.directory, push_to, private=private)}")
+        console.note(f"pushed to {push.push(job.directory, push_to, private=private)}")
 
 
 def _refuse_strangers(job: "Job") -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from besa_cli.commands import options
+from besa_cli.commands.shared import options
 from besa_cli.console import Console
 
 
@@ -21,9 +21,9 @@ def import_(
 ) -> None:
     """Bring a sparse export back into a run directory, byte for byte the stage it was made from."""
     console = Console(json=as_json)
-    from besa_cli import lock
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.importing import Job
+    from besa_cli.jobs.import_ import Job
+    from besa_cli.system import lock
 
     with lock.held(run, f"besa import --run {run}"):
         job = Job(directory, Run(run), restart=restart)

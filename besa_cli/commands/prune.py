@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import making, options, settings
 from besa_cli.commands import quantize as quantized
+from besa_cli.commands.shared import context as process
+from besa_cli.commands.shared import options, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -129,8 +130,8 @@ def prune(
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs import joining
-    from besa_cli.pruning import Request
+    from besa_cli.jobs import ranks
+    from besa_cli.jobs.prune import Request
 
     tokens_from = None if calibration is None else str(calibration.resolve())
     request = Request(
@@ -144,15 +145,15 @@ def prune(
         calibration=tokens_from,
         max_memory=options.size_of(max_memory),
     )
-    world = settings.ranks(context)
+    world = process.ranks(context)
     if dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
-    joining.require_even_steps(request, world)
+    ranks.require_even_steps(request, world)
     with world.first_alone():  # what it fetches, the others find
         source = models.resolve(model, notify=console.note)
     directory = Run(run)
     wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-    made = making.stage(
+    made = stage_command.stage(
         request, source, directory, calibration, wanted, data_dir, console,
         restart=restart, dry_run=dry_run, world=world,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
-from besa_cli.commands import calibrating, making, options
+from besa_cli.commands.shared import calibration_source, options, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -91,8 +91,8 @@ def quantize(
     }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
+    from besa_cli.jobs.quantize import Request
     from besa_cli.ops import affine
-    from besa_cli.quantizing import Request
 
     request = Request(
         method=method,
@@ -108,10 +108,10 @@ def quantize(
     )
     wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
     if not request.observes:
-        calibrating.refuse_samples(calibration, wanted, method)
+        calibration_source.refuse_samples(calibration, wanted, method)
     directory = Run(run)
     source = _source(model, directory, console)
-    made = making.stage(
+    made = stage_command.stage(
         request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
     )
     if made is not None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from besa_cli.commands import config_file, options
+from besa_cli.commands.shared import config_file, options
 from besa_cli.console import Console
 from besa_cli.errors import BesaError, Interrupted, UsageError
 

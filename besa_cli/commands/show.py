@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import options
 from besa_cli.commands import quantize as quantized
+from besa_cli.commands.shared import options
 from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.inspection import BlockCount, LinearCount
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.inspection import BlockCount, LinearCount
 
 
 def show(
@@ -37,7 +37,7 @@ def show(
 
     Digests are not compared: besa eval and besa export do that.
     """
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.runs import Run
 
     console = Console(json=as_json)
@@ -60,7 +60,7 @@ def show(
 
 def _made(run: Path) -> Path:
     """The newest thing in a run that options made: a stage, else the calibration set."""
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.manifests import MANIFEST
     from besa_cli.checkpoint.runs import Run
 
@@ -75,8 +75,7 @@ def _made(run: Path) -> Path:
 def _print_config(place: Path, console: Console) -> None:
     import yaml
 
-    from besa_cli import inspection
-    from besa_cli.checkpoint import manifests
+    from besa_cli.checkpoint import inspection, manifests
 
     if (place / manifests.EXPORT).exists():
         raise BesaError(f"{place} is an export and no stage", f"what made it is in {place / manifests.EXPORT}")
@@ -92,7 +91,7 @@ def _print_config(place: Path, console: Console) -> None:
 
 
 def _show_run(run: "Run", console: Console) -> dict[str, Any]:
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.manifests import MANIFEST
 
     console.line(f"{run.path}: run directory")
@@ -117,8 +116,7 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
 
 
 def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import inspection
-    from besa_cli.checkpoint import manifests
+    from besa_cli.checkpoint import inspection, manifests
 
     manifest = manifests.read(directory)
     sources = ", ".join(f"{source['asked']} ({source['source']}: {source['file']})" for source in manifest["sources"])
@@ -133,8 +131,7 @@ def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _show_export(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import inspection
-    from besa_cli.checkpoint import exports
+    from besa_cli.checkpoint import exports, inspection
 
     manifest = exports.read(directory)
     sizes, source = manifest["sizes"], manifest["source"]
@@ -149,8 +146,7 @@ def _show_export(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _show_model(directory: Path, console: Console) -> dict[str, Any]:
-    from besa_cli import inspection
-    from besa_cli.checkpoint import manifests
+    from besa_cli.checkpoint import inspection, manifests
 
     manifest = manifests.read(directory) if (directory / manifests.MANIFEST).exists() else None
     console.line(f"{directory}: {_title(manifest)}")
@@ -183,7 +179,7 @@ def _grid(manifest: dict[str, Any]) -> str:
 
 def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:
     """What the tensors of a quantized stage would take with its linears packed."""
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
 
     if manifest is None or "bits" not in manifest.get("counts", {}):
         return ""
@@ -202,7 +198,7 @@ def _title(manifest: Mapping[str, Any] | None) -> str:
 
 
 def _show_history(manifest: Mapping[str, Any], directory: Path, console: Console) -> None:
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.stages import Stage
 
     for entry in manifest.get("history", []):

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import options
-from besa_cli.commands import subject as subjects
-from besa_cli.commands.simulation_tables import show
+from besa_cli.commands.shared import options
+from besa_cli.commands.shared import subject as subjects
+from besa_cli.commands.shared.simulation_tables import show
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.sim import DATAFLOWS
 
 if TYPE_CHECKING:
-    from besa_cli.commands.subject import Subject
+    from besa_cli.commands.shared.subject import Subject
     from besa_cli.simulation.run import BlockCost, Request
 
 _DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items())
@@ -122,7 +122,7 @@ def simulate(
 
 
 def _simulated(directory: Path, request: "Request", console: Console) -> "list[BlockCost]":
-    from besa_cli import inspection
+    from besa_cli.checkpoint import inspection
     from besa_cli.simulation.run import blocks, chosen
 
     wanted = chosen(request.func, directory)
@@ -148,7 +148,7 @@ def _kept(subject: "Subject", found: "list[BlockCost]", request: "Request", cons
 
 
 def _print_csv(found: "list[BlockCost]", console: Console) -> None:
-    from besa_cli import comparison
+    from besa_cli.evaluation import comparison
     from besa_cli.simulation import record
 
     console.text(comparison.comma_separated(*record.rows(found)))

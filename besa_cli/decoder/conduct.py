@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from besa_cli import compute
 from besa_cli.errors import BesaError, reason_of
+from besa_cli.system import compute
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}  # what rounding may do
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from besa_cli import anatomy, compute
-from besa_cli.decoder.ahead import Ahead
+from besa_cli.checkpoint.weights import Weights
+from besa_cli.decoder import architecture
+from besa_cli.decoder.prefetch import Ahead
+from besa_cli.decoder.tensor_names import Names, fit
 from besa_cli.errors import BesaError
-from besa_cli.names import Names, fit
-from besa_cli.weights import Weights
+from besa_cli.system import compute
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,7 +31,7 @@ class PartialModel:
     Attributes
     ----------
     notes : list of str
-        What the user should know of how the checkpoint fits the model, see `besa_cli.names.fit`.
+        What the user should know of how the checkpoint fits the model, see `besa_cli.decoder.tensor_names.fit`.
 
     Raises
     ------
@@ -40,12 +41,12 @@ class PartialModel:
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         compute.map_large_tensors()
-        self.config = anatomy.config_of(directory)
+        self.config = architecture.config_of(directory)
         self.weights = Weights(directory)
         self.device, self.dtype = device, dtype
         _require_sizes(self.config, directory)
-        self.model = anatomy.skeleton(self.config, dtype)
-        self.prefix, self.blocks = anatomy.block_list(self.model)
+        self.model = architecture.skeleton(self.config, dtype)
+        self.prefix, self.blocks = architecture.block_list(self.model)
         self._outside = _outside(self.model, self.blocks)
         self._buffered = _buffered(self.model)
         self._above = [module for module in self._outside if self.blocks in set(module.modules())]
@@ -66,7 +67,7 @@ class PartialModel:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of block `index` by their name inside it."""
-        return anatomy.linears(self.blocks[index], self.config)
+        return architecture.linears(self.blocks[index], self.config)
 
     def block_names(self, index: int) -> dict[str, str]:
         """State-dict name inside block `index` → name of the tensor in the checkpoint."""

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from besa_cli import anatomy, disk
 from besa_cli.checkpoint import copying
+from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
-from besa_cli.exporters.stage import Piece, Source
+from besa_cli.exporters.source import Piece, Source
+from besa_cli.models.headers import INDEX
 from besa_cli.ops import affine, packing
 from besa_cli.ops.affine import Quantized
-from besa_cli.weights import INDEX
+from besa_cli.system import disk
 
 _BITS = (4, 8)
 _WORD = 4  # bytes
@@ -121,11 +122,11 @@ def _configuration(source: Source) -> dict[str, Any]:
 
 def _others(source: Source) -> list[str]:
     """The linears that are not quantized, by their names in the model: the head, and routers."""
-    config = anatomy.config_of(source.directory)
-    model = anatomy.skeleton(config, torch.bfloat16)
-    prefix, blocks = anatomy.block_list(model)
+    config = architecture.config_of(source.directory)
+    model = architecture.skeleton(config, torch.bfloat16)
+    prefix, blocks = architecture.block_list(model)
     inside = {
-        f"{prefix}.{index}.{name}" for index, block in enumerate(blocks) for name in anatomy.linears(block, config)
+        f"{prefix}.{index}.{name}" for index, block in enumerate(blocks) for name in architecture.linears(block, config)
     }
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside]
 

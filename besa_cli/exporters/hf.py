@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa_cli import disk
 from besa_cli.checkpoint import copying
-from besa_cli.compute import DTYPES
 from besa_cli.errors import require_counts
 from besa_cli.exporters import shards
-from besa_cli.exporters.stage import Piece, Source, narrowed
+from besa_cli.exporters.source import Piece, Source, narrowed
+from besa_cli.system import disk
+from besa_cli.system.compute import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 from annotated_types import Ge, Len
 from typing_extensions import TypedDict
 
-from besa_cli import compression, disk, public, records, sparse_index, weights
-from besa_cli.checkpoint import exports, stages
+from besa_cli.checkpoint import exports, sparse_index, stages, zstd
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
+from besa_cli.checkpoint.sparse_format import INDEX
 from besa_cli.errors import BesaError, reading
+from besa_cli.exporters.source import STAGE_FILES, private
 from besa_cli.exporters.sparse import shard_name
-from besa_cli.exporters.stage import STAGE_FILES, private
-from besa_cli.sparse import INDEX
+from besa_cli.models import headers
+from besa_cli.system import disk, records, redaction
 
 _ANEW = "fetch the export again, or export it anew"
 _SMALL = re.compile(
@@ -106,7 +107,7 @@ class Opened:
 
     def _read_index(self) -> tuple[dict[str, frozenset[str]], int]:
         """The names of the tensors in each shard of the stage, and the bytes of all."""
-        path = self._stage / weights.INDEX
+        path = self._stage / headers.INDEX
         disk.read_json(path, unique=True)
         found = records.read(_Index, path, _ANEW)
         expected = [self.stage(self._stage).shard(index).name for index in range(-1, self.blocks)]
@@ -118,7 +119,7 @@ class Opened:
         return {shard: frozenset(own) for shard, own in names.items()}, found["metadata"]["total_size"]
 
     def _pair(self) -> dict[str, str]:
-        files = {file.removesuffix(compression.SUFFIX): file for file in self.index.digests}
+        files = {file.removesuffix(zstd.SUFFIX): file for file in self.index.digests}
         shards = {shard_name(shard): shard for shard in self.names}
         odd = set(shards) ^ set(files)
         if odd:
@@ -165,7 +166,7 @@ class Opened:
     def _needed(self) -> list[str]:
         stage = self.stage(self._stage)
         reports = [stage.shard(index).with_suffix(".json").name for index in range(self.blocks)]
-        return [MANIFEST, weights.INDEX, *reports]
+        return [MANIFEST, headers.INDEX, *reports]
 
     def _is_stages(self, name: str) -> bool:
         small = _SMALL.fullmatch(name) is not None and not name.endswith(".index.json") and name != EXPORT
@@ -184,5 +185,5 @@ class Opened:
         if not path.is_file() or path.is_symlink():
             return content
         kept = self._read(path)
-        same = public.content(name, disk.parse_json(kept, path)) == disk.parse_json(content, self._stage / name)
+        same = redaction.content(name, disk.parse_json(kept, path)) == disk.parse_json(content, self._stage / name)
         return kept if same else content

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa_cli import disk
-from besa_cli.weights import INDEX, SINGLE
+from besa_cli.models.headers import INDEX, SINGLE
+from besa_cli.system import disk
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from besa_cli import compression, disk, sparse
-from besa_cli.checkpoint import copying, ownership, stages
-from besa_cli.exporters.stage import STAGE_FILES, Piece, Source
-from besa_cli.sparse import INDEX, METHOD, NEEDS_IMPORT
+from besa_cli.checkpoint import copying, ownership, sparse_format, stages, zstd
+from besa_cli.checkpoint.sparse_format import INDEX, METHOD, NEEDS_IMPORT
+from besa_cli.exporters.source import STAGE_FILES, Piece, Source
+from besa_cli.system import disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ def pieces(source: Source, options: Options) -> int:
 def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
     copying.copy_small_files(source.directory, target)
-    quantization = {"quant_method": METHOD, "format": sparse.FORMAT, "index": INDEX}
+    quantization = {"quant_method": METHOD, "format": sparse_format.FORMAT, "index": INDEX}
     config = {**source.config, "quantization_config": quantization, "transformers_weights": NEEDS_IMPORT}
     disk.write_json(target / "config.json", config)
     copy_stage_files(source.directory, target / STAGE_FILES)
@@ -44,9 +44,9 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
         tensors = source.weights.read(names)
         coded = source.coded(names)
         parts = {
-            name: sparse.encoded_codes(name, tensors.pop(name), coded[name])
+            name: sparse_format.encoded_codes(name, tensors.pop(name), coded[name])
             if name in coded
-            else sparse.encoded(name, tensors.pop(name))
+            else sparse_format.encoded(name, tensors.pop(name))
             for name in names
             if name in source.linears
         }
@@ -54,7 +54,7 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
         disk.publish(file, lambda temporary, stored=stored: disk.save_tensors(temporary, stored))  # type: ignore[misc]
         linear_bytes = sum(value.nbytes for own in parts.values() for value in own.values())
         if options.compress:
-            file = compression.compress(file)
+            file = zstd.compress(file)
             linear_bytes = file.stat().st_size if parts else 0
         table |= dict.fromkeys(stored, file.name)
         digests[file.name] = disk.sha256_file(file)

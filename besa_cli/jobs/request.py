@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from besa_cli import compute, windows
 from besa_cli.choices import Target
 from besa_cli.errors import UsageError, unknown
-from besa_cli.footprint import Held
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
+from besa_cli.stream import windows
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
+from besa_cli.system import compute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ABC):
-    """What is asked of a method: see `besa_cli.pruning.Request` and `besa_cli.quantizing.Request`.
+    """What is asked of a method: see `besa_cli.jobs.prune.Request` and `besa_cli.jobs.quantize.Request`.
 
     Attributes
     ----------
@@ -107,7 +108,7 @@ class Request(ABC):
 
     @property
     def window(self) -> str:
-        """What is reconstructed together, see `besa_cli.windows.segments`."""
+        """What is reconstructed together, see `besa_cli.stream.windows.segments`."""
         return str(getattr(self.method_options(), "window", windows.BLOCK))
 
     @property

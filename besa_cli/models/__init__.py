@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from besa_cli.disk import require_regular
 from besa_cli.errors import BesaError, unknown
-from besa_cli.models import demo, gguf, hub, local
+from besa_cli.models import demo, hub, local
+from besa_cli.models.gguf import convert
+from besa_cli.system.disk import require_regular
 
 DEMO = demo.NAME
 
@@ -82,7 +83,7 @@ def _resolve(name: str, notify: Callable[[str], None]) -> Model:
         return Model(name=name, kind="local", directory=local.directory(path, notify=notify), revision=None)
     if path.exists():
         require_regular(path)
-        return Model(name=name, kind="gguf", directory=gguf.directory(path, notify=notify), revision=None)
+        return Model(name=name, kind="gguf", directory=convert.directory(path, notify=notify), revision=None)
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise BesaError(
             f"no model at {path.absolute()}", "name a checkpoint directory, a GGUF file or a hub name (org/name)"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from besa_cli.disk import parse_json
 from besa_cli.errors import BesaError
+from besa_cli.system.disk import parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata

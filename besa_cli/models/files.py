@@ -6,11 +6,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from besa_cli import headers
-from besa_cli.disk import read_json
 from besa_cli.errors import BesaError
-from besa_cli.headers import INDEX as INDEX
-from besa_cli.headers import SINGLE as SINGLE
+from besa_cli.models import headers
+from besa_cli.models.headers import INDEX, SINGLE
+from besa_cli.system.disk import read_json
 
 _SIDE_FILES = (
     "config.json",

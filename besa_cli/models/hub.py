@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from besa_cli.disk import read_json
 from besa_cli.errors import BesaError, reason_of
-from besa_cli.models import answers, cache, files, hub_errors, pickled, transfer
+from besa_cli.models import answers, cache, files, headers, hub_errors, pickled, transfer
+from besa_cli.system.disk import read_json
 
 
 def directory(repo: str, revision: str | None, *, notify: Callable[[str], None]) -> tuple[Path, str]:
@@ -71,7 +71,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     if not isinstance(config, str):
         return None
     snapshot = Path(config).parent
-    for single, index in ((files.SINGLE, files.INDEX), (pickled.SINGLE, pickled.INDEX)):
+    for single, index in ((headers.SINGLE, headers.INDEX), (pickled.SINGLE, pickled.INDEX)):
         if (snapshot / single).is_file():
             return snapshot
         if (snapshot / index).is_file():
@@ -150,7 +150,7 @@ def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Ca
 
 def _weights(repo: str, names: set[str]) -> tuple[str, str]:
     """The one weight file, or the index of many: safetensors before pickles."""
-    for single, index in ((files.SINGLE, files.INDEX), (pickled.SINGLE, pickled.INDEX)):
+    for single, index in ((headers.SINGLE, headers.INDEX), (pickled.SINGLE, pickled.INDEX)):
         if single in names:
             return single, ""
         if index in names:

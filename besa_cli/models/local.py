@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from besa_cli.disk import read_json, require_regular
 from besa_cli.errors import BesaError
 from besa_cli.models import files, pickled
+from besa_cli.system.disk import read_json, require_regular
 
 
 def directory(path: Path, *, notify: Callable[[str], None]) -> Path:

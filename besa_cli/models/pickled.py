@@ -10,9 +10,9 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to catch it: nothing is ever unpickled but by torch with weights_only
 from typing import TYPE_CHECKING, Any
 
-from besa_cli.disk import read_json, save_tensors, write_json
 from besa_cli.errors import BesaError, reading, reason_of
-from besa_cli.models import cache, files
+from besa_cli.models import cache, files, headers
+from besa_cli.system.disk import read_json, save_tensors, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     if not (path / INDEX).is_file():
         raise BesaError(
-            f"{path} holds no weights: neither {files.SINGLE} nor {files.INDEX} nor {SINGLE}",
+            f"{path} holds no weights: neither {headers.SINGLE} nor {headers.INDEX} nor {SINGLE}",
             "name a complete Hugging Face checkpoint directory",
         )
     pickles = [path / name for name in files.shards(path / INDEX)]
@@ -85,7 +85,7 @@ def _convert(pickles: list[Path], target: Path) -> None:
     weight_map: dict[str, str] = {}
     size = 0
     for number, file in enumerate(pickles, 1):
-        name = files.SINGLE if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
+        name = headers.SINGLE if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
         tensors = _load(file)
         twice = sorted(set(tensors) & set(weight_map))
         if twice:
@@ -95,7 +95,7 @@ def _convert(pickles: list[Path], target: Path) -> None:
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(pickles) > 1:
         write_json(
-            target / files.INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            target / headers.INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         )
 
 

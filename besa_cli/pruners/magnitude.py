@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from besa_cli.footprint import Held
 from besa_cli.ops import importance
 from besa_cli.pruners import wanda
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
 
 
 @dataclass(frozen=True, kw_only=True)

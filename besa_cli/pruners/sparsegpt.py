@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from besa_cli.errors import require_factors
-from besa_cli.footprint import Held
 from besa_cli.ops import importance, obs
 from besa_cli.pruners import wanda
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from besa_cli.footprint import Held
 from besa_cli.ops import budget, importance, masks
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from besa_cli import compute, descent
 from besa_cli.choices import Loss, Target
 from besa_cli.errors import require_counts, require_factors
-from besa_cli.footprint import Held
 from besa_cli.ops import affine, importance
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.quantizers import rtn
+from besa_cli.stream import learning
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
+from besa_cli.system import compute
 
 OBSERVES = True
 
@@ -71,8 +72,8 @@ def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quanti
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
-    optimizer = descent.adamw(list(logits.values()), options.lr)
-    measure, samples = descent.MEASURES[options.loss], len(block.inputs)
+    optimizer = learning.adamw(list(logits.values()), options.lr)
+    measure, samples = learning.MEASURES[options.loss], len(block.inputs)
     generator = torch.Generator().manual_seed(block.seed)
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]
@@ -84,16 +85,16 @@ def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quanti
             output = block.forward(block.inputs[chosen], weights)
             loss = measure(output, block.target[chosen].to(output.device))
             (output[..., 0].numel() * loss).backward()  # type: ignore[no-untyped-call]
-            optimizer.param_groups[0]["lr"] = options.lr * descent.half_cosine(len(history) / len(steps))
+            optimizer.param_groups[0]["lr"] = options.lr * learning.half_cosine(len(history) / len(steps))
             optimizer.step()
             optimizer.zero_grad()
-            history.append(descent.finite(float(loss.detach()), block.index, "--lr"))
+            history.append(learning.finite(float(loss.detach()), block.index, "--lr"))
             block.on_step(len(history), len(steps), "learning")
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
-    return found, descent.settled(history)
+    return found, learning.settled(history)
 
 
 def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token on these grids."""
     dtype = next(iter(block.linears.values())).weight.dtype
-    return descent.errors(block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss)
+    return learning.errors(block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss)

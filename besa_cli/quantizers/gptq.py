@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from besa_cli.errors import require_factors
-from besa_cli.footprint import Held
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
 
 OBSERVES = True
 

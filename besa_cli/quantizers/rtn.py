@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from besa_cli.footprint import Held
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.memory_model import Held
 
 OBSERVES = False
 

@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk
 from besa_cli.errors import BesaError, UsageError, reason_of, unknown
+from besa_cli.system import disk
 
 _LARGEST = 1 << 20  # bytes of a file
 _GREATEST = 10**15  # of all numbers: more bytes a second than any memory moves

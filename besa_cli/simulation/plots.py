@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from besa_cli import disk
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.sim.reorder import denser, relabelling
 from besa_cli.simulation.run import BlockCost, LinearCost, Request, ordered, summaries
+from besa_cli.system import disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from besa_cli import disk, lock
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.runs import Run
 from besa_cli.sim.cost import Cost
 from besa_cli.simulation.run import BlockCost, LinearCost, MlpCost, Request, summaries
+from besa_cli.system import disk, lock
 
 _LINEAR = ("block", "name", "label", "rows", "cols", "kept", "sparsity", "empty_rows", "empty_columns")
 _COST = ("dense_cycles", "cycles", "speedup", "utilisation")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from besa_cli import inspection, sim
+from besa_cli import sim
+from besa_cli.checkpoint import inspection
+from besa_cli.checkpoint.inspection import BlockMatrices
 from besa_cli.errors import unknown
-from besa_cli.inspection import BlockMatrices
 from besa_cli.sim import dead, roles, workload
 from besa_cli.sim.accelerator import Accelerator
 from besa_cli.sim.cost import Cost, Settings

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from besa_cli import compute
-from besa_cli.activations import Shelf
 from besa_cli.errors import BesaError
 from besa_cli.ops.affine import Quantized
+from besa_cli.stream.activations import Shelf
 from besa_cli.stream.propagation import batches
-from besa_cli.stream.sharing import Share
-from besa_cli.windows import Window
+from besa_cli.stream.rank_share import Share
+from besa_cli.stream.windows import Window
+from besa_cli.system import compute
 
 Step = Callable[[int, int, str], None]
 

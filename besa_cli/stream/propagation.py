@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from besa_cli import compute
-from besa_cli.activations import Shelf
 from besa_cli.decoder.conduct import require_finite
-from besa_cli.decoder.running import Decoder
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.stream.activations import Shelf
+from besa_cli.system import compute
 
 
 def batches(samples: int, batch: int) -> Iterator[slice]:

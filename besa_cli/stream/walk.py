@@ -9,18 +9,18 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from besa_cli import compute
-from besa_cli.activations import Shelf
+from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.choices import Target
-from besa_cli.decoder.running import Decoder
+from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import affine, losses
-from besa_cli.ranks import Ranks
-from besa_cli.reports import BlockReport, LinearReport
+from besa_cli.stream.activations import Shelf
 from besa_cli.stream.block import Block, Pruned, Step
-from besa_cli.stream.decided import Decided, block_report, check_counts, linear_report, masked, settled
+from besa_cli.stream.outcome import Decided, block_report, check_counts, linear_report, masked, settled
 from besa_cli.stream.propagation import advance, batches, collected, embed
-from besa_cli.stream.sharing import Share, SharedStore, Store
-from besa_cli.windows import Segment, Window
+from besa_cli.stream.rank_share import Share, SharedStore, Store
+from besa_cli.stream.windows import Segment, Window
+from besa_cli.system import compute
+from besa_cli.system.ranks import Ranks
 
 Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 

@@ -5,22 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import exported
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
-from llamas import MERGES, VOCABULARY, byte_tokenizer, stage
 from safetensors.torch import load_file
+from support import exported, tiny_models
+from support.llamas import MERGES, VOCABULARY, byte_tokenizer, stage
 from torch import Tensor
 
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
-from besa_cli.exporters import gguf_tokenizer
-from besa_cli.exporting import Job, Request
-from besa_cli.models import gguf as gguf_models
+from besa_cli.exporters.gguf import vocabulary
+from besa_cli.jobs.export import Job, Request
+from besa_cli.models.gguf import convert as gguf_models
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ NAMES = {
 def expected(run: Run) -> dict[str, Tensor]:
     """The stage's tensors by llama.cpp's names, rows of queries and keys in its order."""
     found = {}
-    for name, tensor in tiny.weights(run.stage("pruned")).items():
+    for name, tensor in tiny_models.weights(run.stage("pruned")).items():
         renamed = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
         renamed = renamed.replace("lm_head", "output").replace("model.layers.", "blk.")
         for own, theirs in NAMES.items():
@@ -125,7 +124,7 @@ def test_values_are_those_of_the_type_and_zeros_stay(kind: str, runs: Callable[.
 def test_it_is_read_back_as_the_stage(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
     tmp_path.joinpath("back").mkdir()
     gguf_models.convert(export(runs(name), "BF16"), tmp_path / "back")
-    back, wanted = load_file(tmp_path / "back" / "model.safetensors"), tiny.weights(runs(name).stage("pruned"))
+    back, wanted = load_file(tmp_path / "back" / "model.safetensors"), tiny_models.weights(runs(name).stage("pruned"))
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[key].bfloat16(), wanted[key]) for key in wanted)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -164,7 +163,7 @@ def test_tokens_merges_and_special_tokens_are_the_tokenizers(runs: Callable[...,
     assert fields["tokenizer.ggml.add_bos_token"] is False
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "llama"])
+@pytest.mark.parametrize("family", [family for family in tiny_models.FAMILIES if family != "llama"])
 def test_other_architectures_are_refused_by_name(family: str, tmp_path: Path) -> None:
     run = exported.stage(tmp_path, family)
     with pytest.raises(
@@ -199,18 +198,18 @@ def tokenizer_file(directory: Path, **changes: Any) -> Path:
 
 
 def test_words_split_in_a_way_without_a_name_are_refused(tmp_path: Path) -> None:
-    assert gguf_tokenizer.read(tokenizer_file(tmp_path / "a"), VOCABULARY).pre == "gpt-2"
+    assert vocabulary.read(tokenizer_file(tmp_path / "a"), VOCABULARY).pre == "gpt-2"
     digits = {"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ]}  # fmt: skip
-    assert gguf_tokenizer.read(tokenizer_file(tmp_path / "b", pre_tokenizer=digits), VOCABULARY).pre == "smollm"
+    assert vocabulary.read(tokenizer_file(tmp_path / "b", pre_tokenizer=digits), VOCABULARY).pre == "smollm"
     prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     for number, unusual in enumerate((prefixed, {"type": "Whitespace"}, None)):
         with pytest.raises(BesaError, match="splits words in a way"):
-            gguf_tokenizer.read(tokenizer_file(tmp_path / str(number), pre_tokenizer=unusual), VOCABULARY)
+            vocabulary.read(tokenizer_file(tmp_path / str(number), pre_tokenizer=unusual), VOCABULARY)
     with pytest.raises(BesaError, match="has the token id 261, the model has 100 embeddings"):
-        gguf_tokenizer.read(tmp_path / "a", 100)
+        vocabulary.read(tmp_path / "a", 100)
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -237,7 +236,7 @@ def character_tokenizer(directory: Path, merges: list[list[str]], *more: str, **
 
 def test_pairs_of_plain_characters_get_scores_in_the_order_of_their_merges(tmp_path: Path) -> None:
     merges = [["b", "a"], ["a", "b"], ["▁", "ab"]]
-    found = gguf_tokenizer.read(character_tokenizer(tmp_path, merges), 272)
+    found = vocabulary.read(character_tokenizer(tmp_path, merges), 272)
     place = {token: number for number, token in enumerate(found.tokens)}
     assert (found.model, found.tokens[271], found.prefixed) == ("llama", "[PAD271]", True)
     kinds = [found.kinds[place[token]] for token in ("<unk>", "<s>", "<0x0A>", "a", "▁ab", "[PAD271]")]
@@ -265,7 +264,7 @@ def test_pairs_of_plain_characters_get_scores_in_the_order_of_their_merges(tmp_p
 def test_a_space_before_the_text_is_written_as_the_tokenizer_has_it(
     changes: dict[str, Any], prefixed: bool, tmp_path: Path
 ) -> None:
-    found = gguf_tokenizer.read(character_tokenizer(tmp_path / "a", [["a", "b"], ["▁", "ab"]], **changes), 300)
+    found = vocabulary.read(character_tokenizer(tmp_path / "a", [["a", "b"], ["▁", "ab"]], **changes), 300)
     assert found.prefixed is prefixed
     writer = GGUFWriter(tmp_path / "x.gguf", "llama")
     found.add_to(writer, tmp_path / "a")
@@ -289,7 +288,7 @@ def test_texts_changed_or_split_as_llama_cpp_does_not_are_refused(
 ) -> None:
     path = character_tokenizer(tmp_path, [["a", "b"], ["▁", "ab"], ["▁", "▁"]], **changes)
     with pytest.raises(BesaError, match=said):
-        gguf_tokenizer.read(path, 300)
+        vocabulary.read(path, 300)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +300,7 @@ def test_texts_changed_or_split_as_llama_cpp_does_not_are_refused(
 )
 def test_merges_that_scores_cannot_express_are_refused(merges: list[list[str]], tmp_path: Path) -> None:
     with pytest.raises(BesaError, match="merges of the 2 pairs that make 'abc'"):
-        gguf_tokenizer.read(character_tokenizer(tmp_path, merges), 300)
+        vocabulary.read(character_tokenizer(tmp_path, merges), 300)
 
 
 def test_tokens_for_all_bytes_and_bare_special_tokens_are_demanded(tmp_path: Path) -> None:
@@ -310,12 +309,12 @@ def test_tokens_for_all_bytes_and_bare_special_tokens_are_demanded(tmp_path: Pat
     facts["added_tokens"][2]["rstrip"] = True
     (path / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(BesaError, match="'</s>' with rstrip"):
-        gguf_tokenizer.read(path, 300)
+        vocabulary.read(path, 300)
     facts["added_tokens"][2]["rstrip"] = False
     facts["model"]["vocab"] |= {"<0x41>_": facts["model"]["vocab"].pop("<0x41>")}
     (path / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(BesaError, match="no token for 1 of 256 bytes"):
-        gguf_tokenizer.read(path, 300)
+        vocabulary.read(path, 300)
 
 
 def test_words_taken_whole_matter_only_where_merges_do_not_reach_them(tmp_path: Path) -> None:
@@ -323,11 +322,11 @@ def test_words_taken_whole_matter_only_where_merges_do_not_reach_them(tmp_path: 
     facts = json.loads((tmp_path / "tokenizer.json").read_text())
     facts["model"]["ignore_merges"] = True  # llama.cpp merges in a tokenizer of GPT-2's kind
     (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
-    assert gguf_tokenizer.read(tmp_path, VOCABULARY).pre == "gpt-2"
+    assert vocabulary.read(tmp_path, VOCABULARY).pre == "gpt-2"
     facts["model"]["merges"].remove(["ab", "c"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
     with pytest.raises(BesaError, match="'abc' shows it"):
-        gguf_tokenizer.read(tmp_path, VOCABULARY)
+        vocabulary.read(tmp_path, VOCABULARY)
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -341,7 +340,7 @@ def test_the_first_token_of_a_text_is_written_as_stock_transformers_puts_it(begi
     tokenizer_file(tmp_path, post_processor=template)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) is begins
-    assert gguf_tokenizer.read(tmp_path, VOCABULARY).framed == {"bos": begins, "eos": False}
+    assert vocabulary.read(tmp_path, VOCABULARY).framed == {"bos": begins, "eos": False}
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
@@ -358,7 +357,7 @@ def test_other_activations_than_llama_cpp_computes_are_refused(
 def logits(directory: Path) -> Tensor:
     """What stock transformers computes in fp32 for tokens that reach as far as any scaling of positions does."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokens = torch.randint(0, 260, (1, tiny.LONGEST), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 260, (1, tiny_models.LONGEST), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found: Tensor = model(tokens).logits
     return found

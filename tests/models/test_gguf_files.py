@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from besa_cli.errors import BesaError
-from besa_cli.models import gguf_header, resolve
+from besa_cli.models import resolve
+from besa_cli.models.gguf import file_header
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -170,7 +171,7 @@ def whole() -> bytes:
 def test_the_header_says_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "some.gguf"
     path.write_bytes(whole())
-    header = gguf_header.read(path)
+    header = file_header.read(path)
     assert header.architecture == "llama"
     assert {name: (tensor.kind, tensor.shape) for name, tensor in header.tensors.items()} == {
         "output_norm.weight": ("F32", (64,)),
@@ -187,7 +188,7 @@ def test_a_type_that_is_not_the_stored_one_is_refused(tmp_path: Path) -> None:
     stored = b"output.weight" + struct.pack("<IQQI", 2, 64, 96, Type.Q8_0)
     path.write_bytes(path.read_bytes().replace(stored, stored[:-4] + struct.pack("<I", Type.Q4_0)))
     with pytest.raises(BesaError, match=r"bytes before output_norm\.weight belong to no tensor"):
-        gguf_header.read(path)
+        file_header.read(path)
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,7 +198,7 @@ def test_a_file_cut_anywhere_is_refused_in_one_line(fraction: float) -> None:
         path = Path(folder) / "cut.gguf"
         path.write_bytes(whole()[: int(fraction * (len(whole()) - 31))])  # the end is padding to a multiple of 32
         with pytest.raises(BesaError, match=f"{path} is (cut off or damaged|not a GGUF file)"):
-            gguf_header.read(path)
+            file_header.read(path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -210,7 +211,7 @@ def test_a_changed_byte_never_ends_in_a_traceback(place: int, value: int) -> Non
         path.write_bytes(bytes(changed))
         said = ""
         try:
-            found = gguf_header.read(path).tensors
+            found = file_header.read(path).tensors
         except BesaError as error:
             found, said = {}, error.message
         assert found or str(path) in said

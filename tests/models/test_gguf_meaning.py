@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_files
 import pytest
 import torch
-from gguf_files import CASES, CONTEXT, Change
 from safetensors.torch import load_file
+from support import gguf_files
+from support.gguf_files import CASES, CONTEXT, Change
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from besa_cli.errors import BesaError
-from besa_cli.models import gguf as gguf_models
-from besa_cli.models import gguf_header, gguf_splits, gguf_tokenizer
+from besa_cli.models.gguf import convert as gguf_models
+from besa_cli.models.gguf import file_header, splits, vocabulary
 
 
 def converted(file: Path, directory: Path) -> Path:
@@ -208,7 +208,7 @@ def test_factors_of_frequencies_count_whatever_they_were_made_from(llama: Callab
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.gguf")
     with pytest.raises(BesaError, match=r"x\.gguf is a pipe"):
-        gguf_header.read(tmp_path / "x.gguf")
+        file_header.read(tmp_path / "x.gguf")
 
 
 # What llama.cpp (xllamacpp 2026.10) makes of TEXT with the vocabulary of `revealing`: pairs show where words end.
@@ -243,14 +243,14 @@ SPLITS = {
 }  # fmt: skip
 
 
-def header(path: Path, fields: dict[str, Any]) -> gguf_header.Header:
-    return gguf_header.Header(path=path, architecture="llama", tensors={}, fields=fields)
+def header(path: Path, fields: dict[str, Any]) -> file_header.Header:
+    return file_header.Header(path=path, architecture="llama", tensors={}, fields=fields)
 
 
 def tokenizer(directory: Path, tokens: list[str], **fields: Any) -> Any:
     """What stock transformers makes of the tokenizer of a file with these fields."""
     named = {f"tokenizer.ggml.{key}": value for key, value in {"tokens": tokens, **fields}.items()}
-    gguf_tokenizer.save(header(directory / "x.gguf", named), directory, words=len(tokens), longest=None)
+    vocabulary.save(header(directory / "x.gguf", named), directory, words=len(tokens), longest=None)
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -262,7 +262,7 @@ def test_words_are_split_as_llama_cpp_splits_them(name: str, wanted: str, tmp_pa
 
 
 def test_every_way_to_split_words_is_compared_with_llama_cpp() -> None:
-    assert gguf_splits.WAYS.keys() == {name for names in SPLITS for name in names.split()}
+    assert splits.WAYS.keys() == {name for names in SPLITS for name in names.split()}
 
 
 CHARACTERS = [

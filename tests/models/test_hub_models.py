@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import COMMIT, Hub, serve
 from safetensors.torch import load_file
+from support.hub_server import COMMIT, Hub, serve
 
 from besa_cli.errors import BesaError
 from besa_cli.models import answers

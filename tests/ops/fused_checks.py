@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import toy
+from support import toy_block
 from torch import Tensor
 
 from besa_cli.ops import allocation, kernels
@@ -210,7 +210,7 @@ def test_the_straight_through_linear_takes_these_kernels_and_learns_as_with_the_
 
 
 def test_a_whole_block_is_pruned_as_with_the_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, calls = toy.source(hidden=24, inner=34), list[str]()
+    weights, calls = toy_block.source(hidden=24, inner=34), list[str]()
     for name in ("mask", "candidate_sums"):
         served = getattr(fused, name)
 
@@ -223,7 +223,7 @@ def test_a_whole_block_is_pruned_as_with_the_plain_kernels(monkeypatch: pytest.M
     results = []
     for choice in ("fast", "plain"):
         monkeypatch.setenv("BESA_KERNELS", choice)
-        made = toy.block(weights, toy.size(weights) // 2)
+        made = toy_block.block(weights, toy_block.size(weights) // 2)
         made.linears = {name: linear.to(DEVICE) for name, linear in made.linears.items()}
         made.weights = {name: weight.to(DEVICE) for name, weight in made.weights.items()}
         results.append(besa.prune(made, besa.Options(candidates=20)))

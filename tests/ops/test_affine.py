@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import dead_columns, few, weights
+from support.strategies import dead_columns, few, weights
 from torch import Tensor
 
 from besa_cli.errors import BesaError, UsageError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, fewer
+from support.strategies import few, fewer
 from torch import Tensor
 
 from besa_cli.ops import allocation, kernels

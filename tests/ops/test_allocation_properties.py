@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import oracles
 import pytest
 import torch
-import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer
+from support import oracles, toy_block
+from support.strategies import fewer
 from torch import Tensor
 
 from besa_cli.ops import allocation, kernels
@@ -97,7 +96,7 @@ def test_permuted_columns_and_scaled_rows_change_nothing(rows: int, cols: int, s
 
 
 def made_window(granularity: str, weights: dict[str, Tensor], budget: int) -> Any:
-    return Window(toy.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
+    return Window(toy_block.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
 
 
 @fewer
@@ -105,14 +104,14 @@ def made_window(granularity: str, weights: dict[str, Tensor], budget: int) -> An
 def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     hidden: int, inner: int, share: float, zeros: float, seed: int
 ) -> None:
-    weights = toy.source(hidden=hidden, inner=inner, zeros=zeros, seed=seed)
-    budget = round(share * toy.size(weights))
+    weights = toy_block.source(hidden=hidden, inner=inner, zeros=zeros, seed=seed)
+    budget = round(share * toy_block.size(weights))
     by_layer, by_row = made_window("layer", weights, budget), made_window("row", weights, budget)
     theta = random(3, 21, seed=seed).float()
     rows = torch.tensor([len(weight) for weight in weights.values()])
     assert len(by_layer.sizes) == 3
     assert len(by_row.sizes) == int(rows.sum())
-    if not 0 < budget < toy.size(weights):
+    if not 0 < budget < toy_block.size(weights):
         return
     one = allocation.project(theta, by_layer.sizes, by_layer.p, by_layer.goal)
     many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.p, by_row.goal)
@@ -120,7 +119,7 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     (first,), (second,) = deciding._masks(by_layer, by_layer.shares(one)), deciding._masks(by_row, by_row.shares(many))
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
-    assert toy.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
+    assert toy_block.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
 
 
 @fewer
@@ -138,9 +137,9 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
     """Of whole allocations with drawn logits: those of a block whose inputs come in another order, and of one whose
     rows of gate are scaled. There equal shares are rounded by the next weight's score, so rows get shares of their own.
     """
-    weights = toy.source(hidden=hidden, inner=inner, seed=seed)
-    budget = round(share * toy.size(weights))
-    if not 0 < budget < toy.size(weights):
+    weights = toy_block.source(hidden=hidden, inner=inner, seed=seed)
+    budget = round(share * toy_block.size(weights))
+    if not 0 < budget < toy_block.size(weights):
         return
     order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
     sizes = 2.0 ** torch.randint(-3, 4, (inner, 1), generator=torch.Generator().manual_seed(seed))
@@ -150,7 +149,7 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
     logits = 3 * random(sum(map(len, weights.values())), 21, seed=seed).float()
 
     def masks(source: dict[str, Tensor], columns: Tensor, options: besa.Options) -> dict[str, Tensor]:
-        made = toy.block(source, budget)
+        made = toy_block.block(source, budget)
         _ = made.target  # of the inputs as they were: a residual in another order would not be the block's
         made.inputs = made.inputs[..., columns]
         window = Window(made, options)
@@ -180,17 +179,17 @@ def test_the_budget_is_exact_where_scores_are_alike(
     hidden: int, inner: int, share: float, granularity: str, importance: Any, zeros: float, seed: int
 ) -> None:
     """All weights of one size: by magnitude a row is one tie, by Wanda's score its columns without input are."""
-    drawn = toy.source(hidden=hidden, inner=inner, zeros=zeros, seed=seed)
+    drawn = toy_block.source(hidden=hidden, inner=inner, zeros=zeros, seed=seed)
     weights = {name: weight.sign() / 4 for name, weight in drawn.items()}
-    made = toy.block(weights, round(share * toy.size(weights)))
+    made = toy_block.block(weights, round(share * toy_block.size(weights)))
     made.inputs[..., ::2] = 0.0  # dead columns
     window = Window(made, besa.Options(granularity=granularity, importance=importance, candidates=20))
     scores = window.score("gate")[weights["gate"] != 0]
     assert len(scores.unique()) <= (1 if importance == "magnitude" else hidden // 2 + 1)
     logits = 3 * random(len(window.sizes), 21, seed=seed).float()
     there = sum(int((weight == 0).sum()) for weight in weights.values())
-    if there < made.budget < toy.size(weights):
+    if there < made.budget < toy_block.size(weights):
         sparsities = allocation.project(logits, window.sizes, window.p, window.goal)
         (kept,) = deciding._masks(window, window.shares(sparsities))
-        assert toy.pruned(kept) == made.budget
+        assert toy_block.pruned(kept) == made.budget
         assert not any(bool((kept[name] & (weight == 0)).any()) for name, weight in weights.items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few
+from support.strategies import few
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -1,10 +1,10 @@
 """Masks as bits, against loops over every weight."""
 
 import pytest
-import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import strategies
 from torch import Tensor
 
 from besa_cli.ops import bitmask

@@ -4,11 +4,11 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, shares
+from support import oracles
+from support.strategies import few, shares
 
 from besa_cli.ops import budget
 

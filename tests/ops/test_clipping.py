@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer, weights
+from support.strategies import fewer, weights
 from torch import Tensor
 
 from besa_cli.ops import affine, clipping

@@ -1,9 +1,9 @@
 """GPTQ against the surgeon's formula with explicit inverses in float64."""
 
-import oracles
 import pytest
 import torch
 from ops.test_obs import problem
+from support import oracles
 from torch import Tensor
 
 from besa_cli.ops import affine, gptq, obs

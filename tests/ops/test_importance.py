@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from strategies import dead_columns, few, weights
+from support.strategies import dead_columns, few, weights
 from torch import Tensor
 
 from besa_cli.ops import importance, obs

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import few, marked_scores
+from support.strategies import few, marked_scores
 from torch import Tensor
 
 from besa_cli.errors import UsageError
+from besa_cli.jobs.prune import Request
 from besa_cli.ops import kernels
 from besa_cli.ops.kernels import native, plain
-from besa_cli.pruning import Request
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the C++ loops were not built: no compiler")
 FORMS = [pytest.param(plain, id="plain"), pytest.param(native, id="native", marks=needs_native)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import few
+from support.strategies import few
 from torch import Tensor
 
 from besa_cli.ops import losses

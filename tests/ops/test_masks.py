@@ -1,11 +1,11 @@
 """From scores to masks: ranks, exact counts, nesting, symmetries, n:m."""
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
+from support import oracles
+from support.strategies import (
     dead_columns,
     distinct_scores,
     few,

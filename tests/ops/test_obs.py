@@ -2,12 +2,12 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import dead_columns, few, fewer, weights
+from support import oracles
+from support.strategies import dead_columns, few, fewer, weights
 from torch import Tensor
 
 from besa_cli.errors import BesaError

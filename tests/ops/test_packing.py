@@ -1,9 +1,9 @@
 """Codes packed into bytes, against whole numbers."""
 
-import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import strategies
 
 from besa_cli.ops import packing
 

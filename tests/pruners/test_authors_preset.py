@@ -3,8 +3,7 @@
 from types import ModuleType
 
 import pytest
-import scripts
-import toy
+from support import benchmark_loader, toy_block
 from torch import Tensor
 
 from besa_cli.pruners import besa
@@ -14,12 +13,12 @@ from besa_cli.stream.block import Block
 @pytest.fixture(scope="module")
 def released() -> ModuleType:
     """The restatement that also runs on whole models."""
-    return scripts.load("released_program")
+    return benchmark_loader.load("released_program")
 
 
 def large(share: float) -> Block:
-    weights = toy.source(hidden=208, inner=304)
-    return toy.block(weights, round(share * toy.size(weights)), samples=64, seqlen=12)
+    weights = toy_block.source(hidden=208, inner=304)
+    return toy_block.block(weights, round(share * toy_block.size(weights)), samples=64, seqlen=12)
 
 
 def options(granularity: str) -> besa.Options:
@@ -40,12 +39,14 @@ def test_the_preset_comes_to_the_allocation_of_the_released_program(
 ) -> None:
     expected = released.masks(large(share), options(granularity), share)
     found = dict(besa.prune(large(share), options(granularity)).masks)
-    size = toy.size(expected)
+    size = toy_block.size(expected)
     # one weight more in every row of a linear is what a floor of its one sparsity may do
-    assert abs(toy.pruned(found) - toy.pruned(expected)) / size <= (0.002 if granularity == "row" else 0.005)
+    assert abs(toy_block.pruned(found) - toy_block.pruned(expected)) / size <= (
+        0.002 if granularity == "row" else 0.005
+    )
     for name, mask in expected.items():
-        assert toy.pruned({name: found[name]}) / mask.numel() == pytest.approx(
-            toy.pruned({name: mask}) / mask.numel(), abs=0.01
+        assert toy_block.pruned({name: found[name]}) / mask.numel() == pytest.approx(
+            toy_block.pruned({name: mask}) / mask.numel(), abs=0.01
         ), name
     if granularity == "row":  # else two starting points would be compared
         assert max(spreads(expected)) > 20

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer
+from support import toy_block
+from support.strategies import fewer
 
 from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
@@ -33,10 +33,10 @@ def same(first: Pruned, second: Pruned) -> bool:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("sparsity", ["0", "0.0024", "0.01", "0.1", "0.37", "0.5", "0.75", "0.9", "0.9976", "1"])
 def test_the_budget_is_met_to_the_weight(sparsity: str, granularity: str) -> None:
-    weights = toy.source()
-    budget = round(Fraction(sparsity) * toy.size(weights))
-    result = besa.prune(toy.block(weights, budget), besa.Options(granularity=granularity))
-    assert toy.pruned(result.masks) == budget
+    weights = toy_block.source()
+    budget = round(Fraction(sparsity) * toy_block.size(weights))
+    result = besa.prune(toy_block.block(weights, budget), besa.Options(granularity=granularity))
+    assert toy_block.pruned(result.masks) == budget
     assert {name: mask.shape for name, mask in result.masks.items()} == {name: w.shape for name, w in weights.items()}
     assert all(mask.dtype == torch.bool for mask in result.masks.values())
     assert not result.weights  # surviving weights keep the source's bits
@@ -53,18 +53,18 @@ def test_the_budget_is_met_in_every_dtype_with_zeros_there_already(
     data: st.DataObject, granularity: str, zeros: float, dtype: torch.dtype
 ) -> None:
     hidden, inner = data.draw(st.integers(1, 7), label="hidden"), data.draw(st.integers(1, 9), label="inner")
-    weights = toy.source(hidden=hidden, inner=inner, dtype=dtype, zeros=zeros)
-    budget = data.draw(st.integers(0, toy.size(weights)), label="budget")
-    made = toy.block(weights, budget, samples=4)
+    weights = toy_block.source(hidden=hidden, inner=inner, dtype=dtype, zeros=zeros)
+    budget = data.draw(st.integers(0, toy_block.size(weights)), label="budget")
+    made = toy_block.block(weights, budget, samples=4)
     result = besa.prune(made, besa.Options(granularity=granularity, candidates=10))
     zero = {name: weight == 0 for name, weight in weights.items()}
-    assert toy.pruned(result.masks) == max(budget, sum(int(z.sum()) for z in zero.values()))
+    assert toy_block.pruned(result.masks) == max(budget, sum(int(z.sum()) for z in zero.values()))
     assert not any(bool((mask & zero[name]).any()) for name, mask in result.masks.items())
     assert all(weight.dtype == dtype for weight in made.weights.values())
 
 
 def test_sparsity_zero_learns_nothing() -> None:
-    made = toy.block(toy.source(), 0)
+    made = toy_block.block(toy_block.source(), 0)
     result = besa.prune(made, besa.Options())
     assert all(bool(mask.all()) for mask in result.masks.values())
     assert (result.learned_loss, result.error_before, result.kept_uniform) == (None, None, False)
@@ -76,8 +76,8 @@ def learner(made_for: str = "row", **changed: Any) -> besa.Options:
 
 def large(share: float = 0.5) -> Block:
     """A block on which there is something to learn."""
-    weights = toy.source(hidden=16, inner=24)
-    return toy.block(weights, round(share * toy.size(weights)), samples=16)
+    weights = toy_block.source(hidden=16, inner=24)
+    return toy_block.block(weights, round(share * toy_block.size(weights)), samples=16)
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
@@ -99,8 +99,8 @@ def test_what_was_learned_beats_the_uniform_masks(granularity: str, loss: Loss, 
     uniform = wanda.prune(large(), wanda.Options()).masks
     result = besa.prune(made, learner(granularity, loss=loss))
     assert not result.kept_uniform
-    assert toy.error(made, result.masks, over) < 0.95 * toy.error(made, uniform, over)
-    assert result.error_before == pytest.approx(toy.error(made, uniform), rel=1e-4)  # by token in any case
+    assert toy_block.error(made, result.masks, over) < 0.95 * toy_block.error(made, uniform, over)
+    assert result.error_before == pytest.approx(toy_block.error(made, uniform), rel=1e-4)  # by token in any case
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -113,17 +113,17 @@ def test_the_uniform_masks_are_kept_where_learning_did_not_help(granularity: str
         assert result.kept_uniform
     if result.kept_uniform:
         assert all(torch.equal(mask, uniform[name]) for name, mask in result.masks.items())
-    assert toy.error(made, result.masks) <= toy.error(made, uniform)
-    assert toy.pruned(result.masks) == made.budget
+    assert toy_block.error(made, result.masks) <= toy_block.error(made, uniform)
+    assert toy_block.pruned(result.masks) == made.budget
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone(granularity: str) -> None:
-    weights = toy.source()
+    weights = toy_block.source()
     options = besa.Options(granularity=granularity, lr=0.5)
     results, states = [], []
     for seed, noise in ((0, 1), (0, 2), (1, 1)):
-        made = toy.block(weights, toy.size(weights) // 2, seed=seed)
+        made = toy_block.block(weights, toy_block.size(weights) // 2, seed=seed)
         torch.manual_seed(noise)
         before = torch.get_rng_state()
         results.append(besa.prune(made, options))
@@ -134,8 +134,8 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone
 
 
 def test_the_blocks_own_weights_and_inputs_are_left_as_they_were() -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2)
     inputs = made.inputs.clone()
     besa.prune(made, besa.Options())
     assert torch.equal(made.inputs, inputs)
@@ -146,8 +146,8 @@ def test_the_blocks_own_weights_and_inputs_are_left_as_they_were() -> None:
 
 
 def test_steps_are_told_as_they_are_made() -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2, samples=7)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2, samples=7)
     told: list[tuple[int, int, str]] = []
     made.on_step = lambda done, total, phase: told.append((done, total, phase))
     besa.prune(made, besa.Options(epochs=2, batch_size=3))
@@ -156,20 +156,22 @@ def test_steps_are_told_as_they_are_made() -> None:
 
 
 def test_the_target_given_is_what_is_reproduced() -> None:
-    weights = toy.source()
-    half = toy.size(weights) // 2
-    wanted = toy.block(weights, half).target + 0.5
-    towards = besa.prune(toy.block(weights, half, target=wanted), besa.Options())
-    own = besa.prune(toy.block(weights, half), besa.Options())
-    uniform = wanda.prune(toy.block(weights, half), wanda.Options()).masks
-    assert towards.error_before == pytest.approx(toy.error(toy.block(weights, half, target=wanted), uniform), rel=1e-4)
+    weights = toy_block.source()
+    half = toy_block.size(weights) // 2
+    wanted = toy_block.block(weights, half).target + 0.5
+    towards = besa.prune(toy_block.block(weights, half, target=wanted), besa.Options())
+    own = besa.prune(toy_block.block(weights, half), besa.Options())
+    uniform = wanda.prune(toy_block.block(weights, half), wanda.Options()).masks
+    assert towards.error_before == pytest.approx(
+        toy_block.error(toy_block.block(weights, half, target=wanted), uniform), rel=1e-4
+    )
     assert towards.error_before != pytest.approx(own.error_before, rel=1e-2)
 
 
 def sparsities_while_learning(options: besa.Options) -> list[float]:
     """How far the expected sparsity is from the goal, in each step."""
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 5, samples=16)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 5, samples=16)
     noted: list[float] = []
     original = learning._soft_weights
 
@@ -202,9 +204,10 @@ def test_without_a_penalty_every_step_keeps_to_the_budget(granularity: str) -> N
 
 
 def test_rising_sparsity_never_lowers_the_error_of_the_uniform_start() -> None:
-    weights = toy.source()
+    weights = toy_block.source()
     results = [
-        besa.prune(toy.block(weights, round(share * toy.size(weights))), besa.Options()) for share in (0.2, 0.5, 0.8)
+        besa.prune(toy_block.block(weights, round(share * toy_block.size(weights))), besa.Options())
+        for share in (0.2, 0.5, 0.8)
     ]
     errors = [result.error_before for result in results if result.error_before is not None]
     assert len(errors) == 3
@@ -221,10 +224,12 @@ def test_every_importance_and_optimizer_learns_and_meets_the_budget(
     made = large()
     settings = {"lr": None, "epochs": 10} if optimizer == "prodigy" else {}
     result = besa.prune(made, learner(importance=importance, optimizer=optimizer, **settings))
-    assert toy.pruned(result.masks) == made.budget
+    assert toy_block.pruned(result.masks) == made.budget
     assert not result.kept_uniform
-    assert toy.error(made, result.masks) == pytest.approx(result.error_after, rel=1e-4)
-    for name, inputs in toy.linear_inputs(made).items():  # within each row the weights that go have the lowest scores
+    assert toy_block.error(made, result.masks) == pytest.approx(result.error_after, rel=1e-4)
+    for name, inputs in toy_block.linear_inputs(
+        made
+    ).items():  # within each row the weights that go have the lowest scores
         weight, inputs = made.weights[name].double(), inputs.double()
         products = inputs.T @ inputs
         damped = products + 0.01 * products.diagonal().mean() * torch.eye(len(products))
@@ -262,7 +267,7 @@ def test_the_authors_preset_prunes_the_floor_of_what_it_learned_and_nothing_else
         assert bool((shares <= 0.624).all())  # what softmax(sigmoid(θ)) can reach
         assert bool((shares >= 0.376 - 1 / mask.shape[1]).all())
     size = sum(mask.numel() for mask in result.masks.values())
-    assert toy.pruned(result.masks) / size == pytest.approx(sparsity, abs=0.08)
+    assert toy_block.pruned(result.masks) / size == pytest.approx(sparsity, abs=0.08)
 
 
 @pytest.mark.parametrize("granularity", ["0", "-1", "2.5", "rows", ""])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import toy
+from support import toy_block
 from torch import Tensor
 
 from besa_cli.ops import affine
@@ -14,15 +14,15 @@ JOINT = {"bits": 4, "group_size": "7", "epochs": 4}
 
 
 def block(**settings: int) -> Block:
-    weights = toy.source(hidden=20, inner=33)
-    return toy.block(weights, toy.size(weights) // 2, samples=24, **settings)
+    weights = toy_block.source(hidden=20, inner=33)
+    return toy_block.block(weights, toy_block.size(weights) // 2, samples=24, **settings)
 
 
 def error(made: Block, weights: dict[str, Tensor]) -> float:
     """Mean over all tokens of ‖output − target‖² / ‖target‖², the block written out."""
-    kept = toy.block(weights, 0, samples=24)
-    outputs = toy.outputs(kept, {name: torch.ones_like(weight) for name, weight in weights.items()})
-    pairs = list(zip(outputs, toy.outputs(made, {name: torch.ones(1) for name in weights}), strict=True))
+    kept = toy_block.block(weights, 0, samples=24)
+    outputs = toy_block.outputs(kept, {name: torch.ones_like(weight) for name, weight in weights.items()})
+    pairs = list(zip(outputs, toy_block.outputs(made, {name: torch.ones(1) for name in weights}), strict=True))
     ratios = [(ours - target).square().sum(-1) / target.square().sum(-1) for ours, target in pairs]
     return float(torch.cat(ratios).mean())
 
@@ -36,7 +36,7 @@ def test_together_beats_one_after_the_other(symmetric: bool) -> None:
     rounded = {
         name: affine.dequantize(affine.nearest(weight * alone.masks[name], grid)) for name, weight in source.items()
     }
-    assert toy.pruned(together.masks) == toy.pruned(alone.masks) == block().budget
+    assert toy_block.pruned(together.masks) == toy_block.pruned(alone.masks) == block().budget
     assert together.error_after == pytest.approx(error(block(), dict(together.weights)), rel=1e-3)
     assert error(block(), dict(together.weights)) < 0.9 * error(block(), rounded)
 
@@ -44,11 +44,13 @@ def test_together_beats_one_after_the_other(symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 def test_where_enough_is_zero_already_only_the_grids_are_learned_as_by_clipping(share: float, symmetric: bool) -> None:
-    weights = toy.source(hidden=20, inner=33)
+    weights = toy_block.source(hidden=20, inner=33)
     for index, weight in enumerate(weights.values()):
         zero = torch.rand(weight.shape, generator=torch.Generator().manual_seed(index)) < share
         weight.masked_fill_(zero, 0.0)
-    blocks = [toy.block(weights, int(0.2 * share * toy.size(weights)), samples=24, seed=3) for _ in range(2)]
+    blocks = [
+        toy_block.block(weights, int(0.2 * share * toy_block.size(weights)), samples=24, seed=3) for _ in range(2)
+    ]
     joint = besa.prune(blocks[0], besa.Options(bits=3, group_size="9", epochs=4, symmetric=symmetric))
     clipped = clip.quantize(blocks[1], affine.grid(3, "9", symmetric=symmetric), clip.Options(epochs=4))
     assert not clipped.kept_uniform
@@ -61,7 +63,7 @@ def test_where_enough_is_zero_already_only_the_grids_are_learned_as_by_clipping(
 def test_every_row_loses_the_weights_that_the_source_scores_lowest() -> None:
     made = block()
     result = besa.prune(made, besa.Options(**JOINT))
-    for name, inputs in toy.linear_inputs(made).items():
+    for name, inputs in toy_block.linear_inputs(made).items():
         scores = made.weights[name].abs() * inputs.norm(dim=0)
         kept = result.masks[name]
         lowest_kept = scores.masked_fill(~kept, torch.inf).amin(1)

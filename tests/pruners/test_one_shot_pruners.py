@@ -2,13 +2,12 @@
 
 from types import ModuleType
 
-import oracles
 import pytest
 import torch
-import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fewer
+from support import oracles, toy_block
+from support.strategies import fewer
 from torch import Tensor
 
 from besa_cli.ops import importance
@@ -37,8 +36,8 @@ def run(method: ModuleType, made: Block, nm: tuple[int, int] | None = None) -> P
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 100])
 def test_statistics_are_summed_over_all_batches_and_shared_inputs_once(batch: int) -> None:
-    made = toy.block(toy.source(), 0, batch=batch)
-    inputs = toy.linear_inputs(made)
+    made = toy_block.block(toy_block.source(), 0, batch=batch)
+    inputs = toy_block.linear_inputs(made)
     squares, grams = made.observe(importance.squared_sums), made.observe(importance.gram)
     for name, x in inputs.items():
         assert torch.allclose(squares[name], x.square().sum(0), rtol=1e-4)
@@ -49,9 +48,9 @@ def test_statistics_are_summed_over_all_batches_and_shared_inputs_once(batch: in
 @pytest.mark.parametrize("zeros", [0.0, 0.4])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.83, 1.0])
 def test_magnitude_and_wanda_equal_the_loop(share: float, zeros: float) -> None:
-    weights = toy.source(zeros=zeros)
-    made = toy.block(weights, round(share * toy.size(weights)))
-    norms = {name: x.norm(dim=0) for name, x in toy.linear_inputs(made).items()}
+    weights = toy_block.source(zeros=zeros)
+    made = toy_block.block(weights, round(share * toy_block.size(weights)))
+    norms = {name: x.norm(dim=0) for name, x in toy_block.linear_inputs(made).items()}
     counts = split(made)
     by_size, by_input = run(magnitude, made), run(wanda, made)
     for name, weight in weights.items():
@@ -64,14 +63,14 @@ def test_magnitude_and_wanda_equal_the_loop(share: float, zeros: float) -> None:
 
 
 def test_wanda_sees_the_inputs_and_magnitude_does_not() -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2)
     assert not torch.equal(run(wanda, made).masks["up"], run(magnitude, made).masks["up"])
 
 
 def test_magnitude_runs_no_pass_over_the_block() -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2)
     run(magnitude, made)
     assert made._window.calls == 0  # type: ignore[attr-defined]
     run(wanda, made)
@@ -85,20 +84,20 @@ def test_every_method_meets_the_budget_to_the_weight(
     method: ModuleType, data: st.DataObject, zeros: float, dtype: torch.dtype
 ) -> None:
     hidden, inner = data.draw(st.integers(1, 7), label="hidden"), data.draw(st.integers(1, 9), label="inner")
-    weights = toy.source(hidden=hidden, inner=inner, dtype=dtype, zeros=zeros)
-    budget = data.draw(st.integers(0, toy.size(weights)), label="budget")
-    result = run(method, toy.block(weights, budget, samples=4))
+    weights = toy_block.source(hidden=hidden, inner=inner, dtype=dtype, zeros=zeros)
+    budget = data.draw(st.integers(0, toy_block.size(weights)), label="budget")
+    result = run(method, toy_block.block(weights, budget, samples=4))
     zero = {name: weight == 0 for name, weight in weights.items()}
-    assert toy.pruned(result.masks) == max(budget, sum(int(z.sum()) for z in zero.values()))
+    assert toy_block.pruned(result.masks) == max(budget, sum(int(z.sum()) for z in zero.values()))
     assert not any(bool((mask & zero[name]).any()) for name, mask in result.masks.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("nm", [(1, 2), (2, 4), (3, 8), (4, 4)])
 def test_every_method_keeps_n_of_m_whatever_the_budget(method: ModuleType, nm: tuple[int, int]) -> None:
-    weights = toy.source()  # 10 and 14 columns: a ragged tail for windows of 4 and 8
+    weights = toy_block.source()  # 10 and 14 columns: a ragged tail for windows of 4 and 8
     n, m = nm
-    masks = run(method, toy.block(weights, 3), nm).masks
+    masks = run(method, toy_block.block(weights, 3), nm).masks
     for mask in masks.values():
         full = mask.shape[1] - mask.shape[1] % m
         for start in range(0, full, m):
@@ -108,21 +107,21 @@ def test_every_method_keeps_n_of_m_whatever_the_budget(method: ModuleType, nm: t
 
 @pytest.mark.parametrize("damping", [0.01, 0.5])
 def test_sparsegpt_updates_on_the_gram_of_all_its_inputs(damping: float) -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2, samples=16)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2, samples=16)
     result = sparsegpt.prune(made, sparsegpt.Options(damping=damping))
     assert set(result.weights) == set(weights)
-    for name, x in toy.linear_inputs(made).items():
+    for name, x in toy_block.linear_inputs(made).items():
         expected = oracles.surgeon(weights[name], x.T @ x, result.masks[name], damping)
         assert torch.allclose(result.weights[name].double(), expected, rtol=2e-3, atol=2e-3)
         assert int((~result.masks[name]).sum()) == split(made)[name]
 
 
 def test_sparsegpt_reproduces_each_linear_better_than_the_same_mask_alone() -> None:
-    weights = toy.source()
-    made = toy.block(weights, toy.size(weights) // 2, samples=32)
+    weights = toy_block.source()
+    made = toy_block.block(weights, toy_block.size(weights) // 2, samples=32)
     result = run(sparsegpt, made)
-    for name, x in toy.linear_inputs(made).items():
+    for name, x in toy_block.linear_inputs(made).items():
         dense = x @ weights[name].T
         masked = x @ (weights[name] * result.masks[name]).T
         assert float((x @ result.weights[name].T - dense).norm()) < float((masked - dense).norm())

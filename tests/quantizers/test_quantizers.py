@@ -4,15 +4,15 @@ import importlib
 
 import pytest
 import torch
-import toy
+from support import toy_block
 from torch import Tensor
 
-from besa_cli import descent
 from besa_cli.errors import UsageError
 from besa_cli.ops import affine, importance, obs
 from besa_cli.ops import gptq as columns
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import QUANTIZERS, clip, gptq, rtn
+from besa_cli.stream import learning
 from besa_cli.stream.block import Pruned
 
 COARSE = Grid(bits=2, group_size=5, symmetric=False)
@@ -20,7 +20,7 @@ COARSE = Grid(bits=2, group_size=5, symmetric=False)
 
 def run(method: str, weights: dict[str, Tensor], grid: Grid) -> Pruned:
     module = importlib.import_module(f"besa_cli.quantizers.{method}")
-    made: Pruned = module.quantize(toy.block(weights, 0), grid, module.Options())
+    made: Pruned = module.quantize(toy_block.block(weights, 0), grid, module.Options())
     return made
 
 
@@ -31,7 +31,7 @@ def run(method: str, weights: dict[str, Tensor], grid: Grid) -> Pruned:
 def test_zeros_stay_zero_and_what_is_stored_is_on_the_grid(
     method: str, bits: int, symmetric: bool, group_size: int | None
 ) -> None:
-    weights = toy.source(zeros=0.4, dtype=torch.bfloat16)
+    weights = toy_block.source(zeros=0.4, dtype=torch.bfloat16)
     grid = Grid(bits=bits, group_size=group_size, symmetric=symmetric)
     made = run(method, weights, grid)
     assert set(made.quantized) == set(made.weights) == set(made.masks) == set(weights)
@@ -43,8 +43,8 @@ def test_zeros_stay_zero_and_what_is_stored_is_on_the_grid(
 
 
 def test_round_to_nearest_and_gptq_are_their_operators_on_the_blocks_inputs() -> None:
-    weights = toy.source(zeros=0.4)
-    inputs = toy.linear_inputs(toy.block(weights, 0))
+    weights = toy_block.source(zeros=0.4)
+    inputs = toy_block.linear_inputs(toy_block.block(weights, 0))
     nearest, spread = (run(method, weights, COARSE) for method in ("rtn", "gptq"))
     for name, weight in weights.items():
         assert torch.equal(nearest.quantized[name].codes, affine.nearest(weight, COARSE).codes)
@@ -58,9 +58,9 @@ def test_round_to_nearest_and_gptq_are_their_operators_on_the_blocks_inputs() ->
 def test_learned_clipping_beats_rounding_on_the_samples_it_compares(
     least: int, tokens: int, compared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descent, "_SAMPLES", least)
-    monkeypatch.setattr(descent, "_COMPARED", tokens)  # of 5 a sample
-    block = toy.block(toy.source(), 0, samples=24)
+    monkeypatch.setattr(learning, "_SAMPLES", least)
+    monkeypatch.setattr(learning, "_COMPARED", tokens)  # of 5 a sample
+    block = toy_block.block(toy_block.source(), 0, samples=24)
     made = clip.quantize(block, COARSE, clip.Options(lr=0.1, epochs=4))
     plain = rtn.nearest(block, COARSE)
     before, after = (
@@ -73,7 +73,7 @@ def test_learned_clipping_beats_rounding_on_the_samples_it_compares(
     assert after < 0.99 * before
 
 
-def _error(block: toy.Block, weights: dict[str, Tensor], compared: int) -> float:
+def _error(block: toy_block.Block, weights: dict[str, Tensor], compared: int) -> float:
     """Mean over the first samples' tokens of ‖output − target‖² / ‖target‖², the block written out."""
     gate, up, down = (weights[name][0] for name in ("gate", "up", "down"))
     x = block.inputs[:compared]
@@ -83,7 +83,7 @@ def _error(block: toy.Block, weights: dict[str, Tensor], compared: int) -> float
 
 
 def test_rounding_is_kept_where_nothing_was_learned() -> None:
-    block = toy.block(toy.source(), 0)
+    block = toy_block.block(toy_block.source(), 0)
     made = clip.quantize(block, Grid(bits=8, group_size=None, symmetric=True), clip.Options(lr=50.0))
     assert made.kept_uniform
     assert made.error_after == made.error_before

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import bus, lock_step, machine, machines, masks, queues, run_queue, two_engines
-from strategies import few
+from support.reference_machines import bus, lock_step, machine, machines, masks, queues, run_queue, two_engines
+from support.strategies import few
 
 from besa_cli import sim
 from besa_cli.errors import UsageError

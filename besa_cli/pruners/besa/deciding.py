@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from besa_cli import descent
 from besa_cli.ops import affine, allocation, budget, masks
 from besa_cli.ops.affine import Quantized
 from besa_cli.pruners.besa.learning import learn
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
+from besa_cli.stream import learning
 from besa_cli.stream.block import Block, Pruned
 
 
@@ -97,4 +97,4 @@ def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()
     }
-    return descent.errors(window.block, weights, window.options.loss)
+    return learning.errors(window.block, weights, window.options.loss)

@@ -7,10 +7,11 @@ import torch
 from prodigyopt import Prodigy
 from torch import Tensor
 
-from besa_cli import compute, descent
 from besa_cli.ops import allocation, losses
 from besa_cli.pruners.besa.options import Options
 from besa_cli.pruners.besa.window import Window
+from besa_cli.stream import learning
+from besa_cli.system import compute
 
 
 def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
@@ -27,7 +28,7 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    measure, world = descent.MEASURES[options.loss], block.share.world
+    measure, world = learning.MEASURES[options.loss], block.share.world
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):
@@ -49,13 +50,13 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             for optimizer, rate in learners:
                 if manner.decaying:
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
-                    optimizer.param_groups[0]["lr"] = rate * descent.half_cosine(len(history) / steps)
+                    optimizer.param_groups[0]["lr"] = rate * learning.half_cosine(len(history) / steps)
                 optimizer.step()
                 optimizer.zero_grad()
             history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
-    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, descent.settled(history)
+    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, learning.settled(history)
 
 
 def _hold(window: Window, theta: Tensor) -> None:
@@ -101,14 +102,14 @@ def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list
         )
         found = [(prodigy, options.rate)]
     else:
-        found = [(descent.adamw([theta], options.rate), options.rate)]
+        found = [(learning.adamw([theta], options.rate), options.rate)]
     if strengths:
-        found.append((descent.adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
+        found.append((learning.adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
     return found
 
 
 def _finite(value: float, index: int) -> float:
-    return descent.finite(value, index, "--lr", "--penalty")
+    return learning.finite(value, index, "--lr", "--penalty")
 
 
 def _soft_weights(

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from besa_cli import windows
 from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
 from besa_cli.errors import UsageError, require_counts, require_factors
-from besa_cli.footprint import Held
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
+from besa_cli.stream import windows
+from besa_cli.stream.memory_model import Held
 
 _RATES = {"adamw": 1.0, "prodigy": 1.0}
 _CLIP_RATE = 0.03

@@ -1,0 +1,1 @@
+"""Calibration sets: sampled, stored, and matched with a model."""

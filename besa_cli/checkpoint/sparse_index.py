@@ -1,0 +1,128 @@
+"""The index of a sparse checkpoint: which file holds which part, and each file's digest; read without believing it."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Len
+from typing_extensions import TypedDict
+
+from besa_cli.checkpoint import weights, zstd
+from besa_cli.checkpoint.sparse_format import INDEX
+from besa_cli.errors import BesaError, reading
+from besa_cli.system import disk, records
+
+_FILE = re.compile(r"sparse-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?", re.ASCII)
+_FETCH = "fetch the file again, or export it anew"
+
+
+class _Metadata(TypedDict):
+    total_size: Annotated[int, Ge(0)]
+    sha256: dict[str, Annotated[str, Len(64, 64)]]
+
+
+class _Index(TypedDict):
+    metadata: _Metadata
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """A sparse checkpoint's files of weights.
+
+    Attributes
+    ----------
+    directory : Path
+    digests : mapping
+        File → SHA-256 in hexadecimal; each name is that of a file in `directory`.
+    names : mapping
+        File → the names of the tensors in it.
+    total : int
+        Bytes of all tensors as they are stored, decompressed.
+    """
+
+    directory: Path
+    digests: Mapping[str, str]
+    names: Mapping[str, frozenset[str]]
+    total: int
+
+    def check(self, file: str) -> Path:
+        """Compare a file with its digest; returns its path.
+
+        Raises
+        ------
+        BesaError
+            It is missing, not an ordinary file, longer than all tensors together, or another.
+        """
+        path = self.directory / file
+        if not path.exists():
+            raise BesaError(f"{path} is missing", _FETCH)
+        disk.require_regular(path)
+        with reading(path, _FETCH):
+            size = path.stat().st_size
+            if size > self.total + zstd.LONGEST_HEADER:
+                raise BesaError(f"{path} is damaged: it has {size} bytes, {INDEX} has {self.total} in all", _FETCH)
+            found = disk.sha256_file(path)
+        if found != self.digests.get(file):
+            raise BesaError(f"{path} is damaged: its SHA-256 is not the one in {INDEX}", _FETCH)
+        return path
+
+    def expand(self, path: Path, directory: Path) -> Path:
+        """Write what a compressed file holds into a directory; returns the file there.
+
+        Raises
+        ------
+        BesaError
+            It is damaged, or holds more than the index has in all.
+        """
+        promised = zstd.promised(path)
+        if promised > self.total + zstd.LONGEST_HEADER:
+            raise BesaError(f"{path} is damaged: it holds {promised} bytes, {INDEX} has {self.total} in all", _FETCH)
+        return zstd.expand(path, directory, promised)
+
+    def require_names(self, path: Path, file: str) -> None:
+        """Compare the names of the tensors that a plain file holds with those that the index lists for `file`.
+
+        Raises
+        ------
+        BesaError
+            They are others; one of them is named.
+        """
+        odd = set(weights.header(path)) ^ self.names.get(file, frozenset())
+        if odd:
+            raise BesaError(f"{self.directory / file} and {INDEX} differ about {min(odd)}", _FETCH)
+
+
+def read(directory: Path) -> Index:
+    """The index of a sparse checkpoint.
+
+    Raises
+    ------
+    BesaError
+        It cannot be read; or it names a file outside the directory, one without a digest, or one twice.
+    """
+    path = directory / INDEX
+    disk.read_json(path, unique=True)  # a name that is given twice is refused
+    found = records.read(_Index, path, _FETCH)
+    digests, table = found["metadata"]["sha256"], found["weight_map"]
+    for file in (*digests, *table.values()):
+        if not _FILE.fullmatch(file):
+            raise BesaError(f"{path} names a file {file!r}, which no sparse checkpoint has", _FETCH)
+        if file not in digests:
+            raise BesaError(f"{path} has no SHA-256 for {file}", _FETCH)
+    plain = [file.removesuffix(zstd.SUFFIX) for file in digests]
+    twice = {file for file in plain if plain.count(file) > 1}
+    if twice or not plain:
+        raise BesaError(f"{path} names {min(twice) + ' twice' if twice else 'no file'}", _FETCH)
+    names: dict[str, set[str]] = defaultdict(set)
+    for name, file in table.items():
+        names[file].add(name)
+    return Index(
+        directory=directory,
+        digests=digests,
+        names={file: frozenset(own) for file, own in names.items()},
+        total=found["metadata"]["total_size"],
+    )

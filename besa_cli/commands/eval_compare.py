@@ -1,0 +1,81 @@
+"""`besa eval compare`: several runs in one table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from besa_cli.commands.shared import options
+from besa_cli.console import Console, human_perplexity, human_share
+
+if TYPE_CHECKING:
+    from besa_cli.evaluation.comparison import Column, Comparison
+
+Format = Literal["table", "markdown", "csv", "json"]
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories with results.")
+    ],
+    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "table",
+) -> None:
+    """The results of several runs side by side: methods by data sets, the dense model once."""
+    from besa_cli.evaluation import comparison
+
+    console = Console(json=form == "json")
+    found = comparison.compare(runs)
+    for note in found.notes:
+        console.note(note)
+    header = ["method", *found.columns]
+    if form == "csv":
+        exact = [
+            [row.title, *(_exact(row.figures.get(column)) for column in found.columns.values())] for row in found.rows
+        ]
+        console.text(comparison.comma_separated(header, exact))
+        return
+    rows = [
+        [row.title, *(_short(column, row.figures.get(column)) for column in found.columns.values())]
+        for row in found.rows
+    ]
+    if form == "markdown":
+        console.text(comparison.markdown(header, rows))
+    else:
+        console.table("", header, rows)
+    console.emit_json(_record(found))
+
+
+def _exact(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _short(column: "Column", value: float | None) -> str:
+    if value is None:
+        return "-"
+    return human_perplexity(value) if column.metric == "perplexity" else human_share(value)
+
+
+def _record(found: "Comparison") -> dict[str, object]:
+    """The comparison as one JSON object; figures by the titles of their columns."""
+    return {
+        "columns": [
+            {
+                "title": title,
+                "name": column.name,
+                "metric": column.metric,
+                **dict(column.hidden),
+            }
+            for title, column in found.columns.items()
+        ],
+        "rows": [
+            {
+                "method": row.title,
+                "run": None if row.run is None else str(row.run),
+                "figures": {
+                    title: row.figures[column] for title, column in found.columns.items() if column in row.figures
+                },
+            }
+            for row in found.rows
+        ],
+        "notes": found.notes,
+    }

@@ -1,0 +1,292 @@
+"""`besa eval tasks`: what was lost, as the accuracy on zero-shot tasks."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from besa_cli.commands.shared import forecast_view, options, subject
+from besa_cli.console import Console, human_bytes, human_seconds
+from besa_cli.errors import Interrupted
+
+if TYPE_CHECKING:
+    from besa_cli.commands.shared.subject import Subject
+    from besa_cli.evaluation.zeroshot.harness import Tasks
+    from besa_cli.evaluation.zeroshot.results import Result, Score, Settings
+    from besa_cli.evaluation.zeroshot.run import Measurement
+    from besa_cli.evaluation.zeroshot.watching import Advance, Progress
+
+TasksArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TASKS",
+        help="Tasks of lm-eval, with commas or spaces between them.",
+        show_default="piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge",
+    ),
+]
+ShotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot",
+        max=options.MOST,
+        metavar="N",
+        help="Examples in a prompt.",
+        show_default="the task's own: 0 for the six",
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", metavar="N", help="Questions of each task.", show_default="all")
+]
+BatchOption = Annotated[
+    str,
+    typer.Option("--batch-size", metavar="N|auto", help="Requests in a pass; auto finds out how many go."),
+]
+StreamedOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--streamed/--in-memory",
+        help="Block by block, or the whole model in memory.",
+        show_default="streamed where the model would not fit",
+    ),
+]
+DefinitionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--definitions",
+        metavar="DIR",
+        callback=options.expanded,
+        help="Keep the generated task definitions here, for lm_eval --include_path.",
+        show_default="they are gone at the end",
+    ),
+]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Measure again what was measured before.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Only check everything, and say what memory and time it would take; writes nothing."
+    ),
+]
+
+
+def tasks(
+    names: TasksArgument = None,
+    model: options.OtherModelOption = None,
+    data_dir: options.DataDirOption = None,
+    num_fewshot: ShotsOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = "1",
+    streamed: StreamedOption = None,
+    definitions: DefinitionsOption = None,
+    baseline: subject.BaselineOption = True,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
+    run: subject.RunOption = None,
+    restart: RestartOption = False,
+    dry_run: DryRunOption = False,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Accuracy of the newest stage (or of --model) on zero-shot tasks, and of the dense model it was made from."""
+    console = Console(json=as_json)
+    from besa_cli.evaluation.zeroshot import harness
+    from besa_cli.evaluation.zeroshot.results import Settings
+    from besa_cli.system import compute
+
+    wanted = harness.split_names(names or [])
+    where = compute.device(device)
+    resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
+    settings = Settings(
+        num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved,
+        streamed=bool(streamed),
+    )  # fmt: skip
+    with harness.prepared(
+        wanted, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
+    ) as ready:
+        measured = subject.find(model, run, console, baseline=baseline)
+        if streamed is None:
+            settings = _chosen(measured, settings, console)
+        parent = measured.parent
+        if dry_run:
+            _forecast([each for each in (measured, parent) if each], ready, settings, console, restart=restart)
+            return
+        results = _measure(measured, ready, settings, console, restart=restart)
+        dense = _measure(parent, ready, settings, console, restart=restart, parent=True) if parent else None
+    _show(measured, results, dense, console)
+
+
+def _chosen(measured: "Subject", settings: "Settings", console: Console) -> "Settings":
+    """Streamed where the model would not fit; the dense one is as large, and both are measured in the same way."""
+    from besa_cli.evaluation.zeroshot import memory
+    from besa_cli.system import compute
+
+    where = compute.device(settings.device)
+    if memory.fits(measured.directory, where, compute.dtype(settings.dtype, where)):
+        return settings
+    console.note(f"{measured.name} would not fit in memory: it is measured block by block")
+    return replace(settings, streamed=True)
+
+
+def _measure(
+    measured: "Subject",
+    ready: "Tasks",
+    settings: "Settings",
+    console: Console,
+    *,
+    restart: bool,
+    parent: bool = False,
+) -> "list[Result]":
+    """Every task's result: from the run where it is there, else measured now.
+
+    A stage is looked at before its results are taken; of its parent they are taken as they are.
+    """
+    from besa_cli.system import lock
+
+    job, found = _begun(measured, ready, settings, restart=restart, parent=parent)
+    kept = measured.results
+    if kept and not all(found.values()):
+        lock.require_writable(kept.parent)
+    about = {"name": measured.name, "directory": str(measured.directory)}
+    try:
+        for name, result in found.items():
+            console.note(f"{name}, {measured.name}: {'measured already' if result else 'measuring'}")
+            if result is None:
+                progress = _progress(name, measured.name, console)
+                found[name] = job.measure(name, kept, about, progress=progress, notify=console.note)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_way_on(kept, len([result for result in found.values() if result]))) from interrupt
+    return [result for result in found.values() if result]
+
+
+def _begun(
+    measured: "Subject", ready: "Tasks", settings: "Settings", *, restart: bool, parent: bool
+) -> "tuple[Measurement, dict[str, Result | None]]":
+    """The measurement of a model after all checks of it, and every task's result where it is there."""
+    digest = str(measured.digest) if parent else subject.digest(measured)
+    job, kept = _job(measured, digest, ready, settings), measured.results
+    found = {name: job.stored(name, kept) if kept and not restart else None for name in ready.names}
+    if parent and not all(found.values()):
+        subject.refuse_changed(measured)
+    return job, found
+
+
+def _forecast(
+    models: "Sequence[Subject]", ready: "Tasks", settings: "Settings", console: Console, *, restart: bool
+) -> None:
+    """Show what the tasks that are not measured yet would take, each tried on its first questions."""
+    from besa_cli.system import compute, disk
+
+    seconds, rows, told = compute.age(), [], []
+    for number, measured in enumerate(models):
+        began = time.perf_counter()
+        job, found = _begun(measured, ready, settings, restart=restart, parent=number > 0)
+        if measured.results:
+            disk.require_writable(measured.results)
+        seconds += time.perf_counter() - began
+        for trial in (job.forecast(name, notify=console.note) for name, result in found.items() if result is None):
+            seconds += trial.seconds
+            rows.append((trial.task, measured.name, str(trial.questions), human_seconds(trial.seconds)))
+            told.append({"model": measured.name, **asdict(trial)})
+    if not rows:
+        console.note("all of it is measured already: nothing would be done")
+        console.emit_json({"done": True})
+        return
+    taken, available = compute.peak_resident(), forecast_view.available()
+    console.table("", ("task", "model", "questions", "takes"), [*rows, ("all", "", "", human_seconds(seconds))])
+    console.line(f"main memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
+    console.emit_json({"done": False, "memory": taken, "available": available, "seconds": seconds, "tasks": told})
+
+
+def _way_on(kept: Path | None, count: int) -> str:
+    if kept is None:
+        return "nothing was kept; with --run DIR each task's result goes there, and the same command goes on from it"
+    return f"{count} tasks of this model are measured and kept; run the same command again to go on from there"
+
+
+def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "Settings") -> "Measurement":
+    from besa_cli.evaluation.zeroshot.run import Measurement
+    from besa_cli.models.tokenizer import tokenizer_digest
+
+    tokenizer = subject.tokenizer(measured)
+    made_of = tokenizer_digest(measured.directory)
+    return Measurement(measured.directory, digest, tokenizer, made_of, ready, settings)
+
+
+def _progress(task: str, model: str, console: Console) -> "Progress":
+    """The console's display of blocks, on the stderr of now: the harness's own is turned away while it works."""
+    stderr = sys.stderr
+
+    @contextlib.contextmanager
+    def blocks(steps: int) -> "Iterator[Advance]":
+        with contextlib.redirect_stderr(stderr), console.blocks(f"{task}, {model}", steps) as progress:
+            yield progress.advance
+
+    return blocks
+
+
+def _show(measured: "Subject", results: "Sequence[Result]", dense: "Sequence[Result] | None", console: Console) -> None:
+    from besa_cli.evaluation.zeroshot.results import AVERAGED, average, versions
+
+    parent = measured.parent.name if measured.parent else "dense"
+    beside: list[Result | None] = [*dense] if dense else [None] * len(results)
+    pairs = [pair for both in zip(results, beside, strict=True) for pair in _pairs(*both)]
+    means = average(results), average(dense) if dense else None
+    cells = [_cells(*pair) for pair in pairs]
+    if means[0] is not None:
+        cells.append(("average", AVERAGED, "-", "-", *_numbers(means[0], None, means[1], None)))
+    columns = ["task", "metric", "split", "questions", measured.name, "±"]
+    shown = len(columns) + (3 if dense else 0)
+    console.table("", [*columns, parent, "±", "difference"][:shown], [row[:shown] for row in cells])
+    console.emit_json(
+        {
+            "model": measured.name,
+            "directory": str(measured.directory),
+            "versions": versions(),
+            "results": [_json(*both) for both in zip(results, beside, strict=True)],
+            "average": {
+                "metric": AVERAGED,
+                "tasks": len(results),
+                "value": means[0],
+                "dense": means[1],
+                "difference": _difference(*means),
+            },
+        }
+    )
+
+
+def _pairs(result: "Result", dense: "Result | None") -> "list[tuple[str, Score, Score | None]]":
+    """Every score with its split and the dense model's."""
+    others = {(score.task, score.metric): score for score in dense.scores()} if dense else {}
+    return [(result.split or "-", score, others.get((score.task, score.metric))) for score in result.scores()]
+
+
+def _cells(split: str, score: "Score", dense: "Score | None") -> tuple[str, ...]:
+    questions = "-" if score.questions is None else f"{score.questions} of {score.questions_in_split}"
+    other, spread = (dense.value, dense.stderr) if dense else (None, None)
+    return (score.task, score.metric, split, questions, *_numbers(score.value, score.stderr, other, spread))
+
+
+def _numbers(value: float, stderr: float | None, dense: float | None, spread: float | None) -> tuple[str, ...]:
+    """In four decimals, as lm-eval prints them."""
+    own = [*(f"{number:.4f}" if number is not None else "-" for number in (value, stderr, dense, spread))]
+    difference = _difference(value, dense)
+    return (*own, "-" if difference is None else f"{difference:+.4f}")
+
+
+def _difference(value: float | None, dense: float | None) -> float | None:
+    return value - dense if value is not None and dense is not None else None
+
+
+def _json(result: "Result", dense: "Result | None") -> dict[str, Any]:
+    record = {name: value for name, value in asdict(result).items() if name != "harness"}
+    scores = []
+    for _, score, other in _pairs(result, dense):
+        compared = {"dense": asdict(other) if other else None}
+        scores.append(
+            {**asdict(score), **compared, "difference": _difference(score.value, other.value if other else None)}
+        )
+    return {**record, "scores": scores}

@@ -1,0 +1,59 @@
+"""The calibration set that a command works with: shared, the run's own, or made now."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.console import Console
+from besa_cli.errors import UsageError
+from besa_cli.system.disk import MANIFEST
+
+if TYPE_CHECKING:
+    from besa_cli.calibration.calibration_set import CalibrationSet
+    from besa_cli.checkpoint.runs import Run
+    from besa_cli.models import Model
+
+
+def calibration(
+    model: "Model",
+    run: "Run",
+    shared: Path | None,
+    wanted: dict[str, Any],
+    seed: int,
+    data_dir: Path | None,
+    console: Console,
+    *,
+    restart: bool,
+    keep: bool = True,
+) -> "CalibrationSet":
+    """The set of `--calibration`, or of the run directory; made now where there is none, and kept there."""
+    from besa_cli.calibration import calibration_set as sets
+    from besa_cli.calibration import prepare
+
+    if keep:
+        sets.recover(run.calibration)
+    given = [name for name, value in wanted.items() if value is not None]
+    if shared is not None:
+        if given:
+            raise UsageError(
+                f"--calibration {shared} and --{given[0]} exclude each other",
+                "the set was drawn with options of its own",
+            )
+        return prepare.reuse(model, shared)
+    if not given and (run.calibration / MANIFEST).exists():
+        return prepare.reuse(model, run.calibration)
+    drawn = prepare.calibration_options(model, **wanted, seed=seed, notify=console.note)
+    return prepare.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart, keep=keep)
+
+
+def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> None:
+    """Refuse options that say where samples come from, for a method that observes none.
+
+    Raises
+    ------
+    UsageError
+        There is such an option.
+    """
+    for name, value in {"calibration": shared, **wanted}.items():
+        if value is not None:
+            said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+            raise UsageError(f"{said} says nothing with --method {method}, which looks at no samples", "leave it out")

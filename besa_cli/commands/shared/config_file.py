@@ -1,0 +1,247 @@
+"""`--config FILE.yaml`: options of a command, or of the several commands of an experiment; what is typed wins."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.system import disk
+
+_NULL = "tag:yaml.org,2002:null"
+_TAGS = {_NULL, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))}
+_FORM = "write one 'option: value' a line"
+_LARGEST = 1 << 18  # bytes of a file
+_LONGEST = 80  # characters of an option's or a command's name
+
+# Consent to publish is typed. What a file may say of these, and what not, by the option's name.
+_CONSENT = {"push-to": (None,), "yes": (None,), "public": (None,), "private": (None, "true", "yes", "on", "1")}
+
+
+class _AsTyped(yaml.SafeLoader):
+    """YAML whose scalars stay the characters in the file, so that they are read as if typed.
+
+    (YAML 1.1 would make 124 of `nm: 2:4` and False of `data: no`.) An empty value, `~` and `null` mean "not given".
+    """
+
+
+_AsTyped.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] == _NULL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One option in a file."""
+
+    name: str
+    value: Any
+    line: int
+
+    @property
+    def option(self) -> str:
+        """The option's long name without its dashes."""
+        return self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Section:
+    """The options of one command."""
+
+    line: int
+    entries: list[Entry] = field(default_factory=list)
+
+
+def apply(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values in a YAML file the defaults of the command that is being parsed (an eager option's callback).
+
+    What is typed goes before an environment variable, that before the file, and that before the default. Keys are the
+    options' long names, with ``-`` or ``_``. A key whose value is a mapping is a section: it names a command
+    (``prune``, ``eval ppl``), and what it holds is for that command alone.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, is no mapping of options to values, or names an option or a command that is not there.
+    """
+    if path is None or context.resilient_parsing:
+        return path
+    path = Path(os.path.expanduser(path))  # noqa: PTH111  (Path.expanduser fails without a home)
+    shared, sections = read(path)
+    parameters, elsewhere = _parameters(context.command), set[str]()
+    for name, section in sections.items():
+        place = f"in {path}, line {section.line}"
+        if name in parameters:
+            raise _unfit(name, place, parameters[name])
+        elsewhere |= set(_parameters(command(context, name, place)))
+    entries = [entry for entry in shared if entry.option in parameters or entry.option not in elsewhere]
+    own = sections.get(context.command_path.partition(" ")[2])
+    context.default_map = _values(parameters, [*entries, *(own.entries if own else [])], path)
+    return path
+
+
+def read(path: Path) -> tuple[list[Entry], dict[str, Section]]:
+    """What a file says for all commands, and its sections by the names of their commands, in the file's order.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read, is broken, consents to publish a model, or names one model for all sections: an `eval`
+        would measure that model instead of what `prune` made of it.
+    """
+    shared, sections = [], {}
+    with _explained(path):
+        for key, node in _root(path):
+            entry = _entry(key, node, path)
+            if not isinstance(node, yaml.MappingNode):
+                shared.append(entry)
+            elif entry.name in sections:
+                raise UsageError(f"section '{entry.name}' is given twice in {path}, line {entry.line}", "join the two")
+            else:
+                sections[entry.name] = Section(entry.line, [_entry(name, value, path) for name, value in node.value])
+    for entry in shared:
+        if sections and entry.option == "model":
+            raise UsageError(
+                f"'model' stands outside of the sections in {path}, line {entry.line}", "move it into 'prune:'"
+            )
+    return shared, sections
+
+
+def command(context: typer.Context, name: str, place: str) -> Any:
+    """The command with this name (``prune``, ``eval ppl``).
+
+    Raises
+    ------
+    UsageError
+        There is none; `place` says where the name stands.
+    """
+    found = context.find_root().command
+    for word in name.split() or [name]:
+        known = getattr(found, "commands", {})
+        if word not in known:
+            error = unknown("command", name, _names(context.find_root().command))
+            raise UsageError(f"{error.message} {place}", error.hint)
+        found = known[word]
+    if hasattr(found, "commands"):
+        raise UsageError(f"'{name}' {place} is several commands", f"name one: {', '.join(_names(found, f'{name} '))}")
+    return found
+
+
+def origin(context: typer.Context, name: str) -> str:
+    """Where a parameter's value came from, if it was a configuration file: `` (from FILE)``, else nothing."""
+    source = context.get_parameter_source(name)
+    if source is None or source.name != "DEFAULT_MAP":
+        return ""
+    return f" (from {context.params['config']})"
+
+
+def _names(group: Any, prefix: str = "") -> list[str]:
+    """The names of all commands below a group."""
+    found: list[str] = []
+    for name, below in getattr(group, "commands", {}).items():
+        found += _names(below, f"{prefix}{name} ") if hasattr(below, "commands") else [prefix + name]
+    return found
+
+
+def _values(parameters: Mapping[str, Any], entries: Iterable[Entry], path: Path) -> dict[str, Any]:
+    """What the entries give the parameters, by the parameters' names."""
+    values: dict[str, Any] = {}
+    for entry in entries:
+        place = f"in {path}, line {entry.line}"
+        parameter = parameters.get(entry.option)
+        if parameter is None:
+            error = unknown("option", entry.name, parameters)
+            raise UsageError(f"{error.message} {place}", error.hint)
+        if parameter.name in values:
+            raise UsageError(f"option '{entry.name}' is given twice {place}", "keep one of them")
+        if not _fits(entry.value, parameter):
+            raise _unfit(entry.name, place, parameter)
+        single = isinstance(entry.value, str) and _takes_many(parameter)
+        values[parameter.name] = [entry.value] if single else entry.value
+    return values
+
+
+def _takes_many(parameter: Any) -> bool:
+    return bool(parameter.multiple or parameter.nargs == -1)
+
+
+def _fits(value: object, parameter: Any) -> bool:
+    if isinstance(value, list) and _takes_many(parameter):
+        return all(isinstance(item, str) for item in value)
+    return value is None or isinstance(value, str)
+
+
+def _unfit(name: str, place: str, parameter: Any) -> UsageError:
+    return UsageError(f"the value of '{name}' {place} is no {'list of words' if _takes_many(parameter) else 'word'}")
+
+
+def _parameters(command: Any) -> dict[str, Any]:
+    """Every parameter of the command by the long name of its option (an argument: its own name)."""
+    found = {}
+    for parameter in command.params:
+        long = [opt for opt in parameter.opts if opt.startswith("--")]
+        name = long[0] if long else parameter.name
+        found[name.lstrip("-").replace("_", "-")] = parameter
+    return {name: parameter for name, parameter in found.items() if name != "config"}
+
+
+def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> Entry:
+    """One key and its value; nothing is constructed that an option cannot be: no objects, no nests, no copies."""
+    line = key.start_mark.line + 1
+    if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST:
+        raise UsageError(f"{path}, line {line}: a key that cannot be the name of an option or command", _FORM)
+    entry = Entry(key.value, _value(node, path), line)
+    allowed = _CONSENT.get(entry.option)
+    if allowed is not None and (entry.value.lower() if isinstance(entry.value, str) else entry.value) not in allowed:
+        raise UsageError(
+            f"'{entry.name}' stands in {path}, line {line}, but consent to publish a model is typed, never read",
+            f"take it out of the file, and type --{entry.option}",
+        )
+    return entry
+
+
+def _value(node: yaml.Node, path: Path) -> str | list[str] | yaml.Node | None:
+    """The value as it would be typed; the node itself where it can be no option's."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else []
+    for each in (node, *nodes):
+        if isinstance(each, yaml.Node) and each.tag not in _TAGS:
+            raise UsageError(f"{path}, line {each.start_mark.line + 1}: broken YAML: no tags: {each.tag[:80]}", _FORM)
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == _NULL else str(node.value)
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        return [each.value for each in nodes]
+    return node
+
+
+def _root(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of the file's mapping."""
+    root = _AsTyped(disk.read_text(path, _LARGEST)).get_single_node()
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}, line {root.start_mark.line + 1}: not a mapping", _FORM)
+    return list(root.value)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """One line for every way in which a file cannot be read."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except BesaError as error:
+        raise UsageError(error.message, "name a YAML file") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: too many lists within lists", _FORM) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{path}, line {line}: broken YAML: {error.problem}", _FORM) from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: broken YAML: {error}", _FORM) from error

@@ -1,0 +1,62 @@
+"""A command that makes a stage: its run is held, its samples are there, and it is forecast or done."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.commands.shared import calibration_source, forecast_view
+from besa_cli.console import Console
+
+if TYPE_CHECKING:
+    from besa_cli.checkpoint.runs import Run
+    from besa_cli.jobs.request import Request
+    from besa_cli.models import Model
+    from besa_cli.system.ranks import Ranks
+
+
+def stage(
+    request: "Request",
+    source: "Model",
+    run: "Run",
+    shared: Path | None,
+    wanted: dict[str, Any],
+    data_dir: Path | None,
+    console: Console,
+    *,
+    restart: bool,
+    dry_run: bool,
+    world: "Ranks | None" = None,
+) -> dict[str, Any] | None:
+    """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
+
+    `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`; a
+    method that observes none takes none of them.
+    """
+    from besa_cli.calibration import prepare
+    from besa_cli.jobs import ranks
+    from besa_cli.jobs.stage import Job
+    from besa_cli.system import lock
+
+    if world is not None and not world.leads:
+        ranks.follow(source, request, world)
+        return None
+    name = request.command
+    with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
+        tokens = (
+            calibration_source.calibration(
+                source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
+            )
+            if request.observes
+            else prepare.unobserved(source)
+        )
+        if dry_run:
+            forecast_view.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
+            return None
+        job = Job(run, source, tokens, request, restart=restart, notify=console.note, world=world)
+        if job.done:
+            console.note(f"{run.stage(request.stage)} is finished already, with the same options")
+        else:
+            console.note(job.title)
+        with console.blocks(name, job.number_of_blocks) as progress:
+            for report in job.blocks(progress.step):
+                progress.finished(report)
+        return job.finish()

@@ -1,0 +1,1 @@
+"""Measurements of a model: perplexity, zero-shot tasks, continuations, and comparisons of runs."""

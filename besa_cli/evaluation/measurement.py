@@ -1,0 +1,291 @@
+"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from besa_cli.decoder.conduct import overflow
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.errors import BesaError, UsageError, require_counts
+from besa_cli.evaluation.texts import EvaluationText
+from besa_cli.stream.memory_model import HEAD_TOKENS
+from besa_cli.system import compute, disk
+from besa_cli.text.spool import Numbers
+from besa_cli.text.tokenizing import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Loss = tuple[float, int]  # of a window: the sum of −log p over its counted tokens, and how many they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How perplexity is measured.
+
+    Attributes
+    ----------
+    seqlen : int
+        Tokens of a window (the context length).
+    stride : int, optional
+        Tokens between the starts of two windows; by default windows do not overlap. With overlap only the last `stride`
+        tokens of a window count (all of the first).
+    limit : int, optional
+        Windows to measure, from the start of the text.
+    batch_size : int
+        Windows in a pass.
+    device, dtype : str
+        As on the command line.
+    """
+
+    seqlen: int = 2048
+    stride: int | None = None
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.seqlen < 2:
+            raise UsageError(f"--seqlen {self.seqlen} is too short to predict a token", "give 2 or more")
+        if self.stride is not None and not 1 <= self.stride <= self.seqlen:
+            raise UsageError(
+                f"--stride {self.stride} is not in 1 … {self.seqlen} (--seqlen)", "leave it out for no overlap"
+            )
+        require_counts(limit=self.limit, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """One measured perplexity with all that made it; the last six fields say where the text is from."""
+
+    dataset: str
+    split: str | None
+    text_digest: str
+    tokenizer_digest: str
+    model_digest: str
+    tokens: int
+    windows: int
+    windows_in_text: int
+    seqlen: int
+    stride: int | None
+    device: str
+    dtype: str
+    nll: float
+    perplexity: float
+    source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    records: int | None = None
+    official: bool | None = None
+    note: str | None = None
+
+
+def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
+    """The text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
+
+    A text that has a length to be cut to is cut.
+
+    Raises
+    ------
+    BesaError
+        The tokenizer gives ids that the model does not know.
+    """
+    ids = _held(islice(Encoder(tokenizer)(text.text), text.longest))
+    require_known(ids, vocabulary)
+    return ids
+
+
+def _held(ids: Iterable[int]) -> Tensor:
+    """Token ids as a tensor; many of them stay in a temporary file."""
+    numbers = Numbers()
+    if not numbers.add(ids):
+        return torch.empty(0, dtype=torch.long)
+    return torch.frombuffer(numbers.whole(), dtype=torch.long)
+
+
+def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
+    """The windows of a text, shape (windows, seqlen), the last partial one dropped, and how many the whole text has.
+
+    Raises
+    ------
+    BesaError
+        The text is shorter than one window.
+    """
+    step = settings.stride or settings.seqlen
+    if len(ids) < settings.seqlen:
+        raise BesaError(
+            f"{name} has {len(ids)} tokens, less than one window of {settings.seqlen}",
+            "give a smaller --seqlen or a longer text",
+        )
+    cut = ids.unfold(0, settings.seqlen, step)
+    return cut[: settings.limit].contiguous(), len(cut)
+
+
+class Measurement:
+    """One text to be measured on one checkpoint.
+
+    Parameters
+    ----------
+    directory : Path
+        The checkpoint.
+    digest : str
+        Its content digest.
+    text : EvaluationText
+    tokenizer, tokenizer_digest
+        Those of the model.
+    settings : Settings
+
+    Attributes
+    ----------
+    directory, settings
+        As given.
+    windows : Tensor of shape (windows, seqlen)
+        The token ids to measure on.
+    device, dtype : torch.device, torch.dtype
+        Where and in what to compute.
+
+    Raises
+    ------
+    BesaError
+        The text is too short, or the window longer than the model takes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        digest: str,
+        text: EvaluationText,
+        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer_digest: str,
+        settings: Settings,
+    ) -> None:
+        from besa_cli.decoder import architecture
+
+        config = architecture.config_of(directory)
+        longest = architecture.maximum_length(config)
+        if longest is not None and settings.seqlen > longest:
+            raise UsageError(
+                f"--seqlen {settings.seqlen} is more than the {longest} tokens that {directory} takes",
+                f"give --seqlen {longest} or less",
+            )
+        self.directory, self.settings = directory, settings
+        ids = tokenize(text, tokenizer, config.get_text_config().vocab_size)
+        self.windows, in_text = windows(ids, settings, text.name)
+        self.device = compute.device(settings.device)
+        self.dtype = compute.dtype(settings.dtype, self.device)
+        self._facts: dict[str, Any] = {
+            "dataset": text.name,
+            "split": text.split,
+            "text_digest": text.digest,
+            "tokenizer_digest": tokenizer_digest,
+            "model_digest": digest,
+            "tokens": len(ids),
+            "windows": len(self.windows),
+            "windows_in_text": in_text,
+            "seqlen": settings.seqlen,
+            "stride": settings.stride,
+            "device": self.device.type,
+            "dtype": compute.name_of(self.dtype),
+        }
+        self._origin: dict[str, Any] = {
+            name: getattr(text, name) for name in ("source", "file", "revision", "records", "official", "note")
+        }
+
+    @property
+    def dataset(self) -> str:
+        """The name of the text."""
+        return str(self._facts["dataset"])
+
+    @property
+    def file(self) -> str:
+        """A name for the result that differs wherever anything that made it does."""
+        key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
+        return f"ppl-{disk.safe_name(self.dataset)}-{key}.json"
+
+    def made(self, result: Perplexity) -> bool:
+        """Whether a result is of this very measurement, and its perplexity that of its mean loss."""
+        alike = all(getattr(result, name) == value for name, value in self._facts.items())
+        return alike and result.perplexity == _perplexity(result.nll)
+
+    def counted(self, number: int) -> int:
+        """How many of the last tokens of a window count: those that no window before it has predicted."""
+        seqlen, stride = self.settings.seqlen, self.settings.stride
+        return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
+
+    def require_number(self, loss: float) -> None:
+        """Refuse a loss that no perplexity can be made of.
+
+        Raises
+        ------
+        BesaError
+            It is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise overflow(f"{self.directory} gives tokens of {self.dataset} the loss {loss}", self.dtype)
+
+    def result(self, losses: Sequence[Loss]) -> Perplexity:
+        """The perplexity, from the losses of all windows.
+
+        The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
+
+        Raises
+        ------
+        BesaError
+            A loss is NaN or infinite.
+        """
+        for total, _ in losses:
+            self.require_number(total)
+        nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
+        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """−log p of every token but the first, fp32.
+
+    Parameters
+    ----------
+    hidden : Tensor of shape (samples, seqlen, hidden)
+        What left the last block.
+    tokens : Tensor of shape (samples, seqlen)
+
+    Returns
+    -------
+    Tensor of shape (samples, seqlen − 1)
+    """
+    last = tokens.shape[1] - 1
+    parts = []
+    for start in range(0, last, HEAD_TOKENS):
+        stop = min(start + HEAD_TOKENS, last)
+        logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
+        targets = tokens[:, start + 1 : stop + 1].to(logits.device)
+        flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        parts.append(flat.view(targets.shape))  # flat, because classes in the middle would be copied to the end
+    return torch.cat(parts, dim=1)
+
+
+def require_known(ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model does not know; `vocabulary` is how many it knows.
+
+    Raises
+    ------
+    BesaError
+        There is one.
+    """
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise BesaError(
+            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
+            "the tokenizer in the model's directory belongs to another model",
+        )

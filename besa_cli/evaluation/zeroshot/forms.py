@@ -1,0 +1,243 @@
+"""The six tasks of the paper: where local files of each are looked for, and how their published rows are read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.errors import BesaError, reason_of
+from besa_cli.text import documents, row_files
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Row = Mapping[str, Any]
+
+STEMS = {  # how a split's file may be called, the first that is there counts
+    "train": ("train", "train_xl", "Train"),
+    "validation": ("validation", "valid", "val", "dev", "Dev"),
+    "test": ("test", "Test"),
+}
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", "-00000-of-00001.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One task's files and rows.
+
+    Attributes
+    ----------
+    definition : str
+        Where the harness defines the task: a folder below `lm_eval/tasks`.
+    folders : tuple of str
+        Folders of ``--data-dir`` in which its files are looked for.
+    prefix : str
+        What a file's name may begin with, before the split; without a folder it must.
+    columns : mapping of str to str
+        The columns that the harness's definition reads, with their types: ``text``, ``texts``, ``number``, ``choices``.
+    row : function
+        A published row as the harness's definition expects it; a ValueError says what is wrong with it.
+    label_file : str, optional
+        Where labels may lie in a file of their own: its name after the split's, ``-labels.lst``.
+    """
+
+    definition: str
+    folders: tuple[str, ...]
+    prefix: str
+    columns: Mapping[str, str]
+    row: Callable[[Row], dict[str, Any]]
+    label_file: str | None = None
+
+    def schema(self) -> "pyarrow.Schema":
+        """The columns' types for pyarrow."""
+        import pyarrow
+
+        text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
+        kinds = {
+            "text": text,
+            "texts": texts,
+            "number": pyarrow.int64(),
+            "choices": pyarrow.struct({"text": texts, "label": texts}),
+        }
+        return pyarrow.schema({name: kinds[kind] for name, kind in self.columns.items()})
+
+    def candidates(self, split: str) -> Iterator[Path]:
+        """Every place of a split's file below ``--data-dir``, in the order in which they are tried."""
+        places = [f"{folder}/{prefix}" for folder in self.folders for prefix in ("", self.prefix)]
+        for place in (*places, self.prefix):
+            yield from (Path(f"{place}{stem}{ending}") for stem in STEMS[split] for ending in ENDINGS)
+
+
+def read(form: Form, path: Path) -> list[dict[str, Any]]:
+    """All rows of a file as the harness's definition expects them.
+
+    Raises
+    ------
+    BesaError
+        The file cannot be read, or a row is not what was published; the line (or row) is named.
+    """
+    labels = _labels(form, path)
+    rows = []
+    for number, (place, row) in enumerate(_published(path)):
+        try:
+            if labels is not None and "label" not in row:
+                row = {**row, "label": labels[number] if number < len(labels) else None}
+            rows.append(form.row(row))
+        except ValueError as error:
+            raise BesaError(
+                f"{path}, {place}: {reason_of(error)}", "docs/tasks.md shows the form of every task's rows"
+            ) from error
+    if not rows:
+        raise BesaError(f"{path} holds no questions", "fetch the file again")
+    if labels is not None and len(labels) != len(rows):
+        raise BesaError(
+            f"{path} has {len(rows)} questions, {label_path(form, path)} has {len(labels)} labels",
+            "fetch both files again: they belong together line by line",
+        )
+    return rows
+
+
+def label_path(form: Form, path: Path) -> Path | None:
+    """The file beside `path` that holds its labels, where the task has such files and it is there."""
+    if form.label_file is None:
+        return None
+    return documents.first_file(path.parent, [path.name.partition(".")[0] + form.label_file])
+
+
+def _labels(form: Form, path: Path) -> list[int] | None:
+    beside = label_path(form, path)
+    if beside is None:
+        return None
+    lines = documents.read_text(beside).splitlines()
+    for number, line in enumerate(lines, start=1):
+        if line.strip() not in ("0", "1"):
+            raise BesaError(f"{beside}, line {number}: '{line[:40]}' is no label (0 or 1)", "fetch the file again")
+    return [int(line) for line in lines]
+
+
+def _published(path: Path) -> Iterator[tuple[str, Row]]:
+    if documents.suffix(path) == ".parquet":
+        yield from ((f"row {number}", row) for number, row in row_files.parquet_rows(path))
+        return
+    yield from ((f"line {number}", row) for number, row in row_files.json_lines(path))
+
+
+def _text(row: Row, name: str, *, blank: bool = False) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        what = f"'{name}' is not a string" if name in row else f"no '{name}'"
+        raise ValueError(f"{what} (fields: {row_files.names(row)})")
+    if not row_files.is_unicode(value):
+        raise ValueError(f"'{name}' is not Unicode text")
+    if not blank and not value.strip():
+        raise ValueError(f"'{name}' is blank")
+    return value
+
+
+def _texts(value: object, name: str) -> list[str]:
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"'{name}' is not a list of two or more texts")
+    if not all(map(row_files.is_unicode, value)):
+        raise ValueError(f"'{name}' holds what is not Unicode text")
+    return value
+
+
+def _index(row: Row, name: str, below: int) -> int:
+    value = row.get(name)
+    plain = int(value) if isinstance(value, bool) else value
+    if not isinstance(plain, int | str) or str(plain) not in map(str, range(below)):
+        raise ValueError(f"'{name}' is {value!r}, not a number from 0 to {below - 1}")
+    return int(plain)
+
+
+def _piqa(row: Row) -> dict[str, Any]:
+    return {**{name: _text(row, name) for name in ("goal", "sol1", "sol2")}, "label": _index(row, "label", 2)}
+
+
+def _arc(row: Row) -> dict[str, Any]:
+    """As the hub has it (`choices` with `text` and `label`), or as first released (`question` with `stem`)."""
+    inner = row.get("question")
+    if isinstance(inner, Mapping):
+        row = {**row, "question": inner.get("stem"), "choices": inner.get("choices")}
+    choices = row.get("choices")
+    if isinstance(choices, list) and all(isinstance(choice, Mapping) for choice in choices):
+        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    if not isinstance(choices, Mapping):
+        raise ValueError(f"no 'choices' with 'text' and 'label' (fields: {row_files.names(row)})")
+    found = {name: _texts(choices.get(name), f"choices.{name}") for name in ("text", "label")}
+    if len(found["text"]) != len(found["label"]):
+        raise ValueError(f"{len(found['text'])} choices have {len(found['label'])} labels")
+    answer = _text(row, "answerKey")
+    if answer not in found["label"]:
+        raise ValueError(f"'answerKey' is '{answer}', the choices are {', '.join(found['label'])}")
+    return {"question": _text(row, "question"), "choices": found, "answerKey": answer}
+
+
+def _hellaswag(row: Row) -> dict[str, Any]:
+    endings = _texts(row.get("endings"), "endings")
+    texts = {name: _text(row, name, blank=name == "ctx_b") for name in ("activity_label", "ctx_a", "ctx_b")}
+    return {**texts, "endings": endings, "label": str(_index(row, "label", len(endings)))}
+
+
+def _winogrande(row: Row) -> dict[str, Any]:
+    texts = {name: _text(row, name) for name in ("sentence", "option1", "option2", "answer")}
+    if "_" not in texts["sentence"]:
+        raise ValueError("'sentence' has no gap (_)")
+    if texts["answer"] not in ("1", "2"):
+        raise ValueError(f"'answer' is '{texts['answer']}', not 1 or 2")
+    return texts
+
+
+def _boolq(row: Row) -> dict[str, Any]:
+    """SuperGLUE's form; the original one has the answer as `answer` and the passage's title by itself."""
+    passage = _text(row, "passage")
+    if "label" not in row and "answer" in row:
+        if not isinstance(row["answer"], bool):
+            raise ValueError(f"'answer' is {row['answer']!r}, not true or false")
+        title = row.get("title")
+        row = {**row, "label": row["answer"]}
+        passage = f"{title} -- {passage}" if isinstance(title, str) and title else passage
+    return {"passage": passage, "question": _text(row, "question"), "label": _index(row, "label", 2)}
+
+
+_ARC = {"question": "text", "choices": "choices", "answerKey": "text"}
+
+FORMS = {  # in the paper's order
+    "piqa": Form(
+        definition="piqa",
+        folders=("piqa",),
+        prefix="piqa_",
+        columns={"goal": "text", "sol1": "text", "sol2": "text", "label": "number"},
+        row=_piqa,
+        label_file="-labels.lst",
+    ),
+    "boolq": Form(
+        definition="super_glue/boolq",
+        folders=("boolq", "BoolQ"),
+        prefix="boolq_",
+        columns={"passage": "text", "question": "text", "label": "number"},
+        row=_boolq,
+    ),
+    "hellaswag": Form(
+        definition="hellaswag",
+        folders=("hellaswag",),
+        prefix="hellaswag_",
+        columns={"activity_label": "text", "ctx_a": "text", "ctx_b": "text", "endings": "texts", "label": "text"},
+        row=_hellaswag,
+    ),
+    "winogrande": Form(
+        definition="winogrande",
+        folders=("winogrande", "winogrande_xl", "winogrande_1.1"),
+        prefix="winogrande_",
+        columns={"sentence": "text", "option1": "text", "option2": "text", "answer": "text"},
+        row=_winogrande,
+    ),
+    "arc_easy": Form(definition="arc", folders=("arc_easy", "ARC-Easy"), prefix="ARC-Easy-", columns=_ARC, row=_arc),
+    "arc_challenge": Form(
+        definition="arc",
+        folders=("arc_challenge", "ARC-Challenge"),
+        prefix="ARC-Challenge-",
+        columns=_ARC,
+        row=_arc,
+    ),
+}

@@ -1,0 +1,262 @@
+"""One export from a finished stage to a finished directory: whole under its own name, or not there."""
+
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from besa_cli.checkpoint import exports, manifests, ownership, preflight, swap, weights, zstd
+from besa_cli.checkpoint.manifests import EXPORT, FORMAT
+from besa_cli.checkpoint.runs import Run
+from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.exporters import EXPORTERS
+from besa_cli.exporters.source import STAGE_FILES, Piece, Source, private
+from besa_cli.jobs import model_card
+from besa_cli.stream.forecast import Forecast
+from besa_cli.system import compute, disk, redaction
+
+_ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of `export`.
+
+    Attributes
+    ----------
+    format : str
+        A key of `besa_cli.exporters.EXPORTERS`.
+    options : mapping
+        The format's own options that were given, by the names of its `Options`.
+    """
+
+    format: str = "hf"
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.format not in EXPORTERS:
+            raise unknown("format", self.format, EXPORTERS)
+        self.own_options()
+
+    def own_options(self) -> Any:
+        """The format's `Options`.
+
+        Raises
+        ------
+        UsageError
+            An option that this format does not have; says which do.
+        """
+        for name in self.options:
+            if name not in _option_names(self.format):
+                having = [each for each in EXPORTERS if name in _option_names(each)]
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is no option of --format {self.format}",
+                    f"formats with that option: {', '.join(having) or 'none'}",
+                )
+        return _module(self.format).Options(**self.options)
+
+    @property
+    def directory(self) -> str:
+        """The name of the export's directory: the format, and what was chosen of how weights are stored."""
+        chosen = [str(self.options[name]) for name in ("dtype", "type", "compress") if name in self.options]
+        return disk.safe_name("-".join([self.format, *chosen]))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"besa_cli.exporters.{name.replace('-', '_')}")
+
+
+def _option_names(name: str) -> list[str]:
+    return [field.name for field in fields(_module(name).Options)]
+
+
+class Job:
+    """One export command on one run directory: everything is checked when it is made, `pieces` does the work.
+
+    Parameters
+    ----------
+    run : Run
+        Its lock is held by the caller.
+    request : Request
+    restart : bool
+        Replace an export of the same name, when the new one is finished.
+
+    Raises
+    ------
+    BesaError
+        Anything that can be known before the first piece.
+    """
+
+    def __init__(self, run: Run, request: Request, *, restart: bool = False) -> None:
+        newest = run.newest()
+        if newest is None:
+            raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
+        self.request = request
+        self._module, self._options = _module(request.format), request.own_options()
+        self.source = Source(newest)
+        self.directory = run.exports / request.directory
+        self._partial = run.exports / f".{request.directory}.partial"
+        self.record = {"format": request.format, **asdict(self._options)}
+        self.done = self.directory.exists() and not restart
+        if self.done:
+            self._refuse_other()
+        self.number_of_pieces: int = self._module.pieces(self.source, self._options)
+        if not self.done:
+            for place in (self.directory, self._partial):
+                ownership.refuse_to_replace(place, [newest])
+            self._perplexities = model_card.perplexities(run, self.source.manifest)
+            self.source.refuse_misfit()
+            preflight.refuse_damaged(newest, weights.check(self.source.weights))
+            preflight.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
+
+    def _refuse_other(self) -> None:
+        """The export that is there was asked for in the same words, made from the same stage, and is whole."""
+        if not (self.directory / EXPORT).exists():
+            raise BesaError(f"{self.directory} was not made by besa", "move it away, or name another --run")
+        there = exports.read(self.directory)
+        exports.refuse_changed(self.directory, there["files"])
+        for name, now in {"stage": self.source.manifest["digest"], **self.record}.items():
+            before = there["source"]["digest"] if name == "stage" else there["options"].get(name)
+            if before != now:
+                raise BesaError(
+                    f"{self.directory} was made with other options: {name} {before}, now {now}",
+                    "--restart makes it anew",
+                )
+
+    @property
+    def title(self) -> str:
+        """What is about to be done, in one line."""
+        return f"exporting {self.source.directory} as {self.request.format} to {self.directory}"
+
+    def forecast(self) -> Forecast:
+        """What the command will take, from a trial: what belongs to no block and the largest block are exported.
+
+        The trial's files lie in the system's directory for temporary files until it is over.
+
+        Raises
+        ------
+        BesaError
+            The export could not be written.
+        """
+        disk.require_writable(self.directory)
+        rest, *blocks = self.source.weights.shards()
+        started, largest = compute.age(), max(blocks, key=lambda path: path.stat().st_size)
+        (seconds, size), (fixed, beside) = self._trial(rest, largest), self._trial(rest)
+        others = len(blocks) - 1
+        return Forecast(
+            memory=compute.peak_resident(),
+            phase="writing",
+            disk=size + others * (size - beside),
+            free=disk.free(self.directory),
+            seconds=started + seconds + others * max(seconds - fixed, 0.0),
+            blocks=len(blocks),
+            left=len(blocks),
+        )
+
+    def _trial(self, *files: Path) -> tuple[float, int]:
+        """Seconds and bytes that an export of these files alone takes, their digests included."""
+        began = time.perf_counter()
+        compute.map_large_tensors()
+        with tempfile.TemporaryDirectory(prefix="besa-") as name:
+            for _ in self._module.write(self.source.only(files), Path(name), self._options):
+                compute.give_back_memory()
+            made = [path for path in Path(name).rglob("*") if path.is_file()]
+            for path in made:
+                disk.sha256_file(path)
+            return time.perf_counter() - began, sum(path.stat().st_size for path in made)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Write the export beside its final place, piece after piece."""
+        if self.done:
+            return
+        self._begin()
+        compute.map_large_tensors()
+        linear_bytes = rounded = 0
+        for piece in self._module.write(self.source, self._partial, self._options):
+            linear_bytes += piece.linear_bytes
+            rounded += piece.rounded_to_zero
+            compute.give_back_memory()
+            yield piece
+        self._finish(linear_bytes, rounded)
+
+    def _begin(self) -> None:
+        """Make the directory that is written, and say in it whose it is: a killed process leaves it to the next one."""
+        ownership.remove(self._partial)
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
+        small = [path.name for path in self.source.directory.iterdir()]
+        files: dict[str, dict[str, Any]] = {name: {} for own in small for name in (own, f"{STAGE_FILES}/{own}")}
+        started = {"format": FORMAT, "command": "export", "status": "running", "files": files}
+        disk.write_json(self._partial / EXPORT, started)
+
+    def _finish(self, linear_bytes: int, rounded: int) -> None:
+        stored = _sizes(self._partial, ".safetensors", ".gguf", zstd.SUFFIX)
+        dense_linears, dense = self.source.dense_bytes
+        sizes = {
+            "linears": linear_bytes,
+            "linears_dense": dense_linears,
+            "weights": stored,
+            "weights_dense": dense,
+            "rounded_to_zero": rounded,
+        }
+        manifest = {
+            "format": FORMAT,
+            "command": "export",
+            "options": self.record,
+            "source": {name: self.source.manifest[name] for name in ("stage", "digest")},
+            "model": {name: told for name, told in self.source.manifest["model"].items() if name != "directory"},
+            "versions": manifests.versions(),
+            "status": "complete",
+            "counts": self.source.manifest["counts"],
+            "sizes": sizes,
+            "history": [*self.source.manifest["history"], _step(self.source.manifest)],
+        }
+        manifest = redaction.value(manifest)
+        self._keep_private()
+        text = model_card.text(manifest, self._perplexities, self._module.loading(self._options))
+        disk.publish(self._partial / model_card.FILE, lambda path: _write(path, text.encode()))
+        manifest["files"] = {
+            str(path.relative_to(self._partial)): _flushed(path)
+            for path in sorted(self._partial.rglob("*"))
+            if path.is_file() and path != self._partial / EXPORT
+        }
+        disk.write_json(self._partial / EXPORT, manifest)
+        swap.replace_stage(self.directory, self._partial)
+
+    def _keep_private(self) -> None:
+        """Take paths on this machine out of the files; the stage's own are kept beside the export, for its import."""
+        place = private(self.directory)
+        ownership.refuse_to_replace(place)
+        ownership.remove(place)
+        for path, before in redaction.rewrite(self._partial):
+            if path.parent.name == STAGE_FILES:
+                disk.publish(place / path.name, lambda kept, before=before: _write(kept, before))  # type: ignore[misc]
+
+    def finish(self) -> dict[str, Any]:
+        """The manifest of the finished export."""
+        return exports.read(self.directory)
+
+
+def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest[name] for name in ("stage", "command", "options", "versions", "digest")}
+
+
+def _sizes(directory: Path, *endings: str) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in endings)
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    """A file's bytes and digest, once it is on the disk: a power cut must not leave an export without its content."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)

@@ -1,0 +1,109 @@
+"""How the ranks of a job come together: the first one makes the stage, the others do their part of the work."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from besa_cli.checkpoint import manifests, weights
+from besa_cli.errors import UsageError
+from besa_cli.jobs.request import Request
+from besa_cli.jobs.worker import Work
+from besa_cli.models import Model, cache
+from besa_cli.stream.activations import Shelf
+from besa_cli.system.ranks import Ranks
+
+
+def require_even_steps(request: Request, world: Ranks) -> None:
+    """Refuse learning steps that cannot be shared out evenly.
+
+    Raises
+    ------
+    UsageError
+        The samples in a step, more than one, are no multiple of the ranks.
+    """
+    batch = request.held().batch
+    if batch > 1 and batch % world.size:
+        raise UsageError(
+            f"--batch-size {batch} cannot be shared out evenly over {world.size} ranks",
+            f"give a multiple of {world.size}, or 1: then only the passes that do not learn are shared out",
+        )
+
+
+def require_samples(samples: int, world: Ranks) -> None:
+    """Refuse more ranks than there are samples.
+
+    Raises
+    ------
+    UsageError
+        Some ranks would have nothing to do.
+    """
+    if samples < world.size:
+        raise UsageError(
+            f"{samples} calibration samples are too few for {world.size} ranks", f"start {samples} ranks or fewer"
+        )
+
+
+def lead(
+    request: Request,
+    digest: str,
+    tokens: Tensor,
+    settings: dict[str, Any],
+    files: Path | None,
+    world: Ranks,
+    *,
+    ahead: bool,
+) -> None:
+    """Tell the other ranks, by the first one, what `follow` needs to know.
+
+    Parameters
+    ----------
+    request : Request
+    digest : str
+        The model's.
+    tokens : Tensor of shape (samples, seqlen)
+    settings : dict
+        ``compute`` of the job's manifest.
+    files : Path, optional
+        Where the hidden states lie in files.
+    ahead : bool
+        Read blocks before they are wanted.
+    """
+    world.tell({"settings": settings, "files": None if files is None else str(files.resolve()), "ahead": ahead})
+    world.agree(_facts(request, digest))
+    world.hand_out({"tokens": tokens})
+
+
+def dismiss(world: Ranks) -> None:
+    """Tell the other ranks, by the first one, that there is nothing to do."""
+    world.tell(None)
+
+
+def follow(model: Model, request: Request, world: Ranks) -> None:
+    """Do the part of a rank that is not the first; nothing of it is written.
+
+    Raises
+    ------
+    BesaError
+        This rank has another model, other options or other libraries than the first.
+    """
+    source = weights.Weights(model.directory)
+    digest = weights.check(source)
+    cache.confirm(model.directory, digest)
+    told = world.tell(None)
+    if told is None:
+        return
+    world.agree(_facts(request, digest))
+    tokens = world.hand_out({})["tokens"]
+    files = None if told["files"] is None else Path(told["files"])
+    if files is not None:
+        files.mkdir(parents=True, exist_ok=True)  # on a machine of its own
+    work = Work(model.directory, request, told["settings"], tokens, world)
+    work.decoder.weights.refuse_change(source)
+    for _ in work.reports(None, Shelf(files), lambda done, total, phase: None, ahead=told["ahead"]):
+        pass
+
+
+def _facts(request: Request, digest: str) -> dict[str, Any]:
+    """What has to be the same on all ranks."""
+    return {**request.record(), "model digest": digest, **manifests.versions()}

@@ -1,0 +1,80 @@
+"""What every rank of a job does: the model's windows one after the other, on the samples that are its own."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besa_cli.checkpoint.reports import BlockReport
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.jobs.request import Request
+from besa_cli.stream import forecast, memory_model, walk, windows
+from besa_cli.stream.activations import Shelf
+from besa_cli.stream.block import Step
+from besa_cli.stream.rank_share import Store
+from besa_cli.system import compute
+from besa_cli.system.ranks import Ranks
+
+
+class Work:
+    """The model and its windows, and the loop over them.
+
+    Parameters
+    ----------
+    directory : Path
+        The model's checkpoint.
+    request : Request
+    settings : mapping
+        ``compute`` of the job's manifest; its threads are those of all ranks together.
+    tokens : Tensor of shape (samples, seqlen)
+        Those of all ranks.
+    world : Ranks
+    """
+
+    def __init__(
+        self, directory: Path, request: Request, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
+    ) -> None:
+        torch.set_num_threads(max(settings["threads"] // world.size, 1))
+        self._request, self._settings, self._world = request, settings, world
+        self._samples, self._seqlen = tokens.shape
+        self._tokens = tokens if request.observes else tokens[:0]
+        device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
+        self.decoder = Decoder(directory, device, dtype, quick=True)
+        self.segments = windows.segments(self.decoder, request.window)
+        self.sizes = list(windows.sizes(self.segments))
+        self._budgets = request.budgets(self.sizes)
+
+    def demand(self, batch: int) -> memory_model.Demand:
+        """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
+        held, size = self._request.held(), self._world.size
+        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, held.batch) // size)
+        return memory_model.compressing(
+            memory_model.shape(self.decoder, self.segments),
+            held,
+            tokens=passed * self._seqlen,
+            passing=min(passed, batch) * self._seqlen,
+            learning=learned * self._seqlen,
+        )
+
+    def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:
+        """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
+        assignment, world = self._assignment(), self._world
+        return walk.compress(
+            self.decoder, store, self._tokens, assignment, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+        )
+
+    def seconds(self, finished: int) -> float:
+        """How long it will take where `finished` blocks are done, from a trial of the first window."""
+        return forecast.seconds(self.decoder, self._tokens, self._assignment(), finished)
+
+    def _assignment(self) -> walk.Assignment:
+        return walk.Assignment(
+            change=self._request.change,
+            segments=self.segments,
+            budgets=self._budgets,
+            target=self._request.target,
+            batch=self._settings["batch"],  # settled by the job after it has made this Work
+            seed=self._request.seed,
+        )

@@ -1,0 +1,1 @@
+"""GGUF files, converted once to a checkpoint of transformers."""

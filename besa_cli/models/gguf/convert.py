@@ -1,0 +1,145 @@
+"""GGUF files: dequantized once into a clean checkpoint that means what llama.cpp reads in the file."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from besa_cli.errors import BesaError
+from besa_cli.models import cache
+from besa_cli.models.gguf import configuration, file_header, tensors, vocabulary
+from besa_cli.system.disk import save_tensors, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+_METHOD = 2  # of the conversion; another one gives other checkpoints, and is cached apart
+
+
+def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
+    """The checkpoint made from a GGUF file, converted when the file is used for the first time.
+
+    Raises
+    ------
+    BesaError
+        The file is not GGUF, is cut off, or holds anything that would be read as another model or tokenizer.
+    """
+    header = file_header.read(path)
+    plan = _Plan(header)
+
+    def make(target: Path) -> None:
+        unsaid = vocabulary.splits_unsaid(header)
+        more = "; it does not say how words are split (tokenizer.ggml.pre): as GPT-2 does" if unsaid else ""
+        notify(f"converting {path} to a Hugging Face checkpoint (once){more}")
+        plan.write(target, None)
+
+    return cache.made_once(f"models/gguf{_METHOD}-{cache.digest(path)[:16]}", make, notify=notify)
+
+
+def convert(source: Path, target: Path, *, max_length: int | None = None) -> None:
+    """Write the model and tokenizer of a GGUF file into the directory `target` as a plain checkpoint.
+
+    Quantized weights become bf16; a file of plain floats keeps its type.
+
+    Parameters
+    ----------
+    source, target : Path
+        The GGUF file; an existing directory.
+    max_length : int, optional
+        What the tokenizer states as the longest input; the model's own maximum if not given.
+
+    Raises
+    ------
+    BesaError
+        See `directory`.
+    """
+    _Plan(file_header.read(source)).write(target, max_length)
+
+
+class _Plan:
+    """What a file becomes, known from its header; every refusal that needs no weight is made here."""
+
+    def __init__(self, header: file_header.Header) -> None:
+        _require_model(header)
+        self._header = header
+        self._read: set[str] = set()
+        self._config = configuration.config_of(header, self._values)
+        self._weights = tensors.weights(header, self._config, self._read)
+
+    def _values(self, name: str) -> list[float]:
+        self._read.add(name)
+        found: list[float] = tensors.values(self._header, name).tolist()
+        return found
+
+    def write(self, target: Path, longest: int | None) -> None:
+        """Fill a directory: tokenizer, weights, configuration."""
+        if vocabulary.has_one(self._header):
+            longest = longest or getattr(self._config, "max_position_embeddings", None)
+            vocabulary.save(self._header, target, words=self._config.vocab_size, longest=longest)
+        dtype = _dtype({tensor.kind for tensor in self._header.tensors.values()})
+        save_tensors(target / "model.safetensors", dict(self._read_weights(dtype)))
+        _save_config(self._config, target, dtype)
+
+    def _read_weights(self, dtype: str) -> "Iterator[tuple[str, torch.Tensor]]":
+        import torch
+
+        for own, weight in self._weights.items():
+            if weight.stored is None:
+                yield own, torch.zeros(weight.shape, dtype=getattr(torch, dtype))
+                continue
+            value = torch.from_numpy(tensors.restored(self._header, weight.stored, self._config).copy())
+            value = value.reshape(weight.shape).to(getattr(torch, dtype))
+            if not bool(torch.isfinite(value).all()):
+                raise BesaError(
+                    f"{own} in {self._header.path} holds values that {dtype} cannot", "fetch the file again"
+                )
+            yield own, value
+
+
+def _require_model(header: file_header.Header) -> None:
+    """Refuse a part of a model, and what is added to one.
+
+    Raises
+    ------
+    BesaError
+        It is one.
+    """
+    parts = header.fields.get("split.count", 1)
+    if parts not in (0, 1):
+        raise BesaError(
+            f"{header.path} is one of {parts!r:.20} files (split.count)", "join them with `llama-gguf-split --merge`"
+        )
+    count = header.fields.get("split.tensors.count", len(header.tensors))
+    if count != len(header.tensors):
+        file_header.refuse(header, "split.tensors.count", f"is {count!r:.20}; {len(header.tensors)} are there")
+    kind = header.fields.get("general.type", "model")
+    if kind != "model":
+        file_header.refuse(header, "general.type", f"is {kind!r:.40}, not 'model'")
+
+
+def _dtype(kinds: set[str]) -> str:
+    if kinds == {"F32"}:
+        return "float32"
+    return "float16" if kinds <= {"F16", "F32"} else "bfloat16"
+
+
+def _save_config(config: "PretrainedConfig", target: Path, dtype: str) -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    found = _short_floats(config.to_diff_dict()) | {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
+    write_json(target / "config.json", dict(sorted(found.items())))
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(target)
+
+
+def _short_floats(value: Any) -> Any:
+    """Give numbers that were float32 in the GGUF header their short form again (1e-05 for 9.999999747378752e-06)."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        return {key: _short_floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short_floats(item) for item in value]
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value

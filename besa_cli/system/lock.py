@@ -1,0 +1,132 @@
+"""One process at a time writes a run directory."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from besa_cli.errors import BesaError
+from besa_cli.system import disk, records
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Holder:
+    """The process that holds a lock, as it says of itself."""
+
+    pid: int
+    host: str
+    command: str
+
+
+@contextlib.contextmanager
+def held(run: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a run directory; the operating system frees it when the process dies, however it dies.
+
+    Raises
+    ------
+    BesaError
+        Another process holds it (named), or the directory cannot be written.
+    """
+    holder, new = run / ".holder.json", not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise _in_use(run, holder) from error
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        disk.sweep(holder)
+        disk.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "command": command})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        empty = new and run.exists() and all(path.name == ".lock" for path in run.iterdir())
+        if empty:
+            (run / ".lock").unlink()  # while it is held: who comes now makes a lock of its own
+        lock.release()
+        if empty:
+            with contextlib.suppress(OSError):  # somebody came
+                run.rmdir()
+
+
+@contextlib.contextmanager
+def free(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, where there is one, without leaving anything in it: to look, not to write.
+
+    Raises
+    ------
+    BesaError
+        Another process writes there (named).
+    """
+    lock = FileLock(run / ".lock", timeout=0)
+    try:
+        if (run / ".lock").exists():
+            lock.acquire()
+    except Timeout as error:
+        raise _in_use(run, run / ".holder.json") from error
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def moment(run: Path) -> Iterator[None]:
+    """Hold what guards the results of a run directory, waiting for others who hold it; for the time of one write.
+
+    Who prunes holds another lock, for hours: neither waits for the other.
+
+    Raises
+    ------
+    BesaError
+        The directory cannot be written, or somebody holds the lock for a minute.
+    """
+    file = run / ".eval.lock"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file, timeout=60)
+        lock.acquire()
+    except Timeout as error:
+        raise BesaError(f"{file} is held by another process", "end it, or name another directory with --run") from error
+    except OSError as error:
+        raise _unwritable(run, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_writable(run: Path) -> None:
+    """Find out now, not after measuring, whether results can be written in a run directory.
+
+    Raises
+    ------
+    BesaError
+        See `moment`.
+    """
+    with moment(run):
+        pass
+
+
+def _named(holder: Path) -> str:
+    try:
+        facts = records.read(_Holder, holder)
+        return f"'{facts.command}' (process {facts.pid} on {facts.host})"
+    except BesaError:  # it may be just starting or ending
+        return "another besa process"
+
+
+def _unwritable(run: Path, error: OSError) -> BesaError:
+    return BesaError(f"cannot write {run}: {error.strerror or error}", "name another directory with --run")
+
+
+def _in_use(run: Path, holder: Path) -> BesaError:
+    return BesaError(f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run")

@@ -1,0 +1,1 @@
+"""Text and data sets: what `--data` names, read in bounded memory, and its token ids."""

@@ -1,0 +1,250 @@
+"""What the names of ``--data`` stand for: bundled text, named data sets, files."""
+
+import functools
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from besa_cli.errors import BesaError, UsageError, unknown
+from besa_cli.system.disk import sha256_file
+from besa_cli.text import documents, hub_files, token_rows
+from besa_cli.text.spool import Text
+
+Notify = Callable[[str], None]
+
+BUNDLED = {  # name: sha256 of the unpacked bytes; data/LICENSES.md says what each is
+    "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+    "c4_en_train_first1000.jsonl": "37ec1bf825be4567ac6f55b2cd62dc8193aa36fedc192ae4ae6dc034cec81dc5",
+    "adventures_of_sherlock_holmes.txt": "7297f113ddc865b3d59ca2b2cbb22493899d5d39b849ac0f527c215862a21772",
+    "origin_of_species.txt": "8efbef9dc7a9eb8d83635e95f17402e0501dd49b0eaf845fab3498c976d2686d",
+    "moby_dick.txt": "4d7f795e36f389ca992b39de8dbaf01118c2c5f59930b21aa89ce99c9f6a023b",
+    "pride_and_prejudice.txt": "64fcef4df991324f83a3f98ed7ddbc2d851c777d415f654a2b51676e235e2b2e",
+    "state_of_the_union_1945-2006.txt": "a9b6fb7ba29cf7e6bebca6584ccd16f31ce91e1b421e8c1952a969888d774ed9",
+}
+C4_SAMPLE = "c4_en_train_first1000.jsonl"
+BOOKS = tuple(name for name in BUNDLED if name.endswith(".txt"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents, and where they are from.
+
+    Parameters
+    ----------
+    asked : str
+        As given with ``--data``.
+    source : {"bundled", "local", "hub", "file"}
+        Where the text was found: in the package, under ``--data-dir``, on the hub, or in the file that was named.
+    file : str
+        The file's name, without its directory.
+    digest : str
+        SHA-256 of the file's bytes (of bundled text: unpacked).
+    documents : sequence of Text
+        One text a document.
+    revision : str or None, default=None
+        The hub's commit.
+    note : str or None, default=None
+        What the user must be told: that this text takes the place of what was asked for, and why.
+    """
+
+    asked: str
+    source: Literal["bundled", "local", "hub", "file"]
+    file: str
+    digest: str
+    documents: Sequence[Text]
+    revision: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """A data set's training split: its official local file, its file on the hub, and how its rows become documents."""
+
+    local: tuple[str, ...]
+    remote: hub_files.RemoteFile
+    column: str
+    rows: Callable[[str], list[str]] | None  # rows of the local text file as the hub yields them; None: JSON lines
+    joint: str | None  # the rows are joined by this into one document; None: each row is one
+
+
+def bundled_bytes(name: str) -> bytes:
+    """A bundled file's bytes, unpacked and checked.
+
+    Raises
+    ------
+    BesaError
+        The installed package lacks the file, or its bytes are not the ones that were shipped.
+    """
+    hint = "install besa-cli anew"
+    try:
+        data = gzip.decompress((resources.files("besa_cli") / "data" / f"{name}.gz").read_bytes())
+    except (OSError, EOFError) as error:
+        raise BesaError(f"the bundled text {name} cannot be read: {error}", hint) from error
+    if hashlib.sha256(data).hexdigest() != BUNDLED[name]:
+        raise BesaError(f"the bundled text {name} is damaged: its SHA-256 is not {BUNDLED[name]}", hint)
+    return data
+
+
+def bundled(asked: str) -> Corpus:
+    """The bundled sample of C4: 1,000 documents of its first training shard."""
+    texts = [str(json.loads(line)["text"]) for line in _lines(bundled_bytes(C4_SAMPLE).decode("utf-8"))]
+    return Corpus(asked=asked, source="bundled", file=C4_SAMPLE, digest=BUNDLED[C4_SAMPLE], documents=texts)
+
+
+def book(name: str, asked: str) -> Corpus:
+    """One of the bundled `BOOKS`: one document."""
+    text = bundled_bytes(name).decode("utf-8")
+    return Corpus(asked=asked, source="bundled", file=name, digest=BUNDLED[name], documents=[text])
+
+
+def wikitext_rows(text: str) -> list[str]:
+    """The rows of a raw WikiText file as the hub yields them: one of white space only is ``""``, others are whole."""
+    return [row if row.strip() else "" for row in _lines(text)]
+
+
+def ptb_rows(text: str) -> list[str]:
+    """The rows of a Mikolov Penn Treebank file as the hub yields them: without the white space around them."""
+    return [row.strip() for row in _lines(text)]
+
+
+def _lines(text: str) -> io.StringIO:
+    """The lines with their ends, parted at LF alone (`str.splitlines` would part at U+2028 and others as well)."""
+    return io.StringIO(text, newline="\n")
+
+
+_NAMED = {
+    "c4": _Named(
+        local=("c4-train.00000-of-01024.json.gz", "en/c4-train.00000-of-01024.json.gz"),
+        remote=hub_files.RemoteFile(repository="allenai/c4", path="en/c4-train.00000-of-01024.json.gz"),
+        column="text",
+        rows=None,
+        joint=None,
+    ),
+    "wikitext2": _Named(
+        local=("wiki.train.raw", "wikitext-2-raw/wiki.train.raw"),
+        remote=hub_files.RemoteFile(
+            repository="Salesforce/wikitext", path="wikitext-2-raw-v1/train-00000-of-00001.parquet"
+        ),
+        column="text",
+        rows=wikitext_rows,
+        joint="\n\n",
+    ),
+    "ptb": _Named(
+        local=("ptb.train.txt",),
+        remote=hub_files.RemoteFile(
+            repository="ptb-text-only/ptb_text_only",
+            path="penn_treebank/train/0000.parquet",
+            revision="refs/convert/parquet",
+        ),
+        column="sentence",
+        rows=ptb_rows,
+        joint=" ",
+    ),
+}
+SOURCES = (*_NAMED, "bundled")  # what --data takes beside files
+
+
+def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]:
+    """Find out, before anything is read, whether every value of ``--data`` can be meant.
+
+    Returns
+    -------
+    sequence of Path
+        The files, where they hold token rows instead of text; empty where all sources are text.
+
+    Raises
+    ------
+    UsageError
+        No name at all, an unknown one (with the nearest known one), a file of an unknown kind, text mixed with token
+        rows, or `data_dir` is no directory.
+    BesaError
+        A file is missing, empty, or broken in its first line.
+    """
+    if not names:
+        raise UsageError("no --data given", f"known: {', '.join(SOURCES)}, or {documents.FILE_KINDS}")
+    documents.check_directory(data_dir)
+    files = [named_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
+    rows = [path for path in files if token_rows.holds_rows(path)]
+    if rows and len(rows) < len(names):
+        raise UsageError(
+            f"--data {rows[0]} holds token rows, other sources hold text", "give one of the two kinds only"
+        )
+    return rows
+
+
+def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:
+    """The documents that one value of ``--data`` stands for.
+
+    Parameters
+    ----------
+    name : str
+        One of `SOURCES` or a file's path.
+    data_dir : Path or None
+        Where official files of named data sets are looked for first.
+    hub : datahub.Hub
+        Where they are looked for next.
+    notify : callable
+        Takes a line when something is fetched.
+
+    Raises
+    ------
+    BesaError
+        The file cannot be read as text, or the data set cannot be reached (for ``c4`` the bundled text takes its place
+        instead).
+    """
+    if name == "bundled":
+        return bundled(name)
+    if name not in _NAMED:
+        path = named_file(name, "data source", SOURCES)
+        texts = documents.read_documents(path)
+        shown = documents.printable(path.name)
+        return Corpus(asked=name, source="file", file=shown, digest=sha256_file(path), documents=texts)
+    try:
+        return _open_named(name, data_dir, hub, notify)
+    except hub_files.Unreachable as error:
+        place = f"put {_NAMED[name].local[0]} into a directory and name it with --data-dir"
+        if name != "c4":
+            raise BesaError(
+                f"'{name}' cannot be reached: {error.reason}", f"{place}, or give --data bundled"
+            ) from error
+        note = f"c4 cannot be reached ({error.reason}; to use it, {place}): bundled text takes its place"
+        return replace(bundled(name), note=note)
+
+
+def _open_named(name: str, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:
+    named = _NAMED[name]
+    make = functools.partial(Corpus, asked=name)
+    if path := documents.first_file(data_dir, named.local):
+        rows = named.rows(documents.read_text(path)) if named.rows else documents.read_rows(path, column=named.column)
+        return make(source="local", file=path.name, digest=sha256_file(path), documents=_joined(rows, named.joint))
+    fetched = hub_files.fetch(named.remote, hub, notify=notify)
+    path = fetched.path
+    texts = _joined(documents.read_rows(path, column=named.column), named.joint)
+    return make(source="hub", file=path.name, digest=sha256_file(path), documents=texts, revision=fetched.commit)
+
+
+def _joined(rows: Sequence[str], joint: str | None) -> Sequence[Text]:
+    return rows if joint is None else [documents.joined(rows, joint)]
+
+
+def named_file(name: str, kind: str, known: Sequence[str]) -> Path:
+    """The file that `name` must mean, checked; or the error for a name that is neither known nor a file.
+
+    Raises
+    ------
+    UsageError
+        It is no path and none of the `known` names (the nearest is named), or a file of an unknown kind.
+    BesaError
+        The file is missing or empty.
+    """
+    if not documents.looks_like_file(name):
+        raise unknown(kind, name, (*known, documents.FILE_KINDS))
+    path = documents.local_path(name)
+    documents.check_file(path)
+    return path

@@ -1,0 +1,133 @@
+"""Token rows: a JSON-lines file whose objects hold token ids under ``input_ids`` is the samples themselves."""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besa_cli.errors import BesaError
+from besa_cli.system.disk import sha256_file
+from besa_cli.text import documents, row_files
+
+_FIELD = "input_ids"
+_MASK = "attention_mask"
+_HINT = "each line must hold the token ids of one row"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """Rows of one or more files.
+
+    Parameters
+    ----------
+    rows : sequence of array("q")
+        Token ids, `seqlen` each.
+    sources : sequence of dict
+        For the manifest: each file's name, SHA-256 and how many of its rows were taken; and of how many of these
+        padding was cut off, where it was.
+    """
+
+    rows: Sequence["array[int]"]
+    sources: Sequence[dict[str, Any]]
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether the file's first JSON object has ``input_ids``."""
+    if documents.suffix(path) not in (".jsonl", ".jsonl.gz"):
+        return False
+    first = next(row_files.json_lines(path), None)
+    return first is not None and _FIELD in first[1]
+
+
+def read_rows(
+    paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Callable[[str], None]
+) -> TokenRows:
+    """The first `samples` rows of the files in order, each cut to its first `seqlen` ids.
+
+    Where a row has an ``attention_mask``, what it hides at the row's ends is padding and is not part of the row.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files that `holds_rows` says yes to.
+    samples, seqlen : int
+        Rows to take, ids of each.
+    vocab_size : int
+        Every id must be below it.
+    notify : callable
+        Takes a line where padding is cut off.
+
+    Raises
+    ------
+    BesaError
+        A row is not a list of ids, its mask does not fit it or hides what is inside, it is shorter than `seqlen` or has
+        an id outside the vocabulary (with its line), or there are fewer than `samples` rows.
+    """
+    rows: list[array[int]] = []
+    sources = []
+    for path in paths:
+        before, padded = len(rows), 0
+        for number, value in row_files.json_lines(path):
+            if len(rows) == samples:
+                break
+            place = f"{path}, line {number}"
+            ids = _unpadded(_ids(value.get(_FIELD), place), value.get(_MASK), place)
+            cut = len(ids) < len(value[_FIELD])
+            padded += cut
+            if len(ids) < seqlen:
+                raise _short(place, f"{len(ids)} token ids{' without the padding' if cut else ''}", seqlen)
+            rows.append(_row(ids[:seqlen], vocab_size, place))
+        taken = len(rows) - before
+        name = documents.printable(path.name)
+        source = {"asked": name, "source": "file", "file": name, "sha256": sha256_file(path), "rows": taken}
+        if padded:
+            notify(f"{path}: padding ({_MASK} 0) was cut off {padded} of {taken} rows")
+            source["padded"] = padded
+        sources.append(source)
+    if len(rows) < samples:
+        raise BesaError(
+            f"{', '.join(map(str, paths))}: {len(rows)} rows of token ids, fewer than --samples {samples}",
+            f"give --samples {len(rows)} or less, or more rows" if rows else "give files with token rows in them",
+        )
+    return TokenRows(rows=rows, sources=sources)
+
+
+def _ids(value: object, place: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise BesaError(f"{place}: no list of whole numbers under '{_FIELD}'", _HINT)
+    return value
+
+
+def _unpadded(ids: list[int], mask: object, place: str) -> list[int]:
+    """The ids between the first and the last that the mask lets through."""
+    if mask is None:
+        return ids
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(type(one) in (int, bool) for one in mask):
+        raise BesaError(f"{place}: '{_MASK}' is not a list of as many 0 and 1 as there are token ids", _HINT)
+    if not set(mask) <= {0, 1}:
+        raise BesaError(f"{place}: '{_MASK}' holds other numbers than 0 and 1", _HINT)
+    if 1 not in mask:
+        raise BesaError(f"{place}: the row is all padding ('{_MASK}' is 0 throughout)", "leave the row out")
+    first, last = mask.index(1), len(mask) - mask[::-1].index(1)
+    if 0 in mask[first:last]:
+        raise BesaError(
+            f"{place}: '{_MASK}' hides tokens inside the row (token {first + mask[first:last].index(0)})",
+            "a sample is calibrated on as a whole: only padding at the ends of a row can be cut off",
+        )
+    return ids[first:last]
+
+
+def _short(place: str, found: str, seqlen: int) -> BesaError:
+    return BesaError(f"{place}: {found}, fewer than --seqlen {seqlen}", "give a smaller --seqlen, or longer rows")
+
+
+def _row(row: list[int], vocab_size: int, place: str) -> "array[int]":
+    outside = next((token for token in row if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        shown = outside if abs(outside) < 10**20 else f"of {len(str(abs(outside)))} digits"
+        raise BesaError(
+            f"{place}: token id {shown} is outside the model's vocabulary of {vocab_size}",
+            "give rows made with the model's own tokenizer",
+        )
+    return array("q", row)

@@ -1,0 +1,102 @@
+"""The scripts that measure speed: what they write, and what they take as measured. No figure of theirs is tested."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import benchmark_loader
+
+bench_prune, time_to_quality, results, recorded = map(
+    benchmark_loader.load, ("bench_prune", "time_to_quality", "learning_cost", "recorded")
+)
+HIDDEN, INTERMEDIATE, HEADS, GROUPS = 32, 48, 4, 2
+
+
+def test_every_part_of_a_small_shape_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_prune.SHAPES, HIDDEN, (INTERMEDIATE, HEADS, GROUPS))
+    monkeypatch.setattr(bench_prune, "LINES", tmp_path / "lines.jsonl")
+    sizes = {"hidden": HIDDEN, "samples": 4, "step-samples": 2, "seqlen": 8, "blocks": 2}
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    bench_prune.main([*words, "--turns", "3", "--whole-turns", "1"])
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(line["what"], line.get("batch", line.get("target"))) for line in lines] == list(results.PARTS)
+    *timed, state = lines
+    for line in timed:
+        assert 0 < line["lowest"] <= line["ratio"] <= line["highest"]
+        assert (line["turns"], line["samples"]) == ((3, 2) if line["what"] == "step" else (1, 4))
+        assert (line["dtype"], line["blocks"], line["seqlen"]) == ("bfloat16", 2, 8)
+    narrow = HIDDEN // HEADS * GROUPS
+    rows = [HIDDEN, narrow, narrow, HIDDEN, INTERMEDIATE, INTERMEDIATE, HIDDEN]  # q, k, v, o, gate, up, down
+    weights = sum(rows[:6]) * HIDDEN + HIDDEN * INTERMEDIATE
+    numbers = 4 * 101 * sum(rows) + 1  # logits, gradients and two moments; AdamW's count of steps
+    assert state["weights"] == weights
+    assert state["bytes_per_weight"] == pytest.approx(2 + 4 * numbers / weights)
+
+
+def test_a_learning_step_is_held_against_stock_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(bench_prune.SHAPES, HIDDEN, (INTERMEDIATE, HEADS, GROUPS))
+    made: list[str] = []
+    plain, learn = bench_prune.plain_steps, bench_prune.learn
+
+    def attention(block: Any) -> str:
+        return str(block._window._decoder.model.config._attn_implementation)
+
+    monkeypatch.setattr(bench_prune, "plain_steps", lambda *words: made.append(attention(words[0])) or plain(*words))
+    monkeypatch.setattr(bench_prune, "learn", lambda window: made.append(attention(window.block)) or learn(window))
+    directory = bench_prune.checkpoint(tmp_path / "model", HIDDEN, 1)
+    bench_prune.step_ratio(directory, torch.float32, 1, torch.zeros(2, 8, dtype=torch.long), 1)
+    assert made == ["sdpa", "besa_chunks"] * 2
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What time_to_quality asks `besa` for, with no `besa` behind it."""
+    asked: list[tuple[str, ...]] = []
+
+    def besa(*words: str) -> dict[str, Any]:
+        asked.append(words)
+        return {"results": [{"perplexity": 40.0}], "counts": {}, "compute": {}}
+
+    monkeypatch.setattr(time_to_quality, "LINES", tmp_path / "lines.jsonl")
+    monkeypatch.setattr(time_to_quality, "besa", besa)
+    monkeypatch.setattr(time_to_quality, "unit", lambda tokens, dtype: 2.0)
+    return asked
+
+
+def test_a_cell_is_measured_again_only_where_something_else_is_asked(
+    tmp_path: Path, measured: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(tmp_path / "tokens.jsonl"), "--work", str(tmp_path), "--samples", "16", "--dtype", "float32"]
+    time_to_quality.main(words)
+    assert [each[0] for each in measured] == ["calibrate", "prune", "eval"]
+    time_to_quality.main(words)
+    assert len(measured) == 3
+    time_to_quality.main([*words[:-1], "bfloat16"])
+    assert len(measured) == 6
+    own = time_to_quality.Options
+    monkeypatch.setattr(time_to_quality, "Options", lambda window: own(window=window, candidates=7))
+    time_to_quality.main(words)  # as if the default had changed
+    assert len(measured) == 9
+
+
+def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
+    def line(window: str, samples: int, perplexity: float, units: float) -> dict[str, Any]:
+        options = {"window": window, "lr": 1.0}
+        return {
+            "methods": recorded.methods("besa"),
+            "dtype": "float32", "options": options, "samples": samples,
+            "perplexity": perplexity, "units": units, "peak_memory": 10**9,
+        }  # fmt: skip
+
+    lines = [line("block", 128, 36.0, 5.0), line("block", 64, 36.3, 3.0), line("block", 16, 40.0, 1.5)]
+    assert "reaches it takes 5.00 passes (`--window block`, 128" in results.quality(lines)
+    assert "within 1% of it takes 3.00 passes (`--window block`, 64 samples, 36.30)" in results.quality(lines)
+    lines.append(line("2", 32, 35.9, 2.5))
+    assert "reaches it takes 2.50 passes (`--window 2`, 32 samples, 35.90)" in results.quality(lines)
+    assert "128 steps" not in results.quality(lines[1:])
+    stale = {**line("block", 8, 30.0, 0.5), "options": {"window": "block", "lr": 0.1}}
+    other = {**line("block", 8, 30.0, 0.5), "dtype": "bfloat16"}
+    old = {**line("block", 8, 30.0, 0.5), "methods": {"besa": 1}}
+    assert results.quality([stale, other, old, *lines]) == results.quality(lines)

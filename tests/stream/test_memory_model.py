@@ -1,0 +1,222 @@
+"""The model of memory: against tensors counted by hand, and how a command is placed within a limit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import tiny_models
+
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.errors import UsageError
+from besa_cli.jobs import prune, quantize
+from besa_cli.ops import attention
+from besa_cli.pruners import PRUNERS, sparsegpt
+from besa_cli.quantizers import QUANTIZERS, gptq
+from besa_cli.stream import memory_model, windows
+from besa_cli.stream.memory_model import Demand, Held, Shape
+
+SHAPE = Shape(
+    blocks=1,
+    loaded=1_100,
+    weights=1_000,
+    largest=400,
+    rows=(20, 30),
+    columns=(20, 20),
+    hidden=20,
+    widest=30,
+    source=2.0,
+    rest=500,
+    embedding=0,
+    vocabulary=64,
+    dtype=torch.float32,
+)
+
+
+@pytest.mark.parametrize(("option", "blocks"), [("block", 1), ("2", 2), ("attn-mlp", 1)])
+def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: Path) -> None:
+    directory = tiny_models.checkpoint(tmp_path, "llama", blocks=3, dtype=torch.bfloat16)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    found = memory_model.shape(decoder, windows.segments(decoder, option))
+    tensors = tiny_models.weights(directory)
+    inside = {name: tensor for name, tensor in tensors.items() if ".layers." in name}
+    assert found.loaded == sum(tensor.numel() for tensor in inside.values()) * blocks // 3
+    assert found.source == 2.0
+    assert found.rest == sum(tensor.nbytes for name, tensor in tensors.items() if name not in inside)
+    assert found.blocks == blocks
+    matrices = [tensor for name, tensor in inside.items() if ".layers.0." in name and tensor.dim() == 2]
+    if option != "attn-mlp":
+        assert found.weights == blocks * sum(tensor.numel() for tensor in matrices)
+    assert found.largest == max(tensor.numel() for tensor in matrices)
+    assert found.embedding == 2 * tensors["model.embed_tokens.weight"].nbytes
+    assert found.widest == 54
+    assert found.streams == (4 if option == "attn-mlp" else 2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_there_when_logits_are_wanted_and_not_before(tied: bool, tmp_path: Path) -> None:
+    directory = tiny_models.checkpoint(tmp_path, "llama", tied=tied)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    head = tiny_models.weights(directory).get("lm_head.weight", torch.empty(0))
+    assert decoder.head_bytes() == head.nbytes
+    assert tied or decoder.model.get_output_embeddings().weight.is_meta  # type: ignore[no-untyped-call]
+    whole = tiny_models.built(tiny_models.config("llama", tied=tied))
+    tokens = tiny_models.tokens(2, 9)
+    with torch.no_grad():
+        expected = whole(tokens)
+        hidden = whole(tokens, output_hidden_states=True).hidden_states[0]
+        for index in range(len(decoder)):
+            decoder.load(index)
+            hidden = decoder.forward(index, hidden, tokens)
+            decoder.drop(index)
+        torch.testing.assert_close(decoder.finish(hidden, tokens), expected.logits)
+    assert decoder.head_bytes() == 0
+
+
+def requests() -> list[Any]:
+    """Every method there is, and what changes what it holds."""
+    plain = [prune.Request(method=name, options={}) for name in PRUNERS]
+    plain += [quantize.Request(method=name, options={}) for name in QUANTIZERS]
+    chosen = [{"bits": 4}, {"importance": "sparsegpt"}, {"candidates": 1000, "batch_size": 3}]
+    return plain + [prune.Request(method="besa", options=options) for options in chosen]
+
+
+@pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method}-{asked.options}")
+def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
+    held = request_.held()
+    found = memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=7)
+    waiting = attention.KEPT  # probabilities of attention, at most
+    inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
+    assert found.hidden == inputs.nbytes + targets.nbytes
+    block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
+    always = block.nbytes + source.nbytes
+    gram = torch.empty(20, 20) if request_.module in (sparsegpt, gptq) or "importance" in request_.options else None
+    second = 0 if gram is None else gram.nbytes
+    assert found.phases["statistics"] > always + second
+    assert found.phases["deciding"] > always + masks.nbytes + 3 * second  # it, its factor, and one in work
+    stored, widest = torch.empty(1_000, dtype=torch.bfloat16), torch.empty(7, 30)
+    changed = torch.empty(1_000) if request_.grid or request_.module is sparsegpt else torch.empty(0)
+    assert found.phases["propagation"] > always + stored.nbytes + masks.nbytes + changed.nbytes + widest.nbytes
+    assert ("learning" in found.phases) == (request_.method in ("besa", "clip"))
+    if request_.method == "besa":
+        ranks, mixtures = torch.empty(1_000, dtype=torch.int16), torch.empty(50, request_.method_options().candidates)
+        learned = ranks.nbytes + 4 * mixtures.nbytes  # logits, gradients, two moments
+        grids = torch.empty(1_000) if request_.grid else torch.empty(0)
+        assert found.phases["learning"] > always + learned + grids.nbytes + waiting
+    if request_.method in ("wanda", "magnitude"):
+        scores = torch.empty(1_000)
+        assert found.phases["deciding"] > always + scores.nbytes + masks.nbytes
+    assert found.peak() >= max(found.phases.values()) + found.hidden
+    assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
+
+
+@pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (2, 2), (3, 1), (9, 1)])
+def test_activations_are_kept_for_two_blocks_at_most(blocks: int, kept: int) -> None:
+    held = prune.Request(options={"batch_size": 3}).held()
+    shape = replace(SHAPE, blocks=blocks)
+    few, many = (memory_model.compressing(shape, held, tokens=70, passing=7, learning=each) for each in (7, 8))
+    token = many.phases["learning"] - few.phases["learning"]
+    one = memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=8).phases["learning"]
+    alone = one - memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=7).phases["learning"]
+    between = torch.empty(20).nbytes  # a hidden state at each boundary
+    assert token == kept * (alone - between) + blocks * between
+
+
+def test_the_kept_activations_are_those_of_a_real_window(tmp_path: Path) -> None:
+    """Bytes that autograd keeps for a step of `--window 1` to 4, against the number of blocks that is counted."""
+    directory = tiny_models.checkpoint(tmp_path, "llama", blocks=4, dtype=torch.float32)
+    decoder = Decoder(directory, torch.device("cpu"), torch.float32)
+    for index in range(4):
+        decoder.load(index)
+    saved = []
+    for blocks in (1, 2, 3, 4):
+        span = windows.Span(decoder, range(blocks))
+        own = {name: linear.weight.detach().clone().requires_grad_() for name, linear in span.linears.items()}
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            span.forward(torch.randn(1, 9, decoder.config.hidden_size), tiny_models.tokens(1, 9), own)
+        saved.append(sum(sizes))
+    assert saved[1] > 1.8 * saved[0]
+    assert saved[3] < saved[2] * 1.5 < saved[1]
+
+
+def test_no_phase_but_its_own_holds_the_embedding() -> None:
+    wanda = prune.Request(method="wanda", options={}).held()
+    without = memory_model.compressing(SHAPE, wanda, tokens=70, passing=7)
+    freed = memory_model.compressing(replace(SHAPE, embedding=90), wanda, tokens=70, passing=7)
+    for phase, held in without.phases.items():
+        assert freed.phases[phase] == held - (0 if phase == "embeddings" else 90)
+    large = memory_model.compressing(replace(SHAPE, embedding=10**9, rest=2 * 10**9), wanda, tokens=70, passing=7)
+    assert large.phase == "embeddings"
+    assert set(large.phases.values()) == {0, 2 * 10**9}
+
+
+@given(
+    tokens=st.integers(1, 10**6),
+    passing=st.integers(1, 10**5),
+    more=st.integers(1, 10**5),
+    held=st.sampled_from([request.held() for request in requests()]),
+)
+def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: Held) -> None:
+    few = memory_model.compressing(SHAPE, held, tokens=tokens, passing=passing)
+    many = memory_model.compressing(SHAPE, held, tokens=tokens + more, passing=passing + more)
+    assert many.peak() >= few.peak()
+    assert many.peak() - many.hidden == many.peak(in_files=True)
+    measured = [
+        memory_model.measuring(SHAPE, tokens=each, passing=passing, seqlen=9).peak() for each in (tokens, tokens + more)
+    ]
+    assert measured[1] > measured[0]
+
+
+def test_the_head_is_held_beside_blocks_where_a_second_portion_follows() -> None:
+    sizes = {"tokens": 9, "passing": 9, "seqlen": 9}
+    without = memory_model.measuring(SHAPE, **sizes)
+    for portions, beside in ((1, 0), (2, 5_000)):
+        found = memory_model.measuring(SHAPE, **sizes, head=5_000, portions=portions)
+        assert found.phases["head"] == without.phases["head"] + 5_000
+        assert found.phases["blocks"] == without.phases["blocks"] + beside
+
+
+def demand(batch: int) -> Demand:
+    return Demand(phases={"statistics": 100 * batch, "deciding": 250}, hidden=1_000)
+
+
+def test_the_first_way_that_fits_is_taken() -> None:
+    own = demand(8).peak()
+    resident = 10**6
+    asked = [(None, 8, False), (own, 8, False), (own - 1, 8, True), (own - 1_000, 8, True), (own - 1_001, 4, True)]
+    for limit, batch, in_files in [*asked, (own - 1_000 - 550, 2, True)]:
+        found = memory_model.place(limit and limit + resident, resident, 8, demand)
+        assert (found.batch, found.in_files) == (batch, in_files)
+        assert limit is None or found.peak <= limit + resident
+    assert found.phase == "deciding"
+
+
+def test_overlapping_is_given_up_before_anything_else() -> None:
+    def both(batch: int) -> Demand:
+        return Demand(phases={"statistics": 100 * batch}, hidden=1_000, beside=70)
+
+    own = both(8).peak()
+    assert both(8).peak(overlapping=True) == own + 70
+    asked = [(None, True, False), (own + 70, True, False), (own + 69, False, False), (own - 1, False, True)]
+    for limit, overlapping, in_files in asked:
+        found = memory_model.place(limit, 0, 8, both, overlapping=True)
+        assert (found.overlapping, found.in_files, found.batch) == (overlapping, in_files, 8)
+        assert limit is None or found.peak <= limit
+    assert not memory_model.place(None, 0, 8, both).overlapping
+
+
+def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
+    with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little.* about 0.2 GB") as caught:
+        memory_model.place(10**8, 10**8, 8, demand)
+    assert "--window" in caught.value.hint
+    with pytest.raises(UsageError):  # a stage that was begun keeps its batch
+        memory_model.place(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)
