@@ -37,13 +37,13 @@ from besa_cli.calibration import calibration_set
 from besa_cli.checkpoint.manifests import versions
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.jobs.prune import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.models import Model
 from besa_cli.ops import kernels, losses
 from besa_cli.pruners import besa
 from besa_cli.pruners.besa.learning import learn, optimizers
-from besa_cli.pruners.besa.window import Window
+from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream import propagation, windows
 from besa_cli.stream.block import Block
 from besa_cli.system import compute
@@ -90,7 +90,7 @@ def seconds(work: Callable[[], object]) -> Took:
 
 def first_block(decoder: Decoder, tokens: torch.Tensor) -> Block:
     """The first block with half of its weights to be pruned."""
-    window = windows.Span(decoder, range(1))
+    window = windows.WholeBlocks(decoder, range(1))
     hidden = propagation.embed(decoder, tokens, 8)
     names, source = decoder.block_names(0), decoder.load(0)
     weights = {name: source[names[f"{name}.weight"]] for name in window.linears}
@@ -114,7 +114,7 @@ def step_ratio(directory: Path, dtype: torch.dtype, batch: int, tokens: torch.Te
     """One learning step ÷ one plain forward and backward pass."""
     block = first_block(Decoder(directory, CPU, dtype, quick=True), tokens)
     stock = first_block(Decoder(directory, CPU, dtype), tokens)
-    window = Window(block, besa.Options(batch_size=batch))
+    window = RankedWindow(block, besa.Options(batch_size=batch))
     found = []
     for turn in range(turns + 1):
         plain = seconds(lambda: plain_steps(stock, batch))
@@ -153,12 +153,12 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
     drawn = {**settings, "sources": [], "tokens_digest": calibration_set.tokens_digest(tokens)}
     calibrated = calibration_set.CalibrationSet(tokens=tokens, manifest=drawn)
     model = Model(name="random", kind="local", directory=directory, revision=None)
-    request = Request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
+    request = PruneRequest(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
     decoder, reports = Decoder(directory, CPU, dtype), list[Any]()
 
     def prune() -> None:
         with tempfile.TemporaryDirectory() as run:
-            job = Job(Run(Path(run)), model, calibrated, request)
+            job = StageJob(Run(Path(run)), model, calibrated, request)
             reports.extend(job.blocks())
             job.finish()
 
@@ -191,8 +191,8 @@ def _spread(walls: Sequence[float], cpus: Sequence[float]) -> dict[str, float]:
 def state_bytes(directory: Path, tokens: torch.Tensor) -> dict[str, float]:
     """Bytes of ranks and learned state of one block in bf16 ÷ its weights."""
     block = first_block(Decoder(directory, CPU, torch.bfloat16), tokens)
-    window = Window(block, besa.Options())
-    theta = torch.zeros(len(window.sizes), len(window.p), requires_grad=True)
+    window = RankedWindow(block, besa.Options())
+    theta = torch.zeros(len(window.sizes), len(window.candidates), requires_grad=True)
     optimizer = optimizers(theta, [], window.options)[0][0]
     theta.grad = torch.zeros_like(theta)
     optimizer.step()

@@ -17,7 +17,7 @@ import numpy as np
 
 from besa_cli import sim
 from besa_cli.sim import accelerator
-from besa_cli.sim.cost import Settings
+from besa_cli.sim.cost import SimulationSettings
 from besa_cli.sim.workload import of_mask
 
 MACHINE = accelerator.load("besa")
@@ -44,14 +44,16 @@ def simulate(mask: np.ndarray) -> None:
     """All dataflows on one mask, from the booleans on."""
     counted = of_mask(mask, "down")
     for name in sim.DATAFLOWS:
-        sim.dataflow(name).simulate(counted, MACHINE, Settings(search=True))
+        sim.dataflow(name).simulate(counted, MACHINE, SimulationSettings(search=True))
 
 
 def whole(model: Path) -> int:
     """All dataflows on all linears of a checkpoint; gives their number."""
-    from besa_cli.simulation.run import Request, blocks
+    from besa_cli.simulation.run import SimulationRequest, blocks
 
-    request = Request(func="model", dataflows=tuple(sim.DATAFLOWS), accelerator=MACHINE, settings=Settings())
+    request = SimulationRequest(
+        func="model", dataflows=tuple(sim.DATAFLOWS), accelerator=MACHINE, settings=SimulationSettings()
+    )
     return sum(len(block.linears) for block in blocks(model, request, lambda name: True))
 
 

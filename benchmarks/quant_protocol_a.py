@@ -77,11 +77,11 @@ class Step:
         """All that it is told, defaults included."""
         own: dict[str, Any] = {} if self.search else {"search": False}
         if self.command == "quantize":
-            given = quantize.Request(method=self.method, options=own)
+            given = quantize.QuantizeRequest(method=self.method, options=own)
             grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": given.symmetric}
             return {"command": "quantize", "method": self.method, **grid, "options": asdict(given.method_options())}
         grid = {"bits": self.bits, "group_size": self.group_size} if self.group_size else {}
-        asked = prune.Request(method=self.method, sparsity=SPARSITY, options=grid)
+        asked = prune.PruneRequest(method=self.method, sparsity=SPARSITY, options=grid)
         options = asdict(asked.method_options())
         return {"command": "prune", "method": self.method, "sparsity": SPARSITY, "options": options}
 

@@ -24,7 +24,7 @@ from besa_cli import app
 from besa_cli.pruners import besa as pruner
 from besa_cli.pruners import wanda
 from besa_cli.pruners.besa import Options
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.block import Block, Decision
 
 CANDIDATES = 1 - torch.arange(101) / 100  # from 1 down to 0
 
@@ -73,7 +73,7 @@ def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
     optimizer = Prodigy(thetas, lr=1.0, weight_decay=0, decouple=True, d_coef=options.d_coef)
     for _ in range(options.epochs):
         for sample in range(len(block.inputs)):
-            inputs, target = block.take(torch.tensor([sample]))
+            inputs, target = block.step_batch(torch.tensor([sample]))
             output = block.forward(inputs, {name: linear.masked() for name, linear in linears.items()})[0]
             error = (((target[0] - output) / target[0].norm(dim=0)) ** 2).sum() / output.shape[-1]
             shares = [linear.sparsities().mean() * (linear.weight.numel() / size) for linear in linears.values()]
@@ -84,10 +84,10 @@ def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
     return {name: linear.kept() for name, linear in linears.items()}
 
 
-def prune(block: Block, options: Options) -> Pruned:
+def prune(block: Block, options: Options) -> Decision:
     """In the place of `besa_cli.pruners.besa.prune`."""
     goal = block.budget / sum(weight.numel() for weight in block.weights.values())
-    return Pruned(masks=masks(block, options, goal), exact=False)
+    return Decision(masks=masks(block, options, goal), exact=False)
 
 
 def shares(stage: Path) -> dict[str, tuple[int, int]]:

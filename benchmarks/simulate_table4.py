@@ -23,9 +23,9 @@ from besa_runs import HERE, append_line, commit, read_lines
 from protocol_a import METHODS
 
 from besa_cli.sim import accelerator
-from besa_cli.sim.cost import Cost, Settings
+from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.workload import of_mask
-from besa_cli.simulation.run import BlockCost, Request, blocks, costs, summaries
+from besa_cli.simulation.run import BlockCost, SimulationRequest, blocks, costs, summaries
 
 Line = Mapping[str, Any]
 
@@ -93,7 +93,9 @@ def simulated(stage: Path) -> dict[str, Any]:
         "cycles": {},
     }
     for name, flow, search in VARIANTS:
-        request = Request(func="model", dataflows=(flow,), accelerator=MACHINE, settings=Settings(search=search))
+        request = SimulationRequest(
+            func="model", dataflows=(flow,), accelerator=MACHINE, settings=SimulationSettings(search=search)
+        )
         made = list(blocks(stage, request, lambda name: True))
         means = summaries(made, flow)
         found["cycles"][name] = {label: [mean.dense_cycles, mean.cycles] for label, mean in means.items()}
@@ -119,7 +121,9 @@ def llama_7b(spread: float) -> dict[str, dict[str, float]]:
     for role, (rows, cols, sparsity) in LLAMA_7B.items():
         counted = of_mask(random_mask(rows, cols, 1 - sparsity / 100, spread), role)
         for name, flow, search in VARIANTS:
-            request = Request(func="model", dataflows=(flow,), accelerator=MACHINE, settings=Settings(search=search))
+            request = SimulationRequest(
+                func="model", dataflows=(flow,), accelerator=MACHINE, settings=SimulationSettings(search=search)
+            )
             found[name][role] = costs(counted, request)[flow].cycles
     return found
 

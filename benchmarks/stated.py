@@ -25,9 +25,9 @@ from besa_runs import HERE, read_lines
 
 from besa_cli.ops import affine
 from besa_cli.sim import accelerator
-from besa_cli.sim.cost import Settings
+from besa_cli.sim.cost import SimulationSettings
 from besa_cli.sim.workload import of_mask
-from besa_cli.simulation.run import Request, costs
+from besa_cli.simulation.run import SimulationRequest, costs
 
 ROOT = HERE.parent
 TITLES = {
@@ -176,11 +176,11 @@ def memory_bound() -> str:
     rows = ["| `--word-bits` | `--batch` | cycles of the array | of the memory | of the dense linear | times faster |"]
     rows.append("|---|---|---|---|---|---|")
     for bits, batch in ((16, 1), (8, 1), (4, 1), (8, 128)):
-        request = Request(
+        request = SimulationRequest(
             func="model",
             dataflows=("roofline",),
             accelerator=accelerator.load("besa"),
-            settings=Settings(batch=batch, weight_bits=bits),
+            settings=SimulationSettings(batch=batch, weight_bits=bits),
         )
         cost = costs(of_mask(mask, "q"), request)["roofline"]
         assert cost.roof

@@ -24,7 +24,7 @@ from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
 from besa_cli.commands.shared.config_file import origin
-from besa_cli.commands.shared.context import Settings
+from besa_cli.commands.shared.context import ProcessSettings
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
@@ -55,14 +55,14 @@ def besa(
     ] = False,
 ) -> None:
     """Make a large language model sparse without training it, block by block, and see what it cost."""
-    if isinstance(context.obj, Settings):
+    if isinstance(context.obj, ProcessSettings):
         context.obj.debug = debug
         _join(context, context.obj)
 
 
-def _join(context: typer.Context, settings: Settings) -> None:
+def _join(context: typer.Context, settings: ProcessSettings) -> None:
     """Find the other ranks where `torchrun` started several; only the first one is heard from here on."""
-    place = torchrun.place(os.environ)
+    place = torchrun.rank_from_environment(os.environ)
     if place.size == 1:
         return
     settings.speaks = lambda: place.rank == 0
@@ -76,7 +76,7 @@ def _join(context: typer.Context, settings: Settings) -> None:
     settings.speaks = lambda: True  # who has not met the others cannot know that one of them speaks
     settings.ranks = Ranks(place)
     settings.speaks = settings.ranks.first_to_fail
-    if not settings.ranks.leads:
+    if not settings.ranks.is_main:
         context.with_resource(_unheard())
 
 
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
-    settings = Settings()
+    settings = ProcessSettings()
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = _explained(arguments, settings)
     _give_up_on_dead_streams()
     if settings.ranks is not None:
-        settings.ranks.leave(code)
+        settings.ranks.shutdown(code)
     return code
 
 
@@ -156,7 +156,7 @@ def _say(message: str, hint: str = "") -> None:
         show_error(message, hint)
 
 
-def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
+def _explained(arguments: Sequence[str] | None, settings: ProcessSettings) -> int:
     """Run the command line; what goes wrong becomes a line and an exit code."""
     way_on = "nothing that was finished is lost; run the same command again"
     with signals.interrupting(settings.signals, lambda: not settings.failed):
@@ -180,12 +180,12 @@ def _explained(arguments: Sequence[str] | None, settings: Settings) -> int:
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 
-def _run(arguments: Sequence[str] | None, settings: Settings) -> int:
+def _run(arguments: Sequence[str] | None, settings: ProcessSettings) -> int:
     result = get_command(app).main(args=arguments, prog_name="besa", standalone_mode=False, obj=settings)
     return result if isinstance(result, int) else 0
 
 
-def _report(error: BaseException, settings: Settings) -> int:
+def _report(error: BaseException, settings: ProcessSettings) -> int:
     """Show what a user can act on, and give its exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
         with suppress(OSError):
@@ -202,7 +202,7 @@ def _report(error: BaseException, settings: Settings) -> int:
     return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
 
 
-def _fault_line(error: BaseException, settings: Settings) -> tuple[str, str]:
+def _fault_line(error: BaseException, settings: ProcessSettings) -> tuple[str, str]:
     """The message and the hint for an error that nobody foresaw; its traceback goes to a file."""
     message = f"besa failed in a way that nobody foresaw: {type(error).__name__}: {reason_of(error)}"
     if settings.debug:

@@ -317,7 +317,7 @@ def test_output_that_cannot_be_written_is_no_traceback(workplace: Path, ends: st
 
 def test_the_help_states_the_defaults_that_hold(besa: Besa) -> None:
     text = " ".join(besa("calibrate", "--help").out.split())
-    default = calibration_set.Options()
+    default = calibration_set.CalibrationOptions()
     stated = {
         "data": f"({','.join(default.data)})",
         "samples": f"({default.samples}); x<=1000000",

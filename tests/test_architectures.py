@@ -20,8 +20,8 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.decoder.verify import verify
 from besa_cli.errors import BesaError
-from besa_cli.jobs.prune import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.pruners import PRUNERS
 from besa_cli.stream import propagation
 
@@ -53,10 +53,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def finish(directory: Path, model: Path, request: Request, rows: Tensor | None = None) -> Path:
+def finish(directory: Path, model: Path, request: PruneRequest, rows: Tensor | None = None) -> Path:
     """Prune `model` in a run directory; returns the stage."""
     calibration = tiny_models.calibration_set(tiny_models.tokens(2, 12) if rows is None else rows)
-    manifest = tiny_models.run(Job(Run(directory), tiny_models.local(model), calibration, request))
+    manifest = tiny_models.run(StageJob(Run(directory), tiny_models.local(model), calibration, request))
     assert manifest["status"] == "complete"
     return directory / "pruned"
 
@@ -68,7 +68,7 @@ def stock(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
-def check_counts(stage: Path, family: str, request: Request) -> None:
+def check_counts(stage: Path, family: str, request: PruneRequest) -> None:
     """The zeros in the tensors, block by block, are what the request says, and what the manifest says."""
     model = stock(stage)
     state = model.state_dict()
@@ -239,7 +239,7 @@ def test_the_sources_dtype_is_kept_whatever_is_computed_in(
 ) -> None:
     model = tiny_models.checkpoint(tmp_path / "model", dtype=dtype)
     asked = REQUESTS[name]
-    request = Request(method=asked.method, sparsity=0.5, options={}, device="cpu", dtype=compute)
+    request = PruneRequest(method=asked.method, sparsity=0.5, options={}, device="cpu", dtype=compute)
     stage = finish(tmp_path / "run", model, request)
     assert {tensor.dtype for tensor in tiny_models.weights(stage).values()} == {dtype}
     check_counts(stage, "llama", request)
@@ -382,7 +382,7 @@ def test_pruning_keeps_the_output_better_the_more_it_knows(tmp_path: Path) -> No
     model = tiny_models.checkpoint(tmp_path / "model", blocks=1)
     errors = {}
     for method in PRUNERS:
-        job = Job(
+        job = StageJob(
             Run(tmp_path / method),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens(32, 32)),
@@ -424,7 +424,7 @@ def test_what_cannot_be_pruned_is_refused_by_name(name: str, tmp_path: Path) -> 
     model = kind.from_config(config) if name in ("t5", "bert", "distilbert") else tiny_models.built(config)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(BesaError, match=message) as caught:
-        Job(
+        StageJob(
             Run(tmp_path / "run"),
             tiny_models.local(tmp_path / "model"),
             tiny_models.calibration_set(tiny_models.tokens()),

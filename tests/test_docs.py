@@ -28,7 +28,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.evaluation import texts
 from besa_cli.evaluation.measurement import Perplexity
 from besa_cli.jobs import quantize
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.pruners import wanda
 from besa_cli.sim import accelerator
 from besa_cli.text import corpora, documents
@@ -255,7 +255,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_example_of_a_method_says_what_it_holds(example: ModuleType) -> None:
     """Scores and masks, like Wanda's, whose it makes: the other tensors exist for one linear at a time."""
-    assert example.held(example.Options()) == wanda.held(wanda.Options())
+    assert example.held(example.Options()) == wanda.memory_use(wanda.Options())
 
 
 def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> N
     rows = tiny_models.calibration_set(tiny_models.tokens())
     for number, asked in enumerate((tiny_models.request("ria", sparsity=0.37), tiny_models.request("ria", nm=(2, 4)))):
         stage = Run(tmp_path / f"run-{number}")
-        manifest = tiny_models.run(Job(stage, tiny_models.local(source), rows, asked))
+        manifest = tiny_models.run(StageJob(stage, tiny_models.local(source), rows, asked))
         counts = manifest["counts"]
         if asked.nm is None:
             assert counts["pruned"] == round(0.37 * counts["weights"])
@@ -286,11 +286,11 @@ def finished(tmp_path: Path) -> Run:
     model = tiny_models.local(tiny_models.checkpoint(tmp_path / "source"))
     made = Run(tmp_path / "run")
     file = tiny_models.rows_file(tmp_path / "rows.jsonl", tiny_models.tokens())
-    options = calibration_set.Options(data=(str(file),), samples=4, seqlen=16)
+    options = calibration_set.CalibrationOptions(data=(str(file),), samples=4, seqlen=16)
     rows = prepare.calibrate(model, options, made.calibration, None, lambda _: None)
-    tiny_models.run(Job(made, model, rows, tiny_models.request("besa")))
-    few = quantize.Request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
-    tiny_models.run(Job(made, tiny_models.local(made.stage("pruned")), rows, few))
+    tiny_models.run(StageJob(made, model, rows, tiny_models.request("besa")))
+    few = quantize.QuantizeRequest(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
+    tiny_models.run(StageJob(made, tiny_models.local(made.stage("pruned")), rows, few))
     return made
 
 

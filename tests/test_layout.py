@@ -119,7 +119,7 @@ def test_methods_offered_are_the_files_and_folders_there_are(folder: str) -> Non
 def test_a_method_is_options_and_two_functions(folder: str, name: str) -> None:
     module = importlib.import_module(f"besa_cli.{folder}.{name}")
     assert is_dataclass(module.Options)
-    assert callable(module.held)
+    assert callable(module.memory_use)
     assert callable(module.prune if folder == "pruners" else module.quantize)
     assert METHODS[folder][name]
 

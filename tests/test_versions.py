@@ -16,7 +16,7 @@ from support import tiny_models
 from besa_cli import pruners, quantizers
 from besa_cli.checkpoint.runs import Run
 from besa_cli.jobs import quantize
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 
 RECORD = Path(__file__).parent / "versions.json"
 ALIKE = 0.99  # of the decisions: rounding, of another machine too, turns fewer
@@ -34,12 +34,14 @@ def decisions(method: str, place: Path) -> np.ndarray:
     source = tiny_models.local(tiny_models.checkpoint(place / "source", blocks=1))
     rows = tiny_models.calibration_set(tiny_models.tokens(samples=32))
     if method in pruners.PRUNERS:
-        tiny_models.run(Job(Run(place / "run"), source, rows, tiny_models.request(method)))
+        tiny_models.run(StageJob(Run(place / "run"), source, rows, tiny_models.request(method)))
         made = tiny_models.weights(place / "run" / "pruned")
         (names,) = tiny_models.linear_names(tiny_models.built(tiny_models.config("llama", blocks=1)), "model.layers")
         return np.concatenate([(made[name] != 0).numpy().astype(np.uint8).ravel() for name in names])
-    asked = quantize.Request(method=method, options={}, bits=BITS, group_size="16", device="cpu", dtype="float32")
-    tiny_models.run(Job(Run(place / "run"), source, rows, asked))
+    asked = quantize.QuantizeRequest(
+        method=method, options={}, bits=BITS, group_size="16", device="cpu", dtype="float32"
+    )
+    tiny_models.run(StageJob(Run(place / "run"), source, rows, asked))
     codes = tiny_models.weights(place / "run" / "quantized" / "codes")
     return np.concatenate([codes[name].numpy().ravel() for name in sorted(codes) if name.endswith(".codes")])
 

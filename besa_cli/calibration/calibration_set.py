@@ -28,7 +28,7 @@ _FILES = (_TOKENS, MANIFEST)
 Notify = Callable[[str], None]
 
 
-class Tokenizer(tokenizing.Tokenizer, Protocol):
+class SampleTokenizer(tokenizing.Tokenizer, Protocol):
     """What is needed of a tokenizer; those of transformers have it."""
 
     @property
@@ -37,7 +37,7 @@ class Tokenizer(tokenizing.Tokenizer, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CalibrationOptions:
     """What a calibration set is made of.
 
     Parameters
@@ -102,8 +102,8 @@ class CalibrationSet:
 
 
 def build(
-    options: Options,
-    tokenizer: Tokenizer,
+    options: CalibrationOptions,
+    tokenizer: SampleTokenizer,
     *,
     tokenizer_digest: str,
     max_length: int | None,
@@ -162,7 +162,9 @@ def _check_length(seqlen: int, max_length: int | None) -> None:
         )
 
 
-def _manifest(options: Options, account: dict[str, Any], tokens: Tensor, tokenizer_digest: str) -> dict[str, Any]:
+def _manifest(
+    options: CalibrationOptions, account: dict[str, Any], tokens: Tensor, tokenizer_digest: str
+) -> dict[str, Any]:
     """All that made the set; `account` holds its sources and how they were sampled."""
     return {
         "format": FORMAT,
@@ -185,7 +187,7 @@ def tokens_digest(tokens: Tensor) -> str:
 
 
 def _sample(
-    options: Options, tokenizer: Tokenizer, opened: Sequence[corpora.Corpus], notify: Notify
+    options: CalibrationOptions, tokenizer: SampleTokenizer, opened: Sequence[corpora.Corpus], notify: Notify
 ) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
     """Windows, and the manifest's account of where they are from and how they were taken."""
     encode = tokenizing.Encoder(tokenizer)

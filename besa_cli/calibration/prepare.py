@@ -33,7 +33,7 @@ def calibration_options(
     seed: int,
     pack: bool | None,
     notify: Notify,
-) -> calibration_set.Options:
+) -> calibration_set.CalibrationOptions:
     """The options of a calibration set, with the defaults where nothing was asked (None).
 
     The default sequence length is lowered, with a note, to the most that the model takes; one asked for is not.
@@ -41,7 +41,7 @@ def calibration_options(
     given: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
     if data:
         given["data"] = tuple(data)
-    options = calibration_set.Options(**{name: value for name, value in given.items() if value is not None})
+    options = calibration_set.CalibrationOptions(**{name: value for name, value in given.items() if value is not None})
     longest = architecture.maximum_length(architecture.config_of(model.directory))
     if seqlen is None and longest is not None and longest < options.seqlen:
         notify(
@@ -53,7 +53,7 @@ def calibration_options(
 
 def calibrate(
     model: Model,
-    options: calibration_set.Options,
+    options: calibration_set.CalibrationOptions,
     directory: Path,
     data_dir: Path | None,
     notify: Notify,
@@ -91,7 +91,7 @@ def calibrate(
         return found
     calibration_set.refuse_foreign(directory)
     config = architecture.config_of(model.directory)
-    tokenizer = _Later(model, notify)
+    tokenizer = LazyTokenizer(model, notify)
     kinds = {documents.suffix(Path(name)) for name in options.data}
     if not kinds <= {".jsonl", ".jsonl.gz"}:  # those may hold token ids, which need none
         tokenizer.load()
@@ -152,7 +152,7 @@ def reuse(model: Model, directory: Path) -> calibration_set.CalibrationSet:
 
 
 def _refuse_difference(
-    found: calibration_set.CalibrationSet, options: calibration_set.Options, directory: Path
+    found: calibration_set.CalibrationSet, options: calibration_set.CalibrationOptions, directory: Path
 ) -> None:
     there: Mapping[str, Any] = found.manifest["options"]
     asked = options.record()
@@ -185,7 +185,7 @@ def _shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-class _Later:
+class LazyTokenizer:
     """The model's tokenizer, read when first needed: token rows need none."""
 
     def __init__(self, model: Model, notify: Notify) -> None:

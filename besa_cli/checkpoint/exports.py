@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict
 
 from besa_cli.checkpoint import manifests
-from besa_cli.checkpoint.manifests import EXPORT, Count, Counts, Digest, Positive, Step
+from besa_cli.checkpoint.manifests import EXPORT, Count, Counts, Digest, Positive, StageHistory
 from besa_cli.errors import BesaError, reading
 from besa_cli.system import disk, records
 from besa_cli.system.records import strict
@@ -23,7 +23,7 @@ class File(TypedDict):
 
 
 @strict
-class Options(TypedDict):
+class ExportOptions(TypedDict):
     """What was asked for; each format has options of its own beside it."""
 
     format: str
@@ -34,7 +34,7 @@ class Options(TypedDict):
 
 
 @strict
-class Source(TypedDict):
+class ExportSource(TypedDict):
     """The stage that was exported."""
 
     stage: str
@@ -42,7 +42,7 @@ class Source(TypedDict):
 
 
 @strict
-class Model(TypedDict):
+class ExportModel(TypedDict):
     """The model that the stage was made from."""
 
     name: str
@@ -67,14 +67,14 @@ class Manifest(TypedDict):
 
     format: Positive
     command: Literal["export"]
-    options: Options
-    source: Source
-    model: Model
+    options: ExportOptions
+    source: ExportSource
+    model: ExportModel
     versions: dict[str, str]
     status: Literal["complete"]
     counts: Counts
     sizes: Sizes
-    history: list[Step]
+    history: list[StageHistory]
     files: dict[str, File]
 
 

@@ -159,7 +159,7 @@ def blocks(directory: Path) -> Iterator[BlockCount]:
 
 def _zeros(directory: Path, name: str, weight: Tensor) -> int:
     try:
-        return masks.zeros(weight)
+        return masks.count_zeros(weight)
     except (RuntimeError, NotImplementedError) as error:
         raise BesaError(
             f"{name} in {directory} has the dtype {weight.dtype}, of which zeros cannot be counted",

@@ -26,7 +26,7 @@ Options = dict[str, str | int | float | bool | list[str | int] | None]
 
 
 @strict
-class Source(TypedDict):
+class SourceRecord(TypedDict):
     """A text or a file of token rows that calibration samples were taken from."""
 
     asked: str
@@ -74,7 +74,7 @@ class Calibration(TypedDict):
     """The calibration tokens that a stage was made with; none where a method observes none."""
 
     tokens_digest: Digest | None
-    sources: list[Source]
+    sources: list[SourceRecord]
 
 
 @strict
@@ -89,7 +89,7 @@ class Counts(TypedDict):
 
 
 @strict
-class Step(TypedDict):
+class StageHistory(TypedDict):
     """An earlier stage of which this one was made."""
 
     stage: str
@@ -112,7 +112,7 @@ class StageManifest(TypedDict):
     quantization: NotRequired[Quantization]
     calibration: Calibration
     versions: dict[str, str]
-    history: list[Step]
+    history: list[StageHistory]
     status: Literal["beginning", "running", "complete"]
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
     files: NotRequired[list[str]]
@@ -129,7 +129,7 @@ class CalibrationManifest(TypedDict):
     stage: Literal["calibration"]
     status: Literal["complete"]
     options: Options
-    sources: list[Source]
+    sources: list[SourceRecord]
     sampling: str
     tokenizer_digest: Digest
     tokens_digest: Digest

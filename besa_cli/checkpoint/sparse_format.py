@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from besa_cli.errors import BesaError
-from besa_cli.ops import affine, bitmask, packing
+from besa_cli.ops import affine, packing
 from besa_cli.ops.affine import Grid, Quantized
 
 METHOD = "besa"  # the quant_method of config.json
@@ -36,9 +36,9 @@ def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
     prefix, _, last = name.rpartition(".")
     if last != WEIGHT or tensor.dim() != 2:
         return {name: tensor}
-    mask = bitmask.stored(tensor)
+    mask = packing.stored_mask(tensor)
     parts = {
-        MASK: bitmask.packed(mask),
+        MASK: packing.pack_mask(mask),
         VALUES: tensor[mask],
         SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
     }
@@ -66,12 +66,12 @@ def encoded_codes(name: str, tensor: Tensor, quantized: Quantized) -> dict[str, 
     found, grid, cols = affine.dequantize(quantized).to(tensor.dtype), quantized.grid, tensor.shape[1]
     if not torch.equal(found, tensor):
         raise BesaError(f"{name} is not what its codes stand for", "make the stage anew with --restart")
-    mask = quantized.codes != affine.spread(quantized.zeros, grid, cols)
+    mask = quantized.codes != affine.per_column(quantized.zeros, grid, cols)
     parts = {
-        MASK: bitmask.packed(mask),
+        MASK: packing.pack_mask(mask),
         VALUES: torch.empty(0, dtype=tensor.dtype),  # for its dtype
         SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
-        CODES: packing.packed(quantized.codes[mask].unsqueeze(0), grid.bits)[0],
+        CODES: packing.pack_codes(quantized.codes[mask].unsqueeze(0), grid.bits)[0],
         SCALE: quantized.scales,
         GRID: torch.tensor([grid.bits, grid.width(cols)], dtype=torch.int64),
     }
@@ -94,7 +94,7 @@ def codes(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
         prefix, _, last = name.rpartition(".")
         if last == CODES:
             own = {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
-            found |= affine.tensors(_quantized(own, f"{prefix}.{WEIGHT} in {place}"), prefix)
+            found |= affine.to_tensors(_quantized(own, f"{prefix}.{WEIGHT} in {place}"), prefix)
     return found
 
 
@@ -155,9 +155,9 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
         raise _damaged(place, f"there is {strangers[0]}, but no {CODES}")
     if values.shape != (count,):
         raise _damaged(place, f"{MASK} has {count} bits set, but {VALUES} has the shape {list(values.shape)}")
-    if not bool(bitmask.stored(values.unsqueeze(0)).all()) or not bool(torch.isfinite(values.float()).all()):
+    if not bool(packing.stored_mask(values.unsqueeze(0)).all()) or not bool(torch.isfinite(values.float()).all()):
         raise _damaged(place, f"{VALUES} holds zeros, NaN or infinity")
-    return bitmask.expanded(mask, values)
+    return packing.expand(mask, values)
 
 
 def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:
@@ -172,7 +172,7 @@ def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:
         raise _damaged(place, f"{MASK} has not a bit for each of {rows} x {cols} weights")
     if cols % 8 and bool((bits[:, -1] >> (cols % 8)).any()):
         raise _damaged(place, f"{MASK} has bits set beyond the last of {cols} columns")
-    return bitmask.unpacked(bits, cols)
+    return packing.unpack_mask(bits, cols)
 
 
 def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
@@ -188,9 +188,9 @@ def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
         raise _damaged(place, f"{MASK} has {count} bits set, but {CODES} has the shape {list(data.shape)}")
     if count * bits % 8 and int(data[-1]) >> count * bits % 8:
         raise _damaged(place, f"{CODES} has bits set beyond the last of {count} codes")
-    nothing = affine.spread(zeros, grid, cols)
+    nothing = affine.per_column(zeros, grid, cols)
     codes = nothing.clone()
-    codes[mask] = packing.unpacked(data.unsqueeze(0), bits, count)[0]
+    codes[mask] = packing.unpack_codes(data.unsqueeze(0), bits, count)[0]
     if bool((codes == nothing)[mask].any()):
         raise _damaged(place, f"{CODES} holds codes that stand for zero")
     return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)

@@ -24,7 +24,7 @@ class _Metadata(TypedDict):
     sha256: dict[str, Annotated[str, Len(64, 64)]]
 
 
-class _Index(TypedDict):
+class _SparseIndex(TypedDict):
     metadata: _Metadata
     weight_map: dict[str, str]
 
@@ -106,7 +106,7 @@ def read(directory: Path) -> Index:
     """
     path = directory / INDEX
     disk.read_json(path, unique=True)  # a name that is given twice is refused
-    found = records.read(_Index, path, _FETCH)
+    found = records.read(_SparseIndex, path, _FETCH)
     digests, table = found["metadata"]["sha256"], found["weight_map"]
     for file in (*digests, *table.values()):
         if not _FILE.fullmatch(file):

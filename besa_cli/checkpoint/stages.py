@@ -116,7 +116,7 @@ class Stage:
             found = [tensor for name, tensor in tensors.items() if f".{name}".endswith(ending)]
             if len(found) != 1:  # the checkpoint calls it otherwise than the model
                 continue
-            counted, shape = masks.zeros(found[0]), tuple(found[0].shape)
+            counted, shape = masks.count_zeros(found[0]), tuple(found[0].shape)
             if (counted, shape) != (linear.zeros, (linear.rows, linear.cols)):
                 raise BesaError(
                     f"{self._report(index)} tells of {linear.zeros} zeros in {linear.name} ({linear.rows} x "

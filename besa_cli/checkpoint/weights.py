@@ -40,7 +40,7 @@ class Weights:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._file: dict[str, Path] = {}
-        self._entry: dict[str, headers.Entry] = {}
+        self._entry: dict[str, headers.TensorEntry] = {}
         self._stamps: dict[Path, tuple[int, ...]] = {}
         table = listed(directory)
         for path in sorted({directory / name for name in table.values()} or {directory / SINGLE}):

@@ -33,7 +33,7 @@ def calibrate(
         source, data=data, samples=samples, seqlen=seqlen, seed=seed, pack=pack, notify=console.note
     )
     directory = run / "calibration"
-    with lock.held(run, "besa calibrate"):
+    with lock.hold(run, "besa calibrate"):
         calibration_set.recover(directory)
         made = prepare.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
     _show(made, console, str(directory))

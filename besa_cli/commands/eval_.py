@@ -19,7 +19,7 @@ from besa_cli.errors import Interrupted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from besa_cli.evaluation.measurement import Measurement, Perplexity, Settings
+    from besa_cli.evaluation.measurement import Perplexity, PerplexityMeasurement, PerplexitySettings
     from besa_cli.evaluation.results import Results
     from besa_cli.evaluation.texts import EvaluationText
     from besa_cli.stream.forecast import Forecast
@@ -59,14 +59,14 @@ def ppl(
     """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
     console = Console(json=as_json)
     from besa_cli.evaluation import texts
-    from besa_cli.evaluation.measurement import Settings
+    from besa_cli.evaluation.measurement import PerplexitySettings
     from besa_cli.stream import forecast
     from besa_cli.system import compute
     from besa_cli.text import documents, hub_files
 
     where = compute.device(device)
     resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
-    settings = Settings(
+    settings = PerplexitySettings(
         seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved
     )
     documents.check_directory(data_dir)
@@ -79,7 +79,7 @@ def ppl(
     if dry_run:
         started = compute.age()
         both = [each for each in (subject, subject.parent) if each is not None]
-        found = forecast.together([_forecast(each, wanted, settings) for each in both])
+        found = forecast.combined([_forecast(each, wanted, settings) for each in both])
         forecast_view.show(replace(found, seconds=started + found.seconds), console)
         return
     measured = _measure(subject, wanted, settings, console)
@@ -92,7 +92,7 @@ def ppl(
 def _measure(
     subject: Subject,
     texts: "Sequence[EvaluationText]",
-    settings: "Settings",
+    settings: "PerplexitySettings",
     console: Console,
     *,
     parent: bool = False,
@@ -120,10 +120,10 @@ def _measure(
     return [found[number] for number in range(len(jobs))]
 
 
-def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Settings") -> "Forecast":
+def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "Forecast":
     """What measuring one model would take, all checks included."""
     from besa_cli.evaluation import results
-    from besa_cli.evaluation.perplexity import Walk
+    from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.system import disk
 
     began = time.perf_counter()
@@ -131,22 +131,22 @@ def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Se
     if subject.results:
         disk.require_writable(subject.results)
     left = [job for job in jobs if not (subject.results and results.load(subject.results / job.file))]
-    walk = Walk(left or jobs)
+    walk = PerplexityRun(left or jobs)
     checks = time.perf_counter() - began
     found = walk.forecast(subject.results or subject.directory)
     return replace(found, seconds=(found.seconds if left else 0.0) + checks, left=found.left if left else 0)
 
 
 def _walk(
-    subject: Subject, jobs: "Sequence[Measurement]", results: "Results | None", console: Console
+    subject: Subject, jobs: "Sequence[PerplexityMeasurement]", results: "Results | None", console: Console
 ) -> "list[Perplexity]":
-    from besa_cli.evaluation.perplexity import Walk
+    from besa_cli.evaluation.perplexity import PerplexityRun
 
     known = [results.known(job) if results else [] for job in jobs]
     for job, losses in zip(jobs, known, strict=True):
         if losses:
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
-    walk = Walk(jobs, known)
+    walk = PerplexityRun(jobs, known)
     for note in walk.notes:
         console.note(note)
     try:
@@ -166,7 +166,7 @@ def _walk(
     return made
 
 
-def _way_on(results: "Results | None", jobs: "Sequence[Measurement]") -> str:
+def _way_on(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") -> str:
     """What is true of an interrupted evaluation."""
     if results is None:
         return "nothing was kept; with --run DIR what is measured goes there, and the same command goes on from it"
@@ -178,15 +178,15 @@ def _jobs(
     subject: Subject,
     digest: str,
     texts: "Sequence[EvaluationText]",
-    settings: "Settings",
+    settings: "PerplexitySettings",
     notify: "Callable[[str], None]" = lambda _: None,
-) -> "list[Measurement]":
-    from besa_cli.evaluation.measurement import Measurement
+) -> "list[PerplexityMeasurement]":
+    from besa_cli.evaluation.measurement import PerplexityMeasurement
     from besa_cli.models.tokenizer import tokenizer_digest
 
     tokenizer = subjects.tokenizer(subject, notify)
     made_of = tokenizer_digest(subject.directory)
-    return [Measurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
+    return [PerplexityMeasurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
 
 
 def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:

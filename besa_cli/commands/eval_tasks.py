@@ -17,8 +17,8 @@ from besa_cli.errors import Interrupted
 if TYPE_CHECKING:
     from besa_cli.commands.shared.subject import Subject
     from besa_cli.evaluation.zeroshot.harness import Tasks
-    from besa_cli.evaluation.zeroshot.results import Result, Score, Settings
-    from besa_cli.evaluation.zeroshot.run import Measurement
+    from besa_cli.evaluation.zeroshot.results import Score, TaskResult, TaskSettings
+    from besa_cli.evaluation.zeroshot.run import TaskMeasurement
     from besa_cli.evaluation.zeroshot.watching import Advance, Progress
 
 TasksArgument = Annotated[
@@ -94,13 +94,13 @@ def tasks(
     """Accuracy of the newest stage (or of --model) on zero-shot tasks, and of the dense model it was made from."""
     console = Console(json=as_json)
     from besa_cli.evaluation.zeroshot import harness
-    from besa_cli.evaluation.zeroshot.results import Settings
+    from besa_cli.evaluation.zeroshot.results import TaskSettings
     from besa_cli.system import compute
 
     wanted = harness.split_names(names or [])
     where = compute.device(device)
     resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
-    settings = Settings(
+    settings = TaskSettings(
         num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved,
         streamed=bool(streamed),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def tasks(
     _show(measured, results, dense, console)
 
 
-def _chosen(measured: "Subject", settings: "Settings", console: Console) -> "Settings":
+def _chosen(measured: "Subject", settings: "TaskSettings", console: Console) -> "TaskSettings":
     """Streamed where the model would not fit; the dense one is as large, and both are measured in the same way."""
     from besa_cli.evaluation.zeroshot import memory
     from besa_cli.system import compute
@@ -134,12 +134,12 @@ def _chosen(measured: "Subject", settings: "Settings", console: Console) -> "Set
 def _measure(
     measured: "Subject",
     ready: "Tasks",
-    settings: "Settings",
+    settings: "TaskSettings",
     console: Console,
     *,
     restart: bool,
     parent: bool = False,
-) -> "list[Result]":
+) -> "list[TaskResult]":
     """Every task's result: from the run where it is there, else measured now.
 
     A stage is looked at before its results are taken; of its parent they are taken as they are.
@@ -163,8 +163,8 @@ def _measure(
 
 
 def _begun(
-    measured: "Subject", ready: "Tasks", settings: "Settings", *, restart: bool, parent: bool
-) -> "tuple[Measurement, dict[str, Result | None]]":
+    measured: "Subject", ready: "Tasks", settings: "TaskSettings", *, restart: bool, parent: bool
+) -> "tuple[TaskMeasurement, dict[str, TaskResult | None]]":
     """The measurement of a model after all checks of it, and every task's result where it is there."""
     digest = str(measured.digest) if parent else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
@@ -175,7 +175,7 @@ def _begun(
 
 
 def _forecast(
-    models: "Sequence[Subject]", ready: "Tasks", settings: "Settings", console: Console, *, restart: bool
+    models: "Sequence[Subject]", ready: "Tasks", settings: "TaskSettings", console: Console, *, restart: bool
 ) -> None:
     """Show what the tasks that are not measured yet would take, each tried on its first questions."""
     from besa_cli.system import compute, disk
@@ -207,13 +207,13 @@ def _way_on(kept: Path | None, count: int) -> str:
     return f"{count} tasks of this model are measured and kept; run the same command again to go on from there"
 
 
-def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "Settings") -> "Measurement":
-    from besa_cli.evaluation.zeroshot.run import Measurement
+def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "TaskSettings") -> "TaskMeasurement":
+    from besa_cli.evaluation.zeroshot.run import TaskMeasurement
     from besa_cli.models.tokenizer import tokenizer_digest
 
     tokenizer = subject.tokenizer(measured)
     made_of = tokenizer_digest(measured.directory)
-    return Measurement(measured.directory, digest, tokenizer, made_of, ready, settings)
+    return TaskMeasurement(measured.directory, digest, tokenizer, made_of, ready, settings)
 
 
 def _progress(task: str, model: str, console: Console) -> "Progress":
@@ -228,11 +228,13 @@ def _progress(task: str, model: str, console: Console) -> "Progress":
     return blocks
 
 
-def _show(measured: "Subject", results: "Sequence[Result]", dense: "Sequence[Result] | None", console: Console) -> None:
+def _show(
+    measured: "Subject", results: "Sequence[TaskResult]", dense: "Sequence[TaskResult] | None", console: Console
+) -> None:
     from besa_cli.evaluation.zeroshot.results import AVERAGED, average, versions
 
     parent = measured.parent.name if measured.parent else "dense"
-    beside: list[Result | None] = [*dense] if dense else [None] * len(results)
+    beside: list[TaskResult | None] = [*dense] if dense else [None] * len(results)
     pairs = [pair for both in zip(results, beside, strict=True) for pair in _pairs(*both)]
     means = average(results), average(dense) if dense else None
     cells = [_cells(*pair) for pair in pairs]
@@ -258,7 +260,7 @@ def _show(measured: "Subject", results: "Sequence[Result]", dense: "Sequence[Res
     )
 
 
-def _pairs(result: "Result", dense: "Result | None") -> "list[tuple[str, Score, Score | None]]":
+def _pairs(result: "TaskResult", dense: "TaskResult | None") -> "list[tuple[str, Score, Score | None]]":
     """Every score with its split and the dense model's."""
     others = {(score.task, score.metric): score for score in dense.scores()} if dense else {}
     return [(result.split or "-", score, others.get((score.task, score.metric))) for score in result.scores()]
@@ -281,7 +283,7 @@ def _difference(value: float | None, dense: float | None) -> float | None:
     return value - dense if value is not None and dense is not None else None
 
 
-def _json(result: "Result", dense: "Result | None") -> dict[str, Any]:
+def _json(result: "TaskResult", dense: "TaskResult | None") -> dict[str, Any]:
     record = {name: value for name, value in asdict(result).items() if name != "harness"}
     scores = []
     for _, score, other in _pairs(result, dense):

@@ -12,7 +12,7 @@ from besa_cli.errors import BesaError, UsageError
 from besa_cli.exporters import EXPORTERS
 
 if TYPE_CHECKING:
-    from besa_cli.jobs.export import Job
+    from besa_cli.jobs.export import ExportJob
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in EXPORTERS.items())
 
@@ -64,12 +64,12 @@ def export(
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import push
-    from besa_cli.jobs.export import Job, Request
+    from besa_cli.jobs.export import ExportJob, ExportRequest
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
     own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
-    request = Request(format=format, options={name: value for name, value in own.items() if value is not None})
+    request = ExportRequest(format=format, options={name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     if push_to is not None:
         push.check(push_to)
@@ -77,8 +77,8 @@ def export(
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
-    with lock.free(run) if dry_run else lock.held(run, f"besa export --run {run}"):
-        job = Job(Run(run), request, restart=restart)
+    with lock.free(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
+        job = ExportJob(Run(run), request, restart=restart)
         if dry_run:
             forecast_view.job(job, console)
             return
@@ -100,7 +100,7 @@ def export(
         console.note(f"pushed to {push.push(job.directory, push_to, private=private)}")
 
 
-def _refuse_strangers(job: "Job") -> None:
+def _refuse_strangers(job: "ExportJob") -> None:
     """Nothing goes out that is not of the export."""
     from besa_cli.checkpoint import ownership
 
@@ -112,7 +112,7 @@ def _refuse_strangers(job: "Job") -> None:
         )
 
 
-def _show(job: "Job", console: Console) -> None:
+def _show(job: "ExportJob", console: Console) -> None:
     manifest: dict[str, Any] = job.finish()
     sizes = manifest["sizes"]
     rows = [

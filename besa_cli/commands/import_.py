@@ -22,11 +22,11 @@ def import_(
     """Bring a sparse export back into a run directory, byte for byte the stage it was made from."""
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs.import_ import Job
+    from besa_cli.jobs.import_ import ImportJob
     from besa_cli.system import lock
 
-    with lock.held(run, f"besa import --run {run}"):
-        job = Job(directory, Run(run), restart=restart)
+    with lock.hold(run, f"besa import --run {run}"):
+        job = ImportJob(directory, Run(run), restart=restart)
         if job.done:
             console.note(f"{job.directory} is that stage already")
         with console.blocks("import", job.number_of_shards) as progress:

@@ -131,10 +131,10 @@ def prune(
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import ranks
-    from besa_cli.jobs.prune import Request
+    from besa_cli.jobs.prune import PruneRequest
 
     tokens_from = None if calibration is None else str(calibration.resolve())
-    request = Request(
+    request = PruneRequest(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
@@ -149,7 +149,7 @@ def prune(
     if dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
-    with world.first_alone():  # what it fetches, the others find
+    with world.main_process_first():  # what it fetches, the others find
         source = models.resolve(model, notify=console.note)
     directory = Run(run)
     wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}

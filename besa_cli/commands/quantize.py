@@ -91,10 +91,10 @@ def quantize(
     }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs.quantize import Request
+    from besa_cli.jobs.quantize import QuantizeRequest
     from besa_cli.ops import affine
 
-    request = Request(
+    request = QuantizeRequest(
         method=method,
         bits=bits,
         group_size=affine.GROUP if group_size is None else group_size,

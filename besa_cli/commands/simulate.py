@@ -15,7 +15,7 @@ from besa_cli.sim import DATAFLOWS
 
 if TYPE_CHECKING:
     from besa_cli.commands.shared.subject import Subject
-    from besa_cli.simulation.run import BlockCost, Request
+    from besa_cli.simulation.run import BlockCost, SimulationRequest
 
 _DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items())
 
@@ -93,18 +93,18 @@ def simulate(
     console = Console(json=as_json)
     from besa_cli import sim
     from besa_cli.sim import accelerator as accelerators
-    from besa_cli.sim.cost import Settings
+    from besa_cli.sim.cost import SimulationSettings
     from besa_cli.simulation import plots
-    from besa_cli.simulation.run import Request
+    from besa_cli.simulation.run import SimulationRequest
 
     flows = tuple(dict.fromkeys(dataflow or ["vitcod"]))
     for name in flows:
         sim.dataflow(name)
-    request = Request(
+    request = SimulationRequest(
         func=func,
         dataflows=flows,
         accelerator=accelerators.load(accelerator),
-        settings=Settings(threshold=threshold, search=search, batch=batch, weight_bits=word_bits),
+        settings=SimulationSettings(threshold=threshold, search=search, batch=batch, weight_bits=word_bits),
     )
     if plot is not None:
         plots.require(plot)
@@ -121,7 +121,7 @@ def simulate(
     console.emit_json({"model": subject.name, "directory": str(subject.directory), **record})
 
 
-def _simulated(directory: Path, request: "Request", console: Console) -> "list[BlockCost]":
+def _simulated(directory: Path, request: "SimulationRequest", console: Console) -> "list[BlockCost]":
     from besa_cli.checkpoint import inspection
     from besa_cli.simulation.run import blocks, chosen
 
@@ -135,7 +135,9 @@ def _simulated(directory: Path, request: "Request", console: Console) -> "list[B
     return found
 
 
-def _kept(subject: "Subject", found: "list[BlockCost]", request: "Request", console: Console) -> dict[str, Any]:
+def _kept(
+    subject: "Subject", found: "list[BlockCost]", request: "SimulationRequest", console: Console
+) -> dict[str, Any]:
     """The record; of a run's stage it is written into the run as well."""
     from besa_cli.checkpoint.runs import Run
     from besa_cli.simulation import record

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.decoder import architecture
-from besa_cli.decoder.prefetch import Ahead
+from besa_cli.decoder.prefetch import Prefetcher
 from besa_cli.decoder.tensor_names import Names, fit
 from besa_cli.errors import BesaError
 from besa_cli.system import compute
@@ -52,7 +52,9 @@ class PartialModel:
         self._above = [module for module in self._outside if self.blocks in set(module.modules())]
         self._names = Names(self.model, self.weights.names)
         self.notes = fit(self.model, self._names, self.weights)
-        self._ahead = Ahead(lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda")
+        self._ahead = Prefetcher(
+            lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda"
+        )
         for index in range(len(self.blocks)):
             self._require(self.block_names(index), f"block {index}")
         self._load_rest()
@@ -96,9 +98,9 @@ class PartialModel:
                     "the checkpoint is incomplete or of another architecture: fetch it again",
                 )
 
-    def expect(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Begin to read block `index`, which will be loaded soon; that takes as much memory as it has on disk."""
-        self._ahead.expect(index)
+        self._ahead.prefetch(index)
 
     def load(self, index: int, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Give block `index` its weights and return all its tensors in their own dtype, by checkpoint name.

@@ -18,7 +18,7 @@ def begun(function: Callable[Given, Found], *args: Given.args, **kwargs: Given.k
     return future
 
 
-class Ahead:
+class Prefetcher:
     """Reads blocks before they are wanted.
 
     Parameters
@@ -32,7 +32,7 @@ class Ahead:
         self._read, self._pinned = read, pinned
         self._begun: dict[int, Future[dict[str, Tensor]]] = {}
 
-    def expect(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Begin to read a block."""
         if index not in self._begun:
             self._begun[index] = begun(self._fetch, index)

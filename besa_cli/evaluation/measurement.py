@@ -28,7 +28,7 @@ Loss = tuple[float, int]  # of a window: the sum of −log p over its counted to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PerplexitySettings:
     """How perplexity is measured.
 
     Attributes
@@ -99,12 +99,12 @@ def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabul
     BesaError
         The tokenizer gives ids that the model does not know.
     """
-    ids = _held(islice(Encoder(tokenizer)(text.text), text.longest))
+    ids = _to_tensor(islice(Encoder(tokenizer)(text.text), text.longest))
     require_known(ids, vocabulary)
     return ids
 
 
-def _held(ids: Iterable[int]) -> Tensor:
+def _to_tensor(ids: Iterable[int]) -> Tensor:
     """Token ids as a tensor; many of them stay in a temporary file."""
     numbers = Numbers()
     if not numbers.add(ids):
@@ -112,7 +112,7 @@ def _held(ids: Iterable[int]) -> Tensor:
     return torch.frombuffer(numbers.whole(), dtype=torch.long)
 
 
-def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
+def windows(ids: Tensor, settings: PerplexitySettings, name: str) -> tuple[Tensor, int]:
     """The windows of a text, shape (windows, seqlen), the last partial one dropped, and how many the whole text has.
 
     Raises
@@ -130,7 +130,7 @@ def windows(ids: Tensor, settings: Settings, name: str) -> tuple[Tensor, int]:
     return cut[: settings.limit].contiguous(), len(cut)
 
 
-class Measurement:
+class PerplexityMeasurement:
     """One text to be measured on one checkpoint.
 
     Parameters
@@ -166,7 +166,7 @@ class Measurement:
         text: EvaluationText,
         tokenizer: "PreTrainedTokenizerBase",
         tokenizer_digest: str,
-        settings: Settings,
+        settings: PerplexitySettings,
     ) -> None:
         from besa_cli.decoder import architecture
 

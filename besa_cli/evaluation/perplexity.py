@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.evaluation.measurement import Loss, Measurement, Perplexity, token_losses
+from besa_cli.evaluation.measurement import Loss, Perplexity, PerplexityMeasurement, token_losses
 from besa_cli.stream import memory_model, propagation
 from besa_cli.stream.forecast import Forecast
 from besa_cli.stream.windows import BLOCK, segments
@@ -21,7 +21,7 @@ _CPU_TOKENS = 32_768  # that a CPU takes through the model at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class PerplexityStep:
     """A block, or at the end the head, that a portion of the windows went through.
 
     Attributes
@@ -43,7 +43,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class WindowRange:
     """Consecutive windows of one text, from `start` to before `stop`."""
 
     text: int
@@ -51,7 +51,7 @@ class Part:
     stop: int
 
 
-class Walk:
+class PerplexityRun:
     """Take the windows of several texts through one model, portion by portion; iterate over it to do so.
 
     A portion goes through all blocks, each loaded once for it, and through the head; then its windows are measured.
@@ -71,13 +71,13 @@ class Walk:
         For each text, those of its first windows, as far as they are measured.
     """
 
-    def __init__(self, jobs: Sequence[Measurement], known: Sequence[Sequence[Loss]] | None = None) -> None:
+    def __init__(self, jobs: Sequence[PerplexityMeasurement], known: Sequence[Sequence[Loss]] | None = None) -> None:
         self._jobs = jobs
         self._batch = jobs[0].settings.batch_size
         self.losses: list[list[Loss]] = [list(takewhile(_is_number, each)) for each in known or [()] * len(jobs)]
         self._decoder = Decoder(jobs[0].directory, jobs[0].device, jobs[0].dtype, quick=True)
         left = [(len(losses), len(job.windows)) for job, losses in zip(jobs, self.losses, strict=True)]
-        self.portions = portions(
+        self.portions = split_passes(
             left, self._batch, windows_at_once(self._decoder, jobs[0].settings.seqlen, self._batch)
         )
 
@@ -100,7 +100,7 @@ class Walk:
         windows = [sum(part.stop - part.start for part in portion) for portion in self.portions]
         return [float(count * size) for count in windows for size in (*blocks, head)]
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[PerplexityStep]:
         blocks, index = len(self._decoder), 0
         for number, portion in enumerate(self.portions, 1):
             place = f" of pass {number}/{len(self.portions)}" if len(self.portions) > 1 else ""
@@ -127,7 +127,7 @@ class Walk:
         sizes = [sum(part.stop - part.start for part in portion) for portion in self.portions]
         shape = memory_model.shape(self._decoder, segments(self._decoder, BLOCK))
         most = max(sizes)
-        demand = memory_model.measuring(
+        demand = memory_model.eval_demand(
             shape,
             tokens=most * seqlen,
             passing=min(self._batch, most) * seqlen,
@@ -137,7 +137,7 @@ class Walk:
         )
         memory = compute.resident() + demand.peak()
         first = self.portions[0][0]
-        part = Part(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))
+        part = WindowRange(text=first.text, start=first.start, stop=min(first.stop, first.start + self._batch))
         began = time.perf_counter()
         hidden = propagation.embed(self._decoder, self._tokens(part), self._batch)
         embedded = time.perf_counter()
@@ -163,20 +163,20 @@ class Walk:
             left=blocks,
         )
 
-    def _step(self, index: int, phase: str, start: float, *measured: int) -> Step:
+    def _step(self, index: int, phase: str, start: float, *measured: int) -> PerplexityStep:
         seconds = time.perf_counter() - start
-        return Step(index=index, steps=self.steps, phase=phase, seconds=seconds, measured=measured)
+        return PerplexityStep(index=index, steps=self.steps, phase=phase, seconds=seconds, measured=measured)
 
-    def _tokens(self, part: Part) -> Tensor:
+    def _tokens(self, part: WindowRange) -> Tensor:
         return self._jobs[part.text].windows[part.start : part.stop]
 
-    def _pass(self, block: int, portion: Sequence[Part], states: Sequence[Tensor]) -> None:
+    def _pass(self, block: int, portion: Sequence[WindowRange], states: Sequence[Tensor]) -> None:
         self._decoder.load(block)
         for part, hidden in zip(portion, states, strict=True):
             propagation.advance(self._decoder, block, hidden, self._tokens(part), self._batch)
         self._decoder.drop(block)
 
-    def _window_losses(self, part: Part, hidden: Tensor) -> Iterator[Loss]:
+    def _window_losses(self, part: WindowRange, hidden: Tensor) -> Iterator[Loss]:
         job, tokens = self._jobs[part.text], self._tokens(part)
         for row in range(len(tokens)):
             counted = job.counted(part.start + row)
@@ -205,12 +205,12 @@ def windows_at_once(decoder: Decoder, seqlen: int, batch: int) -> int:
     return max(most // batch, 1) * batch
 
 
-def portions(left: Sequence[tuple[int, int]], batch: int, most: int) -> list[list[Part]]:
+def split_passes(left: Sequence[tuple[int, int]], batch: int, most: int) -> list[list[WindowRange]]:
     """The windows that are left of each text, from … to before …, in portions of at most `most` windows.
 
     No batch is torn: batches are counted from the first window of each text that is left, as if it were alone.
     """
-    made: list[list[Part]] = []
+    made: list[list[WindowRange]] = []
     room = 0
     for text, (start, stop) in enumerate(left):
         for part in propagation.batches(stop - start, batch):
@@ -220,14 +220,14 @@ def portions(left: Sequence[tuple[int, int]], batch: int, most: int) -> list[lis
                 room = most
             begun = made[-1].pop() if made[-1] and made[-1][-1].text == text else None
             first = begun.start if begun else start + part.start
-            made[-1].append(Part(text=text, start=first, stop=start + part.stop))
+            made[-1].append(WindowRange(text=text, start=first, stop=start + part.stop))
             room -= size
     return made
 
 
-def measure(jobs: Sequence[Measurement]) -> list[Perplexity]:
+def measure(jobs: Sequence[PerplexityMeasurement]) -> list[Perplexity]:
     """The perplexities of several texts on one checkpoint, in one walk."""
-    walk = Walk(jobs)
+    walk = PerplexityRun(jobs)
     for _ in walk:
         pass
     return [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]

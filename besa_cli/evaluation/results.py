@@ -10,7 +10,7 @@ from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import Positive
 from besa_cli.errors import BesaError
 from besa_cli.evaluation import result_files
-from besa_cli.evaluation.measurement import Loss, Measurement, Perplexity
+from besa_cli.evaluation.measurement import Loss, Perplexity, PerplexityMeasurement
 from besa_cli.system import disk, lock, records
 
 
@@ -42,14 +42,14 @@ class Results:
         self._directory = directory
         lock.require_writable(directory.parent)
 
-    def file(self, job: Measurement) -> Path:
+    def file(self, job: PerplexityMeasurement) -> Path:
         """Where a result is, or will be."""
         return self._directory / job.file
 
-    def _windows_file(self, job: Measurement) -> Path:
+    def _windows_file(self, job: PerplexityMeasurement) -> Path:
         return self.file(job).with_suffix(".windows")
 
-    def load(self, job: Measurement) -> Perplexity | None:
+    def load(self, job: PerplexityMeasurement) -> Perplexity | None:
         """The result of the same measurement, or None where there is none."""
         found = load(self.file(job))
         if found and not job.made(found):
@@ -62,7 +62,7 @@ class Results:
                 self._windows_file(job).unlink(missing_ok=True)
         return found
 
-    def known(self, job: Measurement) -> list[Loss]:
+    def known(self, job: PerplexityMeasurement) -> list[Loss]:
         """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
         file = self._windows_file(job)
         if not file.exists():
@@ -71,7 +71,7 @@ class Results:
         same = record.versions == manifests.versions() and record.batch_size == job.settings.batch_size
         return list(record.losses) if same else []
 
-    def keep(self, job: Measurement, losses: Sequence[Loss]) -> None:
+    def keep(self, job: PerplexityMeasurement, losses: Sequence[Loss]) -> None:
         """Put the losses of the first windows on disk."""
         record = {
             "format": manifests.FORMAT,
@@ -84,7 +84,7 @@ class Results:
             disk.sweep(self._windows_file(job))
             disk.write_json(self._windows_file(job), record)
 
-    def save(self, job: Measurement, result: Perplexity, model: Mapping[str, Any]) -> None:
+    def save(self, job: PerplexityMeasurement, result: Perplexity, model: Mapping[str, Any]) -> None:
         """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
         with lock.moment(self._directory.parent):
             disk.sweep(self._windows_file(job))

@@ -77,7 +77,7 @@ class _Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Named:
+class _NamedText:
     """A data set that is looked for: its official local files, its file on the hub, and how it becomes a text."""
 
     local: tuple[str, ...]
@@ -147,7 +147,7 @@ def _text(
 
 
 _NAMED = {
-    "ptb": _Named(
+    "ptb": _NamedText(
         local=("ptb.test.txt", "ptb/ptb.test.txt"),
         remote=hub_files.RemoteFile(
             repository="ptb-text-only/ptb_text_only",
@@ -156,7 +156,7 @@ _NAMED = {
         ),
         read=_ptb,
     ),
-    "c4": _Named(
+    "c4": _NamedText(
         local=tuple(f"{folder}{_C4}{ending}" for ending in (".json.gz", ".json", ".jsonl") for folder in ("", "en/")),
         remote=hub_files.RemoteFile(repository="allenai/c4", path=f"en/{_C4}.json.gz"),
         read=_c4,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from besa_cli.checkpoint import copying
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
-from besa_cli.exporters.source import Piece, Source
+from besa_cli.exporters.source import Piece, StageSource
 from besa_cli.models.headers import INDEX
 from besa_cli.ops import affine, packing
 from besa_cli.ops.affine import Quantized
@@ -33,7 +33,7 @@ class Options:
     """Nothing may be chosen."""
 
 
-def pieces(source: Source, options: Options) -> int:
+def pieces(source: StageSource, options: Options) -> int:
     """How many pieces `write` yields.
 
     Raises
@@ -53,7 +53,7 @@ def pieces(source: Source, options: Options) -> int:
     return len(source.weights.shards())
 
 
-def group_size(source: Source) -> int | None:
+def group_size(source: StageSource) -> int | None:
     """The columns that share a scale in every linear; None where each row has one scale.
 
     transformers reads groups of one size that divides the columns: where the stage's do not, their scales are repeated.
@@ -65,7 +65,7 @@ def group_size(source: Source) -> int | None:
     return gcd(*(cols if cols <= size else gcd(size, cols) for cols in columns))
 
 
-def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
     copying.copy_small_files(source.directory, target)
     disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
@@ -90,10 +90,10 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
 def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
     """A weight's `packed` codes (rows, words), `scale` (rows, groups of `width` columns) and `shape`."""
     rows, cols = quantized.codes.shape
-    data = packing.packed(quantized.codes, quantized.grid.bits)
+    data = packing.pack_codes(quantized.codes, quantized.grid.bits)
     words = torch.zeros(rows, -(-data.shape[1] // _WORD) * _WORD, dtype=torch.uint8)
     words[:, : data.shape[1]] = data
-    scales = affine.spread(quantized.scales, quantized.grid, cols)[:, ::width]
+    scales = affine.per_column(quantized.scales, quantized.grid, cols)[:, ::width]
     return {
         "packed": words.view(torch.int32),
         "scale": scales.float().contiguous(),
@@ -101,7 +101,7 @@ def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
     }
 
 
-def _configuration(source: Source) -> dict[str, Any]:
+def _configuration(source: StageSource) -> dict[str, Any]:
     size, bits = group_size(source), source.grid["bits"] if source.grid else 0
     weights = {
         "num_bits": bits,
@@ -120,7 +120,7 @@ def _configuration(source: Source) -> dict[str, Any]:
     }
 
 
-def _others(source: Source) -> list[str]:
+def _others(source: StageSource) -> list[str]:
     """The linears that are not quantized, by their names in the model: the head, and routers."""
     config = architecture.config_of(source.directory)
     model = architecture.skeleton(config, torch.bfloat16)

@@ -10,7 +10,7 @@ from torch import Tensor
 from besa_cli.checkpoint import copying
 from besa_cli.errors import require_counts
 from besa_cli.exporters import shards
-from besa_cli.exporters.source import Piece, Source, narrowed
+from besa_cli.exporters.source import Piece, StageSource, narrowed
 from besa_cli.system import disk
 from besa_cli.system.compute import DTYPES
 
@@ -37,12 +37,12 @@ class Options:
 _PIECES = 20  # of progress
 
 
-def pieces(source: Source, options: Options) -> int:
+def pieces(source: StageSource, options: Options) -> int:
     """How many pieces `write` yields."""
     return min(_PIECES, len(source.names))
 
 
-def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is one of some equal parts of the tensors."""
     wanted = None if options.dtype is None else DTYPES[options.dtype]
 

@@ -28,7 +28,7 @@ class _IndexMetadata(TypedDict):
     total_size: Annotated[int, Ge(0)]
 
 
-class _Index(TypedDict):
+class _ExportIndex(TypedDict):
     """The stage's own index."""
 
     metadata: _IndexMetadata
@@ -109,7 +109,7 @@ class Opened:
         """The names of the tensors in each shard of the stage, and the bytes of all."""
         path = self._stage / headers.INDEX
         disk.read_json(path, unique=True)
-        found = records.read(_Index, path, _ANEW)
+        found = records.read(_ExportIndex, path, _ANEW)
         expected = [self.stage(self._stage).shard(index).name for index in range(-1, self.blocks)]
         names: dict[str, set[str]] = {shard: set() for shard in expected}
         for tensor, shard in found["weight_map"].items():

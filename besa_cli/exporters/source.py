@@ -42,7 +42,7 @@ class Piece:
     rounded_to_zero: int = 0
 
 
-class Source:
+class StageSource:
     """A finished stage, opened for export.
 
     Parameters
@@ -115,7 +115,7 @@ class Source:
         """All tensors, in the order of the stage's shards: what belongs to no block first, then block after block."""
         return [name for held in self.weights.shards().values() for name in held]
 
-    def only(self, files: Iterable[Path]) -> "Source":
+    def only(self, files: Iterable[Path]) -> "StageSource":
         """The same stage as if it had no other files of weights."""
         found = copy.copy(self)
         found.weights = self.weights.only(files)
@@ -149,7 +149,9 @@ class Source:
         grid = Grid(**{name: self.grid[name] for name in ("bits", "group_size", "symmetric")})
         linears = {name: name.removesuffix(".weight") for name in names if name in self.linears}
         return {
-            name: affine.stored(stored, prefix, grid) for name, prefix in linears.items() if f"{prefix}.codes" in stored
+            name: affine.from_tensors(stored, prefix, grid)
+            for name, prefix in linears.items()
+            if f"{prefix}.codes" in stored
         }
 
     @property

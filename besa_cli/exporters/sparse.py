@@ -8,7 +8,7 @@ from typing import Literal
 
 from besa_cli.checkpoint import copying, ownership, sparse_format, stages, zstd
 from besa_cli.checkpoint.sparse_format import INDEX, METHOD, NEEDS_IMPORT
-from besa_cli.exporters.source import STAGE_FILES, Piece, Source
+from besa_cli.exporters.source import STAGE_FILES, Piece, StageSource
 from besa_cli.system import disk
 
 
@@ -25,12 +25,12 @@ class Options:
     compress: Literal["zstd"] | None = None
 
 
-def pieces(source: Source, options: Options) -> int:
+def pieces(source: StageSource, options: Options) -> int:
     """How many pieces `write` yields."""
     return len(source.weights.shards())
 
 
-def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
     copying.copy_small_files(source.directory, target)
     quantization = {"quant_method": METHOD, "format": sparse_format.FORMAT, "index": INDEX}

@@ -14,7 +14,7 @@ from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.exporters import EXPORTERS
-from besa_cli.exporters.source import STAGE_FILES, Piece, Source, private
+from besa_cli.exporters.source import STAGE_FILES, Piece, StageSource, private
 from besa_cli.jobs import model_card
 from besa_cli.stream.forecast import Forecast
 from besa_cli.system import compute, disk, redaction
@@ -23,7 +23,7 @@ _ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ExportRequest:
     """What is asked of `export`.
 
     Attributes
@@ -74,7 +74,7 @@ def _option_names(name: str) -> list[str]:
     return [field.name for field in fields(_module(name).Options)]
 
 
-class Job:
+class ExportJob:
     """One export command on one run directory: everything is checked when it is made, `pieces` does the work.
 
     Parameters
@@ -91,13 +91,13 @@ class Job:
         Anything that can be known before the first piece.
     """
 
-    def __init__(self, run: Run, request: Request, *, restart: bool = False) -> None:
+    def __init__(self, run: Run, request: ExportRequest, *, restart: bool = False) -> None:
         newest = run.newest()
         if newest is None:
             raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
         self.request = request
         self._module, self._options = _module(request.format), request.own_options()
-        self.source = Source(newest)
+        self.source = StageSource(newest)
         self.directory = run.exports / request.directory
         self._partial = run.exports / f".{request.directory}.partial"
         self.record = {"format": request.format, **asdict(self._options)}

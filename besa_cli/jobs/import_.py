@@ -11,13 +11,13 @@ from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.exporters.opened import Opened
-from besa_cli.exporters.source import CODES, Source
+from besa_cli.exporters.source import CODES, StageSource
 from besa_cli.system import compute, disk
 
 _ROOM = 1 << 20  # bytes beside the weights, a block: headers, reports
 
 
-class Job:
+class ImportJob:
     """One import: everything is checked when it is made, `shards` does the work.
 
     Parameters
@@ -152,7 +152,7 @@ class Job:
         for index in range(stage.blocks):
             stage.read(index)
             compute.give_back_memory()
-        Source(directory)  # its linears are where the reports say, and as many as the manifest counts
+        StageSource(directory)  # its linears are where the reports say, and as many as the manifest counts
 
     def finish(self) -> dict[str, Any]:
         """The manifest of the stage."""

@@ -13,7 +13,7 @@ from besa_cli.system import disk, records, redaction
 FILE = "README.md"
 
 
-class Result(TypedDict):
+class CardResult(TypedDict):
     """What the card tells of a perplexity."""
 
     model_digest: str
@@ -26,7 +26,7 @@ class Result(TypedDict):
     perplexity: Annotated[float, Gt(0)]
 
 
-def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, Result]]:
+def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, CardResult]]:
     """The perplexities that the run keeps of the stage and of the model it was made from, each under a name.
 
     Raises
@@ -40,11 +40,11 @@ def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, Result]]
     hint = "remove it, and measure again with: besa eval ppl"
     files = sorted(run.evaluations.glob("ppl-*.json"))
     wanted = [path for path in files if str(disk.read_json(path).get("model_digest")) in names]
-    found = [records.read(Result, path, hint) for path in wanted]
+    found = [records.read(CardResult, path, hint) for path in wanted]
     return [(names[each["model_digest"]], each) for each in found]
 
 
-def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, Result]], loading: str) -> str:
+def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, CardResult]], loading: str) -> str:
     """The whole card, in Markdown with the hub's front matter.
 
     Parameters
@@ -111,7 +111,7 @@ def _sizes(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(results: Sequence[tuple[str, Result]]) -> str:
+def _measured(results: Sequence[tuple[str, CardResult]]) -> str:
     if not results:
         return "## What it cost\n\nNo perplexity was measured in the run directory: `besa eval ppl` does.\n"
     lines = ["## What it cost", "", "| | data | split | windows | context | dtype | perplexity |", "|" + "---|" * 7]
@@ -123,7 +123,7 @@ def _measured(results: Sequence[tuple[str, Result]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _windows(result: Result) -> str:
+def _windows(result: CardResult) -> str:
     in_text = f" of {result['windows_in_text']}" if "windows_in_text" in result else ""  # older results do not say
     return f"{result['windows']}{in_text}"
 

@@ -8,12 +8,12 @@ from besa_cli.errors import UsageError
 from besa_cli.jobs import request
 from besa_cli.ops import budget
 from besa_cli.pruners import PRUNERS
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.block import Block, Decision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(request.Request):
-    """What is asked of `prune`; its other attributes are those of `besa_cli.jobs.request.Request`.
+class PruneRequest(request.StageRequest):
+    """What is asked of `prune`; its other attributes are those of `besa_cli.jobs.request.StageRequest`.
 
     Attributes
     ----------
@@ -24,14 +24,14 @@ class Request(request.Request):
     """
 
     methods: ClassVar[Mapping[str, str]] = PRUNERS
-    folder: ClassVar[str] = "pruners"
+    package: ClassVar[str] = "pruners"
 
     method: str = "besa"
     sparsity: float = 0.5
     nm: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """See `besa_cli.jobs.request.Request`."""
+        """See `besa_cli.jobs.request.StageRequest`."""
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"--sparsity {self.sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
         if self.nm and not 0 < self.nm[0] < self.nm[1]:
@@ -48,39 +48,39 @@ class Request(request.Request):
 
     @property
     def stage(self) -> str:
-        """See `besa_cli.jobs.request.Request`."""
+        """See `besa_cli.jobs.request.StageRequest`."""
         return "quantized" if self.grid else "pruned"
 
     @property
     def command(self) -> str:
-        """See `besa_cli.jobs.request.Request`."""
+        """See `besa_cli.jobs.request.StageRequest`."""
         return "prune"
 
     @property
     def observes(self) -> bool:
-        """See `besa_cli.jobs.request.Request`."""
+        """See `besa_cli.jobs.request.StageRequest`."""
         return True
 
-    def doing(self, model: str) -> str:
-        """See `besa_cli.jobs.request.Request`."""
+    def describe(self, model: str) -> str:
+        """See `besa_cli.jobs.request.StageRequest`."""
         bits = f" to {self.grid}" if self.grid else ""
         return f"pruning {model} with {self.method}{bits}"
 
     def budgets(self, sizes: Sequence[int]) -> list[int] | None:
-        """See `besa_cli.jobs.request.Request`."""
+        """See `besa_cli.jobs.request.StageRequest`."""
         return None if self.nm else budget.window_counts(self.sparsity, sizes)
 
-    def change(self, block: Block) -> Pruned:
-        """See `besa_cli.jobs.request.Request`."""
-        pruned: Pruned = self.module.prune(block, self.method_options())
+    def change(self, block: Block) -> Decision:
+        """See `besa_cli.jobs.request.StageRequest`."""
+        pruned: Decision = self.module.prune(block, self.method_options())
         return pruned
 
-    def given(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.request.Request`: with the pattern, and with what a preset stands for."""
+    def resolved(self) -> dict[str, Any]:
+        """See `besa_cli.jobs.request.StageRequest`: with the pattern, and with what a preset stands for."""
         given = {**self.options, **({"nm": self.nm} if self.nm else {})}
         authors = getattr(self.module, "authors", None) if given.get("preset") == "authors" else None
         return {**authors(given.get("granularity", "row")), **given} if authors else given
 
-    def amount(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.request.Request`."""
+    def sparsity_option(self) -> dict[str, Any]:
+        """See `besa_cli.jobs.request.StageRequest`."""
         return {"nm": f"{self.nm[0]}:{self.nm[1]}"} if self.nm else {"sparsity": self.sparsity}

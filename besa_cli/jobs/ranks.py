@@ -7,14 +7,14 @@ from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
 from besa_cli.errors import UsageError
-from besa_cli.jobs.request import Request
-from besa_cli.jobs.worker import Work
+from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream.activations import Shelf
+from besa_cli.stream.activations import ActivationStore
 from besa_cli.system.ranks import Ranks
 
 
-def require_even_steps(request: Request, world: Ranks) -> None:
+def require_even_steps(request: StageRequest, world: Ranks) -> None:
     """Refuse learning steps that cannot be shared out evenly.
 
     Raises
@@ -22,7 +22,7 @@ def require_even_steps(request: Request, world: Ranks) -> None:
     UsageError
         The samples in a step, more than one, are no multiple of the ranks.
     """
-    batch = request.held().batch
+    batch = request.memory_use().batch
     if batch > 1 and batch % world.size:
         raise UsageError(
             f"--batch-size {batch} cannot be shared out evenly over {world.size} ranks",
@@ -44,8 +44,8 @@ def require_samples(samples: int, world: Ranks) -> None:
         )
 
 
-def lead(
-    request: Request,
+def run_main(
+    request: StageRequest,
     digest: str,
     tokens: Tensor,
     settings: dict[str, Any],
@@ -69,17 +69,19 @@ def lead(
     ahead : bool
         Read blocks before they are wanted.
     """
-    world.tell({"settings": settings, "files": None if files is None else str(files.resolve()), "ahead": ahead})
-    world.agree(_facts(request, digest))
-    world.hand_out({"tokens": tokens})
+    world.broadcast_json(
+        {"settings": settings, "files": None if files is None else str(files.resolve()), "ahead": ahead}
+    )
+    world.require_equal(_facts(request, digest))
+    world.broadcast_tensors({"tokens": tokens})
 
 
-def dismiss(world: Ranks) -> None:
+def stop_workers(world: Ranks) -> None:
     """Tell the other ranks, by the first one, that there is nothing to do."""
-    world.tell(None)
+    world.broadcast_json(None)
 
 
-def follow(model: Model, request: Request, world: Ranks) -> None:
+def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     """Do the part of a rank that is not the first; nothing of it is written.
 
     Raises
@@ -90,20 +92,20 @@ def follow(model: Model, request: Request, world: Ranks) -> None:
     source = weights.Weights(model.directory)
     digest = weights.check(source)
     cache.confirm(model.directory, digest)
-    told = world.tell(None)
+    told = world.broadcast_json(None)
     if told is None:
         return
-    world.agree(_facts(request, digest))
-    tokens = world.hand_out({})["tokens"]
+    world.require_equal(_facts(request, digest))
+    tokens = world.broadcast_tensors({})["tokens"]
     files = None if told["files"] is None else Path(told["files"])
     if files is not None:
         files.mkdir(parents=True, exist_ok=True)  # on a machine of its own
-    work = Work(model.directory, request, told["settings"], tokens, world)
+    work = StageWorker(model.directory, request, told["settings"], tokens, world)
     work.decoder.weights.refuse_change(source)
-    for _ in work.reports(None, Shelf(files), lambda done, total, phase: None, ahead=told["ahead"]):
+    for _ in work.reports(None, ActivationStore(files), lambda done, total, phase: None, ahead=told["ahead"]):
         pass
 
 
-def _facts(request: Request, digest: str) -> dict[str, Any]:
+def _facts(request: StageRequest, digest: str) -> dict[str, Any]:
     """What has to be the same on all ranks."""
-    return {**request.record(), "model digest": digest, **manifests.versions()}
+    return {**request.to_manifest(), "model digest": digest, **manifests.versions()}

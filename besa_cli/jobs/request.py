@@ -11,14 +11,14 @@ from besa_cli.errors import UsageError, unknown
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.system import compute
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(ABC):
-    """What is asked of a method: see `besa_cli.jobs.prune.Request` and `besa_cli.jobs.quantize.Request`.
+class StageRequest(ABC):
+    """What is asked of a method: see `besa_cli.jobs.prune.PruneRequest` and `besa_cli.jobs.quantize.QuantizeRequest`.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Request(ABC):
     """
 
     methods: ClassVar[Mapping[str, str]]
-    folder: ClassVar[str]
+    package: ClassVar[str]
 
     method: str
     options: Mapping[str, Any]
@@ -89,7 +89,7 @@ class Request(ABC):
         """Whether anything is decided from calibration samples; where not, none pass through the model."""
 
     @abstractmethod
-    def doing(self, model: str) -> str:
+    def describe(self, model: str) -> str:
         """What is done to a model of this name, in a few words."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Request(ABC):
         """Weights that each window prunes, from the windows' numbers of weights; None where none are counted out."""
 
     @abstractmethod
-    def change(self, block: Block) -> Pruned:
+    def change(self, block: Block) -> Decision:
         """What becomes of a block."""
 
     @property
@@ -117,16 +117,16 @@ class Request(ABC):
         target: Target = getattr(self.method_options(), "target", "block")
         return target
 
-    def held(self) -> Held:
+    def memory_use(self) -> MemoryUse:
         """What the method holds in memory."""
-        held: Held = self.module.held(self.method_options())
+        held: MemoryUse = self.module.memory_use(self.method_options())
         return held
 
-    def facts(self) -> dict[str, Any]:
+    def extras(self) -> dict[str, Any]:
         """What else the manifest says of what is made."""
         return {"quantization": asdict(self.grid)} if self.grid else {}
 
-    def given(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, Any]:
         """The values for the method's `Options` that were given."""
         return dict(self.options)
 
@@ -138,7 +138,7 @@ class Request(ABC):
         UsageError
             An option that this method does not have; says which methods do.
         """
-        known, given = self._option_names(self.method), self.given()
+        known, given = self._option_names(self.method), self.resolved()
         for name in given:
             if name not in known:
                 having = [method for method in self.methods if name in self._option_names(method)]
@@ -149,18 +149,18 @@ class Request(ABC):
         return self.module.Options(**given)
 
     @abstractmethod
-    def amount(self) -> dict[str, Any]:
+    def sparsity_option(self) -> dict[str, Any]:
         """The command's own options with their values, under the names of the command line."""
 
-    def record(self) -> dict[str, Any]:
+    def to_manifest(self) -> dict[str, Any]:
         """All options with their values, under the names of the command line."""
         own = self.method_options()
         named = {field.name: getattr(own, field.name) for field in fields(own) if field.name != "nm"}
         where = {"device": self.device, "dtype": self.dtype, "seed": self.seed}
-        return {"method": self.method, **self.amount(), **named, **where}
+        return {"method": self.method, **self.sparsity_option(), **named, **where}
 
     def _module(self, method: str) -> Any:
-        return importlib.import_module(f"besa_cli.{self.folder}.{method}")
+        return importlib.import_module(f"besa_cli.{self.package}.{method}")
 
     def _option_names(self, method: str) -> list[str]:
         return [field.name for field in fields(self._module(method).Options)]

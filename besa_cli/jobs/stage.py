@@ -16,18 +16,18 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verify import SMALL, verify
 from besa_cli.jobs import ranks, stage_manifest
-from besa_cli.jobs.request import Request
-from besa_cli.jobs.worker import Work
+from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
 from besa_cli.stream import forecast, memory_model
-from besa_cli.stream.activations import Shelf
-from besa_cli.stream.background_writer import Behind
-from besa_cli.stream.block import Step
+from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.background_writer import BackgroundWriter
+from besa_cli.stream.block import OnStep
 from besa_cli.system import compute, disk
 from besa_cli.system.ranks import Ranks
 
 
-class Job:
+class StageJob:
     """One command that makes a stage of a run directory: everything is checked when it is made, `blocks` does the work.
 
     Parameters
@@ -57,7 +57,7 @@ class Job:
         run: Run,
         model: Model,
         calibration: CalibrationSet,
-        request: Request,
+        request: StageRequest,
         *,
         restart: bool = False,
         dry: bool = False,
@@ -108,7 +108,7 @@ class Job:
             self._stage = Stage(self._directory, int(self.manifest["blocks"]))
             return
         settings = self.manifest["compute"]
-        self._work = Work(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
+        self._work = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(self._work.decoder))
         self._work.decoder.weights.refuse_change(source)
         self._work.decoder.weights.require_floats(self._work.decoder.linear_tensors())
@@ -152,7 +152,7 @@ class Job:
         else:
             self._stage.write_rest(source.read(rest))
 
-    def _place_in_memory(self) -> memory_model.Placing:
+    def _place_in_memory(self) -> memory_model.MemoryPlan:
         """How to stay within --max-memory; the batch of a stage that was begun stays as it is.
 
         Raises
@@ -163,11 +163,11 @@ class Job:
         most = self.manifest["compute"]["batch"]
         limit, new = self.request.max_memory, self.manifest["status"] == "new"
         overlapping = compute.overlaps(self._work.decoder.device)
-        return memory_model.place(
+        return memory_model.plan(
             limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
         )
 
-    def _room(self, placing: memory_model.Placing) -> int:
+    def _room(self, placing: memory_model.MemoryPlan) -> int:
         """Bytes that checking the decoder may take: no more than the work after it, or little."""
         limit = self.request.max_memory
         most = max(placing.peak, compute.resident() + SMALL)
@@ -195,7 +195,7 @@ class Job:
         settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
         observed = f"{samples} x {seqlen} calibration tokens, " if self.request.observes else ""
         return (
-            f"{self.request.doing(self.model.name)}: {self.number_of_blocks} blocks, {observed}"
+            f"{self.request.describe(self.model.name)}: {self.number_of_blocks} blocks, {observed}"
             f"{settings['dtype']} on {settings['device']}"
         )
 
@@ -204,19 +204,19 @@ class Job:
         """Blocks of the model."""
         return self._stage.blocks
 
-    def blocks(self, on_step: Step = lambda done, total, phase: None) -> Iterator[BlockReport]:
+    def blocks(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
         """Do block after block; each report is given when its block is on disk, or the only one on its way there."""
         if self.done:
-            ranks.dismiss(self._world)
+            ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
         files, overlapping = self._directory if self._spilled else None, self._placing.overlapping
-        ranks.lead(
+        ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
             ahead=overlapping,
         )  # fmt: skip
-        with Behind(self._stage) if overlapping else contextlib.nullcontext(self._stage) as store:
-            for report in self._work.reports(store, Shelf(files), on_step, ahead=overlapping):
+        with BackgroundWriter(self._stage) if overlapping else contextlib.nullcontext(self._stage) as store:
+            for report in self._work.reports(store, ActivationStore(files), on_step, ahead=overlapping):
                 self._note_time(report)
                 yield report
 

@@ -11,7 +11,7 @@ from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import manifests, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
-from besa_cli.jobs.request import Request
+from besa_cli.jobs.request import StageRequest
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 from besa_cli.system import compute
@@ -23,7 +23,7 @@ _PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what 
 
 
 def new_manifest(
-    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Request, ranks: int = 1
+    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: StageRequest, ranks: int = 1
 ) -> dict[str, Any]:
     """The manifest of what is asked, before anything of it is done; `digest` is the model's.
 
@@ -37,7 +37,7 @@ def new_manifest(
         "format": manifests.FORMAT,
         "stage": request.stage,
         "command": request.command,
-        "options": {"model": model.name, **request.record(), **_drawn(run, calibration_set, request)},
+        "options": {"model": model.name, **request.to_manifest(), **_drawn(run, calibration_set, request)},
         "compute": {
             "device": device.type,
             "dtype": compute.name_of(dtype),
@@ -56,7 +56,7 @@ def new_manifest(
             "digest": digest,
             **({"stage": parent} if parent else {}),
         },
-        **request.facts(),
+        **request.extras(),
         "calibration": {
             "tokens_digest": calibration_set.digest if request.observes else None,
             "sources": calibration_set.manifest["sources"],
@@ -67,7 +67,7 @@ def new_manifest(
     }
 
 
-def _drawn(run: Run, calibration_set: CalibrationSet, request: Request) -> dict[str, Any]:
+def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> dict[str, Any]:
     """The options that say where the calibration samples come from; none where none are observed."""
     if not request.observes:
         return {}

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.jobs.request import Request
+from besa_cli.jobs.request import StageRequest
 from besa_cli.stream import forecast, memory_model, walk, windows
-from besa_cli.stream.activations import Shelf
-from besa_cli.stream.block import Step
+from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.block import OnStep
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
 
 
-class Work:
+class StageWorker:
     """The model and its windows, and the loop over them.
 
     Parameters
@@ -34,7 +34,7 @@ class Work:
     """
 
     def __init__(
-        self, directory: Path, request: Request, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
+        self, directory: Path, request: StageRequest, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
     ) -> None:
         torch.set_num_threads(max(settings["threads"] // world.size, 1))
         self._request, self._settings, self._world = request, settings, world
@@ -48,9 +48,9 @@ class Work:
 
     def demand(self, batch: int) -> memory_model.Demand:
         """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
-        held, size = self._request.held(), self._world.size
+        held, size = self._request.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, held.batch) // size)
-        return memory_model.compressing(
+        return memory_model.prune_demand(
             memory_model.shape(self.decoder, self.segments),
             held,
             tokens=passed * self._seqlen,
@@ -58,7 +58,9 @@ class Work:
             learning=learned * self._seqlen,
         )
 
-    def reports(self, store: Store | None, shelf: Shelf, on_step: Step, *, ahead: bool) -> Iterator[BlockReport]:
+    def reports(
+        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, ahead: bool
+    ) -> Iterator[BlockReport]:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
         assignment, world = self._assignment(), self._world
         return walk.compress(
@@ -69,8 +71,8 @@ class Work:
         """How long it will take where `finished` blocks are done, from a trial of the first window."""
         return forecast.seconds(self.decoder, self._tokens, self._assignment(), finished)
 
-    def _assignment(self) -> walk.Assignment:
-        return walk.Assignment(
+    def _assignment(self) -> walk.PrunePlan:
+        return walk.PrunePlan(
             change=self._request.change,
             segments=self.segments,
             budgets=self._budgets,

@@ -44,7 +44,7 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class FileFacts:
     """What the hub says of one file: its tag, the digest of its content, and its bytes, None where it does not say."""
 
     tag: str
@@ -112,7 +112,7 @@ def digest(value: object, what: str) -> str:
     return value
 
 
-def facts(known: "HfFileMetadata", name: str, commit: str) -> Facts:
+def facts(known: "HfFileMetadata", name: str, commit: str) -> FileFacts:
     """What the header of a file's answer says, checked against the commit that was asked for.
 
     Raises
@@ -125,7 +125,7 @@ def facts(known: "HfFileMetadata", name: str, commit: str) -> Facts:
         raise BesaError(f"{name} is of the commit {known.commit_hash}, not of {commit}, says the hub", DISTRUST)
     if known.size is not None and known.size < 0:
         raise BesaError(f"{name} has {known.size} bytes, says the hub", DISTRUST)
-    return Facts(tag=tag, size=known.size)
+    return FileFacts(tag=tag, size=known.size)
 
 
 @contextmanager

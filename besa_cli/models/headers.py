@@ -24,7 +24,7 @@ _BITS = {
 }
 
 
-class Entry(TypedDict):
+class TensorEntry(TypedDict):
     """One tensor in a header."""
 
     dtype: str
@@ -32,7 +32,7 @@ class Entry(TypedDict):
     data_offsets: list[int]
 
 
-def entries(path: Path) -> dict[str, Entry]:
+def entries(path: Path) -> dict[str, TensorEntry]:
     """What the header of one file says of each tensor, by name, in the order of the data.
 
     The tensors lie one after the other, without holes, each as long as its shape and dtype make it, and together they
@@ -51,7 +51,7 @@ def entries(path: Path) -> dict[str, Entry]:
         wrong = _wrong(entry)
         if wrong:
             raise BesaError(f"{path} is not a safetensors file: the tensor {_short(name)} has {wrong}", _REMEDY)
-    ordered: dict[str, Entry] = dict(sorted(found.items(), key=lambda item: item[1]["data_offsets"]))
+    ordered: dict[str, TensorEntry] = dict(sorted(found.items(), key=lambda item: item[1]["data_offsets"]))
     end = 0
     for name, entry in ordered.items():
         start, stop = entry["data_offsets"]

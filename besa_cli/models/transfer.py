@@ -224,7 +224,7 @@ class Download:
         self._blob(url, name, blob, facts.size, pulse)
         _link(blob, self.snapshot / name)
 
-    def _compare(self, name: str, facts: answers.Facts) -> None:
+    def _compare(self, name: str, facts: answers.FileFacts) -> None:
         """Refuse a file that the listing describes otherwise."""
         size, digest = self.sizes.get(name), self.digests.get(name)
         if size and facts.size is not None and facts.size != size:

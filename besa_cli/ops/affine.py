@@ -101,7 +101,7 @@ class Quantized:
     grid: Grid
 
 
-def tensors(quantized: Quantized, name: str) -> dict[str, Tensor]:
+def to_tensors(quantized: Quantized, name: str) -> dict[str, Tensor]:
     """As stored, on the CPU: `name`.codes, `name`.scales and, on an asymmetric grid, `name`.zeros."""
     parts = {"codes": quantized.codes, "scales": quantized.scales, "zeros": quantized.zeros}
     return {
@@ -111,7 +111,7 @@ def tensors(quantized: Quantized, name: str) -> dict[str, Tensor]:
     }
 
 
-def stored(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Quantized:
+def from_tensors(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Quantized:
     """The inverse of `tensors`."""
     codes, scales = tensors[f"{name}.codes"], tensors[f"{name}.scales"]
     middle = torch.full_like(scales, grid.middle, dtype=torch.uint8)
@@ -120,7 +120,7 @@ def stored(tensors: Mapping[str, Tensor], name: str, grid: Grid) -> Quantized:
     )
 
 
-def spread(values: Real[Tensor, "rows groups"], grid: Grid, cols: int) -> Real[Tensor, "rows cols"]:
+def per_column(values: Real[Tensor, "rows groups"], grid: Grid, cols: int) -> Real[Tensor, "rows cols"]:
     """Each group's value for each of its columns."""
     if values.shape[1] == 1:
         return values.expand(-1, cols)
@@ -149,7 +149,7 @@ def representable(steps: Float[Tensor, "rows groups"]) -> Float16[Tensor, "rows 
     return steps.half().clamp_min(_SMALLEST).masked_fill(steps == 0, 1.0)
 
 
-def fit(
+def scales_and_zeros(
     low: Float[Tensor, "rows groups"], high: Float[Tensor, "rows groups"], grid: Grid
 ) -> tuple[Float16[Tensor, "rows groups"], UInt8[Tensor, "rows groups"]]:
     """The scales h (fp16 numbers) and zero points z of groups whose weights are to lie in [low, high].
@@ -190,18 +190,18 @@ def encode(
 ) -> UInt8[Tensor, "rows cols"]:
     """The nearest code of every weight."""
     cols = weight.shape[1]
-    h, z = spread(scales.float(), grid, cols), spread(zeros.float(), grid, cols)
+    h, z = per_column(scales.float(), grid, cols), per_column(zeros.float(), grid, cols)
     return ((weight.float() / h).round() + z).clamp(0, grid.top).to(torch.uint8)
 
 
 def dequantize(quantized: Quantized) -> Float[Tensor, "rows cols"]:
     """Ŵ = (Q − z)·h, fp32."""
     cols, grid = quantized.codes.shape[1], quantized.grid
-    h, z = spread(quantized.scales.float(), grid, cols), spread(quantized.zeros.float(), grid, cols)
+    h, z = per_column(quantized.scales.float(), grid, cols), per_column(quantized.zeros.float(), grid, cols)
     return (quantized.codes.float() - z) * h
 
 
-def carried(quantized: Quantized, dtype: torch.dtype) -> Quantized:
+def survive_dtype(quantized: Quantized, dtype: torch.dtype) -> Quantized:
     """The same with codes that `encode` finds again in weights rounded to `dtype`; it alters a code by a few at most.
 
     A code moves where its weight would be beyond the greatest number, of fp16; and where two neighbours may round to
@@ -224,22 +224,22 @@ def carried(quantized: Quantized, dtype: torch.dtype) -> Quantized:
 def _within(quantized: Quantized, greatest: float) -> Quantized:
     """The same without weights beyond ±`greatest`: the last codes before it are taken for them."""
     grid, cols = quantized.grid, quantized.codes.shape[1]
-    most = spread((greatest / quantized.scales.float()).floor().clamp_max(grid.top), grid, cols)
-    z = spread(quantized.zeros.float(), grid, cols)
+    most = per_column((greatest / quantized.scales.float()).floor().clamp_max(grid.top), grid, cols)
+    z = per_column(quantized.zeros.float(), grid, cols)
     codes = torch.minimum(torch.maximum(quantized.codes.float(), z - most), z + most)
     return replace(quantized, codes=codes.to(torch.uint8))
 
 
 def nearest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Quantized:
     """Round to nearest on the grid between the least and the greatest weight of every group."""
-    scales, zeros = fit(*extremes(weight, grid), grid)
+    scales, zeros = scales_and_zeros(*extremes(weight, grid), grid)
     return Quantized(codes=encode(weight, scales, zeros, grid), scales=scales, zeros=zeros, grid=grid)
 
 
 def pruned(quantized: Quantized, keep: Bool[Tensor, "rows cols"]) -> Quantized:
     """The same with the zero point as the code of all that is not kept."""
     grid, cols = quantized.grid, quantized.codes.shape[1]
-    zeros = spread(quantized.zeros, grid, cols)
+    zeros = per_column(quantized.zeros, grid, cols)
     return replace(quantized, codes=torch.where(keep, quantized.codes, zeros))
 
 

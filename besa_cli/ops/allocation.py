@@ -48,7 +48,7 @@ def mixture(logits: Float[Tensor, "groups candidates"]) -> Float[Tensor, "groups
     return logits.softmax(dim=1)
 
 
-def smoothed_reach(count: int) -> tuple[float, float]:
+def smoothed_range(count: int) -> tuple[float, float]:
     """The least and the greatest α of softmax(sigmoid(θ)) over the candidates 0, 1/D … 1, D = `count`.
 
     No logit of the softmax is further than 1 from another, so no candidate weighs more than e times another; the
@@ -67,7 +67,7 @@ def expected_sparsity(
     return mixture @ candidates
 
 
-def of_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "groups ..."]:
+def sum_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "groups ..."]:
     """Sums over each group of `size` rows."""
     if size == 1:
         return rows
@@ -76,7 +76,7 @@ def of_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "grou
     return padded.reshape(-1, size, *rows.shape[1:]).sum(1)
 
 
-def of_rows(groups: Real[Tensor, " groups"], size: int, rows: int) -> Real[Tensor, " rows"]:
+def repeat_rows(groups: Real[Tensor, " groups"], size: int, rows: int) -> Real[Tensor, " rows"]:
     """Each group's value for each of its rows."""
     return groups if size == 1 else groups.repeat_interleave(size)[:rows]
 
@@ -97,7 +97,7 @@ class _StraightThrough(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, ranks, counts)
         ctx.size, ctx.count, ctx.floored = size, mixture.shape[1] - 1, floored  # type: ignore[attr-defined]
-        kernels.mask(weight, ranks, of_rows(counts, size, len(weight)), out)
+        kernels.mask(weight, ranks, repeat_rows(counts, size, len(weight)), out)
         ctx.mark_dirty(out)
         return out
 
@@ -108,9 +108,9 @@ class _StraightThrough(torch.autograd.Function):
         sums = kernels.candidate_sums(gradient, weight, ranks, count, floored=floored)
         of_weight = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            rows = of_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
+            rows = repeat_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
             of_weight = kernels.mask(gradient, ranks, rows, torch.empty_like(gradient))
-        return of_groups(sums, ctx.size), of_weight, None, None, None, None, None  # type: ignore[attr-defined]
+        return sum_groups(sums, ctx.size), of_weight, None, None, None, None, None  # type: ignore[attr-defined]
 
 
 def straight_through(
@@ -191,7 +191,7 @@ def _moments(mixture: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     return first, mixture @ candidates.square() - first.square()
 
 
-def restoring_tilt(
+def newton_tilt(
     logits: Float[Tensor, "groups candidates"],
     weights: Float[Tensor, " groups"],
     candidates: Float[Tensor, " candidates"],
@@ -206,7 +206,7 @@ def restoring_tilt(
     return ((target - mean) / slope.clamp_min(_FLAT)).clamp(-steepest, steepest)
 
 
-def tangent(
+def project_gradient(
     gradient: Float[Tensor, "groups candidates"],
     mixture: Float[Tensor, "groups candidates"],
     weights: Float[Tensor, " groups"],

@@ -82,14 +82,14 @@ class Clipped:
         self.weight, self.grid = weight, grid
         self.low, self.high = affine.extremes(weight, grid)
 
-    def reach(self, logits: Float[Tensor, "rows groups ends"]) -> tuple[Tensor, Tensor]:
+    def bounds(self, logits: Float[Tensor, "rows groups ends"]) -> tuple[Tensor, Tensor]:
         """Where the grid of each group begins and ends: γ0·min(W) and γ1·max(W), of shape (rows, groups)."""
         strengths = logits.sigmoid()
         return strengths[..., 0] * self.low, strengths[..., -1] * self.high
 
     def weights(self, logits: Float[Tensor, "rows groups ends"]) -> Float[Tensor, "rows cols"]:
         """Ŵ, differentiable in the logits; the same numbers as those of `quantized`."""
-        low, high = self.reach(logits)
+        low, high = self.bounds(logits)
         scales = _RoundHalf.apply((high - low) / self.grid.top)  # type: ignore[no-untyped-call]
         if self.grid.symmetric:
             zeros = torch.full_like(scales, float(self.grid.middle))
@@ -117,6 +117,6 @@ class Clipped:
 
     def quantized(self, logits: Float[Tensor, "rows groups ends"]) -> Quantized:
         """The codes at these logits."""
-        scales, zeros = affine.fit(*self.reach(logits), self.grid)
+        scales, zeros = affine.scales_and_zeros(*self.bounds(logits), self.grid)
         codes = affine.encode(self.weight, scales, zeros, self.grid)
         return Quantized(codes=codes, scales=scales, zeros=zeros, grid=self.grid)

@@ -63,7 +63,7 @@ def quantize(
                 members = slice(index, min(index + group, cols))
                 kept = updated[:, members].masked_fill(~keep[:, members], 0.0)
                 reach = _reach(kept, lonely, costs[members]) if search else affine.extremes(kept, lonely)
-                scales[:, own], zeros[:, own] = affine.fit(*reach, lonely)
+                scales[:, own], zeros[:, own] = affine.scales_and_zeros(*reach, lonely)
             column = updated[:, index : index + 1]
             wished = column.masked_fill(~keep[:, index : index + 1], 0.0)
             code = affine.encode(wished, scales[:, own], zeros[:, own], grid)
@@ -82,7 +82,7 @@ def _reach(
     found = []
     for part in torch.split(weight, max(_CHUNK // weight.shape[1], 1)):
         clipped = Clipped(part, grid)
-        found.append(clipped.reach(clipped.searched(costs)))
+        found.append(clipped.bounds(clipped.searched(costs)))
     low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
     return low, high
 

@@ -8,17 +8,17 @@ from torch import Tensor
 from besa_cli.ops import budget, kernels
 
 
-def zeros(tensor: Real[Tensor, "..."] | Bool[Tensor, "..."]) -> int:
+def count_zeros(tensor: Real[Tensor, "..."] | Bool[Tensor, "..."]) -> int:
     """How many zeros there are in weights; in a mask, how many weights are pruned."""
     return int((tensor == 0).count_nonzero())
 
 
-def zeros_first(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+def mark_zeros_(scores: Float[Tensor, "rows cols"], weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
     """The scores, written over with −1 wherever the weight is zero already: existing zeros count as pruned first."""
     return scores.masked_fill_(weight == 0, -1.0)
 
 
-def keep_above(ranks: Int[Tensor, "rows cols"], counts: Int[Tensor, " rows"]) -> Bool[Tensor, "rows cols"]:
+def mask_from_ranks(ranks: Int[Tensor, "rows cols"], counts: Int[Tensor, " rows"]) -> Bool[Tensor, "rows cols"]:
     """The mask that prunes the `counts[r]` lowest ranks of row r."""
     return ranks >= counts.to(ranks.dtype).unsqueeze(1)
 
@@ -54,7 +54,7 @@ def row_wise(scores: Float[Tensor, "rows cols"], total: int) -> Bool[Tensor, "ro
     """Prune exactly `total` weights of the linear, the same share in every row, the lowest scores of each row."""
     rows = scores.shape[0]
     ranks = kernels.ranks(scores)
-    return keep_above(ranks, row_counts(np.full(rows, total / rows), total, scores, ranks))
+    return mask_from_ranks(ranks, row_counts(np.full(rows, total / rows), total, scores, ranks))
 
 
 def n_of_m(scores: Float[Tensor, "rows cols"], n: int, m: int) -> Bool[Tensor, "rows cols"]:

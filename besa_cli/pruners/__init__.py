@@ -1,5 +1,5 @@
-"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass), `prune(block, options) -> Pruned` and
-`held(options) -> Held`, what it holds in memory.
+"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass), `prune(block, options) -> Decision` and
+`memory_use(options) -> MemoryUse`, what it holds in memory.
 
 A new method is a file in this folder and a line in `PRUNERS`.
 """

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from besa_cli.ops import importance
 from besa_cli.pruners import wanda
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +15,12 @@ class Options:
     nm: tuple[int, int] | None = None
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """As Wanda: scores (4 bytes), masks (1)."""
-    return Held(state=5)
+    return MemoryUse(state=5)
 
 
-def prune(block: Block, options: Options) -> Pruned:
+def prune(block: Block, options: Options) -> Decision:
     """Prune the smallest weights of each row."""
     scores = {name: importance.magnitude(weight) for name, weight in block.weights.items()}
-    return Pruned(masks=wanda.uniform(block, scores, options.nm))
+    return Decision(masks=wanda.uniform(block, scores, options.nm))

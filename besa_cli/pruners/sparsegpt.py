@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from besa_cli.errors import require_factors
 from besa_cli.ops import importance, obs
 from besa_cli.pruners import wanda
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,12 @@ class Options:
         require_factors(damping=self.damping)
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """Updated weights (4 bytes), masks (1)."""
-    return Held(state=5, grams=True, changes=True)
+    return MemoryUse(state=5, grams=True, changes=True)
 
 
-def prune(block: Block, options: Options) -> Pruned:
+def prune(block: Block, options: Options) -> Decision:
     """Prune every linear of the block on the statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
     counts = wanda.linear_counts(block)
@@ -43,4 +43,4 @@ def prune(block: Block, options: Options) -> Pruned:
             weight, grams[name], counts[name], n_of_m=options.nm, damping=options.damping
         )
         block.on_step(done, len(block.weights), "update")
-    return Pruned(masks=kept, weights=updated)
+    return Decision(masks=kept, weights=updated)

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from besa_cli.ops import budget, importance, masks
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,14 @@ class Options:
     nm: tuple[int, int] | None = None
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """Scores (4 bytes), masks (1)."""
-    return Held(state=5)
+    return MemoryUse(state=5)
 
 
-def prune(block: Block, options: Options) -> Pruned:
+def prune(block: Block, options: Options) -> Decision:
     """Prune the weights of each row whose size times the norm of their input is smallest."""
-    return Pruned(masks=uniform(block, scores(block), options.nm))
+    return Decision(masks=uniform(block, scores(block), options.nm))
 
 
 def scores(block: Block) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | No
 
     The scores are written over where a weight is zero.
     """
-    ready = {name: masks.zeros_first(score, block.weights[name]) for name, score in scores.items()}
+    ready = {name: masks.mark_zeros_(score, block.weights[name]) for name, score in scores.items()}
     if nm:
         return {name: masks.n_of_m(score, *nm) for name, score in ready.items()}
     counts = linear_counts(block)
@@ -54,6 +54,6 @@ def uniform(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | No
 def linear_counts(block: Block) -> dict[str, int]:
     """The block's budget split over its linears by size; linears with more zeros already keep those."""
     sizes = np.array([weight.numel() for weight in block.weights.values()])
-    zeros = np.array([masks.zeros(weight) for weight in block.weights.values()])
+    zeros = np.array([masks.count_zeros(weight) for weight in block.weights.values()])
     counts = budget.round_to_total(block.budget * (sizes / sizes.sum()), block.budget, zeros, sizes)
     return dict(zip(block.weights, counts.tolist(), strict=True))

@@ -1,5 +1,5 @@
-"""Methods: one file each, offering `Options` (a frozen dataclass), `quantize(block, grid, options) -> Pruned`,
-`held(options) -> Held`, what it holds in memory, and `OBSERVES`, whether it looks at calibration samples.
+"""Methods: one file each, offering `Options` (a frozen dataclass), `quantize(block, grid, options) -> Decision`,
+`memory_use(options) -> MemoryUse`, what it holds in memory, and `OBSERVES`, whether it looks at calibration samples.
 
 A new method is a file in this folder and a line in `QUANTIZERS`.
 """

@@ -12,8 +12,8 @@ from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.quantizers import rtn
 from besa_cli.stream import learning
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.system import compute
 
 OBSERVES = True
@@ -46,12 +46,12 @@ class Options:
         require_factors(lr=self.lr)
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """What stands on the grid (4 bytes), two lots of codes and masks (1 each) when they are compared."""
-    return Held(state=7, learned=5, batch=options.batch_size, changes=True, codes=True)
+    return MemoryUse(state=7, learned=5, batch=options.batch_size, changes=True, codes=True)
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+def quantize(block: Block, grid: Grid, options: Options) -> Decision:
     """Learn the block's grids; round to nearest is kept where learning did not beat it on the same samples."""
     nearest = rtn.nearest(block, grid)
     learned, loss = _learn(block, grid, options)
@@ -88,13 +88,15 @@ def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quanti
             optimizer.param_groups[0]["lr"] = options.lr * learning.half_cosine(len(history) / len(steps))
             optimizer.step()
             optimizer.zero_grad()
-            history.append(learning.finite(float(loss.detach()), block.index, "--lr"))
+            history.append(learning.require_finite(float(loss.detach()), block.index, "--lr"))
             block.on_step(len(history), len(steps), "learning")
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
-    return found, learning.settled(history)
+    return found, learning.tail_mean(history)
 
 
 def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token on these grids."""
     dtype = next(iter(block.linears.values())).weight.dtype
-    return learning.errors(block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss)
+    return learning.compare_errors(
+        block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss
+    )

@@ -8,8 +8,8 @@ from besa_cli.errors import require_factors
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 
 OBSERVES = True
 
@@ -33,12 +33,12 @@ class Options:
         require_factors(damping=self.damping)
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """Codes (1 byte), what they stand for (4), masks (1)."""
-    return Held(state=6, grams=True, changes=True, codes=True)
+    return MemoryUse(state=6, grams=True, changes=True, codes=True)
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+def quantize(block: Block, grid: Grid, options: Options) -> Decision:
     """Quantize every linear of the block on the statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
     factors: dict[int, Tensor] = {}

@@ -6,8 +6,8 @@ from typing import Any
 
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
-from besa_cli.stream.block import Block, Pruned
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 
 OBSERVES = False
 
@@ -17,12 +17,12 @@ class Options:
     """Round to nearest has no options of its own."""
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """Codes (1 byte), what they stand for (4), masks (1)."""
-    return Held(state=6, changes=True, codes=True)
+    return MemoryUse(state=6, changes=True, codes=True)
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Pruned:
+def quantize(block: Block, grid: Grid, options: Options) -> Decision:
     """Put every linear of the block on the grid."""
     return decided(block, nearest(block, grid))
 
@@ -32,9 +32,9 @@ def nearest(block: Block, grid: Grid) -> dict[str, Quantized]:
     return {name: affine.nearest(weight, grid) for name, weight in block.weights.items()}
 
 
-def decided(block: Block, quantized: Mapping[str, Quantized], **facts: Any) -> Pruned:
-    """The linears on their grid; what was zero counts as pruned. `facts` are further fields of `Pruned`."""
-    return Pruned(
+def decided(block: Block, quantized: Mapping[str, Quantized], **facts: Any) -> Decision:
+    """The linears on their grid; what was zero counts as pruned. `facts` are further fields of `Decision`."""
+    return Decision(
         masks={name: weight != 0 for name, weight in block.weights.items()},
         weights={name: affine.dequantize(each) for name, each in quantized.items()},
         quantized=quantized,

@@ -9,7 +9,7 @@ Bound = Literal["compute", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class SimulationSettings:
     """What is left open by mask and machine.
 
     Attributes

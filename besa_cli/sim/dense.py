@@ -1,7 +1,7 @@
 """The machine that knows no zeros: what every speed-up is measured against."""
 
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Settings
+from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.workload import Workload
 
 
@@ -10,7 +10,7 @@ def cycles(work: int, pes: int) -> int:
     return -(-work // pes)
 
 
-def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -> Cost:
+def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
     """Every weight is computed with: ⌈rows · cols · batch / PEs⌉ cycles."""
     taken = cycles(workload.weights * settings.batch, accelerator.pes)
     return Cost(dense_cycles=taken, cycles=taken, useful=workload.kept * settings.batch, pes=accelerator.pes)

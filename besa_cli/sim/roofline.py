@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Roof, Settings
+from besa_cli.sim.cost import Cost, Roof, SimulationSettings
 from besa_cli.sim.workload import Counts, Workload
 
 
-def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -> Cost:
+def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
     """Cycles under the bound that holds, beside those of the dense linear under its own."""
     sparse = _roof(workload, accelerator, settings)
     rows, cols = workload.rows, workload.cols
@@ -42,7 +42,7 @@ def compute_cycles(kept_by_row: Counts, accelerator: Accelerator) -> int:
     return int(np.maximum.reduceat(turns, tiles).sum())
 
 
-def _roof(workload: Workload, accelerator: Accelerator, settings: Settings) -> Roof:
+def _roof(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Roof:
     bits = settings.weight_bits or accelerator.weight_bits
     activation_bits = max(bits, accelerator.activation_bits)
     values, mask = _stored(workload, bits)

@@ -8,14 +8,13 @@ cycle. The slower engine sets the time. Memory is not counted (`roofline` does t
 from functools import partial
 
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Settings, Split
+from besa_cli.sim.columns import denser, searched
+from besa_cli.sim.cost import Cost, SimulationSettings, Split
 from besa_cli.sim.dense import cycles
-from besa_cli.sim.reorder import denser
-from besa_cli.sim.search import searched
 from besa_cli.sim.workload import Workload
 
 
-def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -> Cost:
+def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
     """Cycles of the slower engine, with the lanes shared in proportion to the work.
 
     denser: ⌈rows · G · batch / (w · H)⌉, sparser: ⌈kept outside · batch / ((W − w) · H)⌉, with G denser columns and w

@@ -9,14 +9,13 @@ See docs/simulate.md.
 from functools import partial
 
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Settings, Split
+from besa_cli.sim.columns import denser, searched
+from besa_cli.sim.cost import Cost, SimulationSettings, Split
 from besa_cli.sim.dense import cycles
-from besa_cli.sim.reorder import denser
-from besa_cli.sim.search import searched
 from besa_cli.sim.workload import Counts, Workload
 
 
-def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -> Cost:
+def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
     """The released program's cycles; `dense_cycles` are those that the paper prints (see `dense_cycles`)."""
     size = workload.rows if workload.role == "down" and workload.cols > workload.rows else max(workload.cols, 1)
     patches = [workload.kept_by_column[start : start + size] for start in range(0, workload.cols, size)]
@@ -41,7 +40,7 @@ def simulate(workload: Workload, accelerator: Accelerator, settings: Settings) -
     )
 
 
-def dense_cycles(workload: Workload, accelerator: Accelerator, settings: Settings) -> int:
+def dense_cycles(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> int:
     """The dense row of the paper's Table 4: ⌈cols² · batch / PEs⌉, in patches for `down` and for rows > cols.
 
     4,096 for the square linears of LLaMA-7B, 4096 + 4096 + 1936 = 10,128 for the others, where 11,008 is right. The

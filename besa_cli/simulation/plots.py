@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.sim.reorder import denser, relabelling
-from besa_cli.simulation.run import BlockCost, LinearCost, Request, ordered, summaries
+from besa_cli.sim.columns import denser, relabelling
+from besa_cli.simulation.run import BlockCost, LinearCost, SimulationRequest, ordered, summaries
 from besa_cli.system import disk
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def require(file: Path) -> None:
         raise BesaError("--plot needs matplotlib, which is not installed", "pip install 'besa-cli[plot]'") from error
 
 
-def draw(found: Sequence[BlockCost], request: Request, file: Path, *, title: str) -> None:
+def draw(found: Sequence[BlockCost], request: SimulationRequest, file: Path, *, title: str) -> None:
     """Draw a simulation of at least one linear into a file."""
     from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ def _save(figure: "Figure", place: Path, suffix: str) -> None:
     figure.savefig(place, format=suffix.removeprefix("."), dpi=150)
 
 
-def draw_means(axes: "Axes", found: Sequence[BlockCost], request: Request) -> None:
+def draw_means(axes: "Axes", found: Sequence[BlockCost], request: SimulationRequest) -> None:
     """Mean cycles by linear: a bar for the dense linear and one for the pruned one under each dataflow."""
     width = 0.8 / (2 * len(request.dataflows))
     heights: list[float] = []
@@ -83,7 +83,7 @@ def draw_means(axes: "Axes", found: Sequence[BlockCost], request: Request) -> No
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(len(request.dataflows), 4))
 
 
-def draw_blocks(axes: "Axes", found: Sequence[BlockCost], request: Request, figure: str) -> None:
+def draw_blocks(axes: "Axes", found: Sequence[BlockCost], request: SimulationRequest, figure: str) -> None:
     """Cycles or speed-up by block under the first dataflow, a line a linear."""
     labels = ordered({linear.label for block in found for linear in block.linears})[:_MOST_LINES]
     for label in labels:
@@ -99,7 +99,7 @@ def draw_blocks(axes: "Axes", found: Sequence[BlockCost], request: Request, figu
     axes.legend(fontsize="small", ncols=2)
 
 
-def draw_columns(axes: "Axes", linear: LinearCost, request: Request) -> None:
+def draw_columns(axes: "Axes", linear: LinearCost, request: SimulationRequest) -> None:
     """The share of kept weights in each column of one linear, denser columns first as the relabelling has them."""
     counted, threshold = linear.workload, request.settings.threshold
     order = relabelling(counted.kept_by_column, counted.rows, threshold)

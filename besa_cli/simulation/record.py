@@ -12,7 +12,7 @@ from typing import Any
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.runs import Run
 from besa_cli.sim.cost import Cost
-from besa_cli.simulation.run import BlockCost, LinearCost, MlpCost, Request, summaries
+from besa_cli.simulation.run import BlockCost, LinearCost, MlpCost, SimulationRequest, summaries
 from besa_cli.system import disk, lock
 
 _LINEAR = ("block", "name", "label", "rows", "cols", "kept", "sparsity", "empty_rows", "empty_columns")
@@ -22,7 +22,7 @@ _ROOF = ("bound", "compute_cycles", "memory_cycles", "value_bytes", "mask_bytes"
          "output_bytes", "bytes", "dense_bytes")  # fmt: skip
 
 
-def record(found: Sequence[BlockCost], request: Request) -> dict[str, Any]:
+def record(found: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any]:
     """Everything that was found, and what it was asked for with; numbers that JSON lacks are None."""
     return {
         "func": request.func,
@@ -37,7 +37,7 @@ def record(found: Sequence[BlockCost], request: Request) -> dict[str, Any]:
     }
 
 
-def dead_neurons(found: Sequence[BlockCost], request: Request) -> dict[str, Any] | None:
+def dead_neurons(found: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any] | None:
     """The dead neurons of all MLPs, what goes with them, and where they are; None where no whole MLP was simulated."""
     mlps = [mlp for block in found for mlp in block.mlps]
     if not mlps:

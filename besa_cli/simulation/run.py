@@ -13,7 +13,7 @@ from besa_cli.checkpoint.inspection import BlockMatrices
 from besa_cli.errors import unknown
 from besa_cli.sim import dead, roles, workload
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Settings
+from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.dead import DeadNeurons
 from besa_cli.sim.summary import Summary, summarize
 from besa_cli.sim.workload import Mask, Workload
@@ -25,7 +25,7 @@ _MLP = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SimulationRequest:
     """What to simulate, and on what.
 
     Attributes
@@ -39,7 +39,7 @@ class Request:
     func: str
     dataflows: tuple[str, ...]
     accelerator: Accelerator
-    settings: Settings
+    settings: SimulationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def ordered(labels: set[str]) -> list[str]:
     return sorted(labels, key=lambda each: (known.index(each) if each in known else len(known), each))
 
 
-def blocks(directory: Path, request: Request, wanted: Callable[[str], bool]) -> Iterator[BlockCost]:
+def blocks(directory: Path, request: SimulationRequest, wanted: Callable[[str], bool]) -> Iterator[BlockCost]:
     """Simulate one block after the other; no more than one is in memory.
 
     Parameters
@@ -132,7 +132,7 @@ def blocks(directory: Path, request: Request, wanted: Callable[[str], bool]) -> 
         yield BlockCost(index=block.index, linears=tuple(linears), mlps=tuple(_mlps(block, masks, request)))
 
 
-def costs(counted: Workload, request: Request) -> dict[str, Cost]:
+def costs(counted: Workload, request: SimulationRequest) -> dict[str, Cost]:
     """What a linear costs under each of the dataflows asked for."""
     found: dict[str, Cost] = {}
     for name in request.dataflows:
@@ -145,7 +145,7 @@ def _mask(tensor: Tensor) -> Mask:
     return mask
 
 
-def _mlps(block: BlockMatrices, masks: Mapping[str, Mask], request: Request) -> Iterator[MlpCost]:
+def _mlps(block: BlockMatrices, masks: Mapping[str, Mask], request: SimulationRequest) -> Iterator[MlpCost]:
     """The dead neurons of every MLP of a block whose linears are all there."""
     below: dict[str, dict[str, str]] = {}
     for name in masks:
@@ -187,7 +187,7 @@ def _halves(own: Mapping[str, Mask], biases: Mapping[str, Mask]) -> list[tuple[M
     return found or None
 
 
-def _saved(before: Mapping[str, Mask], after: Mapping[str, Mask], request: Request) -> dict[str, int]:
+def _saved(before: Mapping[str, Mask], after: Mapping[str, Mask], request: SimulationRequest) -> dict[str, int]:
     def cycles(masks: Mapping[str, Mask]) -> dict[str, int]:
         found = [costs(workload.of_mask(mask, role), request) for role, mask in masks.items()]
         return {name: sum(each[name].cycles for each in found) for name in request.dataflows}

@@ -13,7 +13,7 @@ from torch import Tensor
 from besa_cli.errors import BesaError
 
 
-class Shelf:
+class ActivationStore:
     """Makes the tensors that hold one number for every calibration token and channel; always on the CPU.
 
     Parameters

@@ -12,7 +12,7 @@ from besa_cli.decoder.prefetch import begun
 from besa_cli.stream.rank_share import Store
 
 
-class Behind:
+class BackgroundWriter:
     """Hands one block at a time to a thread that writes it; used as a context, it ends when all is on disk.
 
     What goes wrong is raised when the next block is handed over, or at the end. Nothing else is done to the store
@@ -27,7 +27,7 @@ class Behind:
         self._store = store
         self._writing: Future[None] | None = None
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from besa_cli.errors import BesaError
 from besa_cli.ops.affine import Quantized
-from besa_cli.stream.activations import Shelf
+from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.propagation import batches
-from besa_cli.stream.rank_share import Share
+from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-Step = Callable[[int, int, str], None]
+OnStep = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruned:
+class Decision:
     """What a pruner or a quantizer decided for one block.
 
     Attributes
@@ -72,14 +72,14 @@ class Block:
         batch: int,
         target: Tensor | None = None,
         seed: int = 0,
-        on_step: Step = lambda done, total, phase: None,
-        shelf: Shelf | None = None,
-        share: Share | None = None,
+        on_step: OnStep = lambda done, total, phase: None,
+        shelf: ActivationStore | None = None,
+        rank_share: RankShare | None = None,
     ) -> None:
-        self._shelf = shelf or Shelf()
-        self.share = share or Share(len(inputs))
+        self._shelf = shelf or ActivationStore()
+        self.share = rank_share or RankShare(len(inputs))
         self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
-        self.exact = budget is not None
+        self.must_meet_budget = budget is not None
         self.budget = budget or 0
         self.seed = (seed * 1_000_003 + self.index) % 2**63
         self._on_step = on_step
@@ -93,7 +93,7 @@ class Block:
         self._shelf.release()
         self._on_step(done, total, phase)
 
-    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def step_batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and target of this rank's part of the samples of a step, both of shape (samples, seqlen, hidden).
 
         Parameters
@@ -101,10 +101,10 @@ class Block:
         chosen : integer Tensor of shape (samples in the step,)
             Numbers from 0 to `share.samples`; the same on all ranks.
         """
-        inputs, target = self.share.deal(chosen, self.inputs, self.target)
+        inputs, target = self.share.fetch(chosen, self.inputs, self.target)
         return inputs, target
 
-    def parts(self, batch: int | None = None) -> Iterator[slice]:
+    def batches(self, batch: int | None = None) -> Iterator[slice]:
         """This rank's samples in batches of `batch`, by default the batches that all passes without gradients use."""
         return batches(len(self.inputs), batch or self.batch)
 
@@ -164,7 +164,7 @@ class Block:
                 f"{unused[0]} of block {self.index} is never called in a forward pass",
                 "besa finds a linear's importance from its inputs; this model cannot be pruned",
             )
-        self.share.world.sum(list(sums.values()))
+        self.share.world.all_reduce_list_(list(sums.values()))
         return {name: sums[leaders[name]] for name in self.linears}
 
     def _pass(self, after_batch: Callable[[], None], phase: str) -> None:
@@ -172,7 +172,7 @@ class Block:
         target = self._shelf.empty(self.inputs.shape, self.inputs.dtype) if keep else self._target
         total = len(self.inputs)
         with torch.no_grad(), compute.repeated_passes():
-            for part in self.parts():
+            for part in self.batches():
                 output = self.forward(self.inputs[part])
                 if keep and target is not None:
                     target[part] = output

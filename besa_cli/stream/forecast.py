@@ -9,8 +9,8 @@ from torch import Tensor
 
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.stream import propagation, windows
-from besa_cli.stream.activations import Shelf
-from besa_cli.stream.walk import Assignment, Walk
+from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.walk import BlockWalk, PrunePlan
 
 _FIXED = ("update",)  # phases whose length does not depend on the number of samples
 _BATCHES = 2  # that the trial passes through the block
@@ -61,7 +61,7 @@ class Meter:
         self._total: dict[str, int] = defaultdict(int)
 
     def step(self, done: int, total: int, phase: str) -> None:
-        """See `besa_cli.stream.block.Step`; the first step of a phase only starts its clock."""
+        """See `besa_cli.stream.block.OnStep`; the first step of a phase only starts its clock."""
         now = time.perf_counter()
         if phase == self._phase and done > self._done:
             self._seconds[phase] += now - self._last
@@ -84,7 +84,7 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, assignment: Assignment, finished: int) -> float:
+def seconds(decoder: Decoder, tokens: Tensor, assignment: PrunePlan, finished: int) -> float:
     """Seconds that `stream.walk.compress` will need for an assignment, from a trial of its first windows.
 
     The trial passes two batches through them, learning included, and keeps nothing.
@@ -102,7 +102,9 @@ def seconds(decoder: Decoder, tokens: Tensor, assignment: Assignment, finished: 
     propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
-    trial = Walk(decoder, lambda report, tensors, codes: None, few, assignment, on_step=meter.step, shelf=Shelf())
+    trial = BlockWalk(
+        decoder, lambda report, tensors, codes: None, few, assignment, on_step=meter.step, shelf=ActivationStore()
+    )
     trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
     for index in first.blocks:
         decoder.drop(index)
@@ -112,7 +114,7 @@ def seconds(decoder: Decoder, tokens: Tensor, assignment: Assignment, finished: 
     return embedding + of_first * left / sizes[0] + finished * meter.replayed(factor)
 
 
-def together(forecasts: Sequence[Forecast]) -> Forecast:
+def combined(forecasts: Sequence[Forecast]) -> Forecast:
     """Several commands one after the other in one process."""
     highest = max(forecasts, key=lambda each: each.memory)
     return replace(highest, disk=sum(each.disk for each in forecasts), seconds=sum(each.seconds for each in forecasts))

@@ -27,7 +27,7 @@ def half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def finite(value: float, index: int, *smaller: str) -> float:
+def require_finite(value: float, index: int, *smaller: str) -> float:
     """A loss as it is.
 
     Raises
@@ -43,13 +43,13 @@ def finite(value: float, index: int, *smaller: str) -> float:
     return value
 
 
-def settled(history: Sequence[float]) -> float:
+def tail_mean(history: Sequence[float]) -> float:
     """The mean loss of the last tenth of all steps."""
     last = history[-max(len(history) // 10, 1) :]
     return math.fsum(last) / len(last)
 
 
-def errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:
+def compare_errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token under fixed weights, over the first samples of all ranks.
 
     Parameters
@@ -63,10 +63,10 @@ def errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[flo
     found: list[tuple[float, float]] = []
     with torch.no_grad(), compute.repeated_passes():
         for chosen in torch.split(torch.arange(compared), world.size):
-            inputs, target = block.take(chosen)
+            inputs, target = block.step_batch(chosen)
             if len(inputs):
                 output = block.forward(inputs, weights)
                 target = target.to(output.device)
                 found.append((float(measure(output, target)), float(losses.token(output, target))))
-    mean_loss, error = (world.total(math.fsum(pair[which] for pair in found)) / compared for which in (0, 1))
+    mean_loss, error = (world.all_reduce_float(math.fsum(pair[which] for pair in found)) / compared for which in (0, 1))
     return mean_loss, error

@@ -25,8 +25,8 @@ _ROOM = 80 << 20  # the allocator's holes, buffers of the matrix products, what 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """What a method holds beside the block and its source. Every method says it of its options: `held(options)`.
+class MemoryUse:
+    """What a method holds beside the block and its source. Every method says it of its options: `memory_use(options)`.
 
     Attributes
     ----------
@@ -161,13 +161,13 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     )
 
 
-def compressing(shape: Shape, held: Held, *, tokens: int, passing: int, learning: int = 0) -> Demand:
+def prune_demand(shape: Shape, held: MemoryUse, *, tokens: int, passing: int, learning: int = 0) -> Demand:
     """What a prune or quantize command holds.
 
     Parameters
     ----------
     shape : Shape
-    held : Held
+    held : MemoryUse
         By the method.
     tokens : int
         Of all calibration samples.
@@ -202,7 +202,7 @@ def compressing(shape: Shape, held: Held, *, tokens: int, passing: int, learning
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 
 
-def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
+def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
     """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass, in windows of `seqlen`.
 
     A head of `head` bytes that is not loaded yet is, once the first portion has passed all blocks.
@@ -222,7 +222,7 @@ def measuring(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placing:
+class MemoryPlan:
     """How a command keeps within `--max-memory`.
 
     Attributes
@@ -246,7 +246,7 @@ class Placing:
     overlapping: bool = False
 
 
-def place(
+def plan(
     limit: int | None,
     resident: int,
     batch: int,
@@ -254,7 +254,7 @@ def place(
     *,
     fixed: bool = False,
     overlapping: bool = False,
-) -> Placing:
+) -> MemoryPlan:
     """The first way that fits: as it is, without overlapping, the hidden states in files, fewer samples in a pass.
 
     Parameters
@@ -285,7 +285,7 @@ def place(
         found = demand(samples)
         peak = resident + found.peak(in_files=in_files, overlapping=both)
         if limit is None or peak <= limit:
-            return Placing(batch=samples, in_files=in_files, peak=peak, phase=found.phase, overlapping=both)
+            return MemoryPlan(batch=samples, in_files=in_files, peak=peak, phase=found.phase, overlapping=both)
     raise UsageError(
         f"--max-memory {(limit or 0) / 1e9:.1f}GB is too little: with one window of the model the process needs "
         f"about {peak / 1e9:.1f} GB",

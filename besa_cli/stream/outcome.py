@@ -8,33 +8,33 @@ from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.ops import affine, masks
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decided:
+class WindowOutcome:
     """What became of a window; `stored` are its weights as they will be stored, by the names of its linears."""
 
     window: Window
-    pruned: Pruned
+    pruned: Decision
     stored: Mapping[str, Tensor]
 
 
-def settled(weights: Mapping[str, Tensor], pruned: Pruned) -> Pruned:
+def snap_codes(weights: Mapping[str, Tensor], pruned: Decision) -> Decision:
     """The same with codes that the weights still tell when they are stored in the dtype of `weights`, the source's.
 
     Where codes move, the weights of `pruned` are written over.
     """
     quantized = {}
     for name, each in pruned.quantized.items():
-        quantized[name] = affine.carried(each, weights[name].dtype)
+        quantized[name] = affine.survive_dtype(each, weights[name].dtype)
         if quantized[name] is not each:
             pruned.weights[name].copy_(affine.dequantize(quantized[name]))
     return replace(pruned, quantized=quantized)
 
 
-def masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:
+def apply_mask(weights: Mapping[str, Tensor], pruned: Decision) -> dict[str, Tensor]:
     """The weights as they will be stored: in the source's dtype, zero where the mask is false."""
     return {
         name: pruned.weights.get(name, weights[name]).to(weights[name].dtype).masked_fill(~mask, 0.0)
@@ -42,27 +42,29 @@ def masked(weights: Mapping[str, Tensor], pruned: Pruned) -> dict[str, Tensor]:
     }
 
 
-def check_counts(block: Block, pruned: Pruned) -> None:
+def check_counts(block: Block, pruned: Decision) -> None:
     """No pruner gets away with another count than the one asked: it would be wrong in every table."""
     if set(pruned.masks) != set(block.linears):
         raise RuntimeError(f"the pruner gave masks for {sorted(pruned.masks)}, the block has {sorted(block.linears)}")
-    existing = sum(masks.zeros(weight) for weight in block.weights.values())
-    count = sum(masks.zeros(mask) for mask in pruned.masks.values())
-    if block.exact and pruned.exact and count != max(block.budget, existing):
+    existing = sum(masks.count_zeros(weight) for weight in block.weights.values())
+    count = sum(masks.count_zeros(mask) for mask in pruned.masks.values())
+    if block.must_meet_budget and pruned.exact and count != max(block.budget, existing):
         raise RuntimeError(f"the pruner pruned {count} weights of block {block.index}, {block.budget} were asked")
 
 
 def linear_report(name: str, weight: Tensor, mask: Tensor) -> LinearReport:
     """The report of one linear, from its weight as stored."""
     rows, cols = mask.shape
-    return LinearReport(name=name, rows=rows, cols=cols, pruned=masks.zeros(mask), zeros=masks.zeros(weight))
+    return LinearReport(
+        name=name, rows=rows, cols=cols, pruned=masks.count_zeros(mask), zeros=masks.count_zeros(weight)
+    )
 
 
 def block_report(
     index: int,
     blocks: int,
     linears: Sequence[LinearReport],
-    decided: Sequence[Decided],
+    decided: Sequence[WindowOutcome],
     error: float | None,
 ) -> BlockReport:
     """The report of one block; errors are those of its window's end, so only the window's last block has them."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from besa_cli.decoder.conduct import require_finite
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.stream.activations import Shelf
+from besa_cli.stream.activations import ActivationStore
 from besa_cli.system import compute
 
 
@@ -17,12 +17,12 @@ def batches(samples: int, batch: int) -> Iterator[slice]:
         yield slice(start, min(start + batch, samples))
 
 
-def embed(decoder: Decoder, tokens: Tensor, batch: int, shelf: Shelf | None = None) -> Tensor:
+def embed(decoder: Decoder, tokens: Tensor, batch: int, shelf: ActivationStore | None = None) -> Tensor:
     """What enters the first block: Tensor of shape (samples, seqlen, hidden), from the shelf if there is one."""
     return collected((decoder.embed(tokens[part]) for part in batches(len(tokens), batch)), len(tokens), shelf)
 
 
-def collected(parts: Iterable[Tensor], samples: int, shelf: Shelf | None) -> Tensor:
+def collected(parts: Iterable[Tensor], samples: int, shelf: ActivationStore | None) -> Tensor:
     """The parts one after the other in one tensor."""
     if shelf is None:
         return torch.cat(list(parts))

@@ -35,15 +35,17 @@ class SharedStore:
 
     def finished(self) -> int:
         """See `Store`."""
-        return int(self._world.tell(self._store.finished() if self._store else None))
+        return int(self._world.broadcast_json(self._store.finished() if self._store else None))
 
     def read(self, index: int) -> dict[str, Tensor]:
         """See `Store`."""
-        return self._world.hand_out(self._store.read(index) if self._store else {})
+        return self._world.broadcast_tensors(self._store.read(index) if self._store else {})
 
     def report(self, index: int) -> BlockReport:
         """See `Store`."""
-        return BlockReport.from_record(self._world.tell(self._store.report(index).record() if self._store else None))
+        return BlockReport.from_record(
+            self._world.broadcast_json(self._store.report(index).record() if self._store else None)
+        )
 
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """See `Store`."""
@@ -51,7 +53,7 @@ class SharedStore:
             self._store.write(report, tensors, codes)
 
 
-class Share:
+class RankShare:
     """The calibration samples that this rank holds, and those of a learning step that it passes through the block.
 
     Attributes
@@ -65,10 +67,10 @@ class Share:
 
     def __init__(self, samples: int, world: Ranks | None = None) -> None:
         self.samples, self.world = samples, world or Ranks()
-        self.own = partition.own(samples, self.world.rank, self.world.size)
-        self._owners = partition.owners(samples, self.world.size)
+        self.own = partition.samples_of_rank(samples, self.world.rank, self.world.size)
+        self._owners = partition.owner_of_sample(samples, self.world.size)
 
-    def deal(self, chosen: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
+    def fetch(self, chosen: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
         """This rank's part of the samples of a step, fetched from their owners: at most an even share, rounded up.
 
         Parameters
@@ -88,7 +90,7 @@ class Share:
             (first, *others) = samples
             return tuple(each[chosen] if others else each[first : first + 1] for each in held)  # one is not copied
         owners = [self._owners[sample] for sample in samples]
-        workers = partition.workers(owners, size)
+        workers = partition.assign_samples(owners, size)
         dealt = tuple(torch.empty(workers.count(rank), *each.shape[1:], dtype=each.dtype) for each in held)
         sent: list[tuple[int, int, Tensor]] = []
         taken: list[tuple[int, int, Tensor]] = []

@@ -13,11 +13,11 @@ from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.choices import Target
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import affine, losses
-from besa_cli.stream.activations import Shelf
-from besa_cli.stream.block import Block, Pruned, Step
-from besa_cli.stream.outcome import Decided, block_report, check_counts, linear_report, masked, settled
+from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.block import Block, Decision, OnStep
+from besa_cli.stream.outcome import WindowOutcome, apply_mask, block_report, check_counts, linear_report, snap_codes
 from besa_cli.stream.propagation import advance, batches, collected, embed
-from besa_cli.stream.rank_share import Share, SharedStore, Store
+from besa_cli.stream.rank_share import RankShare, SharedStore, Store
 from besa_cli.stream.windows import Segment, Window
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
@@ -26,7 +26,7 @@ Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assignment:
+class PrunePlan:
     """What `compress` does to a model: how it is cut into windows, and what decides each.
 
     Attributes
@@ -43,7 +43,7 @@ class Assignment:
         Of the command; every block makes one of its own from it.
     """
 
-    change: Callable[[Block], Pruned]
+    change: Callable[[Block], Decision]
     segments: Sequence[Segment]
     budgets: Sequence[int] | None
     target: Target
@@ -55,10 +55,10 @@ def compress(
     decoder: Decoder,
     store: Store | None,
     tokens: Tensor,
-    assignment: Assignment,
+    assignment: PrunePlan,
     *,
-    on_step: Step = lambda done, total, phase: None,
-    shelf: Shelf | None = None,
+    on_step: OnStep = lambda done, total, phase: None,
+    shelf: ActivationStore | None = None,
     ahead: bool = False,
     world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
@@ -73,21 +73,23 @@ def compress(
         Of several ranks only the first has it.
     tokens : Tensor of shape (samples, seqlen)
         Those of all ranks. Without any nothing passes through the blocks, and their weights alone decide.
-    assignment : Assignment
-    shelf : Shelf, optional
+    assignment : PrunePlan
+    shelf : ActivationStore, optional
         Where the hidden states lie; in memory by default.
     ahead : bool
         Read the blocks of the next window while one is decided.
     world : Ranks, optional
         All ranks have to walk alike; alone by default.
     """
-    share = Share(len(tokens), world)
+    share = RankShare(len(tokens), world)
     shared = SharedStore(store, share.world)
     finished = shared.finished()
     if finished == len(decoder):
         yield from (shared.report(index) for index in range(finished))
         return
-    walk = Walk(decoder, shared.write, tokens, assignment, on_step=on_step, shelf=shelf or Shelf(), share=share)
+    walk = BlockWalk(
+        decoder, shared.write, tokens, assignment, on_step=on_step, shelf=shelf or ActivationStore(), share=share
+    )
     counts = iter(assignment.budgets or [])
     for segment, following in zip_longest(assignment.segments, assignment.segments[1:]):
         start = time.perf_counter()
@@ -101,7 +103,7 @@ def compress(
             yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
 
 
-class Walk:
+class BlockWalk:
     """The state of `compress`: the compressed stream, and the dense one where it is the target.
 
     `keep` takes a finished block's report, tensors and codes; the other parameters are those of `compress`.
@@ -112,13 +114,13 @@ class Walk:
         decoder: Decoder,
         keep: Keep,
         tokens: Tensor,
-        assignment: Assignment,
+        assignment: PrunePlan,
         *,
-        on_step: Step,
-        shelf: Shelf,
-        share: Share | None = None,
+        on_step: OnStep,
+        shelf: ActivationStore,
+        share: RankShare | None = None,
     ) -> None:
-        self._shelf, self._share = shelf, share or Share(len(tokens))
+        self._shelf, self._share = shelf, share or RankShare(len(tokens))
         tokens = tokens[self._share.own.start : self._share.own.stop]
         self._decoder, self._keep, self._tokens, self._assignment = decoder, keep, tokens, assignment
         self._batch, self._on_step = assignment.batch, on_step
@@ -142,29 +144,29 @@ class Walk:
         """Decide the segment's windows one after the other, then store its blocks; those `after` it are read ahead."""
         sources = {index: self._decoder.load(index) for index in segment.blocks}
         for index in after:
-            self._decoder.expect(index)
+            self._decoder.prefetch(index)
         targets = self._dense_targets(segment)
         alone = len(segment.windows) == 1
         whole = None if alone else self._whole_target(segment)
-        decided: list[Decided] = []
+        decided: list[WindowOutcome] = []
         for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
             block = Block(
                 window, self._weights(window, sources), budget=budget,
-                inputs=self._inputs if alone else self._collect(window.enter, self._inputs),
+                inputs=self._inputs if alone else self._collect(window.inputs_from, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._assignment.seed,
-                on_step=self._on_step, shelf=self._shelf, share=self._share,
+                on_step=self._on_step, shelf=self._shelf, rank_share=self._share,
             )  # fmt: skip
-            pruned = settled(block.weights, self._assignment.change(block))
+            pruned = snap_codes(block.weights, self._assignment.change(block))
             check_counts(block, pruned)
-            stored = masked(block.weights, pruned)
-            self._share.world.equalize(list(stored.values()))
-            decided.append(Decided(window=window, pruned=pruned, stored=stored))
+            stored = apply_mask(block.weights, pruned)
+            self._share.world.broadcast_(list(stored.values()))
+            decided.append(WindowOutcome(window=window, pruned=pruned, stored=stored))
             if whole is None:
                 whole = block.target
             if not alone:
-                self._put(decided[-1])
+                self._write_into_block(decided[-1])
             del block
-        return self._settle(segment, sources, decided, whole)
+        return self._commit(segment, sources, decided, whole)
 
     def _advance(self, index: int, hidden: Tensor) -> None:
         advance(self._decoder, index, hidden, self._tokens, self._batch, lambda part, output: self._shelf.release())
@@ -182,7 +184,7 @@ class Walk:
         if self._dense is None:
             return [None for _ in segment.windows]
         alone = len(segment.windows) == 1
-        halves = [] if alone else [self._collect(window.reach, self._dense) for window in segment.windows]
+        halves = [] if alone else [self._collect(window.output_from, self._dense) for window in segment.windows]
         for index in segment.blocks:
             self._advance(index, self._dense)
         return [self._dense] if alone else [*halves]
@@ -198,20 +200,20 @@ class Walk:
         origins = {index: self._decoder.block_names(index) for index in window.blocks}
         return {
             name: sources[index][origins[index][f"{inner}.weight"]].to(self._decoder.device)
-            for name, (index, inner) in window.places.items()
+            for name, (index, inner) in window.locations.items()
         }
 
-    def _put(self, decided: Decided) -> None:
+    def _write_into_block(self, decided: WindowOutcome) -> None:
         """Let the windows that follow in the same block see what was decided."""
         with torch.no_grad():
             for name, weight in decided.stored.items():
                 decided.window.linears[name].weight.copy_(weight)
 
-    def _settle(
+    def _commit(
         self,
         segment: Segment,
         sources: Mapping[int, Mapping[str, Tensor]],
-        decided: Sequence[Decided],
+        decided: Sequence[WindowOutcome],
         target: Tensor | None,
     ) -> list[BlockReport]:
         """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
@@ -220,11 +222,11 @@ class Walk:
         linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
         for each in decided:
             for name, weight in each.stored.items():
-                index, inner = each.window.places[name]
+                index, inner = each.window.locations[name]
                 origin = self._decoder.block_names(index)[f"{inner}.weight"]
                 tensors[index][origin] = weight.cpu()
                 if name in each.pruned.quantized:
-                    codes[index] |= affine.tensors(each.pruned.quantized[name], origin.removesuffix(".weight"))
+                    codes[index] |= affine.to_tensors(each.pruned.quantized[name], origin.removesuffix(".weight"))
                 linears[index].append(linear_report(inner, weight, each.pruned.masks[name]))
         errors: list[float] = []
 
@@ -238,7 +240,7 @@ class Walk:
             self._decoder.load(index, tensors[index])
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
-        error = self._share.world.total(math.fsum(errors)) / self._share.samples if errors else None
+        error = self._share.world.all_reduce_float(math.fsum(errors)) / self._share.samples if errors else None
         reports = [
             block_report(index, len(self._decoder), linears[index], decided, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)

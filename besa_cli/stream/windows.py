@@ -24,20 +24,20 @@ class Window(Protocol):
         The blocks that it lies in.
     linears : dict of name to nn.Linear
         Names are those inside the block; with several blocks each has its block's number before it.
-    places : dict of name to (block, name inside the block)
+    locations : dict of name to (block, name inside the block)
     """
 
     blocks: range
     linears: dict[str, nn.Linear]
-    places: dict[str, tuple[int, str]]
+    locations: dict[str, tuple[int, str]]
 
-    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The window's own inputs for what enters its first block."""
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The output for inputs of shape (samples, seqlen, hidden), with `weights` in place of the linears' own."""
 
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The output for what enters its first block."""
 
 
@@ -49,20 +49,20 @@ class Segment:
     windows: tuple[Window, ...]
 
 
-class Span:
+class WholeBlocks:
     """One or several whole blocks."""
 
     def __init__(self, decoder: Decoder, blocks: range) -> None:
         self._decoder, self.blocks = decoder, blocks
         alone = len(blocks) == 1
-        self.places = {
+        self.locations = {
             inner if alone else f"{index}.{inner}": (index, inner)
             for index in blocks
             for inner in decoder.linears(index)
         }
-        self.linears = _linears(decoder, self.places)
+        self.linears = _linears(decoder, self.locations)
 
-    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: the hidden states themselves."""
         return hidden
 
@@ -70,14 +70,14 @@ class Span:
         """See `Window`."""
         hidden = inputs
         for index in self.blocks:
-            named = _inside(weights, self.places, index)
+            named = _inside(weights, self.locations, index)
             if named and kept(len(self.blocks)) < len(self.blocks):
                 hidden = checkpoint(self._decoder.forward, index, hidden, tokens, named, use_reentrant=False)
             else:
                 hidden = self._decoder.forward(index, hidden, tokens, named)
         return hidden
 
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`."""
         return self.forward(hidden, tokens)
 
@@ -87,21 +87,21 @@ class _Half:
 
     def __init__(self, decoder: Decoder, index: int, part: str) -> None:
         self._decoder, self._index, self._part, self.blocks = decoder, index, part, range(index, index + 1)
-        self.places = {name: (index, name) for name in decoder.linears(index) if name.startswith(f"{part}.")}
-        self.linears = _linears(decoder, self.places)
+        self.locations = {name: (index, name) for name in decoder.linears(index) if name.startswith(f"{part}.")}
+        self.linears = _linears(decoder, self.locations)
 
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`."""
         return submodule.forward_to(self._decoder, self._index, self._part, hidden, tokens)
 
     def _inside(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-        return _inside(weights, self.places, self._index)
+        return _inside(weights, self.locations, self._index)
 
 
 class Attention(_Half):
     """The first half of a block: up to the output of the module `part`."""
 
-    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: the hidden states themselves."""
         return hidden
 
@@ -113,7 +113,7 @@ class Attention(_Half):
 class MLP(_Half):
     """The second half of a block: the module `part` alone."""
 
-    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `Window`: what the block hands to the module."""
         return submodule.inputs_of(self._decoder, self._index, self._part, hidden, tokens)
 
@@ -155,7 +155,7 @@ def segments(decoder: Decoder, option: str) -> list[Segment]:
         return [_halves(decoder, index) for index in range(len(decoder))]
     width = 1 if option == BLOCK else int(option)
     spans = [range(start, min(start + width, len(decoder))) for start in range(0, len(decoder), width)]
-    return [Segment(blocks=blocks, windows=(Span(decoder, blocks),)) for blocks in spans]
+    return [Segment(blocks=blocks, windows=(WholeBlocks(decoder, blocks),)) for blocks in spans]
 
 
 def sizes(segments: Sequence[Segment]) -> Iterator[int]:
@@ -179,18 +179,18 @@ def _halves(decoder: Decoder, index: int) -> Segment:
     return Segment(blocks=range(index, index + 1), windows=windows)
 
 
-def _linears(decoder: Decoder, places: Mapping[str, tuple[int, str]]) -> dict[str, nn.Linear]:
-    return {name: decoder.linears(index)[inner] for name, (index, inner) in places.items()}
+def _linears(decoder: Decoder, locations: Mapping[str, tuple[int, str]]) -> dict[str, nn.Linear]:
+    return {name: decoder.linears(index)[inner] for name, (index, inner) in locations.items()}
 
 
 def _inside(
-    weights: Mapping[str, Tensor] | None, places: Mapping[str, tuple[int, str]], index: int
+    weights: Mapping[str, Tensor] | None, locations: Mapping[str, tuple[int, str]], index: int
 ) -> dict[str, Tensor] | None:
     """The weights of one block, by parameter name inside it."""
     if weights is None:
         return None
     return {
         f"{inner}.weight": weights[name]
-        for name, (block, inner) in places.items()
+        for name, (block, inner) in locations.items()
         if block == index and name in weights
     }

@@ -23,7 +23,7 @@ class _Holder:
 
 
 @contextlib.contextmanager
-def held(run: Path, command: str) -> Iterator[None]:
+def hold(run: Path, command: str) -> Iterator[None]:
     """Hold the lock of a run directory; the operating system frees it when the process dies, however it dies.
 
     Raises

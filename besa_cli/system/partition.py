@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 
-def own(samples: int, rank: int, size: int) -> range:
+def samples_of_rank(samples: int, rank: int, size: int) -> range:
     """The samples of one rank: contiguous, every rank's as many as any other's or one fewer."""
     return range(samples * rank // size, samples * (rank + 1) // size)
 
 
-def owners(samples: int, size: int) -> list[int]:
+def owner_of_sample(samples: int, size: int) -> list[int]:
     """The rank that each sample belongs to."""
-    return [rank for rank in range(size) for _ in own(samples, rank, size)]
+    return [rank for rank in range(size) for _ in samples_of_rank(samples, rank, size)]
 
 
-def workers(owners: Sequence[int], size: int) -> list[int]:
+def assign_samples(owners: Sequence[int], size: int) -> list[int]:
     """The rank that passes each sample of a step through the block.
 
     No rank passes more than its even share, rounded up; of its own samples it keeps as many as that allows, and the

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from besa_cli.errors import BesaError, UsageError, reason_of
-from besa_cli.system.torchrun import Place
+from besa_cli.system.torchrun import RankInfo
 
 _JOINING = timedelta(seconds=90)  # for all ranks to have started
 _TIMEOUT = timedelta(hours=24)  # a lost rank is noticed at once; this bounds a fetch by the first one
@@ -38,7 +38,7 @@ class Ranks:
 
     Parameters
     ----------
-    place : Place
+    place : RankInfo
         Which of them this is.
 
     Attributes
@@ -46,14 +46,14 @@ class Ranks:
     rank, size : int
     """
 
-    def __init__(self, place: Place | None = None) -> None:
-        place = place or Place()
+    def __init__(self, place: RankInfo | None = None) -> None:
+        place = place or RankInfo()
         self.rank, self.size = place.rank, place.size
         self._store: Any = None  # torch does not export the type
         if self.size > 1:
             self._join(place)
 
-    def _join(self, place: Place) -> None:
+    def _join(self, place: RankInfo) -> None:
         devices = torch.cuda.device_count()
         if devices:
             torch.cuda.set_device(place.local_rank % devices)
@@ -65,7 +65,7 @@ class Ranks:
         with self._reaching():
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_TIMEOUT)
 
-    def leave(self, code: int) -> None:
+    def shutdown(self, code: int) -> None:
         """Take leave of the others when all is done; after a failure, end the process at once with its exit code.
 
         Ending in good order could wait for those that are gone, or take half a minute on a busy machine.
@@ -77,7 +77,7 @@ class Ranks:
         dist.destroy_process_group()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
@@ -88,72 +88,74 @@ class Ranks:
         try:
             return int(self._store.add("besa/failed", 1)) == 1
         except RuntimeError:  # who keeps the store is gone
-            return self.leads
+            return self.is_main
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Let the first rank do what is within before any other does: what it fetches, they find."""
-        if not self.leads:
+        if not self.is_main:
             self._barrier()
         yield
-        if self.leads:
+        if self.is_main:
             self._barrier()
 
     def _barrier(self) -> None:
-        self.sum([torch.zeros(1)])
+        self.all_reduce_list_([torch.zeros(1)])
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_list_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, of the same shape and dtype everywhere, by its sum over all ranks."""
         if self.size > 1:
             with self._reaching():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
-    def totalled(self, part: Tensor) -> Tensor:
+    def all_reduce_(self, part: Tensor) -> Tensor:
         """The tensor, of the same shape and dtype everywhere, in its place the sum over all ranks."""
-        self.sum([part])
+        self.all_reduce_list_([part])
         return part
 
-    def total(self, value: float) -> float:
+    def all_reduce_float(self, value: float) -> float:
         """The sum of a number over all ranks."""
         if self.size == 1:
             return value
         held = torch.tensor([value], dtype=torch.float64)
-        self.sum([held])
+        self.all_reduce_list_([held])
         return float(held)
 
-    def equalize(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor, of the same shape and dtype everywhere, by the first rank's."""
         if self.size > 1:
             with self._reaching():
                 for tensor in tensors:
                     dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
 
-    def tell(self, value: Any) -> Any:
+    def broadcast_json(self, value: Any) -> Any:
         """The first rank's value, plain JSON, for everyone; what the others give does not count."""
         if self.size == 1:
             return value
-        text = bytearray(json.dumps(value if self.leads else None).encode())
+        text = bytearray(json.dumps(value if self.is_main else None).encode())
         length = torch.tensor([len(text)])
-        self.equalize([length])
-        held = torch.frombuffer(text, dtype=torch.uint8) if self.leads else torch.empty(int(length), dtype=torch.uint8)
-        self.equalize([held])
+        self.broadcast_([length])
+        held = (
+            torch.frombuffer(text, dtype=torch.uint8) if self.is_main else torch.empty(int(length), dtype=torch.uint8)
+        )
+        self.broadcast_([held])
         return json.loads(bytes(held.tolist()))
 
-    def hand_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first rank's tensors, by name, for everyone; what the others give does not count."""
         if self.size == 1:
             return dict(tensors)
         kinds = {name: [str(each.dtype).removeprefix("torch."), list(each.shape)] for name, each in tensors.items()}
-        told: dict[str, tuple[str, list[int]]] = self.tell(kinds)
-        if self.leads:
+        told: dict[str, tuple[str, list[int]]] = self.broadcast_json(kinds)
+        if self.is_main:
             held = {name: tensors[name].contiguous() for name in told}
         else:
             held = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in told.items()}
-        self.equalize([each for each in held.values() if each.numel()])
+        self.broadcast_([each for each in held.values() if each.numel()])
         return held
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def require_equal(self, facts: Mapping[str, Any]) -> None:
         """Refuse ranks that were given other options, or found other files, than the first.
 
         Raises
@@ -161,7 +163,7 @@ class Ranks:
         UsageError
             By the rank that differs.
         """
-        for name, value in self.tell(dict(facts)).items():
+        for name, value in self.broadcast_json(dict(facts)).items():
             if facts.get(name) != value:
                 raise UsageError(
                     f"rank {self.rank} of {self.size} has {name} {facts.get(name)}, rank 0 has {value}",

@@ -11,7 +11,7 @@ _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankInfo:
     """A process among those that were started together.
 
     Attributes
@@ -28,7 +28,7 @@ class Place:
     local_size: int = 1
 
 
-def place(environment: Mapping[str, str]) -> Place:
+def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
     """This process's place; alone where nothing is said of others.
 
     Raises
@@ -38,7 +38,7 @@ def place(environment: Mapping[str, str]) -> Place:
     """
     size = _number(environment, "WORLD_SIZE", 1)
     if size == 1:
-        return Place()
+        return RankInfo()
     for name in _NEEDED:
         if name not in environment:
             raise UsageError(
@@ -53,7 +53,7 @@ def place(environment: Mapping[str, str]) -> Place:
     ):
         if value > most:
             raise UsageError(f"{name} is {value}, more than {most}", "start all ranks with torchrun")
-    return Place(
+    return RankInfo(
         rank=rank,
         size=size,
         local_rank=_number(environment, "LOCAL_RANK", 0),

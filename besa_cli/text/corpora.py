@@ -63,7 +63,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Named:
+class _NamedCorpus:
     """A data set's training split: its official local file, its file on the hub, and how its rows become documents."""
 
     local: tuple[str, ...]
@@ -119,14 +119,14 @@ def _lines(text: str) -> io.StringIO:
 
 
 _NAMED = {
-    "c4": _Named(
+    "c4": _NamedCorpus(
         local=("c4-train.00000-of-01024.json.gz", "en/c4-train.00000-of-01024.json.gz"),
         remote=hub_files.RemoteFile(repository="allenai/c4", path="en/c4-train.00000-of-01024.json.gz"),
         column="text",
         rows=None,
         joint=None,
     ),
-    "wikitext2": _Named(
+    "wikitext2": _NamedCorpus(
         local=("wiki.train.raw", "wikitext-2-raw/wiki.train.raw"),
         remote=hub_files.RemoteFile(
             repository="Salesforce/wikitext", path="wikitext-2-raw-v1/train-00000-of-00001.parquet"
@@ -135,7 +135,7 @@ _NAMED = {
         rows=wikitext_rows,
         joint="\n\n",
     ),
-    "ptb": _Named(
+    "ptb": _NamedCorpus(
         local=("ptb.train.txt",),
         remote=hub_files.RemoteFile(
             repository="ptb-text-only/ptb_text_only",

@@ -15,7 +15,7 @@ from support import benchmark_loader
 from typer.main import get_command
 
 from besa_cli.app import app
-from besa_cli.jobs.prune import Request
+from besa_cli.jobs.prune import PruneRequest
 from besa_cli.pruners import besa
 
 BENCHMARKS = benchmark_loader.BENCHMARKS
@@ -76,7 +76,7 @@ def test_the_base_is_what_besa_does_by_default() -> None:
     own = {name: value for name, value in BASE.record().items() if name in default}
     assert len(own) == 11
     assert own == {name: default[name] for name in own} | {"lr": besa.Options().lr}  # which the optimizer decides
-    assert BASE.sparsity == Request(options={}).sparsity
+    assert BASE.sparsity == PruneRequest(options={}).sparsity
 
 
 @pytest.mark.parametrize("name", PAPER["experiments"])
@@ -122,7 +122,7 @@ def test_besa_takes_the_options_of_every_setting(name: str) -> None:
         parsed = prune.make_context("prune", setting.words()).params
         assert {field: parsed[field] for field in wanted} == wanted
         own = {field: wanted[field] for field in wanted if field not in ("method", "sparsity", "samples")}
-        assert Request(method=setting.method, sparsity=setting.sparsity, options=own).method_options()
+        assert PruneRequest(method=setting.method, sparsity=setting.sparsity, options=own).method_options()
 
 
 def test_what_is_there_is_not_measured_again() -> None:

@@ -48,7 +48,9 @@ def build(
     notes: list[str] | None = None,
 ) -> calibration_set.CalibrationSet:
     return calibration_set.build(
-        calibration_set.Options(data=tuple(map(str, data)), samples=samples, seqlen=seqlen, seed=seed, pack=pack),
+        calibration_set.CalibrationOptions(
+            data=tuple(map(str, data)), samples=samples, seqlen=seqlen, seed=seed, pack=pack
+        ),
         Bytes(),
         tokenizer_digest="t" * 64,
         max_length=max_length,
@@ -269,7 +271,7 @@ def test_without_packing_the_bundled_sample_is_drawn_from() -> None:
 )
 def test_numbers_outside_their_range_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        calibration_set.Options(**change)  # type: ignore[arg-type]
+        calibration_set.CalibrationOptions(**change)  # type: ignore[arg-type]
 
 
 def test_a_window_longer_than_the_model_takes_is_refused_before_any_text_is_read() -> None:
@@ -546,25 +548,25 @@ def test_a_directory_that_cannot_be_written_is_named(text: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> calibration_set.Tokenizer:
+def demo(tmp_path: Path) -> calibration_set.SampleTokenizer:
     if DEMO is None:
         pytest.skip("the demo model is not in the user's cache")
     from transformers import AutoTokenizer
 
     for path in DEMO.parent.glob("*.json"):
         shutil.copy(path, tmp_path)
-    tokenizer: calibration_set.Tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer: calibration_set.SampleTokenizer = AutoTokenizer.from_pretrained(tmp_path)
     return tokenizer
 
 
-def test_wikitext2_has_the_published_number_of_tokens(demo: calibration_set.Tokenizer) -> None:
+def test_wikitext2_has_the_published_number_of_tokens(demo: calibration_set.SampleTokenizer) -> None:
     text = texts.evaluation_text("wikitext2", data_dir=None, hub=hub_files.from_environment(), notify=pytest.fail).text
     assert len(demo(text, verbose=False)["input_ids"]) == 304_986
 
 
-def test_the_rows_of_protocol_a_are_drawn_again(demo: calibration_set.Tokenizer) -> None:
+def test_the_rows_of_protocol_a_are_drawn_again(demo: calibration_set.SampleTokenizer) -> None:
     made = calibration_set.build(
-        calibration_set.Options(data=("bundled",), samples=128, seqlen=512, seed=0, pack=False),
+        calibration_set.CalibrationOptions(data=("bundled",), samples=128, seqlen=512, seed=0, pack=False),
         demo,
         tokenizer_digest="",
         max_length=None,

@@ -61,7 +61,7 @@ def make(
     restart: bool = False,
     notes: list[str] | None = None,
 ) -> calibration_set.CalibrationSet:
-    options = calibration_set.Options(data=(str(data),), samples=samples, seqlen=seqlen)
+    options = calibration_set.CalibrationOptions(data=(str(data),), samples=samples, seqlen=seqlen)
     said = [] if notes is None else notes
     return prepare.calibrate(model, options, Path("run/calibration"), None, said.append, restart=restart)
 
@@ -88,7 +88,7 @@ def test_the_digest_of_a_tokenizer_follows_its_files_alone(workplace: Path, mode
     assert tokenizer_digest(checkpoint(workplace / "other", words=49).directory) != before
 
 
-def asked(model: Model, notes: list[str], **given: int | None) -> calibration_set.Options:
+def asked(model: Model, notes: list[str], **given: int | None) -> calibration_set.CalibrationOptions:
     values: dict[str, int | None] = {"samples": None, "seqlen": None, **given}
     return prepare.calibration_options(
         model, data=None, samples=values["samples"], seqlen=values["seqlen"], seed=0, pack=None, notify=notes.append
@@ -97,7 +97,7 @@ def asked(model: Model, notes: list[str], **given: int | None) -> calibration_se
 
 def test_the_default_length_is_lowered_to_what_the_model_takes_and_said(model: Model) -> None:
     notes: list[str] = []
-    assert asked(model, notes) == calibration_set.Options(seqlen=LONGEST)
+    assert asked(model, notes) == calibration_set.CalibrationOptions(seqlen=LONGEST)
     assert len(notes) == 1
     assert str(LONGEST) in notes[0]
 

@@ -14,7 +14,7 @@ from besa_cli.checkpoint import manifests, preflight, swap, weights
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import kernels
 
 ROWS = tiny_models.tokens(3, 12)
@@ -40,8 +40,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def job(run: Path, model: Path, request: Any = REQUEST, *, restart: bool = False) -> Job:
-    return Job(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), request, restart=restart)
+def job(run: Path, model: Path, request: Any = REQUEST, *, restart: bool = False) -> StageJob:
+    return StageJob(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), request, restart=restart)
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

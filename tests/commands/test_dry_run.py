@@ -14,7 +14,7 @@ from support import tiny_models
 from transformers import AutoConfig
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.stream import forecast
 from besa_cli.system import compute
 
@@ -137,11 +137,11 @@ def test_a_half_done_stage_is_forecast_from_where_it_is(tmp_path: Path) -> None:
     calibration, request = tiny_models.calibration_set(tiny_models.tokens(5, 12)), tiny_models.request("besa")
     found = []
     for done in (0, 2):
-        blocks = Job(Run(tmp_path / "run"), model, calibration, request).blocks()
+        blocks = StageJob(Run(tmp_path / "run"), model, calibration, request).blocks()
         for _ in range(done):
             next(blocks)
         before = tiny_models.files(tmp_path, without=())
-        found.append(Job(Run(tmp_path / "run"), model, calibration, request, dry=True).forecast())
+        found.append(StageJob(Run(tmp_path / "run"), model, calibration, request, dry=True).forecast())
         assert tiny_models.files(tmp_path, without=()) == before
     assert [each.left for each in found] == [3, 1]
     assert found[1].disk < 0.5 * found[0].disk

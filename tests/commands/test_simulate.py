@@ -22,7 +22,7 @@ import besa_cli
 from besa_cli import sim
 from besa_cli.checkpoint import weights
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -70,7 +70,7 @@ def stage(workplace: Path) -> Path:
     """The finished stage of the default run directory."""
     model = tiny_models.local(tiny_models.checkpoint(workplace / "source"))
     tiny_models.run(
-        Job(
+        StageJob(
             Run(Path("besa-run")),
             model,
             tiny_models.calibration_set(tiny_models.tokens()),
@@ -333,11 +333,14 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     from matplotlib.figure import Figure
 
     from besa_cli.sim import accelerator
-    from besa_cli.sim.cost import Settings
+    from besa_cli.sim.cost import SimulationSettings
     from besa_cli.simulation import plots, run
 
-    request = run.Request(
-        func="model", dataflows=("vitcod",), accelerator=accelerator.load("besa"), settings=Settings(threshold=0.4)
+    request = run.SimulationRequest(
+        func="model",
+        dataflows=("vitcod",),
+        accelerator=accelerator.load("besa"),
+        settings=SimulationSettings(threshold=0.4),
     )
     found = list(run.blocks(sources("llama"), request, lambda name: True))
     axes = Figure().subplots()

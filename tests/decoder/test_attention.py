@@ -11,7 +11,7 @@ from torch import Tensor
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.attention import _attention, in_chunks
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import attention
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_pruning_computes_in_chunks_and_says_nothing_of_it_in_the_model(
     tmp_path: Path, calls: list[tuple[int, ...]]
 ) -> None:
     model = tiny_models.checkpoint(tmp_path / "model")
-    job = Job(
+    job = StageJob(
         Run(tmp_path / "run"),
         tiny_models.local(model),
         tiny_models.calibration_set(tiny_models.tokens(2, 12)),

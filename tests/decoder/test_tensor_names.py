@@ -14,7 +14,7 @@ from torch import Tensor
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_tensors_that_the_model_does_not_use_are_named(tmp_path: Path) -> None:
     silent = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}  # of which stock says nothing, either
     model = rewrite(tiny_models.checkpoint(tmp_path / "m"), lambda tensors: tensors.update(more | silent))
     notes: list[str] = []
-    Job(
+    StageJob(
         Run(tmp_path / "r"),
         tiny_models.local(model),
         tiny_models.calibration_set(tiny_models.tokens()),
@@ -122,7 +122,7 @@ def test_weights_of_8_bits_are_not_pruned(tmp_path: Path) -> None:
         lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}),
     )
     with pytest.raises(BesaError, match=rf"{name} in .* is stored as F8_E4M3"):
-        Job(
+        StageJob(
             Run(tmp_path / "r"),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens()),
@@ -138,7 +138,7 @@ def test_another_size_outside_the_blocks_is_refused_before_any_work(name: str, d
         tiny_models.checkpoint(tmp_path / "m"), lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()})
     )
     with pytest.raises(BesaError, match=rf"{name} in .* has the shape"):
-        Job(
+        StageJob(
             Run(tmp_path / "r"),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens()),

@@ -25,7 +25,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.evaluation import measurement as measuring
 from besa_cli.evaluation import perplexity, results
-from besa_cli.evaluation.measurement import Measurement, Perplexity, Settings
+from besa_cli.evaluation.measurement import Perplexity, PerplexityMeasurement, PerplexitySettings
 from besa_cli.evaluation.texts import EvaluationText
 from besa_cli.models.tokenizer import tokenizer_digest
 from besa_cli.stream import propagation
@@ -42,14 +42,14 @@ def text_of(tokens: int = TOKENS) -> EvaluationText:
     return EvaluationText(name="words.txt", split=None, text=words, digest=digest, source="file")
 
 
-def measurement(directory: Path, text: EvaluationText, **settings: Any) -> Measurement:
+def measurement(directory: Path, text: EvaluationText, **settings: Any) -> PerplexityMeasurement:
     given = {"seqlen": 16, "device": "cpu", "dtype": "float32", **settings}
     tokenizer = tokenizer_of(directory)
     made_of = tokenizer_digest(directory)
-    return Measurement(directory, "digest", text, tokenizer, made_of, Settings(**given))
+    return PerplexityMeasurement(directory, "digest", text, tokenizer, made_of, PerplexitySettings(**given))
 
 
-def measured(job: Measurement) -> Perplexity:
+def measured(job: PerplexityMeasurement) -> Perplexity:
     (result,) = perplexity.measure([job])
     return result
 
@@ -155,7 +155,7 @@ def test_a_text_of_exactly_one_window(model: Path) -> None:
 
 
 def test_the_head_is_a_step_of_its_own(model: Path) -> None:
-    walk = perplexity.Walk([measurement(model, text_of())])
+    walk = perplexity.PerplexityRun([measurement(model, text_of())])
     steps = [(step.index, step.steps, step.phase, step.measured) for step in walk]
     assert steps == [(0, 3, "block 1/2", ()), (1, 3, "block 2/2", ()), (2, 3, "head", (0,))]
     assert walk.steps == len(walk.work) == 3
@@ -302,7 +302,7 @@ def test_portions_cover_every_window_once_in_whole_batches(
     lengths: list[tuple[int, int]], batch: int, batches: int
 ) -> None:
     most = batch * batches
-    made = perplexity.portions(lengths, batch, most)
+    made = perplexity.split_passes(lengths, batch, most)
     seen = [(part.text, window) for portion in made for part in portion for window in range(part.start, part.stop)]
     assert seen == [(text, window) for text, (start, stop) in enumerate(lengths) for window in range(start, stop)]
     for portion in made:
@@ -346,7 +346,7 @@ def test_one_walk_loads_each_block_once_for_all_texts(model: Path, monkeypatch: 
     load = Decoder.load
     monkeypatch.setattr(Decoder, "load", lambda self, index, *rest: loaded.append(index) or load(self, index, *rest))
     jobs = [measurement(model, other_text(100, seed)) for seed in (1, 2, 3)]
-    walk = perplexity.Walk(jobs)
+    walk = perplexity.PerplexityRun(jobs)
     loaded.clear()
     assert [step.measured for step in walk] == [(), (), (0, 1, 2)]
     assert loaded == [0, 1]
@@ -356,13 +356,13 @@ def test_one_walk_loads_each_block_once_for_all_texts(model: Path, monkeypatch: 
 def test_a_walk_goes_on_from_what_is_known(done: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [measurement(model, other_text(40, 1)), measurement(model, other_text(60, 2))]
     monkeypatch.setattr(perplexity, "_CPU_TOKENS", 16)  # a window a portion
-    whole = perplexity.Walk(jobs)
+    whole = perplexity.PerplexityRun(jobs)
     kept: list[list[list[tuple[float, int]]]] = [[list(losses) for losses in whole.losses]]
     for step in whole:
         if step.measured:
             kept.append([list(losses) for losses in whole.losses])
     assert len(kept) == 1 + 2 + 3
-    rest = perplexity.Walk(jobs, kept[done])
+    rest = perplexity.PerplexityRun(jobs, kept[done])
     assert rest.steps == (5 - done) * 3
     assert sum(1 for _ in rest) == rest.steps
     assert rest.losses == whole.losses
@@ -458,7 +458,7 @@ def test_windows_of_another_batch_size_or_version_are_measured_again(model: Path
 
 
 def test_a_running_prune_is_not_disturbed(besa: Besa, pruned: Path) -> None:
-    with lock.held(Path("besa-run"), "besa prune"):
+    with lock.hold(Path("besa-run"), "besa prune"):
         outcome = besa(*EVALUATION)
         assert outcome.code == 0, outcome.err
         assert Path("besa-run", ".holder.json").exists()
@@ -570,8 +570,8 @@ def test_losses_that_are_no_numbers_are_not_gone_on_from(besa: Besa, model: Path
         job.result([(1.0, 15), (math.nan, 15)])
     with pytest.raises(BesaError, match=r"the loss inf in float32"):
         job.result([(math.inf, 15)])
-    whole = perplexity.Walk([job])
+    whole = perplexity.PerplexityRun([job])
     list(whole)
-    resumed = perplexity.Walk([job], [[whole.losses[0][0], (math.nan, 15), *whole.losses[0][2:5]]])
+    resumed = perplexity.PerplexityRun([job], [[whole.losses[0][0], (math.nan, 15), *whole.losses[0][2:5]]])
     list(resumed)
     assert resumed.losses == whole.losses

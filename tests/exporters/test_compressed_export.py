@@ -46,7 +46,7 @@ def newest(run: Run) -> Path:
 
 
 def test_import_gives_back_the_same_files(run: Run, tmp_path: Path) -> None:
-    job = import_.Job(run.exports / "sparse-zstd", Run(tmp_path / "back"))
+    job = import_.ImportJob(run.exports / "sparse-zstd", Run(tmp_path / "back"))
     assert len(list(job.shards())) == job.number_of_shards
     assert tiny_models.files(job.directory) == tiny_models.files(newest(run))
 
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_refused_with_its_name(how: str, directory: Path, tmp_
     (directory / FILE).unlink()
     if how != "all":
         (directory / FILE).write_bytes(content[:-1] if how == "the last byte" else content)
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     with pytest.raises(BesaError, match=FILE):
         list(job.shards())
     assert not (tmp_path / "back" / "pruned").exists()

@@ -18,7 +18,7 @@ from torch import Tensor
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.exporters.gguf import vocabulary
-from besa_cli.jobs.export import Job, Request
+from besa_cli.jobs.export import ExportJob, ExportRequest
 from besa_cli.models.gguf import convert as gguf_models
 
 
@@ -169,24 +169,24 @@ def test_other_architectures_are_refused_by_name(family: str, tmp_path: Path) ->
     with pytest.raises(
         BesaError, match=f"is a '{json.loads((run.stage('pruned') / 'config.json').read_text())['model_type']}'"
     ):
-        Job(run, Request(format="gguf", options={}))
+        ExportJob(run, ExportRequest(format="gguf", options={}))
     assert not run.exports.exists()
 
 
 def test_other_tokenizers_and_rotary_embeddings_are_refused(tmp_path: Path, runs: Callable[..., Run]) -> None:
     words = exported.stage(tmp_path / "words")
     with pytest.raises(BesaError, match="is a tokenizer of kind WordLevel"):
-        Job(words, Request(format="gguf", options={}))
+        ExportJob(words, ExportRequest(format="gguf", options={}))
     (words.stage("pruned") / "tokenizer.json").unlink()
     with pytest.raises(BesaError, match=r"has no tokenizer\.json"):
-        Job(words, Request(format="gguf", options={}))
+        ExportJob(words, ExportRequest(format="gguf", options={}))
     run = exported.copy_of(runs(), tmp_path / "run")
     path = run.stage("pruned") / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     path.write_text(json.dumps(config))
     with pytest.raises(BesaError, match="rotary embeddings of type 'dynamic'"):
-        Job(run, Request(format="gguf", options={}))
+        ExportJob(run, ExportRequest(format="gguf", options={}))
 
 
 def tokenizer_file(directory: Path, **changes: Any) -> Path:
@@ -351,7 +351,7 @@ def test_other_activations_than_llama_cpp_computes_are_refused(
     path = run.stage("pruned") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": act}))
     with pytest.raises(BesaError, match=f"hidden_act '{act}'"):
-        Job(run, Request(format="gguf", options={}))
+        ExportJob(run, ExportRequest(format="gguf", options={}))
 
 
 def logits(directory: Path) -> Tensor:

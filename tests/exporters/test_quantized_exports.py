@@ -17,7 +17,7 @@ import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import Job, Request
+from besa_cli.jobs.export import ExportJob, ExportRequest
 
 GRIDS = [(4, 32, True), (4, 24, True), (4, None, True), (3, 24, False), (2, 7, True), (8, None, False)]
 
@@ -52,7 +52,7 @@ def test_sparse_gives_codes_and_weights_back(
     run = exported.copy_of(pruned(family), tmp_path / "run")
     quantized.stage(run, bits=bits, group=group, symmetric=symmetric)
     directory = exported.export(run, "sparse")
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     list(job.shards())
     assert job.directory == tmp_path / "back" / "quantized"
     assert tiny_models.files(job.directory) == tiny_models.files(run.stage("quantized"))
@@ -152,10 +152,10 @@ def test_what_q4_0_cannot_carry_is_refused(
 ) -> None:
     run = exported.copy_of(pruned("wide"), tmp_path / "run")
     with pytest.raises(BesaError, match="not on a symmetric 4-bit grid"):
-        Job(run, Request(format="gguf", options={"type": "Q4_0"}))
+        ExportJob(run, ExportRequest(format="gguf", options={"type": "Q4_0"}))
     quantized.stage(run, bits=bits, group=group, symmetric=symmetric)
     with pytest.raises(BesaError, match=words):
-        Job(run, Request(format="gguf", options={"type": "Q4_0"}))
+        ExportJob(run, ExportRequest(format="gguf", options={"type": "Q4_0"}))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -192,7 +192,7 @@ def test_scales_of_pack_quantized_are_repeated_as_little_as_the_format_allows(
 def test_pack_quantized_needs_a_symmetric_grid(pruned: Callable[[str], Run], tmp_path: Path) -> None:
     run = exported.copy_of(pruned("llama"), tmp_path / "run")
     with pytest.raises(BesaError, match="is not quantized"):
-        Job(run, Request(format="compressed-tensors", options={}))
+        ExportJob(run, ExportRequest(format="compressed-tensors", options={}))
     quantized.stage(run, symmetric=False)
     with pytest.raises(BesaError, match="4 bits on asymmetric grids"):
-        Job(run, Request(format="compressed-tensors", options={}))
+        ExportJob(run, ExportRequest(format="compressed-tensors", options={}))

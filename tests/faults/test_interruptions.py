@@ -15,7 +15,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.system import compute, disk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -37,8 +37,8 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return tiny_models.files(run)
 
 
-def job(run: Path, model: Path) -> Job:
-    return Job(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), REQUEST)
+def job(run: Path, model: Path) -> StageJob:
+    return StageJob(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), REQUEST)
 
 
 def half_done(run: Path, model: Path) -> Stage:

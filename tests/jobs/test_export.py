@@ -18,7 +18,7 @@ import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import Job, Request
+from besa_cli.jobs.export import ExportJob, ExportRequest
 from besa_cli.system.disk import sha256_file
 
 FAMILIES = [*((family, False) for family in tiny_models.FAMILIES), ("llama", True), ("gemma2", True)]
@@ -70,7 +70,7 @@ def test_import_gives_back_the_same_files(family: str, tied: bool, runs: Callabl
     run = runs(family, tied)
     directory = run.exports / "sparse"
     directory = directory if directory.exists() else exported.export(run, "sparse")
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     assert len(list(job.shards())) == job.number_of_shards
     assert tiny_models.files(job.directory) == tiny_models.files(run.stage("pruned"))
 
@@ -127,7 +127,7 @@ def test_what_a_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
     exported.save_file(tensors, shard, metadata={"format": "pt"})
     written.settle(shard.parent)
-    job = Job(run, Request(format="hf", options={"dtype": "float16"}))
+    job = ExportJob(run, ExportRequest(format="hf", options={"dtype": "float16"}))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight holds 1e\+06, too large for float16"):
         list(job.pieces())
     assert not job.directory.exists()
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_refused_with_its_name(how: str, runs: Callable[..., R
     directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
     file = directory / "sparse-00002-of-00003.safetensors"
     spoil(file, how)
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     with pytest.raises(BesaError, match=r"sparse-00002-of-00003\.safetensors"):
         list(job.shards())
     assert not (tmp_path / "back" / "pruned").exists()
@@ -165,7 +165,7 @@ def test_half_an_export_is_not_imported(file: str, runs: Callable[..., Run], tmp
     directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
     (directory / file).unlink()
     with pytest.raises(BesaError, match=f"lacks .*{Path(file).name}"):
-        import_.Job(directory, Run(tmp_path / "back"))
+        import_.ImportJob(directory, Run(tmp_path / "back"))
 
 
 @pytest.mark.parametrize("how", ["a bit", "the last byte", "all"])
@@ -176,7 +176,7 @@ def test_a_small_file_that_is_not_what_was_exported_is_refused(
     directory = exported.export(exported.copy_of(runs(), tmp_path / "run"), "sparse")
     spoil(directory / "stage" / name, how)
     with pytest.raises(BesaError, match=rf"stage.{name} is damaged or missing"):
-        import_.Job(directory, Run(tmp_path / "back"))
+        import_.ImportJob(directory, Run(tmp_path / "back"))
     assert not (tmp_path / "back").exists()
 
 
@@ -186,7 +186,7 @@ def test_files_of_another_stage_do_not_pass_for_this_one(runs: Callable[..., Run
     manifest = directory / "stage" / "besa.json"
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**told, "digest": told["digest"][::-1]}))
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     with pytest.raises(BesaError, match="does not give its stage back"):
         list(job.shards())
     assert not (tmp_path / "back" / "pruned").exists()
@@ -195,7 +195,7 @@ def test_files_of_another_stage_do_not_pass_for_this_one(runs: Callable[..., Run
 @pytest.mark.parametrize("name", ["hf", "sparse"])
 def test_interrupted_nothing_looks_finished(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
     run = exported.copy_of(runs("llama", True), tmp_path / "run")
-    job = Job(run, Request(format=name, options={}))
+    job = ExportJob(run, ExportRequest(format=name, options={}))
     pieces = job.pieces()
     next(pieces)
     pieces.close()
@@ -263,8 +263,8 @@ def test_another_stage_or_other_options_need_restart(runs: Callable[..., Run], t
     run = exported.copy_of(runs(), tmp_path / "run")
     exported.export(run, "hf", shard_size=10_000)
     with pytest.raises(BesaError, match="shard_size 10000, now 5000000000"):
-        Job(run, Request(format="hf", options={}))
-    job = Job(run, Request(format="hf", options={}), restart=True)
+        ExportJob(run, ExportRequest(format="hf", options={}))
+    job = ExportJob(run, ExportRequest(format="hf", options={}), restart=True)
     list(job.pieces())
     assert [path.name for path in job.directory.glob("*.safetensors")] == ["model.safetensors"]
 
@@ -272,7 +272,7 @@ def test_another_stage_or_other_options_need_restart(runs: Callable[..., Run], t
 def test_no_stage_nothing_to_export(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(BesaError, match="has no stage to export"):
-        Job(Run(tmp_path / "run"), Request(format="hf", options={}))
+        ExportJob(Run(tmp_path / "run"), ExportRequest(format="hf", options={}))
 
 
 @pytest.mark.parametrize("name", ["hf", ".hf.partial"])
@@ -284,7 +284,7 @@ def test_a_directory_that_is_not_an_export_is_not_replaced(
     (run.exports / name).mkdir(parents=True)
     (run.exports / name / "mine.txt").write_text("mine")
     with pytest.raises(BesaError, match="was not made by besa"):
-        Job(run, Request(options={}), restart=restart)
+        ExportJob(run, ExportRequest(options={}), restart=restart)
     assert (run.exports / name / "mine.txt").read_text() == "mine"
 
 
@@ -293,9 +293,9 @@ def test_an_export_that_holds_another_file_is_not_replaced(runs: Callable[..., R
     directory = exported.export(run, "hf")
     (directory / "notes.md").write_text("mine")
     with pytest.raises(BesaError, match=r"notes\.md, which besa did not write"):
-        Job(run, Request(options={}), restart=True)
+        ExportJob(run, ExportRequest(options={}), restart=True)
     (directory / "notes.md").unlink()
-    job = Job(run, Request(options={}), restart=True)
+    job = ExportJob(run, ExportRequest(options={}), restart=True)
     list(job.pieces())
     assert job.finish()["status"] == "complete"
 
@@ -310,7 +310,7 @@ def test_an_export_whose_files_were_changed_is_not_finished_already(
     content[-1] ^= 1
     file.unlink() if how == "gone" else file.write_bytes(content)
     with pytest.raises(BesaError, match=r"model\.safetensors is damaged or missing"):
-        Job(run, Request(options={}))
+        ExportJob(run, ExportRequest(options={}))
 
 
 RESULT = {"dataset": "x", "split": None, "windows": 1, "seqlen": 8, "dtype": "float32", "perplexity": 3.0}
@@ -328,7 +328,7 @@ def test_a_damaged_perplexity_is_refused_before_any_work(
     file = run.evaluations / "ppl-x.json"
     file.write_text(json.dumps({**RESULT, "model_digest": digest, **change}))
     with pytest.raises(BesaError, match=r"ppl-x\.json is not what besa wrote"):
-        Job(run, Request(options={}))
+        ExportJob(run, ExportRequest(options={}))
     file.write_text(json.dumps({**RESULT, "model_digest": digest, "dataset": "/home/jane/a|b.txt"}))
     card = (exported.export(run, "hf") / "README.md").read_text()
     assert "| a\\|b.txt | - | 1 | 8 | float32 | 3.0000 |" in card
@@ -345,7 +345,7 @@ def test_a_stage_whose_configuration_is_of_another_model_is_not_exported(
     file = run.stage("pruned") / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(BesaError, match=r"blocks|shape"):
-        Job(run, Request(options={}))
+        ExportJob(run, ExportRequest(options={}))
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 1000])
@@ -356,7 +356,7 @@ def test_a_stage_with_another_number_of_blocks_than_shards_is_refused(
     file = run.stage("pruned") / "besa.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "blocks": blocks}))
     with pytest.raises(BesaError, match=r"besa\.json|shard|missing"):
-        Job(run, Request(options={}))
+        ExportJob(run, ExportRequest(options={}))
 
 
 def loading_refused(directory: Path) -> str:

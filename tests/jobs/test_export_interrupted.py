@@ -12,7 +12,7 @@ from besa_cli.checkpoint import inspection
 from besa_cli.checkpoint.runs import Run
 from besa_cli.exporters import EXPORTERS
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import Job, Request
+from besa_cli.jobs.export import ExportJob, ExportRequest
 
 FORMATS: list[tuple[str, Mapping[str, object]]] = [
     ("hf", {"shard_size": 20_000}),
@@ -34,7 +34,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return quantized.stage(llamas.stage(tmp_path_factory.mktemp("wide"), intermediate_size=96, head_dim=24))
 
 
-def moments(job: Job, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def moments(job: ExportJob, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Do the job; yields a copy of the run directory as it was after each piece and before each flush to the disk."""
     place = job.directory.parent.parent
     copies: list[Path] = []
@@ -61,7 +61,7 @@ def test_killed_at_any_moment_nothing_looks_finished(
     name: str, options: Mapping[str, object], stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = exported.copy_of(stage, tmp_path / "run")
-    job = Job(run, Request(format=name, options=options))
+    job = ExportJob(run, ExportRequest(format=name, options=options))
     copies = list(moments(job, monkeypatch))
     whole = tiny_models.files(job.directory)
     unfinished = 0
@@ -110,11 +110,11 @@ def test_an_import_that_stops_leaves_no_stage(options: Mapping[str, object], sta
     run = exported.copy_of(stage, tmp_path / "run")
     directory = exported.export(run, "sparse", **options)
     for number in range(3):
-        shards = import_.Job(directory, Run(tmp_path / "back")).shards()
+        shards = import_.ImportJob(directory, Run(tmp_path / "back")).shards()
         for _ in range(number + 1):
             next(shards)
         shards.close()
         assert Run(tmp_path / "back").newest() is None
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     list(job.shards())
     assert tiny_models.files(job.directory) == tiny_models.files(run.stage("quantized"))

@@ -64,7 +64,7 @@ def sign(export: Path) -> None:
 
 
 def imported(export: Path, place: Path) -> Path:
-    job = import_.Job(export, Run(place))
+    job = import_.ImportJob(export, Run(place))
     list(job.shards())
     return job.directory
 
@@ -351,17 +351,17 @@ def test_a_file_that_expands_to_gigabytes_is_not_expanded(signed: bool, made: Ru
 
 def test_a_stage_that_lost_a_shard_is_not_that_stage_already(export: Path, tmp_path: Path) -> None:
     stage = imported(export, tmp_path / "run")
-    assert import_.Job(export, Run(tmp_path / "run")).done
+    assert import_.ImportJob(export, Run(tmp_path / "run")).done
     shard = stage / "model-00002-of-00003.safetensors"
     tensors = load_file(shard)
     tensors[UP][0] = 1.0
     save_file(tensors, shard)
     with pytest.raises(BesaError, match="damaged or was changed"):
-        import_.Job(export, Run(tmp_path / "run"))
+        import_.ImportJob(export, Run(tmp_path / "run"))
     shard.unlink()
     with pytest.raises(BesaError, match=shard.name):
-        import_.Job(export, Run(tmp_path / "run"))
-    job = import_.Job(export, Run(tmp_path / "run"), restart=True)
+        import_.ImportJob(export, Run(tmp_path / "run"))
+    job = import_.ImportJob(export, Run(tmp_path / "run"), restart=True)
     list(job.shards())
     assert shard.exists()
 
@@ -372,7 +372,7 @@ def test_import_replaces_nothing_that_is_not_a_stage(made: Run, export: Path, tm
     (place / "model.safetensors").write_text("mine")
     for restart in (False, True):
         with pytest.raises(BesaError, match="was not made by besa"):
-            import_.Job(export, Run(tmp_path / "run"), restart=restart)
+            import_.ImportJob(export, Run(tmp_path / "run"), restart=restart)
     assert (place / "model.safetensors").read_text() == "mine"
 
 
@@ -380,7 +380,7 @@ def test_import_does_not_replace_the_export_that_it_reads(export: Path, tmp_path
     (tmp_path / "run").mkdir()
     export.rename(tmp_path / "run" / "pruned")
     with pytest.raises(BesaError, match="which is read, lies in it"):
-        import_.Job(tmp_path / "run" / "pruned", Run(tmp_path / "run"), restart=True)
+        import_.ImportJob(tmp_path / "run" / "pruned", Run(tmp_path / "run"), restart=True)
 
 
 @pytest.mark.parametrize("where", ["pruned", ".pruned.partial"])
@@ -391,7 +391,7 @@ def test_import_names_a_file_in_the_way_and_leaves_it(where: str, export: Path, 
         (tmp_path / "run" / where).mkdir(parents=True)
     (tmp_path / "run" / where / "notes.txt").write_text("mine")
     with pytest.raises(BesaError, match=r"notes\.txt"):
-        import_.Job(export, Run(tmp_path / "run"), restart=True)
+        import_.ImportJob(export, Run(tmp_path / "run"), restart=True)
     assert (tmp_path / "run" / where / "notes.txt").read_text() == "mine"
 
 

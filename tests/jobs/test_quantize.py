@@ -18,8 +18,8 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
 from besa_cli.jobs import quantize
-from besa_cli.jobs.request import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 from besa_cli.system import disk
@@ -28,12 +28,12 @@ Besa = Callable[..., Any]  # conftest.Outcome
 ROWS = tiny_models.tokens(3, 12)
 
 
-def asked(method: str = "rtn", **options: Any) -> quantize.Request:
+def asked(method: str = "rtn", **options: Any) -> quantize.QuantizeRequest:
     own = {name: options.pop(name) for name in ("damping", "epochs", "lr") if name in options}
-    return quantize.Request(method=method, options=own, device="cpu", dtype="float32", **options)
+    return quantize.QuantizeRequest(method=method, options=own, device="cpu", dtype="float32", **options)
 
 
-PLANS: dict[str, Request] = {
+PLANS: dict[str, StageRequest] = {
     "rtn": asked("rtn", bits=4, group_size="16"),
     "gptq": asked("gptq", bits=3, group_size="channel", symmetric=False),
     "clip": asked("clip", bits=2, group_size="16", epochs=2),
@@ -43,8 +43,8 @@ PLANS: dict[str, Request] = {
 }
 
 
-def job(run: Path, model: Path, plan: Request) -> Job:
-    return Job(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), plan)
+def job(run: Path, model: Path, plan: StageRequest) -> StageJob:
+    return StageJob(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), plan)
 
 
 def unpacked(directory: Path, grid: Grid, stored: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def test_a_stage_whose_parent_was_made_anew_is_not_the_newest(tmp_path: Path) ->
     tiny_models.run(job(run, run / "pruned", asked()))
     assert Run(run).newest() == run / "quantized"
     tiny_models.run(
-        Job(
+        StageJob(
             Run(run),
             tiny_models.local(model),
             tiny_models.calibration_set(ROWS),
@@ -292,7 +292,7 @@ def test_weights_whose_scale_is_beyond_fp16_are_named_before_the_first_block(
     model = tiny_models.checkpoint(tmp_path / "model", "llama")
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
-    plan: Request = asked(bits=4, symmetric=symmetric)
+    plan: StageRequest = asked(bits=4, symmetric=symmetric)
     if command == "prune":
         plan = tiny_models.request("besa", bits=4, symmetric=symmetric)
     for value, refused in ((492_000.0, symmetric), (990_000.0, True)):  # 65,504 · 15 = 982,560, half of it each side
@@ -340,5 +340,5 @@ def test_a_stored_linear_is_read_as_a_grid(tmp_path: Path) -> None:
     manifest = tiny_models.run(job(tmp_path / "run", model, PLANS["gptq"]))
     stage = Stage(tmp_path / "run" / "quantized", manifest["blocks"])
     name = "model.layers.1.mlp.down_proj"
-    found = affine.stored(stage.codes(1), name, Grid(**manifest["quantization"]))
+    found = affine.from_tensors(stage.codes(1), name, Grid(**manifest["quantization"]))
     assert torch.equal(affine.dequantize(found), stage.read(1)[f"{name}.weight"])

@@ -18,8 +18,8 @@ from besa_cli.checkpoint import ownership, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.evaluation import results
-from besa_cli.jobs.prune import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.system import compute, disk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -102,9 +102,11 @@ METHODS = {
 }
 
 
-def job(run: Path, model: Path, request: Request, *, restart: bool = False, notes: list[str] | None = None) -> Job:
+def job(
+    run: Path, model: Path, request: PruneRequest, *, restart: bool = False, notes: list[str] | None = None
+) -> StageJob:
     noted = [] if notes is None else notes
-    return Job(
+    return StageJob(
         Run(run),
         tiny_models.local(model),
         tiny_models.calibration_set(ROWS),
@@ -196,7 +198,7 @@ def test_only_the_timing_file_knows_of_the_interruption(fate: Fate, model: Path,
 def test_what_was_auto_is_resolved_once(
     fate: Fate, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(method="besa", options={})  # device and dtype auto
+    request = PruneRequest(method="besa", options={})  # device and dtype auto
     monkeypatch.setattr(compute, "dtype", lambda name, on: torch.bfloat16)
     tiny_models.run(job(tmp_path / "whole", model, request))
     fate.at(f"before {SHARDS[2]}.safetensors")
@@ -220,13 +222,16 @@ def test_what_was_auto_is_resolved_once(
         (tiny_models.request("wanda", sparsity=0.6), "sparsity 0.5 there, 0.6 asked"),
         (tiny_models.request("magnitude"), "method wanda there, magnitude asked"),
         (tiny_models.request("wanda", nm=(2, 4)), "sparsity 0.5 there, - asked; nm - there, 2:4 asked"),
-        (Request(method="wanda", options={}, device="cpu", dtype="bfloat16"), "dtype float32 there, bfloat16 asked"),
-        (Request(method="wanda", options={}, device="cpu", dtype="float32", seed=3), "seed 0 there, 3 asked"),
+        (
+            PruneRequest(method="wanda", options={}, device="cpu", dtype="bfloat16"),
+            "dtype float32 there, bfloat16 asked",
+        ),
+        (PruneRequest(method="wanda", options={}, device="cpu", dtype="float32", seed=3), "seed 0 there, 3 asked"),
     ],
 )
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_other_options_are_refused_with_both_values(
-    state: str, other: Request, said: str, fate: Fate, model: Path, tmp_path: Path
+    state: str, other: PruneRequest, said: str, fate: Fate, model: Path, tmp_path: Path
 ) -> None:
     fate.at(f"after {SHARDS[1]}.safetensors" if state == "unfinished" else None)
     try:
@@ -251,7 +256,7 @@ def test_another_model_and_other_tokens_are_refused(model: Path, tmp_path: Path)
     with pytest.raises(BesaError, match=r"model [0-9a-f]{12} there, [0-9a-f]{12} asked"):
         job(tmp_path / "run", other, METHODS["wanda"])
     with pytest.raises(BesaError, match=r"calibration [0-9a-f]{12} there, [0-9a-f]{12} asked"):
-        Job(
+        StageJob(
             Run(tmp_path / "run"),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens(3, 12, seed=8)),

@@ -14,7 +14,7 @@ from support import tiny_models
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.models import config_json
 
 
@@ -72,7 +72,7 @@ def test_attention_is_computed_by_what_is_installed(way: object, model: Path) ->
 def test_nothing_that_a_prune_loads_asks_for_attention_by_another_package(model: Path, tmp_path: Path) -> None:
     change(model, attn_implementation="somebody/kernel", _attn_implementation="somebody/kernel")
     tiny_models.run(
-        Job(
+        StageJob(
             Run(tmp_path / "r"),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens()),

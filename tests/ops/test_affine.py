@@ -52,7 +52,7 @@ def test_codes_scales_and_zero_points_are_those_of_the_loop(weight: Tensor, grid
     codes = torch.tensor([[code for _, _, codes in row for code in codes] for row in groups])
     apart = (made.codes.int() - codes).abs()
     if int(apart.max()):  # a quotient that is half a whole number in fp32 need not be one in fp64
-        h = affine.spread(made.scales.double(), grid, weight.shape[1])
+        h = affine.per_column(made.scales.double(), grid, weight.shape[1])
         steps = weight.double() / h
         half = ((steps - steps.floor()) - 0.5).abs() < 1e-4 * (1 + steps.abs())
         assert int(apart.max()) == 1
@@ -65,7 +65,7 @@ def test_a_zero_stays_a_zero_and_no_weight_is_further_away_than_half_a_step(weig
     made = affine.nearest(weight, grid)
     found = affine.dequantize(made)
     assert bool((found[weight == 0] == 0).all())
-    h = affine.spread(made.scales.float(), grid, weight.shape[1])
+    h = affine.per_column(made.scales.float(), grid, weight.shape[1])
     # fp16 moves the ends of the grid by a share of 2⁻¹¹ (and scales below 6e-5 by more), the zero point by half a step
     ends = (1.0 if not grid.symmetric else 0.5) * h + (grid.top * h * 2.0**-11).clamp_min(2.0**-24 * grid.top)
     assert bool(((found - weight).abs() <= ends).all())
@@ -76,13 +76,13 @@ def test_a_zero_stays_a_zero_and_no_weight_is_further_away_than_half_a_step(weig
     weight=dead_columns(weights()), grid=GRIDS, dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 )
 def test_every_code_is_recovered_from_the_stored_weight(weight: Tensor, grid: Grid, dtype: torch.dtype) -> None:
-    made = affine.carried(affine.nearest(weight, grid), dtype)
+    made = affine.survive_dtype(affine.nearest(weight, grid), dtype)
     assert torch.equal(recovered(affine.dequantize(made).to(dtype), made), made.codes.double())
 
 
 def recovered(stored: Tensor, made: affine.Quantized) -> Tensor:
     """The codes of stored weights by the formula, in fp64."""
-    h, z = (affine.spread(each.double(), made.grid, stored.shape[1]) for each in (made.scales, made.zeros))
+    h, z = (affine.per_column(each.double(), made.grid, stored.shape[1]) for each in (made.scales, made.zeros))
     return ((stored.double() / h).round() + z).clamp(0, made.grid.top)
 
 
@@ -97,20 +97,20 @@ def test_every_code_of_every_scale_is_recovered_in_bf16(zero: int) -> None:
     beyond = (codes.int() - zero).abs() > 128
     assert bool(lost[beyond].any())
     assert not bool(lost[~beyond].any())
-    made = affine.carried(every, torch.bfloat16)
+    made = affine.survive_dtype(every, torch.bfloat16)
     assert torch.equal(recovered(affine.dequantize(made).to(torch.bfloat16), made), made.codes.double())
     assert torch.equal(made.codes[~lost], codes[~lost])
     assert int((made.codes.int() - codes.int()).abs().max()) <= 2
-    assert affine.carried(every, torch.float16) is every
+    assert affine.survive_dtype(every, torch.float16) is every
 
 
 @few
 @given(weight=dead_columns(weights()), grid=GRIDS)
 def test_what_is_stored_is_read_again(weight: Tensor, grid: Grid) -> None:
     made = affine.nearest(weight, grid)
-    kept = affine.tensors(made, "up_proj")
+    kept = affine.to_tensors(made, "up_proj")
     assert set(kept) == {"up_proj.codes", "up_proj.scales"} | (set() if grid.symmetric else {"up_proj.zeros"})
-    again = affine.stored(kept, "up_proj", grid)
+    again = affine.from_tensors(kept, "up_proj", grid)
     assert torch.equal(again.zeros, made.zeros)
     assert torch.equal(affine.dequantize(again), affine.dequantize(made))
 
@@ -121,7 +121,7 @@ def test_symmetric_codes_of_four_bits_are_those_of_gguf(group_size: int) -> None
 
     weight = torch.randn(6, 192, generator=torch.Generator().manual_seed(0))
     made = affine.nearest(weight, Grid(bits=4, group_size=group_size, symmetric=True))
-    scales = affine.spread(made.scales, made.grid, 192)[:, ::32].reshape(-1, 1).numpy()
+    scales = affine.per_column(made.scales, made.grid, 192)[:, ::32].reshape(-1, 1).numpy()
     codes = made.codes.reshape(-1, 32).numpy()
     packed = np.concatenate([scales.view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1)
     unpacked = quants.dequantize(packed.reshape(6, -1), GGMLQuantizationType.Q4_0)

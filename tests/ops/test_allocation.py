@@ -50,7 +50,7 @@ def test_mixture_rows_sum_to_one_and_keep_the_order_of_the_logits(theta: Tensor)
 @given(logits())
 def test_no_mixture_behind_a_sigmoid_leaves_its_reach(theta: Tensor) -> None:
     count = theta.shape[1] - 1
-    low, high = allocation.smoothed_reach(count)
+    low, high = allocation.smoothed_range(count)
     alpha = allocation.expected_sparsity(allocation.mixture(theta.sigmoid()), allocation.candidates(count))
     assert bool((alpha >= low - 1e-6).all())
     assert bool((alpha <= high + 1e-6).all())
@@ -61,9 +61,9 @@ def test_the_reach_of_mixtures_behind_a_sigmoid_is_attained(count: int) -> None:
     steps = [torch.where(torch.arange(count + 1) >= start, 50.0, -50.0) for start in range(count + 2)]
     theta = torch.stack(steps + [-step for step in steps])
     alpha = allocation.expected_sparsity(allocation.mixture(theta.sigmoid()), allocation.candidates(count))
-    assert (float(alpha.min()), float(alpha.max())) == pytest.approx(allocation.smoothed_reach(count), abs=1e-6)
+    assert (float(alpha.min()), float(alpha.max())) == pytest.approx(allocation.smoothed_range(count), abs=1e-6)
     if count == 100:
-        assert allocation.smoothed_reach(count) == pytest.approx((0.376, 0.624), abs=5e-4)  # as the paper's code
+        assert allocation.smoothed_range(count) == pytest.approx((0.376, 0.624), abs=5e-4)  # as the paper's code
 
 
 @few
@@ -283,7 +283,7 @@ def test_the_tangent_gradient_is_that_of_the_projected_objective(target: float, 
     objective(theta).backward()
     assert theta.grad is not None
     theta, gradient = theta.detach(), theta.grad
-    found = allocation.tangent(gradient, allocation.mixture(theta), sizes, p)
+    found = allocation.project_gradient(gradient, allocation.mixture(theta), sizes, p)
     step = 1e-5
     for place in [(group, candidate) for group in range(3) for candidate in (0, count)]:
         move = torch.zeros_like(theta)
@@ -299,14 +299,14 @@ def test_the_tangent_gradient_of_rows_that_share_logits_is_that_of_their_group(t
     p, rows = allocation.candidates(theta.shape[1] - 1).double(), 3
     theta, sizes = theta.double(), 1 + torch.rand(len(theta), dtype=torch.float64)
     gradient = random(*theta.shape, seed=seed, dtype=torch.float64)
-    one = allocation.tangent(gradient, allocation.mixture(theta), sizes, p)
+    one = allocation.project_gradient(gradient, allocation.mixture(theta), sizes, p)
     each = [x.repeat_interleave(rows, 0) / rows for x in (gradient, sizes)]
-    many = allocation.tangent(each[0], allocation.mixture(theta.repeat_interleave(rows, 0)), each[1], p)
-    torch.testing.assert_close(allocation.of_groups(many, rows), one, rtol=1e-6, atol=1e-9)
+    many = allocation.project_gradient(each[0], allocation.mixture(theta.repeat_interleave(rows, 0)), each[1], p)
+    torch.testing.assert_close(allocation.sum_groups(many, rows), one, rtol=1e-6, atol=1e-9)
 
 
 def restored(theta: Tensor, sizes: Tensor, p: Tensor, target: float) -> Tensor:
-    return theta + allocation.restoring_tilt(theta, sizes, p, target) * p
+    return theta + allocation.newton_tilt(theta, sizes, p, target) * p
 
 
 @few
@@ -332,17 +332,17 @@ def test_mixtures_that_have_run_into_one_candidate_each_stay_finite() -> None:
     assert float((back - theta).abs().max()) <= len(p)
     mean, _ = allocation.mean_and_slope(allocation.mixture(back), sizes, p)
     assert abs(float(mean) - 0.5) <= 0.05 + 1e-6  # as near as it was
-    assert bool(allocation.tangent(random(2, 11), allocation.mixture(theta), sizes, p).isfinite().all())
+    assert bool(allocation.project_gradient(random(2, 11), allocation.mixture(theta), sizes, p).isfinite().all())
 
 
 @few
 @given(st.integers(1, 9), st.integers(1, 11))
 def test_groups_are_consecutive_rows_and_the_last_may_be_smaller(rows: int, size: int) -> None:
     values = random(rows, 2, seed=rows)
-    sums = allocation.of_groups(values, size)
+    sums = allocation.sum_groups(values, size)
     expected = [values[start : start + size].sum(0).tolist() for start in range(0, rows, size)]
     assert sums.tolist() == [pytest.approx(line, abs=1e-6) for line in expected]
-    back = allocation.of_rows(torch.arange(len(sums)), size, rows)
+    back = allocation.repeat_rows(torch.arange(len(sums)), size, rows)
     assert back.tolist() == [row // size for row in range(rows)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from besa_cli.ops import allocation, kernels
 from besa_cli.pruners import besa
 from besa_cli.pruners.besa import deciding
-from besa_cli.pruners.besa.window import Window
+from besa_cli.pruners.besa.window import RankedWindow
 
 SIZES = st.integers(1, 9)
 
@@ -96,7 +96,7 @@ def test_permuted_columns_and_scaled_rows_change_nothing(rows: int, cols: int, s
 
 
 def made_window(granularity: str, weights: dict[str, Tensor], budget: int) -> Any:
-    return Window(toy_block.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
+    return RankedWindow(toy_block.block(weights, budget), besa.Options(granularity=granularity, candidates=20))
 
 
 @fewer
@@ -152,8 +152,10 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
         made = toy_block.block(source, budget)
         _ = made.target  # of the inputs as they were: a residual in another order would not be the block's
         made.inputs = made.inputs[..., columns]
-        window = Window(made, options)
-        sparsities = allocation.project(logits[: len(window.sizes)], window.sizes, window.p, window.goal)
+        window = RankedWindow(made, options)
+        sparsities = allocation.project(
+            logits[: len(window.sizes)], window.sizes, window.candidates, window.target_sparsity
+        )
         return deciding._masks(window, window.shares(sparsities))[0]
 
     same = torch.arange(hidden)
@@ -183,13 +185,13 @@ def test_the_budget_is_exact_where_scores_are_alike(
     weights = {name: weight.sign() / 4 for name, weight in drawn.items()}
     made = toy_block.block(weights, round(share * toy_block.size(weights)))
     made.inputs[..., ::2] = 0.0  # dead columns
-    window = Window(made, besa.Options(granularity=granularity, importance=importance, candidates=20))
+    window = RankedWindow(made, besa.Options(granularity=granularity, importance=importance, candidates=20))
     scores = window.score("gate")[weights["gate"] != 0]
     assert len(scores.unique()) <= (1 if importance == "magnitude" else hidden // 2 + 1)
     logits = 3 * random(len(window.sizes), 21, seed=seed).float()
     there = sum(int((weight == 0).sum()) for weight in weights.values())
     if there < made.budget < toy_block.size(weights):
-        sparsities = allocation.project(logits, window.sizes, window.p, window.goal)
+        sparsities = allocation.project(logits, window.sizes, window.candidates, window.target_sparsity)
         (kept,) = deciding._masks(window, window.shares(sparsities))
         assert toy_block.pruned(kept) == made.budget
         assert not any(bool((kept[name] & (weight == 0)).any()) for name, weight in weights.items())

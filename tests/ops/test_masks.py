@@ -27,7 +27,7 @@ def a_total(data: st.DataObject, matrix: Tensor) -> int:
 @few
 @given(some_masks())
 def test_keep_above_finds_a_mask_again_from_ranks_that_put_its_pruned_columns_first(keep: Tensor) -> None:
-    assert torch.equal(masks.keep_above(kernels.ranks(keep.float()), (~keep).sum(1)), keep)
+    assert torch.equal(masks.mask_from_ranks(kernels.ranks(keep.float()), (~keep).sum(1)), keep)
 
 
 @few
@@ -82,7 +82,7 @@ def test_permuting_columns_permutes_the_mask(data: st.DataObject, matrix: Tensor
 def test_existing_zeros_go_first_and_count(data: st.DataObject, weight: Tensor) -> None:
     rows, cols = weight.shape
     total = rows * data.draw(st.integers(0, cols), label="pruned in each row")
-    keep = masks.row_wise(masks.zeros_first(importance.magnitude(weight), weight), total)
+    keep = masks.row_wise(masks.mark_zeros_(importance.magnitude(weight), weight), total)
     zeros = weight == 0
     assert not bool((keep & zeros).any())
     assert int((~keep).sum()) == max(total, int(zeros.sum()))
@@ -95,14 +95,14 @@ def test_existing_zeros_go_first_and_count(data: st.DataObject, weight: Tensor) 
 )
 def test_zeros_of_either_sign_are_counted_in_every_dtype_and_nothing_else(dtype: torch.dtype) -> None:
     values = torch.tensor([[0.0, -0.0, 1.0, float("nan")], [0.5, -2.0, 0.0, 1.5]])
-    assert masks.zeros(values.to(dtype)) == 3
-    assert masks.zeros(torch.tensor([True, False, False])) == 2
+    assert masks.count_zeros(values.to(dtype)) == 3
+    assert masks.count_zeros(torch.tensor([True, False, False])) == 2
 
 
 def test_zeros_come_before_weights_whose_score_is_zero_too() -> None:
     weight = torch.tensor([[3.0, 0.0, 2.0, -0.0]])
     norms = torch.tensor([0.0, 1.0, 1.0, 1.0])  # column 0 never saw an input
-    marked = masks.zeros_first(importance.wanda(weight, norms), weight)
+    marked = masks.mark_zeros_(importance.wanda(weight, norms), weight)
     assert marked.tolist() == [[0.0, -1.0, 2.0, -1.0]]
     assert masks.row_wise(marked, 2).tolist() == [[True, False, True, False]]
     assert masks.row_wise(marked, 3).tolist() == [[False, False, True, False]]

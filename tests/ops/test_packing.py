@@ -13,9 +13,9 @@ from besa_cli.ops import packing
 def test_codes_are_one_number_a_row(shape: tuple[int, int], bits: int, seed: int) -> None:
     rows, cols = shape
     codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    data = packing.packed(codes, bits)
+    data = packing.pack_codes(codes, bits)
     assert data.shape == (rows, -(-cols * bits // 8))
     for row in range(rows):
         number = int.from_bytes(bytes(data[row].tolist()), "little")
         assert number == sum(int(code) << (bits * col) for col, code in enumerate(codes[row]))
-    assert torch.equal(packing.unpacked(data, bits, cols), codes)
+    assert torch.equal(packing.unpack_codes(data, bits, cols), codes)

@@ -15,13 +15,13 @@ from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
 from besa_cli.pruners import besa, wanda
 from besa_cli.pruners.besa import learning
-from besa_cli.pruners.besa.window import Window
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.pruners.besa.window import RankedWindow
+from besa_cli.stream.block import Block, Decision
 
 GRANULARITIES = ["row", "layer", "3"]
 
 
-def same(first: Pruned, second: Pruned) -> bool:
+def same(first: Decision, second: Decision) -> bool:
     masks = all(torch.equal(first.masks[name], second.masks[name]) for name in first.masks)
     return masks and (first.error_before, first.learned_loss, first.kept_uniform) == (
         second.error_before,
@@ -175,11 +175,11 @@ def sparsities_while_learning(options: besa.Options) -> list[float]:
     noted: list[float] = []
     original = learning._soft_weights
 
-    def spy(window: Window, *others: Any) -> Any:
+    def spy(window: RankedWindow, *others: Any) -> Any:
         found, mixture = original(window, *others)
         assert mixture is not None
-        pruned = (mixture.detach().double() @ window.p.double() * window.sizes).sum()
-        noted.append(abs(float(pruned / window.sizes.sum()) - window.goal))
+        pruned = (mixture.detach().double() @ window.candidates.double() * window.sizes).sum()
+        noted.append(abs(float(pruned / window.sizes.sum()) - window.target_sparsity))
         return found, mixture
 
     with pytest.MonkeyPatch.context() as patch:

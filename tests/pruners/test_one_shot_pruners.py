@@ -12,7 +12,7 @@ from torch import Tensor
 
 from besa_cli.ops import importance
 from besa_cli.pruners import magnitude, sparsegpt, wanda
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.block import Block, Decision
 
 METHODS = [magnitude, wanda, sparsegpt]
 
@@ -29,8 +29,8 @@ def split(made: Block) -> dict[str, int]:
     return dict(zip(made.weights, oracles.rounded(shares, made.budget, zeros, sizes, [0] * len(sizes)), strict=True))
 
 
-def run(method: ModuleType, made: Block, nm: tuple[int, int] | None = None) -> Pruned:
-    result: Pruned = method.prune(made, method.Options(nm=nm))
+def run(method: ModuleType, made: Block, nm: tuple[int, int] | None = None) -> Decision:
+    result: Decision = method.prune(made, method.Options(nm=nm))
     return result
 
 

@@ -13,14 +13,14 @@ from besa_cli.ops import gptq as columns
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import QUANTIZERS, clip, gptq, rtn
 from besa_cli.stream import learning
-from besa_cli.stream.block import Pruned
+from besa_cli.stream.block import Decision
 
 COARSE = Grid(bits=2, group_size=5, symmetric=False)
 
 
-def run(method: str, weights: dict[str, Tensor], grid: Grid) -> Pruned:
+def run(method: str, weights: dict[str, Tensor], grid: Grid) -> Decision:
     module = importlib.import_module(f"besa_cli.quantizers.{method}")
-    made: Pruned = module.quantize(toy_block.block(weights, 0), grid, module.Options())
+    made: Decision = module.quantize(toy_block.block(weights, 0), grid, module.Options())
     return made
 
 

@@ -9,9 +9,9 @@ from support.strategies import few
 
 from besa_cli import sim
 from besa_cli.errors import UsageError
-from besa_cli.sim import accelerator, dense, reorder, roofline, vitcod, vitcod_released
+from besa_cli.sim import accelerator, dense, roofline, vitcod, vitcod_released
 from besa_cli.sim.accelerator import Accelerator
-from besa_cli.sim.cost import Cost, Settings
+from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.workload import Mask, Workload, of_mask
 
 PAPER = accelerator.load("besa")
@@ -29,7 +29,7 @@ HAND = np.array(
 
 
 def cost(name: str, mask: Mask, on: Accelerator, role: str | None = None, **settings: object) -> Cost:
-    made: Cost = sim.dataflow(name).simulate(of_mask(mask, role), on, Settings(**settings))  # type: ignore[arg-type]
+    made: Cost = sim.dataflow(name).simulate(of_mask(mask, role), on, SimulationSettings(**settings))  # type: ignore[arg-type]
     return made
 
 
@@ -314,7 +314,7 @@ def test_relabelling_is_a_permutation_at_every_size(cols: int) -> None:
     assert np.array_equal(np.sort(order), np.arange(cols))
     moved = of_mask(mask[:, order])
     assert sorted(moved.kept_by_column.tolist()) == sorted(counted.kept_by_column.tolist())
-    assert vitcod.simulate(moved, PAPER, Settings()) == vitcod.simulate(counted, PAPER, Settings())
+    assert vitcod.simulate(moved, PAPER, SimulationSettings()) == vitcod.simulate(counted, PAPER, SimulationSettings())
 
 
 # Rows, columns and the paper's dense row (Table 4); the right one is rows · cols / 4096.
@@ -336,18 +336,18 @@ def test_llama_7b_has_the_papers_dense_row_by_the_released_formula_and_the_right
     counted = of_mask(mask, role)
     right = rows * cols // 4096
     assert right == (11008 if role in ("gate", "up", "down") else 4096)
-    assert vitcod_released.simulate(counted, PAPER, Settings()).dense_cycles == printed
+    assert vitcod_released.simulate(counted, PAPER, SimulationSettings()).dense_cycles == printed
     for module in (dense, vitcod):
-        assert module.simulate(counted, PAPER, Settings()).dense_cycles == right
-    made = vitcod.simulate(counted, PAPER, Settings())
+        assert module.simulate(counted, PAPER, SimulationSettings()).dense_cycles == right
+    made = vitcod.simulate(counted, PAPER, SimulationSettings())
     assert counted.kept / 4096 <= made.cycles <= right  # all columns are denser where all keep just above half
-    made = vitcod.simulate(counted, PAPER, Settings(search=True))
+    made = vitcod.simulate(counted, PAPER, SimulationSettings(search=True))
     assert counted.kept / 4096 <= made.cycles < right
-    roof = roofline.simulate(counted, PAPER, Settings()).roof
+    roof = roofline.simulate(counted, PAPER, SimulationSettings()).roof
     assert roof is not None
     assert roof.bound == "memory"
     full = Workload(kept_by_row=np.full(rows, cols), kept_by_column=np.full(cols, rows), role=role)
-    released = vitcod_released.simulate(full, PAPER, Settings()).cycles
+    released = vitcod_released.simulate(full, PAPER, SimulationSettings()).cycles
     assert released == (10128 if role == "down" else 4096)  # what the released program gives for gate and up
 
 
@@ -359,7 +359,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         ({"weight_bits": 0}, "--word-bits 0 is no width of a weight"),
     ):
         with pytest.raises(UsageError) as caught:
-            Settings(**given_)  # type: ignore[arg-type]
+            SimulationSettings(**given_)  # type: ignore[arg-type]
         assert caught.value.message == message
     with pytest.raises(UsageError, match="unknown dataflow 'vitco'"):
         sim.dataflow("vitco")

@@ -13,10 +13,10 @@ from support import tiny_models
 from besa_cli.checkpoint.runs import Run
 from besa_cli.commands.shared import options
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.jobs.prune import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.stream import memory_model
-from besa_cli.stream.activations import Shelf
+from besa_cli.stream.activations import ActivationStore
 from besa_cli.system import compute
 
 
@@ -27,7 +27,7 @@ def mapped(directory: Path) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_written_is_read_again_after_its_memory_was_given_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = ActivationStore(tmp_path)
     made = shelf.empty((3, 1000, 70), dtype)
     expected = torch.randn(3, 1000, 70).to(dtype)
     for part in range(3):
@@ -44,7 +44,7 @@ def test_what_was_written_is_read_again_after_its_memory_was_given_back(dtype: t
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_released_pages_are_not_resident(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
+    shelf = ActivationStore(tmp_path)
     made = shelf.empty((64 << 20,), torch.uint8)
     made.fill_(1)
     full = compute.resident()
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(BesaError, match="no room for 4 MB of hidden states: No space left"):
-        Shelf(tmp_path).empty((1000, 1000), torch.float32)
+        ActivationStore(tmp_path).empty((1000, 1000), torch.float32)
 
 
 @pytest.mark.parametrize(("target", "window"), [("block", "block"), ("stream", "attn-mlp"), ("block", "attn-mlp")])
@@ -70,13 +70,13 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     calibration = tiny_models.calibration_set(tiny_models.tokens(6, 12))
     chosen = {"target": target, "window": window}
     found = {}
-    place = memory_model.place
+    place = memory_model.plan
     for name in ("memory", "files"):
         files = name == "files"
         monkeypatch.setattr(memory_model, "place", lambda *a, f=files, **k: replace(place(*a, **k), in_files=f))
-        request = Request(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
+        request = PruneRequest(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
-        job = Job(Run(tmp_path / name), tiny_models.local(model), calibration, request, notify=notes.append)
+        job = StageJob(Run(tmp_path / name), tiny_models.local(model), calibration, request, notify=notes.append)
         assert any("--max-memory" in note for note in notes) == (name == "files")
         tiny_models.run(job)
         found[name] = tiny_models.files(tmp_path / name)
@@ -85,9 +85,9 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
 
 def test_less_memory_than_a_window_needs_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny_models.checkpoint(tmp_path / "model", "llama")
-    request = Request(options={}, device="cpu", dtype="float32", max_memory=10**8)
+    request = PruneRequest(options={}, device="cpu", dtype="float32", max_memory=10**8)
     with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little: .* needs about \d+\.\d GB"):
-        Job(
+        StageJob(
             Run(tmp_path / "run"),
             tiny_models.local(model),
             tiny_models.calibration_set(tiny_models.tokens(2, 12)),

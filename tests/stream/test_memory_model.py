@@ -17,7 +17,7 @@ from besa_cli.ops import attention
 from besa_cli.pruners import PRUNERS, sparsegpt
 from besa_cli.quantizers import QUANTIZERS, gptq
 from besa_cli.stream import memory_model, windows
-from besa_cli.stream.memory_model import Demand, Held, Shape
+from besa_cli.stream.memory_model import Demand, MemoryUse, Shape
 
 SHAPE = Shape(
     blocks=1,
@@ -78,16 +78,16 @@ def test_the_head_is_there_when_logits_are_wanted_and_not_before(tied: bool, tmp
 
 def requests() -> list[Any]:
     """Every method there is, and what changes what it holds."""
-    plain = [prune.Request(method=name, options={}) for name in PRUNERS]
-    plain += [quantize.Request(method=name, options={}) for name in QUANTIZERS]
+    plain = [prune.PruneRequest(method=name, options={}) for name in PRUNERS]
+    plain += [quantize.QuantizeRequest(method=name, options={}) for name in QUANTIZERS]
     chosen = [{"bits": 4}, {"importance": "sparsegpt"}, {"candidates": 1000, "batch_size": 3}]
-    return plain + [prune.Request(method="besa", options=options) for options in chosen]
+    return plain + [prune.PruneRequest(method="besa", options=options) for options in chosen]
 
 
 @pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method}-{asked.options}")
 def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
     held = request_.held()
-    found = memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=7)
+    found = memory_model.prune_demand(SHAPE, held, tokens=70, passing=7, learning=7)
     waiting = attention.KEPT  # probabilities of attention, at most
     inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
     assert found.hidden == inputs.nbytes + targets.nbytes
@@ -115,12 +115,12 @@ def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
 
 @pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (2, 2), (3, 1), (9, 1)])
 def test_activations_are_kept_for_two_blocks_at_most(blocks: int, kept: int) -> None:
-    held = prune.Request(options={"batch_size": 3}).held()
+    held = prune.PruneRequest(options={"batch_size": 3}).memory_use()
     shape = replace(SHAPE, blocks=blocks)
-    few, many = (memory_model.compressing(shape, held, tokens=70, passing=7, learning=each) for each in (7, 8))
+    few, many = (memory_model.prune_demand(shape, held, tokens=70, passing=7, learning=each) for each in (7, 8))
     token = many.phases["learning"] - few.phases["learning"]
-    one = memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=8).phases["learning"]
-    alone = one - memory_model.compressing(SHAPE, held, tokens=70, passing=7, learning=7).phases["learning"]
+    one = memory_model.prune_demand(SHAPE, held, tokens=70, passing=7, learning=8).phases["learning"]
+    alone = one - memory_model.prune_demand(SHAPE, held, tokens=70, passing=7, learning=7).phases["learning"]
     between = torch.empty(20).nbytes  # a hidden state at each boundary
     assert token == kept * (alone - between) + blocks * between
 
@@ -133,7 +133,7 @@ def test_the_kept_activations_are_those_of_a_real_window(tmp_path: Path) -> None
         decoder.load(index)
     saved = []
     for blocks in (1, 2, 3, 4):
-        span = windows.Span(decoder, range(blocks))
+        span = windows.WholeBlocks(decoder, range(blocks))
         own = {name: linear.weight.detach().clone().requires_grad_() for name, linear in span.linears.items()}
         sizes: list[int] = []
 
@@ -149,12 +149,12 @@ def test_the_kept_activations_are_those_of_a_real_window(tmp_path: Path) -> None
 
 
 def test_no_phase_but_its_own_holds_the_embedding() -> None:
-    wanda = prune.Request(method="wanda", options={}).held()
-    without = memory_model.compressing(SHAPE, wanda, tokens=70, passing=7)
-    freed = memory_model.compressing(replace(SHAPE, embedding=90), wanda, tokens=70, passing=7)
+    wanda = prune.PruneRequest(method="wanda", options={}).memory_use()
+    without = memory_model.prune_demand(SHAPE, wanda, tokens=70, passing=7)
+    freed = memory_model.prune_demand(replace(SHAPE, embedding=90), wanda, tokens=70, passing=7)
     for phase, held in without.phases.items():
         assert freed.phases[phase] == held - (0 if phase == "embeddings" else 90)
-    large = memory_model.compressing(replace(SHAPE, embedding=10**9, rest=2 * 10**9), wanda, tokens=70, passing=7)
+    large = memory_model.prune_demand(replace(SHAPE, embedding=10**9, rest=2 * 10**9), wanda, tokens=70, passing=7)
     assert large.phase == "embeddings"
     assert set(large.phases.values()) == {0, 2 * 10**9}
 
@@ -165,22 +165,23 @@ def test_no_phase_but_its_own_holds_the_embedding() -> None:
     more=st.integers(1, 10**5),
     held=st.sampled_from([request.held() for request in requests()]),
 )
-def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: Held) -> None:
-    few = memory_model.compressing(SHAPE, held, tokens=tokens, passing=passing)
-    many = memory_model.compressing(SHAPE, held, tokens=tokens + more, passing=passing + more)
+def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: MemoryUse) -> None:
+    few = memory_model.prune_demand(SHAPE, held, tokens=tokens, passing=passing)
+    many = memory_model.prune_demand(SHAPE, held, tokens=tokens + more, passing=passing + more)
     assert many.peak() >= few.peak()
     assert many.peak() - many.hidden == many.peak(in_files=True)
     measured = [
-        memory_model.measuring(SHAPE, tokens=each, passing=passing, seqlen=9).peak() for each in (tokens, tokens + more)
+        memory_model.eval_demand(SHAPE, tokens=each, passing=passing, seqlen=9).peak()
+        for each in (tokens, tokens + more)
     ]
     assert measured[1] > measured[0]
 
 
 def test_the_head_is_held_beside_blocks_where_a_second_portion_follows() -> None:
     sizes = {"tokens": 9, "passing": 9, "seqlen": 9}
-    without = memory_model.measuring(SHAPE, **sizes)
+    without = memory_model.eval_demand(SHAPE, **sizes)
     for portions, beside in ((1, 0), (2, 5_000)):
-        found = memory_model.measuring(SHAPE, **sizes, head=5_000, portions=portions)
+        found = memory_model.eval_demand(SHAPE, **sizes, head=5_000, portions=portions)
         assert found.phases["head"] == without.phases["head"] + 5_000
         assert found.phases["blocks"] == without.phases["blocks"] + beside
 
@@ -194,7 +195,7 @@ def test_the_first_way_that_fits_is_taken() -> None:
     resident = 10**6
     asked = [(None, 8, False), (own, 8, False), (own - 1, 8, True), (own - 1_000, 8, True), (own - 1_001, 4, True)]
     for limit, batch, in_files in [*asked, (own - 1_000 - 550, 2, True)]:
-        found = memory_model.place(limit and limit + resident, resident, 8, demand)
+        found = memory_model.plan(limit and limit + resident, resident, 8, demand)
         assert (found.batch, found.in_files) == (batch, in_files)
         assert limit is None or found.peak <= limit + resident
     assert found.phase == "deciding"
@@ -208,15 +209,15 @@ def test_overlapping_is_given_up_before_anything_else() -> None:
     assert both(8).peak(overlapping=True) == own + 70
     asked = [(None, True, False), (own + 70, True, False), (own + 69, False, False), (own - 1, False, True)]
     for limit, overlapping, in_files in asked:
-        found = memory_model.place(limit, 0, 8, both, overlapping=True)
+        found = memory_model.plan(limit, 0, 8, both, overlapping=True)
         assert (found.overlapping, found.in_files, found.batch) == (overlapping, in_files, 8)
         assert limit is None or found.peak <= limit
-    assert not memory_model.place(None, 0, 8, both).overlapping
+    assert not memory_model.plan(None, 0, 8, both).overlapping
 
 
 def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
     with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little.* about 0.2 GB") as caught:
-        memory_model.place(10**8, 10**8, 8, demand)
+        memory_model.plan(10**8, 10**8, 8, demand)
     assert "--window" in caught.value.hint
     with pytest.raises(UsageError):  # a stage that was begun keeps its batch
-        memory_model.place(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)
+        memory_model.plan(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)

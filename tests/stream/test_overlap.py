@@ -12,10 +12,10 @@ from torch import Tensor
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.prefetch import Ahead
+from besa_cli.decoder.prefetch import Prefetcher
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import Job
-from besa_cli.stream.background_writer import Behind
+from besa_cli.jobs.stage import StageJob
+from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.system import compute
 
 
@@ -52,7 +52,7 @@ class Store:
 
 def test_a_block_is_written_while_the_next_one_is_made_and_before_it_is_written() -> None:
     store = Store()
-    with Behind(store) as behind:
+    with BackgroundWriter(store) as behind:
         behind.write(report(0), {}, {})
         assert store.told == []  # handed over, and not waited for
         store.go.release()
@@ -68,7 +68,7 @@ def test_a_block_is_written_while_the_next_one_is_made_and_before_it_is_written(
 
 def hand_over(store: Store, blocks: int, *, interrupted: bool = False) -> None:
     store.go.release(blocks)
-    with Behind(store) as behind:
+    with BackgroundWriter(store) as behind:
         for index in range(blocks):
             behind.write(report(index), {}, {})
         if interrupted:
@@ -104,10 +104,10 @@ def test_what_is_expected_is_read_once_and_elsewhere() -> None:
             raise BesaError("block 3 cannot be read")
         return {"index": torch.tensor(index)}
 
-    ahead = Ahead(read, pinned=False)
-    ahead.expect(1)
-    ahead.expect(1)
-    ahead.expect(3)
+    ahead = Prefetcher(read, pinned=False)
+    ahead.prefetch(1)
+    ahead.prefetch(1)
+    ahead.prefetch(3)
     assert int(ahead.take(1)["index"]) == 1
     assert int(ahead.take(2)["index"]) == 2
     with pytest.raises(BesaError, match="block 3 cannot be read"):
@@ -132,12 +132,14 @@ def test_the_same_bytes_with_and_without(
 ) -> None:
     model = tiny_models.local(tiny_models.checkpoint(tmp_path / "model", family, blocks=4, dtype=torch.bfloat16))
     expected: list[int] = []
-    real = Ahead.expect
-    monkeypatch.setattr(Ahead, "expect", lambda self, index: (expected.append(index), real(self, index)))
+    real = Prefetcher.prefetch
+    monkeypatch.setattr(Prefetcher, "expect", lambda self, index: (expected.append(index), real(self, index)))
 
     def files(run: Path, *, overlapping: bool) -> dict[str, bytes]:
         monkeypatch.setattr(compute, "overlaps", lambda device: overlapping)
-        job = Job(Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), tiny_models.request(**asked))
+        job = StageJob(
+            Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), tiny_models.request(**asked)
+        )
         if not overlapping:
             tiny_models.run(job)
             assert expected == []
@@ -145,7 +147,9 @@ def test_the_same_bytes_with_and_without(
         next(job.blocks())  # abandoned: what is being written is still written
         assert Stage(run / "pruned", 4).finished() >= 1
         tiny_models.run(
-            Job(Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), tiny_models.request(**asked))
+            StageJob(
+                Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), tiny_models.request(**asked)
+            )
         )
         return tiny_models.files(run)
 
@@ -162,13 +166,13 @@ def test_on_a_gpu_too(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(compute, "overlaps", lambda device, overlapping=overlapping: overlapping)
         asked = tiny_models.request(method, device="cuda")
         run = tmp_path / str(overlapping)
-        tiny_models.run(Job(Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), asked))
+        tiny_models.run(StageJob(Run(run), model, tiny_models.calibration_set(tiny_models.tokens(3, 12)), asked))
         found.append({name: data for name, data in tiny_models.files(run).items() if name.endswith(".safetensors")})
     assert found[0] == found[1]
 
 
 @pytest.mark.gpu
 def test_what_is_read_ahead_for_a_gpu_is_page_locked() -> None:
-    ahead = Ahead(lambda index: {"index": torch.tensor([index])}, pinned=True)
-    ahead.expect(1)
+    ahead = Prefetcher(lambda index: {"index": torch.tensor([index])}, pinned=True)
+    ahead.prefetch(1)
     assert ahead.take(1)["index"].is_pinned()

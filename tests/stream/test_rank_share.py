@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.strategies import few
 from torch import Tensor
 
-from besa_cli.stream.rank_share import Share
+from besa_cli.stream.rank_share import RankShare
 from besa_cli.system.ranks import Ranks
 
 Message = tuple[int, int, int]  # sender, receiver, tag
@@ -40,9 +40,9 @@ def test_all_samples_of_a_step_are_dealt_once_and_evenly(data: st.DataObject, si
     taken: dict[Message, Tensor] = {}
     dealt = []
     for rank in range(size):
-        share = Share(samples, Post(rank, size, sent, taken))
+        share = RankShare(samples, Post(rank, size, sent, taken))
         own = slice(share.own.start, share.own.stop)
-        dealt.append(share.deal(chosen, inputs[own], target[own]))
+        dealt.append(share.fetch(chosen, inputs[own], target[own]))
     assert sent.keys() == taken.keys()
     for key, tensor in taken.items():
         tensor.copy_(sent[key])
@@ -55,5 +55,5 @@ def test_all_samples_of_a_step_are_dealt_once_and_evenly(data: st.DataObject, si
 def test_one_rank_has_the_samples_in_the_order_of_the_step() -> None:
     held = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     chosen = torch.tensor([3, 0, 4])
-    (dealt,) = Share(5).deal(chosen, held)
+    (dealt,) = RankShare(5).fetch(chosen, held)
     assert torch.equal(dealt, held[chosen])

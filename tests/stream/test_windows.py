@@ -14,7 +14,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.stage import StageJob
 from besa_cli.stream import propagation, windows
 
 HALVED = [family for family in tiny_models.FAMILIES if family != "opt"]
@@ -60,8 +60,8 @@ def test_half_windows_give_what_the_stock_models_own_modules_give(family: str, t
         with torch.no_grad():
             for window, name in zip(segment.windows, names, strict=True):
                 expected = seen[index, name]
-                assert torch.allclose(window.reach(hidden, rows), expected, atol=1e-5)
-                assert torch.allclose(window.forward(window.enter(hidden, rows), rows), expected, atol=1e-5)
+                assert torch.allclose(window.output_from(hidden, rows), expected, atol=1e-5)
+                assert torch.allclose(window.forward(window.inputs_from(hidden, rows), rows), expected, atol=1e-5)
         propagation.advance(decoder, index, hidden, rows, 2)
 
 
@@ -78,7 +78,7 @@ def test_a_wide_window_gives_the_gradients_of_its_blocks_in_a_row(family: str, t
     decoder = loaded(directory, 4)
     hidden = propagation.embed(decoder, rows, 2)
     for width in (2, 4):
-        window = windows.Span(decoder, range(width))
+        window = windows.WholeBlocks(decoder, range(width))
         found = gradients(window, hidden, rows)
         weights = {name: linear.weight.detach().clone().requires_grad_() for name, linear in window.linears.items()}
         states = hidden
@@ -157,7 +157,7 @@ def test_a_block_without_two_such_modules_is_refused_by_name(tmp_path: Path) -> 
     model = tiny_models.checkpoint(tmp_path / "model", "opt")
     calibration = tiny_models.calibration_set(tiny_models.tokens(2, 12))
     with pytest.raises(BesaError, match="OPTForCausalLM has its linears in self_attn, fc1, fc2"):
-        Job(
+        StageJob(
             Run(tmp_path / "run"), tiny_models.local(model), calibration, tiny_models.request("besa", window="attn-mlp")
         )
 
@@ -172,7 +172,7 @@ def test_two_blocks_together_are_learned_for_what_leaves_the_second(tmp_path: Pa
     """The report of a window's last block has its errors; learning lowers them, as it does for single blocks."""
     model = tiny_models.checkpoint(tmp_path / "model", "llama", blocks=2)
     request = tiny_models.request("besa", window="2", epochs=8)
-    job = Job(
+    job = StageJob(
         Run(tmp_path / "run"),
         tiny_models.local(model),
         tiny_models.calibration_set(tiny_models.tokens(16, 16)),

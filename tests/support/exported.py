@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models, written
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.export import Job, Request
-from besa_cli.jobs.stage import Job as Pruning
+from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.stage import StageJob as Pruning
 
 
 def stage(
@@ -65,7 +65,7 @@ def _refill(run: Run) -> None:
 
 def export(run: Run, name: str, **options: object) -> Path:
     """The directory of a finished export."""
-    job = Job(run, Request(format=name, options=options))
+    job = ExportJob(run, ExportRequest(format=name, options=options))
     list(job.pieces())
     job.finish()
     return job.directory

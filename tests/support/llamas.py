@@ -9,7 +9,7 @@ from support import tiny_models
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.stage import Job as Pruning
+from besa_cli.jobs.stage import StageJob as Pruning
 
 VOCABULARY = 272
 MERGES = [("a", "b"), ("ab", "c"), ("Ġ", "ab"), ("1", "2")]

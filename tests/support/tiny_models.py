@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet, tokens_digest
-from besa_cli.jobs.prune import Request
-from besa_cli.jobs.stage import Job
+from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs.stage import StageJob
 from besa_cli.models import Model
 
 VOCABULARY = 128
@@ -131,12 +131,12 @@ def request(
     nm: tuple[int, int] | None = None,
     device: str = "cpu",
     **options: Any,
-) -> Request:
+) -> PruneRequest:
     """What to ask for, computed in fp32."""
-    return Request(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
+    return PruneRequest(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: StageJob) -> dict[str, Any]:
     """Do a job to its end; returns the manifest."""
     list(job.blocks())
     return job.finish()

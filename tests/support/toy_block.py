@@ -29,10 +29,10 @@ class ToyWindow:
         self.module = module.requires_grad_(False)
         self.blocks = range(1)
         self.linears = {"gate": module.gate, "up": module.up, "down": module.down}
-        self.places = {name: (0, name) for name in self.linears}
+        self.locations = {name: (0, name) for name in self.linears}
         self.calls = 0
 
-    def enter(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return hidden
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -42,7 +42,7 @@ class ToyWindow:
         result: Tensor = torch.func.functional_call(self.module, named, (inputs,))
         return result
 
-    def reach(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return self.forward(hidden, tokens)
 
 

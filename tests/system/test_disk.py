@@ -37,7 +37,7 @@ def test_nothing_is_written_through_a_link(kind: str, tmp_path: Path) -> None:
     for name in ("besa.json", f".besa.json.{os.getpid()}.partial", ".holder.json", "timing.jsonl"):
         (run / name).symlink_to(precious)
     disk.write_json(run / "besa.json", {"a": 1})
-    with lock.held(run, "besa prune"):
+    with lock.hold(run, "besa prune"):
         assert json.loads((run / ".holder.json").read_text())["command"] == "besa prune"
     with pytest.raises(BesaError, match=r"timing\.jsonl: it is a link"):
         disk.append_line(run / "timing.jsonl", "x")
@@ -84,7 +84,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 def test_who_holds_a_run_is_read_as_any_other_file(tmp_path: Path) -> None:
-    with lock.held(tmp_path, "besa prune"):
+    with lock.hold(tmp_path, "besa prune"):
         (tmp_path / ".holder.json").write_text(json.dumps({"pid": [], "host": 3, "command": None}))
-        with pytest.raises(BesaError, match="in use by another besa process"), lock.held(tmp_path, "besa quantize"):
+        with pytest.raises(BesaError, match="in use by another besa process"), lock.hold(tmp_path, "besa quantize"):
             pass

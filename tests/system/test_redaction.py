@@ -54,11 +54,11 @@ def test_an_import_on_the_same_machine_gives_the_paths_back_and_elsewhere_their_
     directory = exported.export(run, "sparse", compress="zstd") if not (run.exports / "sparse").exists() else None
     directory = directory or run.exports / "sparse"
     whole = tiny_models.files(run.stage("quantized"))
-    here = import_.Job(directory, Run(tmp_path / "here"))
+    here = import_.ImportJob(directory, Run(tmp_path / "here"))
     list(here.shards())
     assert tiny_models.files(here.directory) == whole
     directory.rename(tmp_path / "sent")
-    there = import_.Job(tmp_path / "sent", Run(tmp_path / "there"))
+    there = import_.ImportJob(tmp_path / "sent", Run(tmp_path / "there"))
     list(there.shards())
     found = tiny_models.files(there.directory)
     differing = {name for name in whole if found[name] != whole[name]}
@@ -77,7 +77,7 @@ def test_files_kept_beside_an_export_are_taken_only_where_they_are_the_same(run:
     directory = exported.export(moved, "sparse")
     kept = moved.exports / ".sparse.private" / "config.json"
     kept.write_text(kept.read_text().replace('"vocab_size": ', '"vocab_size": 1'))
-    job = import_.Job(directory, Run(tmp_path / "back"))
+    job = import_.ImportJob(directory, Run(tmp_path / "back"))
     list(job.shards())
     back = json.loads((job.directory / "config.json").read_text())
     assert back["vocab_size"] == json.loads((directory / "config.json").read_text())["vocab_size"]

@@ -37,7 +37,7 @@ _AsTyped.yaml_implicit_resolvers = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigEntry:
     """One option in a file."""
 
     name: str
@@ -55,7 +55,7 @@ class Section:
     """The options of one command."""
 
     line: int
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ConfigEntry] = field(default_factory=list)
 
 
 def apply(context: typer.Context, path: Path | None) -> Path | None:
@@ -86,7 +86,7 @@ def apply(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read(path: Path) -> tuple[list[Entry], dict[str, Section]]:
+def read(path: Path) -> tuple[list[ConfigEntry], dict[str, Section]]:
     """What a file says for all commands, and its sections by the names of their commands, in the file's order.
 
     Raises
@@ -149,7 +149,7 @@ def _names(group: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _values(parameters: Mapping[str, Any], entries: Iterable[Entry], path: Path) -> dict[str, Any]:
+def _values(parameters: Mapping[str, Any], entries: Iterable[ConfigEntry], path: Path) -> dict[str, Any]:
     """What the entries give the parameters, by the parameters' names."""
     values: dict[str, Any] = {}
     for entry in entries:
@@ -191,12 +191,12 @@ def _parameters(command: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in found.items() if name != "config"}
 
 
-def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> Entry:
+def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> ConfigEntry:
     """One key and its value; nothing is constructed that an option cannot be: no objects, no nests, no copies."""
     line = key.start_mark.line + 1
     if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST:
         raise UsageError(f"{path}, line {line}: a key that cannot be the name of an option or command", _FORM)
-    entry = Entry(key.value, _value(node, path), line)
+    entry = ConfigEntry(key.value, _value(node, path), line)
     allowed = _CONSENT.get(entry.option)
     if allowed is not None and (entry.value.lower() if isinstance(entry.value, str) else entry.value) not in allowed:
         raise UsageError(

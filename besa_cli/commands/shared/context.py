@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Settings:
+class ProcessSettings:
     """Settings of one command line.
 
     Attributes
@@ -39,5 +39,5 @@ def ranks(context: typer.Context) -> "Ranks":
     """The ranks of this command; one alone where it was started once."""
     from besa_cli.system.ranks import Ranks
 
-    settings = context.find_object(Settings)
+    settings = context.find_object(ProcessSettings)
     return (settings.ranks if settings else None) or Ranks()

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from besa_cli.stream.forecast import Forecast
 
 
-class Job(Protocol):
+class ForecastJob(Protocol):
     """What can be forecast: a stage that is made, or an export."""
 
     @property
@@ -24,7 +24,7 @@ class Job(Protocol):
         """What it would take."""
 
 
-def job(made: Job, console: Console) -> None:
+def job(made: ForecastJob, console: Console) -> None:
     """Show what a dry job would take."""
     if made.done:
         console.note("it is finished already, with the same options: nothing would be done")

@@ -8,12 +8,12 @@ from besa_cli.console import Cell, Console, human_bytes, human_share
 if TYPE_CHECKING:
     from besa_cli.sim.cost import Cost
     from besa_cli.sim.summary import Summary
-    from besa_cli.simulation.run import BlockCost, LinearCost, Request
+    from besa_cli.simulation.run import BlockCost, LinearCost, SimulationRequest
 
 Found = Sequence["BlockCost"]
 
 
-def show(found: Found, request: "Request", console: Console, *, by_block: bool | None) -> None:
+def show(found: Found, request: "SimulationRequest", console: Console, *, by_block: bool | None) -> None:
     """Print what was found; `by_block` None gives the lines of the blocks for one linear alone."""
     machine = request.accelerator
     console.line(
@@ -46,7 +46,7 @@ _FIGURES: "dict[str, Callable[[Summary], Cell]]" = {
 
 
 def _show_means(
-    found: Found, request: "Request", console: Console, figures: "dict[str, Callable[[Summary], Cell]]"
+    found: Found, request: "SimulationRequest", console: Console, figures: "dict[str, Callable[[Summary], Cell]]"
 ) -> None:
     """A column a linear, the figures of each dataflow below each other; what a dataflow does not have is left out."""
     from besa_cli.simulation.run import summaries
@@ -86,7 +86,7 @@ def _show_sparsity(found: Found, console: Console) -> None:
     console.table("sparsity % of single linears", ["over blocks", *labels, "all"], rows)
 
 
-def _show_blocks(found: Found, request: "Request", console: Console) -> None:
+def _show_blocks(found: Found, request: "SimulationRequest", console: Console) -> None:
     """A line for every linear of every block under every dataflow."""
     header = (
         "block", "linear", "dataflow", "sparsity %", "dense cycles", "cycles", "speed-up", "denser/sparser columns",
@@ -116,7 +116,7 @@ def _cells(linear: "LinearCost", cost: "Cost") -> list[Cell]:
     ]
 
 
-def _show_dead(found: Found, request: "Request", console: Console) -> None:
+def _show_dead(found: Found, request: "SimulationRequest", console: Console) -> None:
     """The dead neurons of all MLPs and what removing them would save, under each dataflow."""
     from besa_cli.simulation.record import dead_neurons
 

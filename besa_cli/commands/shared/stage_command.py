@@ -8,13 +8,13 @@ from besa_cli.console import Console
 
 if TYPE_CHECKING:
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs.request import Request
+    from besa_cli.jobs.request import StageRequest
     from besa_cli.models import Model
     from besa_cli.system.ranks import Ranks
 
 
 def stage(
-    request: "Request",
+    request: "StageRequest",
     source: "Model",
     run: "Run",
     shared: Path | None,
@@ -33,14 +33,14 @@ def stage(
     """
     from besa_cli.calibration import prepare
     from besa_cli.jobs import ranks
-    from besa_cli.jobs.stage import Job
+    from besa_cli.jobs.stage import StageJob
     from besa_cli.system import lock
 
-    if world is not None and not world.leads:
-        ranks.follow(source, request, world)
+    if world is not None and not world.is_main:
+        ranks.run_worker(source, request, world)
         return None
     name = request.command
-    with lock.free(run.path) if dry_run else lock.held(run.path, f"besa {name} --run {run.path}"):
+    with lock.free(run.path) if dry_run else lock.hold(run.path, f"besa {name} --run {run.path}"):
         tokens = (
             calibration_source.calibration(
                 source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
@@ -49,9 +49,9 @@ def stage(
             else prepare.unobserved(source)
         )
         if dry_run:
-            forecast_view.job(Job(run, source, tokens, request, restart=restart, dry=True), console)
+            forecast_view.job(StageJob(run, source, tokens, request, restart=restart, dry=True), console)
             return None
-        job = Job(run, source, tokens, request, restart=restart, notify=console.note, world=world)
+        job = StageJob(run, source, tokens, request, restart=restart, notify=console.note, world=world)
         if job.done:
             console.note(f"{run.stage(request.stage)} is finished already, with the same options")
         else:

@@ -18,7 +18,7 @@ AVERAGED = "acc"  # the metric of the average: the paper names none, its figures
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class TaskSettings:
     """How tasks are measured.
 
     Attributes
@@ -66,7 +66,7 @@ class Score:
 
 @records.strict
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class TaskResult:
     """One task's result with all that made it.
 
     Attributes
@@ -125,7 +125,7 @@ class Result:
         return next((s.value for s in self.scores() if s.task == self.task and s.metric == AVERAGED), None)
 
 
-def average(results: Sequence[Result]) -> float | None:
+def average(results: Sequence[TaskResult]) -> float | None:
     """Mean over the tasks, each counted once; None with one task alone, or where a task has no such metric."""
     values = [result.averaged() for result in results]
     known = [value for value in values if value is not None]
@@ -154,12 +154,12 @@ def file_name(facts: Mapping[str, Any]) -> str:
     return f"tasks-{disk.safe_name(facts['task'])}-{shots}shot-{part}-{facts['model_digest'][:8]}-{key}.json"
 
 
-def save(result: Result, file: Path, model: Mapping[str, Any]) -> None:
+def save(result: TaskResult, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to, while nobody else writes results of the run."""
     with lock.moment(file.parent.parent):
         result_files.save(result, file, "tasks", model, versions())
 
 
-def load(file: Path) -> Result | None:
+def load(file: Path) -> TaskResult | None:
     """A result that was saved, or None where there is none, or other versions made it."""
-    return result_files.load(Result, file, versions())
+    return result_files.load(TaskResult, file, versions())

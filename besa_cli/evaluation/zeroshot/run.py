@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa_cli.evaluation.zeroshot import harness, results
 from besa_cli.evaluation.zeroshot.harness import Tasks
-from besa_cli.evaluation.zeroshot.results import Result, Settings
+from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
 from besa_cli.evaluation.zeroshot.watching import Notify, Progress, unwatched
 from besa_cli.system import compute
 
@@ -27,7 +27,7 @@ class Trial:
     seconds: float
 
 
-class Measurement:
+class TaskMeasurement:
     """One checkpoint, measured task by task.
 
     Parameters
@@ -49,7 +49,7 @@ class Measurement:
         tokenizer: "PreTrainedTokenizerBase",
         tokenizer_digest: str,
         tasks: Tasks,
-        settings: Settings,
+        settings: TaskSettings,
     ) -> None:
         self._directory, self._tokenizer = directory, tokenizer
         self._tasks, self._settings = tasks, settings
@@ -65,7 +65,7 @@ class Measurement:
             settings["num_fewshot"] = 0  # what their definitions mean by saying nothing
         return {"task": name, **data, **settings, **self._digests}
 
-    def stored(self, name: str, kept: Path) -> Result | None:
+    def stored(self, name: str, kept: Path) -> TaskResult | None:
         """The task's result that is in the directory `kept`, or None."""
         return results.load(self._file(name, kept))
 
@@ -77,7 +77,7 @@ class Measurement:
         *,
         progress: Progress = unwatched,
         notify: Notify = lambda line: None,
-    ) -> Result:
+    ) -> TaskResult:
         """Measure one task.
 
         Parameters
@@ -98,7 +98,7 @@ class Measurement:
             limit=settings.limit,
             notify=notify,
         )
-        result = Result(**self.facts(name), harness=output)
+        result = TaskResult(**self.facts(name), harness=output)
         if kept is not None:
             results.save(result, self._file(name, kept), model)
         return result

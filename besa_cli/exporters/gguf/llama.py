@@ -9,7 +9,7 @@ from torch import Tensor
 
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
-from besa_cli.exporters.source import Source
+from besa_cli.exporters.source import StageSource
 
 ARCHITECTURE = "llama"
 ROPE_FACTORS = "rope_freqs.weight"
@@ -19,7 +19,7 @@ _ROPES = ("default", "linear", "llama3")
 _ELSEWISE = "export as hf, and convert that with llama.cpp's own script"
 
 
-def check(source: Source) -> None:
+def check(source: StageSource) -> None:
     """Refuse what this export cannot write.
 
     Raises
@@ -54,12 +54,12 @@ def check(source: Source) -> None:
         tensor_name(source, name)
 
 
-def _rope(source: Source) -> dict[str, Any]:
+def _rope(source: StageSource) -> dict[str, Any]:
     config = architecture.config_of(source.directory)
     return {"rope_type": "default", **(config.rope_parameters or {})}
 
 
-def _sizes(source: Source) -> tuple[int, int, int]:
+def _sizes(source: StageSource) -> tuple[int, int, int]:
     """Heads, key and value heads, channels of a head."""
     config = architecture.config_of(source.directory)
     heads = int(config.num_attention_heads)
@@ -67,7 +67,7 @@ def _sizes(source: Source) -> tuple[int, int, int]:
     return heads, int(config.num_key_value_heads or heads), int(width)
 
 
-def tensor_name(source: Source, name: str) -> str:
+def tensor_name(source: StageSource, name: str) -> str:
     """What llama.cpp calls a tensor.
 
     Raises
@@ -83,7 +83,7 @@ def tensor_name(source: Source, name: str) -> str:
     return found
 
 
-def add_facts(writer: GGUFWriter, source: Source) -> None:
+def add_facts(writer: GGUFWriter, source: StageSource) -> None:
     """Sizes, rotary embedding and norm of the model, and its name."""
     config = architecture.config_of(source.directory)
     heads, key_value_heads, width = _sizes(source)
@@ -108,7 +108,7 @@ def add_facts(writer: GGUFWriter, source: Source) -> None:
     writer.add_quantization_version(2)
 
 
-def rope_factors(source: Source) -> "np.ndarray[Any, Any] | None":
+def rope_factors(source: StageSource) -> "np.ndarray[Any, Any] | None":
     """What each rotary frequency is divided by, shape (channels / 2,), as transformers computes it; None for none."""
     if _rope(source)["rope_type"] != "llama3":
         return None
@@ -121,7 +121,7 @@ def rope_factors(source: Source) -> "np.ndarray[Any, Any] | None":
     return np.ascontiguousarray((plain / scaled).float().numpy())
 
 
-def arranged(source: Source, name: str, tensor: Tensor) -> Tensor:
+def arranged(source: StageSource, name: str, tensor: Tensor) -> Tensor:
     """A tensor with its rows in llama.cpp's order.
 
     There the two channels that a rotary embedding turns together lie side by side; in transformers they are half a head

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from besa_cli.errors import BesaError
-from besa_cli.exporters.source import Source
+from besa_cli.exporters.source import StageSource
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Quantized
 
@@ -15,7 +15,7 @@ BLOCK = 32  # weights that share a scale
 _BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}
 
 
-def carries(source: Source, kind: Kind) -> bool:
+def carries(source: StageSource, kind: Kind) -> bool:
     """Whether a type holds the codes of this stage as they are; of Q4_0, once `check` has passed."""
     if source.grid is None or not source.grid["symmetric"] or source.grid["bits"] != _BITS.get(kind):
         return False
@@ -23,7 +23,7 @@ def carries(source: Source, kind: Kind) -> bool:
     return kind is Kind.Q4_0 or size is None or size % BLOCK == 0
 
 
-def check(source: Source) -> None:
+def check(source: StageSource) -> None:
     """Refuse to write Q4_0 where it would not hold the codes of the stage.
 
     Raises
@@ -49,7 +49,7 @@ def blocks(quantized: Quantized) -> "np.ndarray[Any, Any]":
     Of Q4_0 a byte holds a code of the block's first half in its low four bits and one of the second half above.
     """
     rows, cols = quantized.codes.shape
-    scales = _numpy(affine.spread(quantized.scales, quantized.grid, cols)[:, ::BLOCK])
+    scales = _numpy(affine.per_column(quantized.scales, quantized.grid, cols)[:, ::BLOCK])
     codes = _numpy(quantized.codes).reshape(rows, cols // BLOCK, BLOCK)
     nibbles = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
     data = nibbles if quantized.grid.bits == 4 else codes ^ 128  # of 8 bits: code − 128, as int8

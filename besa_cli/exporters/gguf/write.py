@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from besa_cli.exporters.gguf import llama, quantized_blocks, vocabulary
-from besa_cli.exporters.source import Piece, Source, narrowed
+from besa_cli.exporters.source import Piece, StageSource, narrowed
 from besa_cli.ops.affine import Quantized
 
 _DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # the rest is computed from fp32
@@ -37,7 +37,7 @@ class Options:
     type: Literal["F16", "BF16", "Q8_0", "Q4_0"] = "BF16"
 
 
-def pieces(source: Source, options: Options) -> int:
+def pieces(source: StageSource, options: Options) -> int:
     """How many pieces `write` yields.
 
     Raises
@@ -57,7 +57,7 @@ def file_name(options: Options) -> str:
     return f"model-{options.type}.gguf"
 
 
-def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
     """Fill the directory; a piece is a block, or what belongs to no block."""
     with contextlib.closing(GGUFWriter(target / file_name(options), llama.ARCHITECTURE)) as writer:
         llama.add_facts(writer, source)
@@ -92,7 +92,7 @@ def write(source: Source, target: Path, options: Options) -> Iterator[Piece]:
             yield Piece(linear_bytes=linear_bytes, rounded_to_zero=rounded)
 
 
-def stored_as(source: Source, name: str, options: Options) -> Kind:
+def stored_as(source: StageSource, name: str, options: Options) -> Kind:
     """The type that a tensor is stored in."""
     shape, kind = source.shape(name), Kind[options.type]
     if len(shape) < 2:
@@ -102,7 +102,7 @@ def stored_as(source: Source, name: str, options: Options) -> Kind:
     return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.BF16
 
 
-def arranged(source: Source, name: str, quantized: Quantized) -> Quantized:
+def arranged(source: StageSource, name: str, quantized: Quantized) -> Quantized:
     """Codes with their rows in llama.cpp's order."""
     codes, scales = (llama.arranged(source, name, part) for part in (quantized.codes, quantized.scales))
     return replace(quantized, codes=codes, scales=scales)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models.gguf.file_header import Header, refuse
-from besa_cli.models.gguf.metadata import LONGEST_CONTEXT, Facts
+from besa_cli.models.gguf.metadata import LONGEST_CONTEXT, Metadata
 from besa_cli.models.gguf.rotary import Read, parameters
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def config_of(header: Header, read: Read) -> "PretrainedConfig":
             f"supported: {known}",
         )
     kind, make = _ARCHITECTURES[header.architecture]
-    facts = Facts(header)
+    facts = Metadata(header)
     wanted = _common(facts) | make(facts, read)
     facts.finish()
     with reading(header.path):
         return AutoConfig.for_model(kind, **wanted)
 
 
-def _common(facts: Facts) -> Config:
+def _common(facts: Metadata) -> Config:
     """Sizes that all have, compared with the tensors that are there."""
     header = facts.header
     blocks = facts.whole("block_count")
@@ -85,7 +85,7 @@ def _token(header: Header, key: str, words: int) -> int | None:
 
 
 def _heads(
-    facts: Facts, read: Read, *, partly: bool = False, rotary: bool = True, grouped: int | None = None
+    facts: Metadata, read: Read, *, partly: bool = False, rotary: bool = True, grouped: int | None = None
 ) -> Config:
     """Sizes of attention and MLP, and the rotary embedding; `partly` where it may turn a part of each head.
 
@@ -118,7 +118,7 @@ def _heads(
     return found | {"rope_parameters": rope}
 
 
-def _window(facts: Facts) -> int | None:
+def _window(facts: Metadata) -> int | None:
     """The sliding window where llama.cpp has none: only one that hides nothing."""
     context = facts.whole("context_length", most=LONGEST_CONTEXT)
     window = facts.whole("attention.sliding_window", 0, least=0)
@@ -127,7 +127,7 @@ def _window(facts: Facts) -> int | None:
     return None
 
 
-def _llama(facts: Facts, read: Read) -> Config:
+def _llama(facts: Metadata, read: Read) -> Config:
     _window(facts)
     return _heads(facts, read) | {
         "rms_norm_eps": facts.real(_RMS),
@@ -136,12 +136,12 @@ def _llama(facts: Facts, read: Read) -> Config:
     }
 
 
-def _qwen2(facts: Facts, read: Read) -> Config:
+def _qwen2(facts: Metadata, read: Read) -> Config:
     _window(facts)
     return _heads(facts, read) | {"rms_norm_eps": facts.real(_RMS), "use_sliding_window": False}
 
 
-def _qwen3(facts: Facts, read: Read) -> Config:
+def _qwen3(facts: Metadata, read: Read) -> Config:
     return _qwen2(facts, read) | {
         "attention_bias": facts.any_tensor("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
     }
@@ -150,7 +150,7 @@ def _qwen3(facts: Facts, read: Read) -> Config:
 _GEMMA_27B = 46, 62  # the blocks of Gemma 2 and of Gemma 3 that scale queries by another width than the heads'
 
 
-def _gemma(facts: Facts, read: Read) -> Config:
+def _gemma(facts: Metadata, read: Read) -> Config:
     found = _heads(facts, read)
     large = _blocks(facts) in _GEMMA_27B
     width = facts.whole("embedding_length") // found["num_attention_heads"] if large else found["head_dim"]
@@ -162,19 +162,19 @@ def _gemma(facts: Facts, read: Read) -> Config:
     }
 
 
-def _blocks(facts: Facts) -> int:
+def _blocks(facts: Metadata) -> int:
     """How many blocks the model has."""
     return facts.whole("block_count")
 
 
-def _layers(facts: Facts, every: int) -> list[str]:
+def _layers(facts: Metadata, every: int) -> list[str]:
     """The kind of each block; by default each `every`-th sees all tokens, those before it a window."""
     blocks = _blocks(facts)
     given = facts.pattern("attention.sliding_window_pattern", blocks, every)
     return ["sliding_attention" if sliding else "full_attention" for sliding in given]
 
 
-def _gemma2(facts: Facts, read: Read) -> Config:
+def _gemma2(facts: Metadata, read: Read) -> Config:
     return _gemma(facts, read) | {
         "sliding_window": facts.whole("attention.sliding_window", 4096),
         "layer_types": _layers(facts, 2),
@@ -183,7 +183,7 @@ def _gemma2(facts: Facts, read: Read) -> Config:
     }
 
 
-def _gemma3(facts: Facts, read: Read) -> Config:
+def _gemma3(facts: Metadata, read: Read) -> Config:
     found = _gemma(facts, read)
     local = {"rope_type": "default", "rope_theta": facts.real("rope.freq_base_swa", 10000.0)}
     return found | {
@@ -197,7 +197,7 @@ def _gemma3(facts: Facts, read: Read) -> Config:
     }
 
 
-def _phi3(facts: Facts, read: Read) -> Config:
+def _phi3(facts: Metadata, read: Read) -> Config:
     found = _heads(facts, read, partly=True)
     rope = found["rope_parameters"]
     return found | {
@@ -209,7 +209,7 @@ def _phi3(facts: Facts, read: Read) -> Config:
     }
 
 
-def _starcoder2(facts: Facts, read: Read) -> Config:
+def _starcoder2(facts: Metadata, read: Read) -> Config:
     _window(facts)
     return _heads(facts, read) | {
         "norm_epsilon": facts.real(_LAYER),
@@ -219,7 +219,7 @@ def _starcoder2(facts: Facts, read: Read) -> Config:
     }
 
 
-def _stablelm(facts: Facts, read: Read) -> Config:
+def _stablelm(facts: Metadata, read: Read) -> Config:
     parallel = not facts.any_tensor("ffn_norm.weight")
     facts.expect("use_parallel_residual", parallel, "contradicts the tensors, of which ffn_norm decides it")
     return _heads(facts, read, partly=True) | {
@@ -230,7 +230,7 @@ def _stablelm(facts: Facts, read: Read) -> Config:
     }
 
 
-def _nemotron(facts: Facts, read: Read) -> Config:
+def _nemotron(facts: Metadata, read: Read) -> Config:
     return _heads(facts, read, partly=True) | {
         "norm_eps": facts.real(_LAYER),
         "hidden_act": "relu2",
@@ -239,7 +239,7 @@ def _nemotron(facts: Facts, read: Read) -> Config:
     }
 
 
-def _falcon(facts: Facts, read: Read) -> Config:
+def _falcon(facts: Metadata, read: Read) -> Config:
     found = _heads(facts, read)
     grouped = found.pop("num_key_value_heads")
     facts.expect("attention.key_length", facts.whole("embedding_length") // found["num_attention_heads"])
@@ -259,7 +259,7 @@ def _falcon(facts: Facts, read: Read) -> Config:
     }
 
 
-def _bloom(facts: Facts, read: Read) -> Config:
+def _bloom(facts: Metadata, read: Read) -> Config:
     found = _heads(facts, read, rotary=False)
     facts.expect("feed_forward_length", 4 * facts.whole("embedding_length"))
     return {
@@ -270,7 +270,7 @@ def _bloom(facts: Facts, read: Read) -> Config:
     }
 
 
-def _gpt2(facts: Facts, read: Read) -> Config:
+def _gpt2(facts: Metadata, read: Read) -> Config:
     found = _heads(facts, read, rotary=False)
     return {
         "n_head": found["num_attention_heads"],
@@ -283,7 +283,7 @@ def _gpt2(facts: Facts, read: Read) -> Config:
     }
 
 
-def _lfm2(facts: Facts, read: Read) -> Config:
+def _lfm2(facts: Metadata, read: Read) -> Config:
     """Blocks without keys and values are convolutions."""
     grouped = facts.each("attention.head_count_kv", _blocks(facts))
     found = _heads(facts, read, grouped=max(grouped))
@@ -296,7 +296,7 @@ def _lfm2(facts: Facts, read: Read) -> Config:
     }
 
 
-def _mamba(facts: Facts, read: Read) -> Config:
+def _mamba(facts: Metadata, read: Read) -> Config:
     facts.whole("context_length", most=LONGEST_CONTEXT)  # it has none
     for key in ("feed_forward_length", "attention.head_count", "ssm.dt_b_c_rms"):
         facts.expect(key, 0)
@@ -311,7 +311,7 @@ def _mamba(facts: Facts, read: Read) -> Config:
     }
 
 
-_ARCHITECTURES: Mapping[str, tuple[str, Callable[[Facts, Read], Config]]] = {
+_ARCHITECTURES: Mapping[str, tuple[str, Callable[[Metadata, Read], Config]]] = {
     "bloom": ("bloom", _bloom),
     "falcon": ("falcon", _falcon),
     "gemma2": ("gemma2", _gemma2),

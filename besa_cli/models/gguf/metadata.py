@@ -28,7 +28,7 @@ _WITHOUT = {
 }
 
 
-class Facts:
+class Metadata:
     """What a file says of its model, by llama.cpp's names without the architecture's before them.
 
     Parameters

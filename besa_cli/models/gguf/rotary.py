@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from besa_cli.models.gguf.metadata import LONGEST_CONTEXT, Facts
+from besa_cli.models.gguf.metadata import LONGEST_CONTEXT, Metadata
 
 Rope = dict[str, str | float | list[float]]
 Read = Callable[[str], Sequence[float]]
@@ -15,7 +15,7 @@ _LOW, _HIGH = 1.0, 4.0  # Llama 3's bounds, in wavelengths of the original conte
 _CLOSE = 1e-5
 
 
-def parameters(facts: Facts, width: int, read: Read) -> Rope:
+def parameters(facts: Metadata, width: int, read: Read) -> Rope:
     """`rope_parameters` of a model whose heads turn `width` channels.
 
     Parameters
@@ -65,7 +65,7 @@ def parameters(facts: Facts, width: int, read: Read) -> Rope:
 _BETAS = {"fast": 32.0, "slow": 1.0}
 
 
-def _factors(facts: Facts, name: str, width: int, read: Read) -> list[float]:
+def _factors(facts: Metadata, name: str, width: int, read: Read) -> list[float]:
     """What each frequency is divided by."""
     tensor = facts.header.tensors.get(name)
     if tensor is None or tensor.shape != (width // 2,):

@@ -8,6 +8,6 @@ the exact budget, and keep the uniform allocation where learning did not beat it
 """
 
 from besa_cli.pruners.besa.deciding import prune
-from besa_cli.pruners.besa.options import Options, authors, held
+from besa_cli.pruners.besa.options import Options, authors, memory_use
 
-__all__ = ["Options", "authors", "held", "prune"]
+__all__ = ["Options", "authors", "memory_use", "prune"]

@@ -10,14 +10,14 @@ from besa_cli.ops import affine, allocation, budget, masks
 from besa_cli.ops.affine import Quantized
 from besa_cli.pruners.besa.learning import learn
 from besa_cli.pruners.besa.options import Options
-from besa_cli.pruners.besa.window import Window
+from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream import learning
-from besa_cli.stream.block import Block, Pruned
+from besa_cli.stream.block import Block, Decision
 
 
-def prune(block: Block, options: Options) -> Pruned:
+def prune(block: Block, options: Options) -> Decision:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
-    window = Window(block, options)
+    window = RankedWindow(block, options)
     try:
         return _decide(window)
     finally:
@@ -25,26 +25,26 @@ def prune(block: Block, options: Options) -> Pruned:
             linear.restore(block.weights[name])
 
 
-def _decide(window: Window) -> Pruned:
+def _decide(window: RankedWindow) -> Decision:
     options = window.options
-    if window.spent and not window.clipped:
+    if window.budget_met and not window.clipped:
         (kept,) = _masks(window, window.uniform_shares())
-        return Pruned(masks=kept)
+        return Decision(masks=kept)
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
-        window.linears[name].put(each)
-    if window.spent:
+        window.linears[name].set_quantized(each)
+    if window.budget_met:
         (kept,) = _masks(window, window.uniform_shares())
-        return Pruned(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
-    if not options.manner.exact:
-        return Pruned(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
-    sparsities = allocation.project(theta, window.sizes, window.p, window.goal)
+        return Decision(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
+    if not options.rules.meets_budget:
+        return Decision(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
+    sparsities = allocation.project(theta, window.sizes, window.candidates, window.target_sparsity)
     uniform, learned = _masks(window, window.uniform_shares(), window.shares(sparsities))
     before, after = (_errors(window, kept) for kept in (uniform, learned))
     better = after[0] < before[0]
     kept = learned if better else uniform
-    return Pruned(
+    return Decision(
         masks=kept,
         **_on_grid(quantized, kept),
         error_before=before[1],
@@ -55,21 +55,21 @@ def _decide(window: Window) -> Pruned:
 
 
 def _on_grid(quantized: Mapping[str, Quantized], kept: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The linears on a grid, what is pruned at its zero, as fields of `Pruned`."""
+    """The linears on a grid, what is pruned at its zero, as fields of `Decision`."""
     pruned = {name: affine.pruned(each, kept[name]) for name, each in quantized.items()}
     return {"weights": {name: affine.dequantize(each) for name, each in pruned.items()}, "quantized": pruned}
 
 
-def _learned_masks(window: Window, theta: Tensor) -> dict[str, Tensor]:
+def _learned_masks(window: RankedWindow, theta: Tensor) -> dict[str, Tensor]:
     """The masks of the last step, whatever their sparsity."""
-    alpha = allocation.expected_sparsity(window.mixture(theta), window.p)
+    alpha = allocation.expected_sparsity(window.mixture(theta), window.candidates)
     return {
-        name: masks.keep_above(linear.ranks, allocation.of_rows(count, linear.group, linear.rows))
+        name: masks.mask_from_ranks(linear.ranks, allocation.repeat_rows(count, linear.group, linear.rows))
         for (name, linear), count in zip(window.linears.items(), window.counts(alpha), strict=True)
     }
 
 
-def _masks(window: Window, *allocations: Mapping[str, budget.Floats]) -> list[dict[str, Tensor]]:
+def _masks(window: RankedWindow, *allocations: Mapping[str, budget.Floats]) -> list[dict[str, Tensor]]:
     """For each allocation masks that prune exactly the budget, each row as near to its share as zeros allow."""
     totals = [_totals(window, shares) for shares in allocations]
     kept: list[dict[str, Tensor]] = [{} for _ in allocations]
@@ -77,12 +77,12 @@ def _masks(window: Window, *allocations: Mapping[str, budget.Floats]) -> list[di
         scores = window.score(name)
         for shares, total, found in zip(allocations, totals, kept, strict=True):
             counts = masks.row_counts(shares[name], total[name], scores, linear.ranks)
-            found[name] = masks.keep_above(linear.ranks, counts)
+            found[name] = masks.mask_from_ranks(linear.ranks, counts)
         del scores  # before there are those of the next
     return kept
 
 
-def _totals(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, int]:
+def _totals(window: RankedWindow, shares: Mapping[str, budget.Floats]) -> dict[str, int]:
     """Weights that each linear prunes, the window's budget in all."""
     wished = np.array([shares[name].sum() for name in window.linears])
     zeros = np.array([linear.zeros for linear in window.linears.values()])
@@ -91,10 +91,10 @@ def _totals(window: Window, shares: Mapping[str, budget.Floats]) -> dict[str, in
     return dict(zip(window.linears, totals.tolist(), strict=True))
 
 
-def _errors(window: Window, kept: Mapping[str, Tensor]) -> tuple[float, float]:
+def _errors(window: RankedWindow, kept: Mapping[str, Tensor]) -> tuple[float, float]:
     """The mean loss and the mean relative error of each token under fixed masks."""
     weights = {
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()
     }
-    return learning.errors(window.block, weights, window.options.loss)
+    return learning.compare_errors(window.block, weights, window.options.loss)

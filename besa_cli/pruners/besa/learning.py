@@ -9,20 +9,20 @@ from torch import Tensor
 
 from besa_cli.ops import allocation, losses
 from besa_cli.pruners.besa.options import Options
-from besa_cli.pruners.besa.window import Window
+from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream import learning
 from besa_cli.system import compute
 
 
-def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
+def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
     """Minimise the reconstruction error within the budget; where the budget is spent, the grids alone are learned.
 
     The budget is held in every step, or with a `penalty` left to it.
 
     Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
     """
-    block, options, manner = window.block, window.options, window.options.manner
-    held = options.penalty is None and not window.spent
+    block, options, rules = window.block, window.options, window.options.rules
+    keeps_budget = options.penalty is None and not window.budget_met
     theta = _initial_logits(window).requires_grad_()
     strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
@@ -32,23 +32,25 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):
-            if held:
-                _hold(window, theta)
+            if keeps_budget:
+                _project_to_budget(window, theta)
             weights, mixture = _soft_weights(window, theta, strengths)
-            inputs, target = block.take(chosen)
+            inputs, target = block.step_batch(chosen)
             output = block.forward(inputs, weights)
-            reconstruction = measure(output, target.to(output.device), world.totalled)
+            reconstruction = measure(output, target.to(output.device), world.all_reduce_)
             penalty = len(inputs) / len(chosen) * _penalty(window, mixture)
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
             objective = scale * (reconstruction + penalty)
             if objective.requires_grad:  # not so on a rank that has none of the samples, where nothing is pruned
                 objective.backward()  # type: ignore[no-untyped-call]
             loss = reconstruction.detach()
-            world.sum([loss, *_gradients([theta, *strengths.values()], 1 if manner.scaled else 1 / scale)])
-            if held and mixture is not None and theta.grad is not None:
-                theta.grad = allocation.tangent(theta.grad, mixture.detach(), window.sizes, window.p)
+            world.all_reduce_list_(
+                [loss, *_gradients([theta, *strengths.values()], 1 if rules.summed_gradient else 1 / scale)]
+            )
+            if keeps_budget and mixture is not None and theta.grad is not None:
+                theta.grad = allocation.project_gradient(theta.grad, mixture.detach(), window.sizes, window.candidates)
             for optimizer, rate in learners:
-                if manner.decaying:
+                if rules.decaying:
                     # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
                     optimizer.param_groups[0]["lr"] = rate * learning.half_cosine(len(history) / steps)
                 optimizer.step()
@@ -56,33 +58,35 @@ def learn(window: Window) -> tuple[Tensor, dict[str, Tensor], float]:
             history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
-    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, learning.settled(history)
+    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, learning.tail_mean(history)
 
 
-def _hold(window: Window, theta: Tensor) -> None:
+def _project_to_budget(window: RankedWindow, theta: Tensor) -> None:
     """Bring the mixtures back to the budget, in place."""
     with torch.no_grad():
-        theta += allocation.restoring_tilt(theta, window.sizes, window.p, window.goal) * window.p
+        theta += (
+            allocation.newton_tilt(theta, window.sizes, window.candidates, window.target_sparsity) * window.candidates
+        )
 
 
-def _penalty(window: Window, mixture: Tensor | None) -> Tensor | float:
+def _penalty(window: RankedWindow, mixture: Tensor | None) -> Tensor | float:
     if mixture is None or not window.options.penalty:
         return 0.0
-    sparsity, _ = allocation.mean_and_slope(mixture, window.sizes, window.p)
-    return window.options.penalty * losses.sparsity_penalty(sparsity, window.goal)
+    sparsity, _ = allocation.mean_and_slope(mixture, window.sizes, window.candidates)
+    return window.options.penalty * losses.sparsity_penalty(sparsity, window.target_sparsity)
 
 
-def _initial_logits(window: Window) -> Tensor:
-    if window.spent or window.options.manner.smoothed:
-        return torch.zeros(len(window.sizes), len(window.p), device=window.device)
-    return allocation.initial_logits(len(window.sizes), window.p, window.goal)
+def _initial_logits(window: RankedWindow) -> Tensor:
+    if window.budget_met or window.options.rules.sigmoid_logits:
+        return torch.zeros(len(window.sizes), len(window.candidates), device=window.device)
+    return allocation.initial_logits(len(window.sizes), window.candidates, window.target_sparsity)
 
 
 def _chosen(samples: int, options: Options, seed: int) -> Iterator[Tensor]:
     """The samples of every step, one after the other."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(options.epochs):
-        shuffled = options.manner.shuffled
+        shuffled = options.rules.shuffled
         order = torch.randperm(samples, generator=generator) if shuffled else torch.arange(samples)
         yield from torch.split(order, options.batch_size)
 
@@ -109,24 +113,30 @@ def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list
 
 
 def _finite(value: float, index: int) -> float:
-    return learning.finite(value, index, "--lr", "--penalty")
+    return learning.require_finite(value, index, "--lr", "--penalty")
 
 
 def _soft_weights(
-    window: Window, theta: Tensor, strengths: Mapping[str, Tensor]
+    window: RankedWindow, theta: Tensor, strengths: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The masked weights, differentiable in the logits, and the mixtures; None where the budget is spent."""
     sources = {
         name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
         for name, linear in window.linears.items()
     }
-    if window.spent:  # and a zero is zero on every grid
+    if window.budget_met:  # and a zero is zero on every grid
         return sources, None
     mixture = window.mixture(theta)
-    alpha = allocation.expected_sparsity(mixture, window.p)
+    alpha = allocation.expected_sparsity(mixture, window.candidates)
     weights = {
         name: allocation.straight_through(
-            part, sources[name], linear.ranks, count, linear.group, linear.masked, floored=window.options.manner.floors
+            part,
+            sources[name],
+            linear.ranks,
+            count,
+            linear.group,
+            linear.masked,
+            floored=window.options.rules.floor_counts,
         )
         for (name, linear), part, count in zip(
             window.linears.items(), window.split(mixture), window.counts(alpha), strict=True

@@ -8,7 +8,7 @@ from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
-from besa_cli.stream.memory_model import Held
+from besa_cli.stream.memory_model import MemoryUse
 
 _RATES = {"adamw": 1.0, "prodigy": 1.0}
 _CLIP_RATE = 0.03
@@ -16,7 +16,7 @@ _AUTHORS_PENALTY = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manner:
+class LearningRules:
     """What no option says: how learning is done and what becomes of it. The defaults are `besa`'s own.
 
     Attributes
@@ -36,15 +36,17 @@ class Manner:
         The learned sparsities are projected onto the budget and compared with the uniform ones.
     """
 
-    smoothed: bool = False
+    sigmoid_logits: bool = False
     shuffled: bool = True
     decaying: bool = True
-    scaled: bool = True
-    floors: bool = False
-    exact: bool = True
+    summed_gradient: bool = True
+    floor_counts: bool = False
+    meets_budget: bool = True
 
 
-_AUTHORS = Manner(smoothed=True, shuffled=False, decaying=False, scaled=False, floors=True, exact=False)
+_AUTHORS = LearningRules(
+    sigmoid_logits=True, shuffled=False, decaying=False, summed_gradient=False, floor_counts=True, meets_budget=False
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Options:
     clip_lr : float, optional
         AdamW's rate for the clipping strengths; 0.03 with `bits`.
     preset : {"authors"}, optional
-        ``authors``: the manner of the paper's released program; its other options are those of `authors`.
+        ``authors``: the learning rules of the paper's released program; its other options are those of `authors`.
     """
 
     window: str = windows.BLOCK
@@ -139,14 +141,14 @@ class Options:
         return affine.grid(self.bits, group_size, symmetric=self.symmetric is not False)
 
     @property
-    def manner(self) -> Manner:
+    def rules(self) -> LearningRules:
         """How learning is done."""
-        return Manner() if self.preset is None else _AUTHORS
+        return LearningRules() if self.preset is None else _AUTHORS
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def learnable_range(self) -> tuple[float, float]:
         """The least and the greatest sparsity that can be learned."""
-        return allocation.smoothed_reach(self.candidates) if self.manner.smoothed else (0.0, 1.0)
+        return allocation.smoothed_range(self.candidates) if self.rules.sigmoid_logits else (0.0, 1.0)
 
     @property
     def rate(self) -> float:
@@ -164,9 +166,9 @@ def authors(granularity: str = "row") -> dict[str, Any]:
     return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": _AUTHORS_PENALTY}
 
 
-def held(options: Options) -> Held:
+def memory_use(options: Options) -> MemoryUse:
     """Two masks (1 byte each) when they are compared; on a grid what stands on it (4), its codes and the masks."""
-    held = Held(
+    held = MemoryUse(
         state=2,
         learned=0,
         batch=options.batch_size,

@@ -18,7 +18,7 @@ from besa_cli.stream.block import Block
 _DAMPING = 0.01
 
 
-class Linear:
+class BesaLinear:
     """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight.
 
     Its masked weights are written into `room`, the block's own weights in the dtype of computation, from the weights as
@@ -26,13 +26,13 @@ class Linear:
     """
 
     def __init__(
-        self, weight: Tensor, scores: Tensor, room: Tensor, group: int, clipped: Clipped | None = None
+        self, weight: Tensor, scores: Tensor, buffer: Tensor, group: int, clipped: Clipped | None = None
     ) -> None:
         self.weight = weight.contiguous()
         self.ranks = kernels.ranks(scores)
-        self.masked = room
+        self.masked = buffer
         self.rows, self.cols = weight.shape
-        self.zeros = masks.zeros(weight)
+        self.zeros = masks.count_zeros(weight)
         self.group = group
         self.groups = math.ceil(self.rows / group)
         self.clipped = clipped
@@ -41,7 +41,7 @@ class Linear:
         """Give the block its own weights back."""
         self.masked.copy_(weight)
 
-    def put(self, quantized: Quantized) -> None:
+    def set_quantized(self, quantized: Quantized) -> None:
         """Take the weights of a grid that is settled."""
         self.weight = affine.dequantize(quantized).to(self.masked.dtype)
 
@@ -53,10 +53,10 @@ class Linear:
     def group_sizes(self) -> Tensor:
         """Weights in each group, fp32."""
         ones = torch.ones(self.rows, device=self.weight.device)
-        return allocation.of_groups(ones, self.group) * self.cols
+        return allocation.sum_groups(ones, self.group) * self.cols
 
 
-class Window:
+class RankedWindow:
     """All linears of one reconstruction window, and the block that they belong to.
 
     With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin. `spent`
@@ -72,7 +72,7 @@ class Window:
         self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
         self.start = {name: clipped.searched(norms[name].square()) for name, clipped in self.clipped.items()}
         self.linears = {
-            name: Linear(
+            name: BesaLinear(
                 weight,
                 self.score(name),
                 block.linears[name].weight.data,
@@ -84,14 +84,14 @@ class Window:
         self.device = next(iter(block.linears.values())).weight.device
         self.sizes = torch.cat([linear.group_sizes() for linear in self.linears.values()])
         self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
-        self.p = allocation.candidates(options.candidates).to(self.device)
-        self.goal = block.budget / sum(linear.size for linear in self.linears.values())
-        self.spent = block.budget <= sum(linear.zeros for linear in self.linears.values())
+        self.candidates = allocation.candidates(options.candidates).to(self.device)
+        self.target_sparsity = block.budget / sum(linear.size for linear in self.linears.values())
+        self.budget_met = block.budget <= sum(linear.zeros for linear in self.linears.values())
 
     def score(self, name: str) -> Tensor:
         """The scores of one linear, below zero where a weight is zero already."""
         weight = self.block.weights[name]
-        return masks.zeros_first(self.scores(name, weight), weight)
+        return masks.mark_zeros_(self.scores(name, weight), weight)
 
     def split(self, groups: Tensor) -> list[Tensor]:
         """The part of each linear in a tensor with one row a group."""
@@ -99,23 +99,23 @@ class Window:
 
     def mixture(self, theta: Tensor) -> Tensor:
         """β from the logits."""
-        return allocation.mixture(theta.sigmoid() if self.options.manner.smoothed else theta)
+        return allocation.mixture(theta.sigmoid() if self.options.rules.sigmoid_logits else theta)
 
     def counts(self, alpha: Tensor) -> list[Tensor]:
         """Weights that each row of a group prunes while learning, from the groups' sparsities; one tensor a linear."""
         real = alpha.detach() * self.cols
-        return self.split((real.floor() if self.options.manner.floors else real.round()).to(torch.int32))
+        return self.split((real.floor() if self.options.rules.floor_counts else real.round()).to(torch.int32))
 
     def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
         """Real counts for each row from each group's sparsity."""
         return {
-            name: (allocation.of_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
+            name: (allocation.repeat_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
             for (name, linear), alpha in zip(self.linears.items(), self.split(sparsities), strict=True)
         }
 
     def uniform_shares(self) -> dict[str, budget.Floats]:
         """The same share for every row."""
-        return {name: np.full(linear.rows, self.goal * linear.cols) for name, linear in self.linears.items()}
+        return {name: np.full(linear.rows, self.target_sparsity * linear.cols) for name, linear in self.linears.items()}
 
 
 def _scores(block: Block, kind: Importance, norms: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:

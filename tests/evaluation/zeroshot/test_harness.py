@@ -13,7 +13,7 @@ from support import task_files
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.evaluation.zeroshot import harness
 from besa_cli.evaluation.zeroshot.forms import ENDINGS, FORMS, STEMS
-from besa_cli.evaluation.zeroshot.results import Result
+from besa_cli.evaluation.zeroshot.results import TaskResult
 from besa_cli.text import hub_files
 
 DATA = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
@@ -226,7 +226,7 @@ def test_the_page_of_the_tasks_lists_every_name() -> None:
     for task in ("piqa", "boolq", "hellaswag", "winogrande", "arc_easy"):
         assert all(f"`{column}`" in rows[task] for column in FORMS[task].columns), task
     fields = {name for line in lines for name in re.findall("`([^`]+)`", line[1])}
-    assert set(signature(Result).parameters) <= fields
+    assert set(signature(TaskResult).parameters) <= fields
 
 
 def test_a_data_dir_that_is_none(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from besa_cli.errors import UsageError
 from besa_cli.evaluation.zeroshot import harness, results, run
-from besa_cli.evaluation.zeroshot.results import Result, Settings
+from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
 from besa_cli.models.tokenizer import tokenizer_of
 from besa_cli.text import hub_files
 
@@ -271,10 +271,10 @@ def test_questions_that_are_cut_are_counted_in_a_note(besa: Besa, model: Path, t
 )
 def test_settings_that_cannot_be_meant(options: Json, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        Settings(**options)
+        TaskSettings(**options)
 
 
-def result(task: str = "piqa", acc: float | None = 0.5, **changes: Any) -> Result:
+def result(task: str = "piqa", acc: float | None = 0.5, **changes: Any) -> TaskResult:
     values: Json = {"alias": task, "sample_len": 4, "acc_norm,none": 0.25, "acc_norm_stderr,none": "N/A"}
     if acc is not None:
         values |= {"acc,none": acc, "acc_stderr,none": 0.1}
@@ -283,10 +283,10 @@ def result(task: str = "piqa", acc: float | None = 0.5, **changes: Any) -> Resul
         "task": task, "split": "validation", "data": None, "num_fewshot": 0, "limit": 4, "batch_size": "1",
         "device": "cpu", "dtype": "float32", "streamed": False, "model_digest": "a" * 64, "tokenizer_digest": "b",
     }  # fmt: skip
-    return Result(**{**facts, **changes}, harness=output)
+    return TaskResult(**{**facts, **changes}, harness=output)
 
 
-def facts(each: Result) -> Json:
+def facts(each: TaskResult) -> Json:
     return {name: value for name, value in vars(each).items() if name != "harness"}
 
 
@@ -330,7 +330,7 @@ def test_a_measurement_without_a_directory_keeps_nothing(model: Path, data: Path
 
     tokenizer = tokenizer_of(tiny_models.local(model))
     with harness.prepared(["piqa"], data, shots=None, notify=lambda line: None) as tasks:
-        job = run.Measurement(model, "digest", tokenizer, "made of", tasks, Settings())
+        job = run.TaskMeasurement(model, "digest", tokenizer, "made of", tasks, TaskSettings())
         found = job.measure("piqa", None, {})
     assert found.averaged() == found.harness["results"]["piqa"]["acc,none"]
     assert not list(workplace.iterdir())
@@ -369,10 +369,10 @@ def test_a_forecast_grows_with_the_questions(model: Path, data: Path, monkeypatc
 
     monkeypatch.setattr(harness, "evaluate", slow)
     monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    settings = Settings(dtype="float32")
+    settings = TaskSettings(dtype="float32")
     with harness.prepared(("piqa",), data, shots=None, keep=None, notify=print) as ready:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        found = run.Measurement(model, "digest", tokenizer, "tokenizer", ready, settings).forecast("piqa")
+        found = run.TaskMeasurement(model, "digest", tokenizer, "tokenizer", ready, settings).forecast("piqa")
     assert (found.task, found.questions, found.seconds) == ("piqa", 9, pytest.approx(3 + 0.5 * 9))
 
 
