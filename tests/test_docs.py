@@ -255,7 +255,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_example_of_a_method_says_what_it_holds(example: ModuleType) -> None:
     """Scores and masks, like Wanda's, whose it makes: the other tensors exist for one linear at a time."""
-    assert example.held(example.Options()) == wanda.memory_use(wanda.Options())
+    assert example.memory_use(example.Options()) == wanda.memory_use(wanda.Options())
 
 
 def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:

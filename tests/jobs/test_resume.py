@@ -433,8 +433,8 @@ def test_the_same_command_again(besa: Besa, words: list[str], fate: Fate) -> Non
 HOLDER = """
 import sys, time
 from pathlib import Path
-from besa_cli import lock
-with lock.held(Path(sys.argv[1]), "besa prune --run shared"):
+from besa_cli.system import lock
+with lock.hold(Path(sys.argv[1]), "besa prune --run shared"):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -99,7 +99,7 @@ def test_a_conversion_that_gives_other_weights_is_not_kept(
         tokenizers = pytest.importorskip("tokenizers")
         tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(target / "tokenizer.json"))
 
-    monkeypatch.setattr(demo.gguf, "convert", convert)
+    monkeypatch.setattr(demo.convert, "convert", convert)
     with pytest.raises(BesaError, match="gave other weights"):
         resolve(DEMO, notify=notes.append)
     assert [entry for entry in (cache / "models").iterdir() if entry.is_dir()] == []

@@ -9,7 +9,7 @@ from support.strategies import few
 
 from besa_cli import sim
 from besa_cli.errors import UsageError
-from besa_cli.sim import accelerator, dense, roofline, vitcod, vitcod_released
+from besa_cli.sim import accelerator, columns, dense, roofline, vitcod, vitcod_released
 from besa_cli.sim.accelerator import Accelerator
 from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.workload import Mask, Workload, of_mask
@@ -299,8 +299,8 @@ def test_nothing_left_takes_no_time(name: str) -> None:
 @given(masks(max_cols=40), st.sampled_from([0.0, 0.5, 0.9]))
 def test_relabelling_brings_denser_columns_to_the_front_and_keeps_every_column(mask: Mask, threshold: float) -> None:
     counted = of_mask(mask)
-    order = reorder.relabelling(counted.kept_by_column, counted.rows, threshold)
-    front = reorder.denser(counted.kept_by_column, counted.rows, threshold)[order]
+    order = columns.relabelling(counted.kept_by_column, counted.rows, threshold)
+    front = columns.denser(counted.kept_by_column, counted.rows, threshold)[order]
     assert sorted(order.tolist()) == list(range(mask.shape[1]))
     assert front.tolist() == sorted(front.tolist(), reverse=True)
 
@@ -310,7 +310,7 @@ def test_relabelling_is_a_permutation_at_every_size(cols: int) -> None:
     """200 is where the released program puts a column aside: from 201 columns on it is one of them."""
     mask = np.random.default_rng(cols).random((8, cols)) < np.linspace(0, 1, cols)
     counted = of_mask(mask)
-    order = reorder.relabelling(counted.kept_by_column, counted.rows, 0.5)
+    order = columns.relabelling(counted.kept_by_column, counted.rows, 0.5)
     assert np.array_equal(np.sort(order), np.arange(cols))
     moved = of_mask(mask[:, order])
     assert sorted(moved.kept_by_column.tolist()) == sorted(counted.kept_by_column.tolist())

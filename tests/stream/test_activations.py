@@ -70,10 +70,10 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     calibration = tiny_models.calibration_set(tiny_models.tokens(6, 12))
     chosen = {"target": target, "window": window}
     found = {}
-    place = memory_model.plan
+    plan = memory_model.plan
     for name in ("memory", "files"):
         files = name == "files"
-        monkeypatch.setattr(memory_model, "place", lambda *a, f=files, **k: replace(place(*a, **k), in_files=f))
+        monkeypatch.setattr(memory_model, "plan", lambda *a, f=files, **k: replace(plan(*a, **k), in_files=f))
         request = PruneRequest(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
         job = StageJob(Run(tmp_path / name), tiny_models.local(model), calibration, request, notify=notes.append)

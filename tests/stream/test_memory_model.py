@@ -86,7 +86,7 @@ def requests() -> list[Any]:
 
 @pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method}-{asked.options}")
 def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
-    held = request_.held()
+    held = request_.memory_use()
     found = memory_model.prune_demand(SHAPE, held, tokens=70, passing=7, learning=7)
     waiting = attention.KEPT  # probabilities of attention, at most
     inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
@@ -163,7 +163,7 @@ def test_no_phase_but_its_own_holds_the_embedding() -> None:
     tokens=st.integers(1, 10**6),
     passing=st.integers(1, 10**5),
     more=st.integers(1, 10**5),
-    held=st.sampled_from([request.held() for request in requests()]),
+    held=st.sampled_from([request.memory_use() for request in requests()]),
 )
 def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: MemoryUse) -> None:
     few = memory_model.prune_demand(SHAPE, held, tokens=tokens, passing=passing)

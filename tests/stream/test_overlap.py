@@ -133,7 +133,7 @@ def test_the_same_bytes_with_and_without(
     model = tiny_models.local(tiny_models.checkpoint(tmp_path / "model", family, blocks=4, dtype=torch.bfloat16))
     expected: list[int] = []
     real = Prefetcher.prefetch
-    monkeypatch.setattr(Prefetcher, "expect", lambda self, index: (expected.append(index), real(self, index)))
+    monkeypatch.setattr(Prefetcher, "prefetch", lambda self, index: (expected.append(index), real(self, index)))
 
     def files(run: Path, *, overlapping: bool) -> dict[str, bytes]:
         monkeypatch.setattr(compute, "overlaps", lambda device: overlapping)
