@@ -193,7 +193,7 @@ class StageJob:
     def title(self) -> str:
         """What is about to be done, in one line."""
         settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
-        observed = f"{samples} x {seqlen} calibration tokens, " if self.request.observes else ""
+        observed = f"{samples} x {seqlen} calibration tokens, " if self.request.uses_calibration else ""
         return (
             f"{self.request.describe(self.model.name)}: {self.number_of_blocks} blocks, {observed}"
             f"{settings['dtype']} on {settings['device']}"

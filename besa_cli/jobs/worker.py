@@ -10,6 +10,7 @@ from torch import Tensor
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
+from besa_cli.ops import budget
 from besa_cli.stream import forecast, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
@@ -39,20 +40,21 @@ class StageWorker:
         torch.set_num_threads(max(settings["threads"] // world.size, 1))
         self._request, self._settings, self._world = request, settings, world
         self._samples, self._seqlen = tokens.shape
-        self._tokens = tokens if request.observes else tokens[:0]
+        self._tokens = tokens if request.uses_calibration else tokens[:0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
-        self.segments = windows.segments(self.decoder, request.window)
+        self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
         self.sizes = list(windows.sizes(self.segments))
-        self._budgets = request.budgets(self.sizes)
+        share = request.target_sparsity
+        self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
     def demand(self, batch: int) -> memory_model.Demand:
         """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
-        held, size = self._request.memory_use(), self._world.size
-        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, held.batch) // size)
+        method, size = self._request.method.options.memory_use(), self._world.size
+        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         return memory_model.prune_demand(
             memory_model.shape(self.decoder, self.segments),
-            held,
+            method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
@@ -73,10 +75,10 @@ class StageWorker:
 
     def _assignment(self) -> walk.PrunePlan:
         return walk.PrunePlan(
-            change=self._request.change,
+            change=self._request.method.decide,
             segments=self.segments,
             budgets=self._budgets,
-            target=self._request.target,
+            target=self._request.method.options.learning_target(),
             batch=self._settings["batch"],  # settled by the job after it has made this Work
             seed=self._request.seed,
         )

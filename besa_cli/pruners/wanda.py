@@ -5,25 +5,35 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from besa_cli.ops import budget, importance, masks
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
+from besa_cli.stream.method import MethodOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of Wanda: `nm` = (n, m) prunes n of every m columns instead of the block's budget."""
+class WandaOptions(MethodOptions):
+    """Options of Wanda.
+
+    Attributes
+    ----------
+    nm : (n, m), optional
+        Prune n of every m columns instead of the block's budget.
+    """
 
     nm: tuple[int, int] | None = None
 
+    @override
+    def memory_use(self) -> MemoryUse:
+        return MemoryUse(state=5)  # scores in fp32, masks
 
-def memory_use(options: Options) -> MemoryUse:
-    """Scores (4 bytes), masks (1)."""
-    return MemoryUse(state=5)
+
+Options = WandaOptions
 
 
-def prune(block: Block, options: Options) -> Decision:
+def prune(block: Block, options: WandaOptions) -> Decision:
     """Prune the weights of each row whose size times the norm of their input is smallest."""
     return Decision(masks=uniform(block, scores(block), options.nm))
 

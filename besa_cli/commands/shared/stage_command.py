@@ -45,7 +45,7 @@ def stage(
             calibration_source.calibration(
                 source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
             )
-            if request.observes
+            if request.uses_calibration
             else prepare.unobserved(source)
         )
         if dry_run:
