@@ -33,7 +33,9 @@ PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = (README, ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md")), PACKAGE / "data" / "LICENSES.md")
+LOG = sorted((ROOT / "dev" / "log").glob("*.md"))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), PACKAGE / "data" / "LICENSES.md")
+LINKED = (*PAGES, *LOG, *sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "examples" / "README.md")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -116,7 +118,7 @@ def test_there_are_command_lines_for_every_command_in_the_readme() -> None:
         assert name in shown or f"`{name}`" in text(README)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     for path, anchor in _LINK.findall(text(page)):
         target = (page.parent / path) if path else page
