@@ -39,7 +39,6 @@ LINKED = (*PAGES, *LOG, *sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "exa
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
-_BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?P<text>.*)")
 
 
 def text(page: Path) -> str:
@@ -135,33 +134,50 @@ def test_pages_name_no_section_that_another_page_lacks(page: Path) -> None:
         assert re.search(rf"^## {number}\. ", text(page.parent / path), re.MULTILINE), f"{page.name}: {path}, {number}"
 
 
-def tree() -> dict[str, str]:
-    """Path → description of every line of the README's file tree."""
-    drawing = text(README).split("## The files")[1]
-    found: dict[str, str] = {}
-    folders: list[str] = []
-    for line in _FENCE.search(drawing)[2].splitlines()[1:]:  # type: ignore[index]
-        branch = _BRANCH.fullmatch(line)
-        assert branch, f"a line of the README's file tree cannot be read: {line}"
-        depth = len(branch["indent"]) // 4
-        folders = [*folders[:depth], branch["name"].rstrip("/")]
-        found["/".join(folders) + ("/" if branch["name"].endswith("/") else "")] = branch["text"].strip()
-    return found
+@pytest.fixture
+def code_map() -> ModuleType:
+    """The script that writes docs/code-map.md."""
+    spec = importlib.util.spec_from_file_location("code_map", ROOT / "dev" / "code_map.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_tree_in_the_readme_names_the_files_there_are() -> None:
-    drawn = {path for path in tree() if path.startswith(("besa_cli/", "docs/")) and not path.endswith("/")}
+def test_the_code_map_is_that_of_the_docstrings(code_map: ModuleType) -> None:
+    assert text(DOCS / "code-map.md") == code_map.page(), "make it again: python dev/code_map.py"
+
+
+def test_the_floors_of_the_code_map_hold_every_part_once_and_no_import_leads_up(code_map: ModuleType) -> None:
+    rows = table(DOCS / "code-map.md", "| floor |")
+    height = {part: int(level) for level, parts in rows for part in quoted(parts)}
+    there = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if list(path.rglob("*.py")) or path.suffix == ".py"
+    }
+    assert sum(len(quoted(parts)) for _, parts in rows) == len(height)
+    assert set(height) == there - {"__init__"}
+    below = {"app": "commands", "commands": "jobs", "jobs": "stream", "stream": "ops", "pruners": "stream"}
+    for own, lower in below.items():
+        assert lower in code_map.imports()[own]
+        assert height[lower] < height[own]
+
+
+def test_the_code_map_has_every_file_once_and_says_what_every_module_is(code_map: ModuleType) -> None:
+    linked = re.findall(r"^- \[(\S+)\]\(\.\./(\S+)\)(?:: (.+))?$", text(DOCS / "code-map.md"), re.MULTILINE)
     there = {
         path.relative_to(ROOT).as_posix()
-        for folder in (PACKAGE, DOCS)
-        for path in folder.rglob("*")
+        for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.name not in ("__init__.py", "loops.so")
     }
-    assert drawn - there == set(), "drawn, but not there"
-    assert there - drawn == set(), "there, but not drawn"
-    for path, description in tree().items():
-        assert (ROOT / path).exists(), path
-        assert description, f"{path} is not described"
+    assert sorted(path for _, path, _ in linked) == sorted(there)
+    for name, path, about in linked:
+        assert name == Path(path).name
+        if path.endswith((".py", ".cpp", ".toml")):
+            assert about, f"{path} does not say what it is"
+    assert code_map.summary(PACKAGE / "__main__.py") == "`python -m besa_cli` is the command `besa`."
+    toml = text(PACKAGE / "sim" / "accelerators" / "vitcod.toml").splitlines()[0]
+    assert code_map.summary(PACKAGE / "sim" / "accelerators" / "vitcod.toml").startswith(toml.removeprefix("# "))
 
 
 def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
