@@ -38,7 +38,7 @@ def is_old(line: Line) -> bool:
     return bool(line["methods"] != methods(*line["methods"]))
 
 
-OLD = "*(old)*: measured with an older version of a method, and would be otherwise today."
+OLD = "*(old)*: measured with an older version of a method; today's version gives other figures."
 
 
 def explained(text: str) -> str:

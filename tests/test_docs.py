@@ -180,6 +180,15 @@ def test_the_code_map_has_every_file_once_and_says_what_every_module_is(code_map
     assert code_map.summary(PACKAGE / "sim" / "accelerators" / "vitcod.toml").startswith(toml.removeprefix("# "))
 
 
+def test_the_page_of_the_benchmarks_names_every_script_and_every_file_of_lines() -> None:
+    folder = ROOT / "benchmarks"
+    named = {Path(name).name for name in quoted(text(folder / "README.md"))}
+    there = {path.name for path in folder.rglob("*") if path.suffix in (".py", ".jsonl") and path.name != "__init__.py"}
+    assert there - named == set(), "not in benchmarks/README.md"
+    written = {name for name in named if name.endswith((".py", ".jsonl"))}
+    assert written - there == {"faults.py"}, "in benchmarks/README.md, but not there"
+
+
 def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
     rows = {quoted(row[0])[0]: row for row in table(README, "| `--method` |")}
     assert list(rows) == list(pruners.PRUNERS)
