@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from typer.main import get_command
 
 import besa_cli
@@ -208,6 +210,22 @@ def test_the_readme_names_no_variable_that_the_program_does_not_read() -> None:
     code = "\n".join(text(path) for path in PACKAGE.rglob("*.py"))
     for name in set(re.findall(r"`(BESA_\w+)`", text(README))):
         assert f'"{name}"' in code, name
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_program() -> None:
+    cited = yaml.safe_load(text(ROOT / "CITATION.cff"))
+    assert cited["version"] == besa_cli.__version__
+    assert cited["license"] == tomllib.loads(text(ROOT / "pyproject.toml"))["project"]["license"]
+    assert f"## {cited['version']} ({cited['date-released']})" in text(ROOT / "CHANGELOG.md")
+
+
+def test_continuous_integration_runs_what_a_person_runs_on_every_python_that_is_promised() -> None:
+    project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
+    job = yaml.safe_load(text(ROOT / ".github" / "workflows" / "ci.yml"))["jobs"]["checks"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    promised = [name.rpartition(" ")[2] for name in project["classifiers"] if ":: Python :: 3" in name]
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert project["requires-python"] == f">={promised[0]}"
 
 
 def test_every_function_in_the_method_page_exists() -> None:
