@@ -113,10 +113,10 @@ def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, command
 
 
-def test_there_are_command_lines_for_every_command_in_the_readme() -> None:
+def test_there_are_command_lines_for_every_command_in_the_documents() -> None:
     shown = "\n".join(command_lines())
     for name, _ in leaves(get_command(app), "besa"):
-        assert name in shown or f"`{name}`" in text(README)
+        assert name in shown, name
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -199,17 +199,26 @@ def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
         assert (row[-1] == "yes") == ("nm" in {field.name for field in fields(options)}), name
 
 
-def test_the_readme_says_how_the_demo_is_limited() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.read_bytes()) <= 10_000
+
+
+def test_the_pages_say_how_the_demo_is_limited() -> None:
     limits = dict(re.findall(r"^DEMO_(\w+) \?= (.*)$", text(ROOT / "Makefile"), re.MULTILINE))
-    said = " ".join(text(README).split())
+    said = " ".join(text(DOCS / "usage.md").split())
     assert f"{limits['SAMPLES']} × {limits['SEQLEN']} tokens" in said
     assert f"first {limits['WINDOWS']} windows of WikiText-2" in said
+    for page in (README, DOCS / "usage.md"):
+        assert f"besa prune --data bundled --samples {limits['SAMPLES']} --seqlen {limits['SEQLEN']}" in text(page)
+        assert f"besa eval ppl wikitext2 --limit {limits['WINDOWS']}" in text(page)
 
 
-def test_the_readme_names_no_variable_that_the_program_does_not_read() -> None:
+def test_the_variables_in_the_documents_are_those_that_the_program_reads() -> None:
     code = "\n".join(text(path) for path in PACKAGE.rglob("*.py"))
-    for name in set(re.findall(r"`(BESA_\w+)`", text(README))):
-        assert f'"{name}"' in code, name
+    named = {name for page in PAGES for name in re.findall(r"`(BESA_\w+)`", text(page))}
+    read = set(re.findall(r'"(BESA_\w+)"', code))
+    assert named == read
+    assert read <= set(quoted(text(DOCS / "configuration.md")))
 
 
 def test_the_citation_names_the_version_and_the_licence_of_the_program() -> None:
@@ -226,6 +235,24 @@ def test_continuous_integration_runs_what_a_person_runs_on_every_python_that_is_
     promised = [name.rpartition(" ")[2] for name in project["classifiers"] if ":: Python :: 3" in name]
     assert job["strategy"]["matrix"]["python"] == promised
     assert project["requires-python"] == f">={promised[0]}"
+
+
+def test_the_index_of_the_documents_has_every_page_once() -> None:
+    for page, folder in ((DOCS / "README.md", ""), (README, "docs/")):
+        linked = [path for path, _ in _LINK.findall(text(page).split("## Documents")[-1].split("## Dive")[0])]
+        own = [
+            path.removeprefix(folder) for path in linked if path.startswith(folder) and "/" not in path[len(folder) :]
+        ]
+        assert sorted(own) == sorted(path.name for path in DOCS.glob("*.md") if path.name != "README.md"), page
+
+
+def test_functions_and_files_in_the_page_on_architecture_exist() -> None:
+    named = set(quoted(text(DOCS / "architecture.md")))
+    for name in {name for name in named if re.fullmatch(r"ops\.\w+\.\w+", name)}:
+        module, _, member = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"besa_cli.{module}"), member), name
+    for name in {name for name in named if re.fullmatch(r"\w+/(\w+/)*\w+\.py", name)}:
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
 def test_every_function_in_the_method_page_exists() -> None:

@@ -31,6 +31,8 @@ STATED = {
         **dict.fromkeys(("0.1", "1.0", "0.01", "3.75", "1.75", "0.05", "100"), "options and constants of the program"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
     },
+    "docs/models.md": {"92": "MB of the demo model's wheel"},
+    "docs/usage.md": {"92": "MB of the demo model's wheel"},
     "docs/scale.md": {
         **dict.fromkeys(("0.4", "0.5", "80", "2.5"), "constants of the model of memory"),
         **dict.fromkeys(("24", "0.13", "22"), "a GPU's memory; what follows from the model of time"),
