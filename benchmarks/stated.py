@@ -55,7 +55,7 @@ def names(text: str) -> list[str]:
 
 
 def rewritten(text: str) -> str:
-    """A page with all its parts made anew.
+    """Return a page with all its parts made again.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def perplexities() -> str:
 
 
 def _others() -> str:
-    """What other programs reach."""
+    """Perplexities of other programs on the rows of seed 0."""
     found: dict[str, list[str]] = {}
     for line in read_lines(HERE / "other_programs.jsonl"):
         program = f"{line['program']} ({line['dtype'] or 'dtype not recorded'})"
@@ -106,7 +106,7 @@ def curve() -> str:
 
 
 def _compared(settings: Mapping[tuple[str, str], Setting], found: Found) -> str:
-    """At how many sparsities row-wise BESA is below each other series, seed 0."""
+    """Number of sparsities at which row-wise BESA is below each other series, seed 0."""
     values: dict[str, dict[str, float]] = {}
     for (series, point), setting in settings.items():
         if line := found.get(Cell(setting=setting, seed=0)):
@@ -147,12 +147,12 @@ def learning() -> str:
 
 
 def time_to_quality() -> str:
-    """Perplexity after how much work."""
+    """Perplexity by the work spent."""
     return learning_cost.quality([*read_lines(learning_cost.QUALITY)]).rstrip()
 
 
 def speedups() -> str:
-    """How much faster the pruned demo model would be."""
+    """Speed-up of the pruned demo model under each dataflow."""
     return simulate_table4.speedups(TITLES)
 
 
@@ -181,7 +181,7 @@ def _pes() -> int:
 
 
 def impossible() -> str:
-    """How many linears of the demo model the released formula counts below what is possible."""
+    """Number of linears of the demo model that the released formula counts below the possible minimum."""
     stages = simulate_table4.stages()
     counted = [f"{sum(line['impossible'])} with {TITLES[name]}" for name, line in stages.items()]
     blocks = protocol_a.found()
@@ -197,7 +197,7 @@ def impossible() -> str:
 
 
 def memory_bound() -> str:
-    """What a 4096 × 4096 linear, half of it kept, takes in the array and in the memory."""
+    """Cycles of a 4096 × 4096 linear, half of it kept, in the array and in the memory."""
     mask = np.random.default_rng(0).random((4096, 4096)) < 0.5
     rows = ["| `--word-bits` | `--batch` | cycles of the array | of the memory | of the dense linear | times faster |"]
     rows.append("|---|---|---|---|---|---|")
@@ -236,8 +236,8 @@ def few_bits() -> str:
 
 
 def bits() -> str:
-    """What a weight takes in groups of 128."""
-    rows = ["| | bits a weight |", "|---|---|"]
+    """Bits per weight in groups of 128."""
+    rows = ["| | bits per weight |", "|---|---|"]
     for title, width, share in (
         ("dense, 4 bits", 4, 1.0),
         ("50 % pruned, 4 bits", 4, 0.5),
@@ -251,17 +251,17 @@ def bits() -> str:
 
 
 def scale() -> str:
-    """What `--dry-run` says, and what was measured."""
+    """Forecasts of `--dry-run` beside measurements."""
     return bench_scale.table()
 
 
 def larger() -> str:
-    """The model of memory for larger models."""
+    """Memory of larger models, by the formulas."""
     return larger_models.table()
 
 
 def time_and_memory() -> str:
-    """What learning costs, and what a run holds."""
+    """Cost of learning, and memory of a run."""
     lines = learning_cost.newest([*read_lines(learning_cost.SPEED)])
     size, dtype = 576, "bfloat16"
     parts = {
@@ -277,7 +277,7 @@ def time_and_memory() -> str:
     peaks = [line["peak_memory"] / 1e9 for line in protocol_a.found().values() if "peak_memory" in line]
     return (
         "\n".join(rows) + "\n\nA step is measured in plain forward and backward passes, the whole in passes without "
-        f"gradients over all samples. What is learned and the ranks take {held} bytes a weight at hidden size 4,096 "
+        f"gradients over all samples. What is learned and the ranks take {held} bytes per weight at hidden size 4,096 "
         "(`benchmarks/bench_prune.py`). No run of the perplexity table needed more than "
         f"{max(peaks):.1f} GB of resident memory, the imported libraries included.{_depth()}"
     )
