@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from besa_cli.ops import importance
-from besa_cli.pruners import wanda
+from besa_cli.stream import uniform
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
@@ -34,4 +34,4 @@ Options = MagnitudeOptions
 def prune(block: Block, options: MagnitudeOptions) -> Decision:
     """Prune the smallest weights of each row."""
     scores = {name: importance.magnitude(weight) for name, weight in block.weights.items()}
-    return Decision(masks=wanda.uniform(block, scores, options.nm))
+    return Decision(masks=uniform.uniform_masks(block, scores, options.nm))

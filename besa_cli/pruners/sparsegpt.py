@@ -7,7 +7,7 @@ from typing_extensions import override
 from besa_cli.choices import DAMPING
 from besa_cli.errors import require_factors
 from besa_cli.ops import importance, obs
-from besa_cli.pruners import wanda
+from besa_cli.stream import uniform
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
@@ -42,7 +42,7 @@ Options = SparseGptOptions
 def prune(block: Block, options: SparseGptOptions) -> Decision:
     """Prune every linear of the block on the statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
-    counts = wanda.linear_counts(block)
+    counts = uniform.linear_counts(block)
     kept, updated = {}, {}
     for done, (name, weight) in enumerate(block.weights.items(), 1):
         updated[name], kept[name] = obs.prune(
