@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport
@@ -37,8 +36,7 @@ class StageWorker:
     def __init__(
         self, directory: Path, request: StageRequest, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
     ) -> None:
-        torch.set_num_threads(max(settings["threads"] // world.size, 1))
-        self._request, self._settings, self._world = request, settings, world
+        self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
         self._tokens = tokens if request.uses_calibration else tokens[:0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
@@ -61,24 +59,24 @@ class StageWorker:
         )
 
     def reports(
-        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, ahead: bool
+        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, batch: int, ahead: bool
     ) -> Iterator[BlockReport]:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
-        assignment, world = self._assignment(), self._world
+        plan, world = self._prune_plan(batch), self._world
         return walk.compress(
-            self.decoder, store, self._tokens, assignment, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+            self.decoder, store, self._tokens, plan, on_step=on_step, shelf=shelf, ahead=ahead, world=world
         )
 
-    def seconds(self, finished: int) -> float:
+    def seconds(self, finished: int, batch: int) -> float:
         """How long it will take where `finished` blocks are done, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._assignment(), finished)
+        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
 
-    def _assignment(self) -> walk.PrunePlan:
+    def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(
             change=self._request.method.decide,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.method.options.learning_target(),
-            batch=self._settings["batch"],  # settled by the job after it has made this Work
+            batch=batch,
             seed=self._request.seed,
         )

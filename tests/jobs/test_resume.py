@@ -20,7 +20,7 @@ from besa_cli.errors import BesaError
 from besa_cli.evaluation import results
 from besa_cli.jobs import prune
 from besa_cli.jobs.request import StageRequest
-from besa_cli.jobs.stage import StageJob
+from besa_cli.jobs.stage import StageJob, recover
 from besa_cli.system import compute, disk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -107,6 +107,7 @@ def job(
     run: Path, model: Path, request: StageRequest, *, restart: bool = False, notes: list[str] | None = None
 ) -> StageJob:
     noted = [] if notes is None else notes
+    recover(Run(run), request.stage)
     return StageJob(
         Run(run),
         tiny_models.local(model),
@@ -191,7 +192,7 @@ def test_only_the_timing_file_knows_of_the_interruption(fate: Fate, model: Path,
     fate.at(None)
     notes: list[str] = []
     tiny_models.run(job(tmp_path, model, METHODS["wanda"], notes=notes))
-    assert notes == [f"{tmp_path / 'pruned'}: 1 of 2 blocks are done, going on from there"]
+    assert notes == [f"{tmp_path / 'pruned'}: 1 of 2 blocks are done, resuming from there"]
     lines = [json.loads(line) for line in (tmp_path / "pruned" / "timing.jsonl").read_text().splitlines()]
     assert [(line["block"], line["resumed"]) for line in lines] == [(0, False), (0, True), (1, False)]
 
