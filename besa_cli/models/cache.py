@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,10 @@ def _make(directory: Path, make: Callable[[Path], None], notify: Callable[[str],
     partial.mkdir()
     try:
         make(partial)
+        mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # the umask's; libraries make their files private
         for path in _below(partial):
             with path.open("rb+") as file:
+                os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
         _describe(partial)
         partial.rename(directory)

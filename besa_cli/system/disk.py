@@ -130,21 +130,44 @@ def flush_directory(directory: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write a safetensors file; a failure is an OSError, as of every other file.
+    """Write a safetensors file to `path` itself, with the bytes that the library would write.
+
+    The library's own writer fills a file of a random name beside `path`, which nobody knows after a kill.
 
     Raises
     ------
     OSError
-        It cannot be written.
+        The file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    header, names = _tensor_header(tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in names:
+            file.write(_raw_bytes(tensors[name]))
 
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(whole, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+
+def _tensor_header(tensors: Mapping[str, "Tensor"]) -> tuple[bytes, list[str]]:
+    """Length and header of a safetensors file, and the names in the order of their data.
+
+    The library gives order and dtypes: it writes the header of empty tensors with these names.
+    """
+    from safetensors.torch import save
+
+    empty = save({name: tensor.new_empty(0) for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    header = json.loads(empty[8:])
+    names, end = [name for name in header if name != "__metadata__"], 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] |= {"shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def _raw_bytes(tensor: "Tensor") -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, value: Json) -> None:

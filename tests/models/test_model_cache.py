@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import stat
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from besa_cli.errors import BesaError
 from besa_cli.models import cache as module
@@ -35,6 +38,21 @@ def test_two_at_once_make_it_once(notes: list[str]) -> None:
     assert {path.joinpath("folder", "file").read_text() for path in found} == {"whole"}
     assert all("waiting for another besa" in note for note in notes)
     assert len(notes) == 3
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_the_umask_whatever_library_writes_them(umask: int, notes: list[str]) -> None:
+    def make(target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        save_file({"a": torch.ones(3)}, target / "model.safetensors")
+
+    before = os.umask(umask)
+    try:
+        made = module.made_once("models/some", make, notify=notes.append)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
+    assert modes == dict.fromkeys(("besa-cache.json", "config.json", "model.safetensors"), 0o666 & ~umask)
 
 
 def test_what_broke_off_leaves_nothing_and_is_made_again(notes: list[str], cache: Path) -> None:
