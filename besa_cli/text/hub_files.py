@@ -87,7 +87,7 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
         file.repository, file.path, cache_dir=hub.cache, revision=file.revision, repo_type="dataset"
     )
     if isinstance(cached, str):
-        if cache.is_what_it_was(Path(cached)):
+        if cache.is_undamaged(Path(cached)):
             return _fetched(Path(cached), file)
         if hub.offline:
             raise BesaError(f"{cached} is damaged: it is not what it was when it was fetched", "unset HF_HUB_OFFLINE")
@@ -155,7 +155,7 @@ def _asked(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise Unreachable(f"{hub.endpoint}: {first_line}") from error
     commit = answers.digest(found.commit_hash, f"the commit of {file.repository}")
-    return commit, answers.facts(found, file.path, commit).size
+    return commit, answers.file_metadata(found, file.path, commit).size
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
