@@ -56,7 +56,7 @@ def hold(run: Path, command: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def free(run: Path) -> Iterator[None]:
+def hold_existing(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory, if it has one, without creating any file: for commands that only read.
 
     Raises
@@ -79,7 +79,7 @@ def free(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moment(run: Path) -> Iterator[None]:
+def hold_results(run: Path) -> Iterator[None]:
     """Hold the lock of a run directory's results for one write, waiting for other holders.
 
     Pruning holds another lock, for hours: neither waits for the other.
@@ -112,7 +112,7 @@ def require_writable(run: Path) -> None:
     BesaError
         The directory cannot be written, or another process holds the lock of its results for a minute.
     """
-    with moment(run):
+    with hold_results(run):
         pass
 
 
