@@ -58,7 +58,7 @@ class Results:
                 f"delete {self.file(job)}: it is measured again then",
             )
         if found and self._windows_file(job).exists():  # killed between the two steps of `save`
-            with lock.moment(self._directory.parent):
+            with lock.hold_results(self._directory.parent):
                 self._windows_file(job).unlink(missing_ok=True)
         return found
 
@@ -80,13 +80,13 @@ class Results:
             "versions": manifests.versions(),
             "losses": losses,
         }
-        with lock.moment(self._directory.parent):
+        with lock.hold_results(self._directory.parent):
             disk.sweep(self._windows_file(job))
             disk.write_json(self._windows_file(job), record)
 
     def save(self, job: PerplexityMeasurement, result: Perplexity, model: Mapping[str, Any]) -> None:
         """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
-        with lock.moment(self._directory.parent):
+        with lock.hold_results(self._directory.parent):
             disk.sweep(self._windows_file(job))
             save(result, self.file(job), model)
             self._windows_file(job).unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
             lambda: api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message),
         )
     except BesaError as error:
-        hint = "check the network, then type the same command again" if hub_errors.is_passing(error) else error.hint
+        hint = "check the network, then type the same command again" if hub_errors.is_transient(error) else error.hint
         raise BesaError(f"{directory} was not pushed: {error.message}", hint) from error
     return str(address)
 

@@ -145,7 +145,7 @@ def save(found: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: s
         **found,
         "versions": {**manifests.versions(), "numpy": version("numpy")},
     }
-    with lock.moment(run.path):
+    with lock.hold_results(run.path):
         disk.sweep(file)
         disk.write_json(file, kept)
     return file

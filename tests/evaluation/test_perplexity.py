@@ -470,7 +470,7 @@ def test_evaluations_write_one_after_the_other(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         for _ in range(10):
-            with lock.moment(tmp_path):
+            with lock.hold_results(tmp_path):
                 inside.append(number)
                 time.sleep(0.001)
                 assert inside[-1] == number

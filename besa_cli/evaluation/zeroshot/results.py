@@ -156,7 +156,7 @@ def file_name(facts: Mapping[str, Any]) -> str:
 
 def save(result: TaskResult, file: Path, model: Mapping[str, Any]) -> None:
     """Write one result with what it belongs to, while nobody else writes results of the run."""
-    with lock.moment(file.parent.parent):
+    with lock.hold_results(file.parent.parent):
         result_files.save(result, file, "tasks", model, versions())
 
 
