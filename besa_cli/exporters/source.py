@@ -95,7 +95,7 @@ class StageSource:
                 f"{self.directory / 'config.json'} describes {len(blocks)} blocks, the stage has {self.stage.blocks}",
                 "restore the file, or make the stage anew with --restart",
             )
-        tensor_names.fit(model, tensor_names.Names(model, self.weights.names), self.weights)
+        tensor_names.reconcile(model, tensor_names.Names(model, self.weights.names), self.weights)
 
     def _find_linears(self) -> Iterator[str]:
         for report in self.stage.reports():
