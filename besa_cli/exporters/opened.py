@@ -66,7 +66,7 @@ class Opened:
                 "name a directory that `besa export --format sparse` made",
             )
         self._listed = self._read_list()
-        self.manifest: Mapping[str, Any] = stages.finished(self._stage)
+        self.manifest: Mapping[str, Any] = stages.require_finished(self._stage)
         self._require_same_stage()
         self.index = sparse_index.read(directory)
         self.names, self.total = self._read_index()

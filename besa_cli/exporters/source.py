@@ -57,7 +57,7 @@ class StageSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.manifest = stages.finished(directory)
+        self.manifest = stages.require_finished(directory)
         self.weights = Weights(directory)
         self.stage = Stage(directory, int(self.manifest["blocks"]))
         self._require_shards()
