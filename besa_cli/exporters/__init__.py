@@ -1,4 +1,4 @@
-"""One file a format: its `Options`, and `write`, which fills a directory and yields each finished piece."""
+"""Export formats, one module each with its `Options`, and `write`, which fills a directory and yields each piece."""
 
 # Name on the command line -> what it is, in a few words. The module has the same name, with _ for -.
 EXPORTERS = {
