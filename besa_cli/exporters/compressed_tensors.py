@@ -29,11 +29,14 @@ _REMEDY = "quantize with --bits 4 --symmetric, or export as sparse"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CompressedTensorsOptions:
     """Options of a compressed-tensors export: none."""
 
 
-def pieces(source: StageSource, options: Options) -> int:
+Options = CompressedTensorsOptions
+
+
+def pieces(source: StageSource, options: CompressedTensorsOptions) -> int:
     """Return the number of pieces that `write` yields.
 
     Raises
@@ -66,7 +69,7 @@ def group_size(source: StageSource) -> int | None:
     return gcd(*(cols if cols <= size else gcd(size, cols) for cols in columns))
 
 
-def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: CompressedTensorsOptions) -> Iterator[Piece]:
     """Write the export to the directory; a piece is a file of weights, one per block."""
     copying.copy_small_files(source.directory, target)
     disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
@@ -132,7 +135,7 @@ def _unquantized(source: StageSource) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside]
 
 
-def loading(options: Options) -> str:
+def loading(options: CompressedTensorsOptions) -> str:
     """Return instructions for loading the export, in Markdown."""
     return """\
 ```python
