@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from besa_cli.checkpoint import inspection, manifests
 from besa_cli.checkpoint.manifests import Positive
 from besa_cli.checkpoint.runs import Run
-from besa_cli.checkpoint.stages import STAGES, finished
+from besa_cli.checkpoint.stages import STAGES, require_finished
 from besa_cli.errors import BesaError
 from besa_cli.evaluation.texts import EVALUATION_SETS
 from besa_cli.system import disk, records
@@ -155,7 +155,7 @@ def _read(path: Path) -> _Run:
     if not found:
         raise BesaError(f"{path} holds no results", f"measure it first: besa eval ppl wikitext2 --run {path}")
     complete = [place for place in inspection.stage_directories(run) if manifests.is_complete(place)]
-    own = [finished(place) for place in complete]
+    own = [require_finished(place) for place in complete]
     return _Run(path=path, stages={str(each["digest"]): each for each in own}, records=found)
 
 

@@ -78,7 +78,7 @@ def continuation(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = architecture.whole(directory, dtype)
+    model: Any = architecture.load_stock(directory, dtype)
     prompt = inputs["input_ids"].shape[1]
 
     def watch(ids: Tensor, scores: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class ImportJob:
                 f"{self.directory} was not made by besa: it has no {MANIFEST}",
                 "move it away, or name another run directory with --run",
             )
-        there = manifests.is_complete(self.directory) and stages.finished(self.directory)["digest"]
+        there = manifests.is_complete(self.directory) and stages.require_finished(self.directory)["digest"]
         if there != self._manifest["digest"]:
             raise BesaError(
                 f"{self.directory} is another stage than the one in {self._opened.directory}",
@@ -156,7 +156,7 @@ class ImportJob:
 
     def finish(self) -> dict[str, Any]:
         """Return the manifest of the stage."""
-        return stages.finished(self.directory)
+        return stages.require_finished(self.directory)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -190,6 +190,6 @@ def history(directory: Path) -> list[dict[str, Any]]:
     """Return the earlier stages, if the model is itself a stage."""
     if not (directory / manifests.MANIFEST).exists():
         return []
-    parent = stages.finished(directory)
+    parent = stages.require_finished(directory)
     own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
     return [*parent.get("history", []), own]

@@ -8,7 +8,7 @@ from types import TracebackType
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport
-from besa_cli.decoder.prefetch import begun
+from besa_cli.decoder.prefetch import start_in_thread
 from besa_cli.stream.rank_share import Store
 
 
@@ -59,4 +59,4 @@ class BackgroundWriter:
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
         """Begin to put a block on disk, when the one before is there."""
         self._settle()
-        self._writing = begun(self._store.write, report, tensors, codes)
+        self._writing = start_in_thread(self._store.write, report, tensors, codes)

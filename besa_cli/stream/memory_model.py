@@ -141,7 +141,7 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     segment, window = sized[counts.index(max(counts))]
     linears = [(int(each.out_features), int(each.in_features)) for each in window.linears.values()]
     loaded = sum(parameter.numel() for index in segment.blocks for parameter in decoder.blocks[index].parameters())
-    stored = sum(decoder.weights.nbytes(decoder.source_names(index)) for index in segment.blocks)
+    stored = sum(decoder.weights.nbytes(decoder.stored_names(index)) for index in segment.blocks)
     text = decoder.config.get_text_config()
     return Shape(
         blocks=len(segment.blocks),

@@ -212,7 +212,7 @@ def test_all_sources_are_one_pool(tmp_path: Path) -> None:
 def test_packed_text_is_shuffled_and_joined_by_the_end_token(tmp_path: Path) -> None:
     path = tmp_path / "short.jsonl"
     path.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("one", "two", "three", "four", "five")))
-    with pytest.raises(BesaError, match="of 5 documents 0 are longer than --seqlen 8") as caught:
+    with pytest.raises(BesaError, match="0 of 5 documents are longer than --seqlen 8") as caught:
         build(path, samples=2)
     assert "--pack" in caught.value.hint
     made = build(path, samples=2, pack=True)
@@ -275,7 +275,7 @@ def test_numbers_outside_their_range_are_refused(change: dict[str, int], message
 
 
 def test_a_window_longer_than_the_model_takes_is_refused_before_any_text_is_read() -> None:
-    with pytest.raises(UsageError, match="--seqlen 9 is over the 8 tokens") as caught:
+    with pytest.raises(UsageError, match="--seqlen 9 exceeds the 8 tokens") as caught:
         build("nowhere", seqlen=9, max_length=8)
     assert "--seqlen 8" in caught.value.hint
 
@@ -285,7 +285,7 @@ def test_the_longest_window_that_the_model_takes_is_fine(text: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(text: Path) -> None:
-    with pytest.raises(BesaError, match="is outside the model's vocabulary of 50: the tokenizer does not fit"):
+    with pytest.raises(BesaError, match="is outside the model's vocabulary of 50: the tokenizer does not match"):
         build(text, vocab_size=50)
 
 

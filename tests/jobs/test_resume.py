@@ -344,7 +344,7 @@ def test_killed_while_replacing_a_finished_stage(
 
 def checkpoint_is_whole(directory: Path) -> bool:
     try:
-        return bool(stages.finished(directory))
+        return bool(stages.require_finished(directory))
     except BesaError:
         return False
 
@@ -390,7 +390,7 @@ def test_the_model_itself_is_not_written_over(model: Path, tmp_path: Path) -> No
     tiny_models.run(job(tmp_path, model, METHODS["wanda"]))
     before = left_in(tmp_path)
     for restart in (False, True):
-        with pytest.raises(BesaError, match="both the model to prune and the place to write to"):
+        with pytest.raises(BesaError, match="both the model and the directory to write to"):
             job(tmp_path, tmp_path / "pruned", METHODS["wanda"], restart=restart)
     assert left_in(tmp_path) == before
 

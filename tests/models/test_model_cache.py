@@ -48,7 +48,7 @@ def test_files_have_the_mode_of_the_umask_whatever_library_writes_them(umask: in
 
     before = os.umask(umask)
     try:
-        made = module.made_once("models/some", make, notify=notes.append)
+        made = module.get_or_make("models/some", make, notify=notes.append)
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
