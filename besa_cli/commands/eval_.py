@@ -79,7 +79,7 @@ def ppl(
     if dry_run:
         started = compute.age()
         both = [each for each in (subject, subject.parent) if each is not None]
-        found = forecast.combined([_forecast(each, wanted, settings) for each in both])
+        found = forecast.combine([_forecast(each, wanted, settings) for each in both])
         forecast_view.show(replace(found, seconds=started + found.seconds), console)
         return
     measured = _measure(subject, wanted, settings, console)

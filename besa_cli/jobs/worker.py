@@ -64,7 +64,14 @@ class StageWorker:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
         assignment, world = self._assignment(), self._world
         return walk.compress(
-            self.decoder, store, self._tokens, assignment, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+            self.decoder,
+            store,
+            self._tokens,
+            assignment,
+            on_step=on_step,
+            activations=shelf,
+            prefetch=ahead,
+            world=world,
         )
 
     def seconds(self, finished: int) -> float:
@@ -73,7 +80,7 @@ class StageWorker:
 
     def _assignment(self) -> walk.PrunePlan:
         return walk.PrunePlan(
-            change=self._request.change,
+            decide=self._request.change,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.target,
