@@ -96,7 +96,7 @@ class PerplexityRun:
 
     @property
     def work(self) -> list[float]:
-        """Relative work of each step: windows × parameters, which is proportional to its products without attention."""
+        """Relative work of each step: its windows × its parameters, without attention."""
         config = self._decoder.config.get_text_config()
         blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in self._decoder.blocks]
         head = int(config.vocab_size) * int(config.hidden_size)

@@ -51,7 +51,7 @@ class Decision:
 
 
 class Block:
-    """A loaded window (by default one block) with its calibration activations, passed to a pruner or quantizer.
+    """Loaded window (by default one block) with its calibration activations, passed to a pruner or quantizer.
 
     Attributes
     ----------
@@ -123,7 +123,7 @@ class Block:
         return batches(len(self.inputs), batch or self.batch)
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the window's output, of shape (samples, seqlen, hidden), for the same shape of inputs.
+        """Return the window's output, of the same shape as its inputs `hidden`.
 
         Parameters
         ----------

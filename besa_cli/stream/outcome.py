@@ -79,14 +79,14 @@ def block_report(
 
     Errors are measured at the end of a window, so `error` is None for all blocks of a window but the last.
     """
-    alone = outcomes[0].decision if len(outcomes) == 1 and error is not None else None
+    single = outcomes[0].decision if len(outcomes) == 1 and error is not None else None
     learned = [outcome.decision.learned_loss for outcome in outcomes if outcome.decision.learned_loss is not None]
     return BlockReport(
         index=index,
         blocks=blocks,
         linears=tuple(linears),
-        error_before=alone.error_before if alone else None,
-        error_after=alone.error_after if alone and alone.error_after is not None else error,
+        error_before=single.error_before if single else None,
+        error_after=single.error_after if single and single.error_after is not None else error,
         learned_loss=math.fsum(learned) / len(learned) if learned else None,
         kept_uniform=any(outcome.decision.kept_uniform for outcome in outcomes),
     )

@@ -147,13 +147,13 @@ class BlockWalk:
         for index in after:
             self._decoder.prefetch(index)
         targets = self._dense_targets(segment)
-        alone = len(segment.windows) == 1
-        segment_target = None if alone else self._segment_target(segment)
+        single = len(segment.windows) == 1
+        segment_target = None if single else self._segment_target(segment)
         outcomes: list[WindowOutcome] = []
         for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
             block = Block(
                 window, self._weights(window, sources), budget=budget,
-                inputs=self._inputs if alone else self._collect(window.inputs_from, self._inputs),
+                inputs=self._inputs if single else self._collect(window.inputs_from, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._plan.seed,
                 on_step=self._on_step, activations=self._activations, rank_share=self._share,
             )  # fmt: skip
@@ -164,7 +164,7 @@ class BlockWalk:
             outcomes.append(WindowOutcome(window=window, decision=decision, stored=stored))
             if segment_target is None:
                 segment_target = block.target
-            if not alone:
+            if not single:
                 self._write_into_block(outcomes[-1])
             del block
         return self._commit(segment, sources, outcomes, segment_target)
@@ -186,11 +186,11 @@ class BlockWalk:
         """Return each window's output in the dense stream (None without one), which is propagated past the segment."""
         if self._dense is None:
             return [None for _ in segment.windows]
-        alone = len(segment.windows) == 1
-        halves = [] if alone else [self._collect(window.output_from, self._dense) for window in segment.windows]
+        single = len(segment.windows) == 1
+        halves = [] if single else [self._collect(window.output_from, self._dense) for window in segment.windows]
         for index in segment.blocks:
             self._advance(index, self._dense)
-        return [self._dense] if alone else [*halves]
+        return [self._dense] if single else [*halves]
 
     def _segment_target(self, segment: Segment) -> Tensor:
         """Return the target output of a block with several windows, for the error in its report."""

@@ -55,9 +55,9 @@ class WholeBlocks(Window):
 
     def __init__(self, decoder: Decoder, blocks: range) -> None:
         self._decoder, self.blocks = decoder, blocks
-        alone = len(blocks) == 1
+        single = len(blocks) == 1
         self.locations = {
-            inner if alone else f"{index}.{inner}": (index, inner)
+            inner if single else f"{index}.{inner}": (index, inner)
             for index in blocks
             for inner in decoder.linears(index)
         }

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from besa_cli.evaluation.zeroshot import harness, results
 from besa_cli.evaluation.zeroshot.harness import Tasks
 from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
-from besa_cli.evaluation.zeroshot.watching import Notify, Progress, no_progress
+from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.system import compute
+from besa_cli.text.corpora import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

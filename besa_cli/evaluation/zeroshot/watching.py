@@ -1,9 +1,8 @@
-"""Callback types by which an evaluation reports to its caller: one-line notes and progress."""
+"""Callback types by which an evaluation reports progress to its caller."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-Notify = Callable[[str], None]
 Advance = Callable[[int, float], None]  # called with the number of the finished step, from 0, and its seconds
 Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of steps
 
