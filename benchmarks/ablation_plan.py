@@ -7,7 +7,7 @@ from typing import Any
 
 import recorded
 
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.models import DEMO
 
 Line = Mapping[str, Any]  # one measured cell, as it stands in ablations.jsonl
@@ -52,7 +52,7 @@ class Setting:
         if self.method == DENSE_METHOD:
             return {}
         own = {name: value for name, value in self.record().items() if name not in _SHARED}
-        return asdict(PruneRequest(method=self.method, sparsity=self.sparsity, options=own).method_options())
+        return prune.request(method=self.method, sparsity=self.sparsity, options=own).method.options.record()
 
     @property
     def name(self) -> str:

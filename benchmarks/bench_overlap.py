@@ -21,7 +21,7 @@ from besa_cli.calibration.calibration_set import CalibrationSet, tokens_digest
 from besa_cli.checkpoint import weights
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.jobs.stage import StageJob
 from besa_cli.models import Model
 from besa_cli.system import compute
@@ -60,7 +60,7 @@ def main() -> None:
     manifest = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(tokens)}
     calibration_set = CalibrationSet(tokens=tokens, manifest=manifest)
     model = Model(name=str(options.model), kind="local", directory=options.model, revision=None)
-    request = PruneRequest(method=options.method, options={}, device=options.device, dtype="float32")
+    request = prune.request(method=options.method, options={}, device=options.device, dtype="float32")
     walks: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     reading: list[tuple[float, float]] = []
     writing: list[tuple[float, float]] = []

@@ -37,7 +37,7 @@ from besa_cli.calibration import calibration_set
 from besa_cli.checkpoint.manifests import versions
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.jobs.stage import StageJob
 from besa_cli.models import Model
 from besa_cli.ops import kernels, losses
@@ -153,10 +153,10 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
     drawn = {**settings, "sources": [], "tokens_digest": calibration_set.tokens_digest(tokens)}
     calibrated = calibration_set.CalibrationSet(tokens=tokens, manifest=drawn)
     model = Model(name="random", kind="local", directory=directory, revision=None)
-    request = PruneRequest(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
+    request = prune.request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))
     decoder, reports = Decoder(directory, CPU, dtype), list[Any]()
 
-    def prune() -> None:
+    def prune_once() -> None:
         with tempfile.TemporaryDirectory() as run:
             job = StageJob(Run(Path(run)), model, calibrated, request)
             reports.extend(job.blocks())
@@ -164,7 +164,7 @@ def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.
 
     found, before = [], plain_pass(decoder, tokens)
     for _ in range(turns):
-        took, after = seconds(prune), plain_pass(decoder, tokens)
+        took, after = seconds(prune_once), plain_pass(decoder, tokens)
         found.append((2 * took.wall / (before + after).wall, 2 * took.cpu / (before + after).cpu, after.wall))
         before = after
     walls, cpus, passes = zip(*found, strict=True)

@@ -7,7 +7,7 @@
 One JSON line a command, also kept in bench_scale.jsonl: `prune` with each method, then `eval ppl` of two windows of the
 last one. The peak is the process's own (`ru_maxrss`), imports included. Run directories are removed again. `results.py`
 makes the table of docs/scale.md of memory and disk; seconds are those of a machine with other work on it, so that none
-are quoted. Lines with `from` were taken over as they stood in docs/log.md, from before this file was kept.
+are quoted. Lines with `from` were taken over as they stood in dev/log, from before this file was kept.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from random_checkpoint import SHAPES
 
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.stream import memory_model
 
 SAMPLES, SEQLEN, PASSING = 128, 2048, 4096
@@ -72,7 +72,7 @@ def peak(sizes: Sizes, method: str, dtype: torch.dtype) -> tuple[float, float]:
         vocabulary=sizes.vocabulary,
         dtype=dtype,
     )
-    held = PruneRequest(method=method, options={}).memory_use()
+    held = prune.request(method=method, options={}).method.options.memory_use()
     demand = memory_model.prune_demand(shape, held, tokens=SAMPLES * SEQLEN, passing=PASSING, learning=SEQLEN)
     return LIBRARIES + shape.embedding + demand.peak(in_files=True), demand.hidden
 

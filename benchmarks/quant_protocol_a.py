@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,12 @@ class Step:
         """All that it is told, defaults included."""
         own: dict[str, Any] = {} if self.search else {"search": False}
         if self.command == "quantize":
-            given = quantize.QuantizeRequest(method=self.method, options=own)
-            grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": given.symmetric}
-            return {"command": "quantize", "method": self.method, **grid, "options": asdict(given.method_options())}
+            given = quantize.request(method=self.method, options=own)
+            grid = {"bits": self.bits, "group_size": self.group_size, "symmetric": True}
+            return {"command": "quantize", "method": self.method, **grid, "options": given.method.options.record()}
         grid = {"bits": self.bits, "group_size": self.group_size} if self.group_size else {}
-        asked = prune.PruneRequest(method=self.method, sparsity=SPARSITY, options=grid)
-        options = asdict(asked.method_options())
+        asked = prune.request(method=self.method, sparsity=SPARSITY, options=grid)
+        options = asked.method.options.record()
         return {"command": "prune", "method": self.method, "sparsity": SPARSITY, "options": options}
 
     def methods(self) -> list[str]:

@@ -16,7 +16,7 @@ clip   1  d8138ef  from the extremes
 others 1  the one that there is
 
 Rounding makes no version: another order of sums, chunks of attention or a number of tokens in a pass moves a perplexity
-of the pruned demo model by up to 2 % (docs/log.md, 2026-11-26), as another seed does.
+of the pruned demo model by up to 2 % (dev/log/quality.md, 2026-11-26), as another seed does.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def is_old(line: Line) -> bool:
     return bool(line["methods"] != methods(*line["methods"]))
 
 
-OLD = "*(old)*: measured with an older version of a method, and would be otherwise today."
+OLD = "*(old)*: measured with an older version of a method; today's version gives other figures."
 
 
 def explained(text: str) -> str:

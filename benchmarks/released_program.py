@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from besa_cli import app
 from besa_cli.pruners import besa as pruner
-from besa_cli.pruners import wanda
 from besa_cli.pruners.besa import Options
+from besa_cli.stream import uniform
 from besa_cli.stream.block import Block, Decision
 
 CANDIDATES = 1 - torch.arange(101) / 100  # from 1 down to 0
@@ -63,7 +63,7 @@ class Masked:
 
 def masks(block: Block, options: Options, goal: float) -> dict[str, Tensor]:
     """What the released program would keep of a block."""
-    norms = wanda.norms(block)
+    norms = uniform.input_norms(block)
     by_row = options.granularity == "row"
     penalty = options.penalty
     assert penalty is not None  # the preset has one

@@ -1,10 +1,11 @@
-"""What the README and docs/ say of measurements, each part made from recorded lines or computed by the program itself.
+"""Figures in the README and docs/, each part generated from recorded lines or computed by the program itself.
 
-A page has a part NAME between `<!-- results:NAME -->` and `<!-- /results -->`; `results.py` writes all of them anew.
+A page has a part NAME between `<!-- results:NAME -->` and `<!-- /results -->`; `results.py` writes all of them again.
 """
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def names(text: str) -> list[str]:
 
 
 def rewritten(text: str) -> str:
-    """A page with all its parts made anew.
+    """Return a page with all its parts made again.
 
     Raises
     ------
@@ -65,14 +66,19 @@ def rewritten(text: str) -> str:
 
 
 def headline() -> str:
-    """Protocol A's table, how it was measured, and what other programs reach on the same rows."""
+    """Protocol A's table, for the README."""
+    return protocol_a.table(protocol_a.found(), TITLES | CHANGES)
+
+
+def perplexities() -> str:
+    """Protocol A's table, its conditions, and what other programs reach on the same rows."""
     found = protocol_a.found()
     made = [line for cell, line in found.items() if cell.setting.samples == protocol_a.BASE.samples]
     kept = sum(line["counts"]["blocks_kept_uniform"] for line in protocol_a.of("besa-row", 0.5, found))
     exact = all(abs(line["counts"]["sparsity"] - line["setting"]["sparsity"]) < 1e-6 for line in made)
     assert exact, "a cell has another sparsity than was asked for"
     return (
-        f"{protocol_a.table(found, TITLES | CHANGES)}\n\n"
+        f"{headline()}\n\n"
         f"All in {protocol_a.SETUP.dtype}; mean ± sample standard deviation over n seeds, each of which draws other "
         f"rows. Sparsity is exact in every cell; row-wise at 50 % {kept or 'no'} block kept the uniform mask. Other "
         f"programs on the rows of seed 0, not in the same dtype: {_others()}."
@@ -80,7 +86,7 @@ def headline() -> str:
 
 
 def _others() -> str:
-    """What other programs reach."""
+    """Perplexities of other programs on the rows of seed 0."""
     found: dict[str, list[str]] = {}
     for line in read_lines(HERE / "other_programs.jsonl"):
         program = f"{line['program']} ({line['dtype'] or 'dtype not recorded'})"
@@ -89,19 +95,18 @@ def _others() -> str:
 
 
 def curve() -> str:
-    """What the ablations say in short."""
+    """Protocol A's table with fewer samples, and the sparsities at which BESA is ahead."""
     found = measured(read_lines(HERE / ABLATIONS), COMMITTED)
     known = experiments(COMMITTED.samples)
     halves = perplexity(known["window"].settings["BESA", "attn-mlp"], found, "wikitext2")
     return (
         f"{protocol_a.table(found, TITLES | CHANGES, COMMITTED.samples)}\n\n"
-        f"Half a block at a time: {halves or '-'} at 50 %. {_compared(known['sparsity'].settings, found)} "
-        "[benchmarks/ABLATIONS.md](benchmarks/ABLATIONS.md) has the paper's ablations."
+        f"Half a block at a time: {halves or '-'} at 50 %. {_compared(known['sparsity'].settings, found)}"
     )
 
 
 def _compared(settings: Mapping[tuple[str, str], Setting], found: Found) -> str:
-    """At how many sparsities row-wise BESA is below each other series, seed 0."""
+    """Number of sparsities at which row-wise BESA is below each other series, seed 0."""
     values: dict[str, dict[str, float]] = {}
     for (series, point), setting in settings.items():
         if line := found.get(Cell(setting=setting, seed=0)):
@@ -125,8 +130,29 @@ def _but(both: list[str], below: list[str]) -> str:
     return f" (not at {', '.join(rest)})" if rest else ""
 
 
+def cells() -> str:
+    """Protocol A in every dtype: perplexities by the names of the methods, and what each cell took."""
+    names = {method: method for method in protocol_a.METHODS}
+    parts = []
+    for dtype in protocol_a.dtypes():
+        found = protocol_a.found(replace(protocol_a.SETUP, dtype=dtype))
+        parts.append(f"**In {dtype}**\n\n{protocol_a.table(found, names)}\n\n{protocol_a.cost(found)}")
+    return "\n\n".join(parts)
+
+
+def learning() -> str:
+    """Cost of learning by hidden size and dtype, and the commits that measured it."""
+    lines: list[recorded.Line] = [*read_lines(learning_cost.SPEED)]
+    return f"{learning_cost.speed(lines)}\n\n{learning_cost.made(lines)}".rstrip()
+
+
+def time_to_quality() -> str:
+    """Perplexity by the work spent."""
+    return learning_cost.quality([*read_lines(learning_cost.QUALITY)]).rstrip()
+
+
 def speedups() -> str:
-    """How much faster the pruned demo model would be."""
+    """Speed-up of the pruned demo model under each dataflow."""
     return simulate_table4.speedups(TITLES)
 
 
@@ -155,7 +181,7 @@ def _pes() -> int:
 
 
 def impossible() -> str:
-    """How many linears of the demo model the released formula counts below what is possible."""
+    """Number of linears of the demo model that the released formula counts below the possible minimum."""
     stages = simulate_table4.stages()
     counted = [f"{sum(line['impossible'])} with {TITLES[name]}" for name, line in stages.items()]
     blocks = protocol_a.found()
@@ -171,7 +197,7 @@ def impossible() -> str:
 
 
 def memory_bound() -> str:
-    """What a 4096 × 4096 linear, half of it kept, takes in the array and in the memory."""
+    """Cycles of a 4096 × 4096 linear, half of it kept, in the array and in the memory."""
     mask = np.random.default_rng(0).random((4096, 4096)) < 0.5
     rows = ["| `--word-bits` | `--batch` | cycles of the array | of the memory | of the dense linear | times faster |"]
     rows.append("|---|---|---|---|---|---|")
@@ -210,8 +236,8 @@ def few_bits() -> str:
 
 
 def bits() -> str:
-    """What a weight takes in groups of 128."""
-    rows = ["| | bits a weight |", "|---|---|"]
+    """Bits per weight in groups of 128."""
+    rows = ["| | bits per weight |", "|---|---|"]
     for title, width, share in (
         ("dense, 4 bits", 4, 1.0),
         ("50 % pruned, 4 bits", 4, 0.5),
@@ -225,17 +251,17 @@ def bits() -> str:
 
 
 def scale() -> str:
-    """What `--dry-run` says, and what was measured."""
+    """Forecasts of `--dry-run` beside measurements."""
     return bench_scale.table()
 
 
 def larger() -> str:
-    """The model of memory for larger models."""
+    """Memory of larger models, by the formulas."""
     return larger_models.table()
 
 
 def time_and_memory() -> str:
-    """What learning costs, and what a run holds."""
+    """Cost of learning, and memory of a run."""
     lines = learning_cost.newest([*read_lines(learning_cost.SPEED)])
     size, dtype = 576, "bfloat16"
     parts = {
@@ -251,8 +277,8 @@ def time_and_memory() -> str:
     peaks = [line["peak_memory"] / 1e9 for line in protocol_a.found().values() if "peak_memory" in line]
     return (
         "\n".join(rows) + "\n\nA step is measured in plain forward and backward passes, the whole in passes without "
-        f"gradients over all samples. What is learned and the ranks take {held} bytes a weight at hidden size 4,096 "
-        "(`benchmarks/bench_prune.py`). No run of the table above needed more than "
+        f"gradients over all samples. What is learned and the ranks take {held} bytes per weight at hidden size 4,096 "
+        "(`benchmarks/bench_prune.py`). No run of the perplexity table needed more than "
         f"{max(peaks):.1f} GB of resident memory, the imported libraries included.{_depth()}"
     )
 
@@ -275,7 +301,11 @@ def _depth() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "protocol-a": headline,
+    "headline": headline,
+    "protocol-a": perplexities,
+    "cells": cells,
+    "learning-cost": learning,
+    "time-to-quality": time_to_quality,
     "ablations": curve,
     "simulate": speedups,
     "time-and-memory": time_and_memory,

@@ -7,3 +7,8 @@ Target = Literal["block", "stream"]
 Loss = Literal["token", "channel", "frobenius"]
 Optimizer = Literal["adamw", "prodigy"]
 Preset = Literal["authors"]
+
+OptionValue = str | int | float | bool | None | list[str] | tuple[int, int]  # value of an option, as manifests keep it
+
+DAMPING = 0.01  # default of --damping: share of the mean diagonal of XᵀX that is added to it
+CLIP_RATE = 0.03  # default of --clip-lr: AdamW's learning rate of the clipping strengths

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -103,6 +103,38 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     suggestion = f"did you mean '{near[0]}'? " if near else ""
     return UsageError(f"unknown {kind} '{value}'", f"{suggestion}known: {', '.join(names)}")
+
+
+def require_options(
+    given: Iterable[str], kind: str, name: str, known: Iterable[str], options: Callable[[str], Iterable[str]]
+) -> None:
+    """Refuse an option that the chosen method or format does not have.
+
+    Parameters
+    ----------
+    given : iterable of str
+        Options that were given, with underscores.
+    kind : str
+        Option that chooses, e.g. ``"method"``.
+    name : str
+        What it chose.
+    known : iterable of str
+        All that it can choose.
+    options : callable
+        Names of the options of a choice.
+
+    Raises
+    ------
+    UsageError
+        Names the option, and the choices that have it.
+    """
+    for option in given:
+        if option not in options(name):
+            having = [other for other in known if option in options(other)]
+            raise UsageError(
+                f"--{option.replace('_', '-')} is not an option of --{kind} {name}",
+                f"{kind}s with that option: {', '.join(having) or 'none'}",
+            )
 
 
 def require_counts(**options: int | None) -> None:

@@ -20,7 +20,8 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.decoder.verify import verify
 from besa_cli.errors import BesaError
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
+from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.stage import StageJob
 from besa_cli.pruners import PRUNERS
 from besa_cli.stream import propagation
@@ -53,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def finish(directory: Path, model: Path, request: PruneRequest, rows: Tensor | None = None) -> Path:
+def finish(directory: Path, model: Path, request: StageRequest, rows: Tensor | None = None) -> Path:
     """Prune `model` in a run directory; returns the stage."""
     calibration = tiny_models.calibration_set(tiny_models.tokens(2, 12) if rows is None else rows)
     manifest = tiny_models.run(StageJob(Run(directory), tiny_models.local(model), calibration, request))
@@ -68,17 +69,24 @@ def stock(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
-def check_counts(stage: Path, family: str, request: PruneRequest) -> None:
+def pattern_of(request: StageRequest) -> tuple[int, int] | None:
+    """The N:M pattern that was asked for."""
+    pattern: tuple[int, int] | None = getattr(request.method.options, "nm", None)
+    return pattern
+
+
+def check_counts(stage: Path, family: str, request: StageRequest) -> None:
     """The zeros in the tensors, block by block, are what the request says, and what the manifest says."""
     model = stock(stage)
     state = model.state_dict()
     names = tiny_models.linear_names(model, tiny_models.blocks_of(family))
     zeros = [sum(int((state[name] == 0).sum()) for name in block) for block in names]
-    if request.nm is None:
+    pattern = pattern_of(request)
+    if pattern is None:
         sizes = [sum(state[name].numel() for name in block) for block in names]
-        expected = tiny_models.prefix_counts(request.sparsity, sizes)
+        expected = tiny_models.prefix_counts(request.target_sparsity or 0.0, sizes)
     else:
-        n, m = request.nm
+        n, m = pattern
         whole = [sum(state[name].shape[0] * (state[name].shape[1] // m) * n for name in block) for block in names]
         expected = [sum(whole[: index + 1]) for index in range(len(whole))]
     assert [sum(zeros[: index + 1]) for index in range(len(zeros))] == expected
@@ -223,12 +231,12 @@ def test_a_finished_stage(family: str, name: str, source: Callable[[str], Path],
     stage = finish(tmp_path / "run", model, request)
     check_counts(stage, family, request)
     check_bits(stage, model, survivors=name in MASK_ONLY)
-    if request.nm is not None:
-        check_windows(stage, family, *request.nm)
+    if (pattern := pattern_of(request)) is not None:
+        check_windows(stage, family, *pattern)
 
 
 def test_every_method_is_covered() -> None:
-    assert {request.method for request in REQUESTS.values()} == set(PRUNERS)
+    assert {request.method.name for request in REQUESTS.values()} == set(PRUNERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -239,7 +247,7 @@ def test_the_sources_dtype_is_kept_whatever_is_computed_in(
 ) -> None:
     model = tiny_models.checkpoint(tmp_path / "model", dtype=dtype)
     asked = REQUESTS[name]
-    request = PruneRequest(method=asked.method, sparsity=0.5, options={}, device="cpu", dtype=compute)
+    request = prune.request(method=asked.method.name, sparsity=0.5, options={}, device="cpu", dtype=compute)
     stage = finish(tmp_path / "run", model, request)
     assert {tensor.dtype for tensor in tiny_models.weights(stage).values()} == {dtype}
     check_counts(stage, "llama", request)
@@ -320,7 +328,7 @@ def test_inputs_that_are_always_zero(name: str, source: Callable[[str], Path], t
     query = after["model.layers.0.self_attn.q_proj.weight"]
     if name in ("wanda", "besa-row"):
         assert (query[:, 3:9] == 0).all()  # they never matter, so they go first
-    if request.nm is None:
+    if pattern_of(request) is None:
         check_counts(stage, "llama", request)
 
 

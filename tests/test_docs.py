@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from support import tiny_models
 from typer.main import get_command
 
@@ -37,11 +39,12 @@ PACKAGE = Path(besa_cli.__file__).parent
 ROOT = PACKAGE.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = (README, ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md")), PACKAGE / "data" / "LICENSES.md")
+LOG = sorted((ROOT / "dev" / "log").glob("*.md"))
+PAGES = (*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), PACKAGE / "data" / "LICENSES.md")
+LINKED = (*PAGES, *LOG, *sorted((ROOT / "benchmarks").glob("*.md")), ROOT / "examples" / "README.md")
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
-_BRANCH = re.compile(r"(?P<indent>(?:│   |    )*)[├└]── (?P<name>\S+)(?P<text>.*)")
 
 
 def text(page: Path) -> str:
@@ -114,13 +117,13 @@ def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, command
 
 
-def test_there_are_command_lines_for_every_command_in_the_readme() -> None:
+def test_there_are_command_lines_for_every_command_in_the_documents() -> None:
     shown = "\n".join(command_lines())
     for name, _ in leaves(get_command(app), "besa"):
-        assert name in shown or f"`{name}`" in text(README)
+        assert name in shown, name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
     for path, anchor in _LINK.findall(text(page)):
         target = (page.parent / path) if path else page
@@ -137,33 +140,59 @@ def test_pages_name_no_section_that_another_page_lacks(page: Path) -> None:
         assert re.search(rf"^## {number}\. ", text(page.parent / path), re.MULTILINE), f"{page.name}: {path}, {number}"
 
 
-def tree() -> dict[str, str]:
-    """Path → description of every line of the README's file tree."""
-    drawing = text(README).split("## The files")[1]
-    found: dict[str, str] = {}
-    folders: list[str] = []
-    for line in _FENCE.search(drawing)[2].splitlines()[1:]:  # type: ignore[index]
-        branch = _BRANCH.fullmatch(line)
-        assert branch, f"a line of the README's file tree cannot be read: {line}"
-        depth = len(branch["indent"]) // 4
-        folders = [*folders[:depth], branch["name"].rstrip("/")]
-        found["/".join(folders) + ("/" if branch["name"].endswith("/") else "")] = branch["text"].strip()
-    return found
+@pytest.fixture
+def code_map() -> ModuleType:
+    """The script that writes docs/code-map.md."""
+    spec = importlib.util.spec_from_file_location("code_map", ROOT / "dev" / "code_map.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_tree_in_the_readme_names_the_files_there_are() -> None:
-    drawn = {path for path in tree() if path.startswith(("besa_cli/", "docs/")) and not path.endswith("/")}
+def test_the_code_map_is_that_of_the_docstrings(code_map: ModuleType) -> None:
+    assert text(DOCS / "code-map.md") == code_map.page(), "make it again: python dev/code_map.py"
+
+
+def test_the_floors_of_the_code_map_hold_every_part_once_and_no_import_leads_up(code_map: ModuleType) -> None:
+    rows = table(DOCS / "code-map.md", "| floor |")
+    height = {part: int(level) for level, parts in rows for part in quoted(parts)}
+    there = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if list(path.rglob("*.py")) or path.suffix == ".py"
+    }
+    assert sum(len(quoted(parts)) for _, parts in rows) == len(height)
+    assert set(height) == there - {"__init__"}
+    below = {"app": "commands", "commands": "jobs", "jobs": "stream", "stream": "ops", "pruners": "stream"}
+    for own, lower in below.items():
+        assert lower in code_map.imports()[own]
+        assert height[lower] < height[own]
+
+
+def test_the_code_map_has_every_file_once_and_says_what_every_module_is(code_map: ModuleType) -> None:
+    linked = re.findall(r"^- \[(\S+)\]\(\.\./(\S+)\)(?:: (.+))?$", text(DOCS / "code-map.md"), re.MULTILINE)
     there = {
         path.relative_to(ROOT).as_posix()
-        for folder in (PACKAGE, DOCS)
-        for path in folder.rglob("*")
+        for path in PACKAGE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.name not in ("__init__.py", "loops.so")
     }
-    assert drawn - there == set(), "drawn, but not there"
-    assert there - drawn == set(), "there, but not drawn"
-    for path, description in tree().items():
-        assert (ROOT / path).exists(), path
-        assert description, f"{path} is not described"
+    assert sorted(path for _, path, _ in linked) == sorted(there)
+    for name, path, about in linked:
+        assert name == Path(path).name
+        if path.endswith((".py", ".cpp", ".toml")):
+            assert about, f"{path} does not say what it is"
+    assert code_map.summary(PACKAGE / "__main__.py") == "`python -m besa_cli` is the command `besa`."
+    toml = text(PACKAGE / "sim" / "accelerators" / "vitcod.toml").splitlines()[0]
+    assert code_map.summary(PACKAGE / "sim" / "accelerators" / "vitcod.toml").startswith(toml.removeprefix("# "))
+
+
+def test_the_page_of_the_benchmarks_names_every_script_and_every_file_of_lines() -> None:
+    folder = ROOT / "benchmarks"
+    named = {Path(name).name for name in quoted(text(folder / "README.md"))}
+    there = {path.name for path in folder.rglob("*") if path.suffix in (".py", ".jsonl") and path.name != "__init__.py"}
+    assert there - named == set(), "not in benchmarks/README.md"
+    written = {name for name in named if name.endswith((".py", ".jsonl"))}
+    assert written - there == {"faults.py"}, "in benchmarks/README.md, but not there"
 
 
 def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
@@ -174,17 +203,60 @@ def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:
         assert (row[-1] == "yes") == ("nm" in {field.name for field in fields(options)}), name
 
 
-def test_the_readme_says_how_the_demo_is_limited() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.read_bytes()) <= 10_000
+
+
+def test_the_pages_say_how_the_demo_is_limited() -> None:
     limits = dict(re.findall(r"^DEMO_(\w+) \?= (.*)$", text(ROOT / "Makefile"), re.MULTILINE))
-    said = " ".join(text(README).split())
+    said = " ".join(text(DOCS / "usage.md").split())
     assert f"{limits['SAMPLES']} × {limits['SEQLEN']} tokens" in said
     assert f"first {limits['WINDOWS']} windows of WikiText-2" in said
+    for page in (README, DOCS / "usage.md"):
+        assert f"besa prune --data bundled --samples {limits['SAMPLES']} --seqlen {limits['SEQLEN']}" in text(page)
+        assert f"besa eval ppl wikitext2 --limit {limits['WINDOWS']}" in text(page)
 
 
-def test_the_readme_names_no_variable_that_the_program_does_not_read() -> None:
+def test_the_variables_in_the_documents_are_those_that_the_program_reads() -> None:
     code = "\n".join(text(path) for path in PACKAGE.rglob("*.py"))
-    for name in set(re.findall(r"`(BESA_\w+)`", text(README))):
-        assert f'"{name}"' in code, name
+    named = {name for page in PAGES for name in re.findall(r"`(BESA_\w+)`", text(page))}
+    read = set(re.findall(r'"(BESA_\w+)"', code))
+    assert named == read
+    assert read <= set(quoted(text(DOCS / "configuration.md")))
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_program() -> None:
+    cited = yaml.safe_load(text(ROOT / "CITATION.cff"))
+    assert cited["version"] == besa_cli.__version__
+    assert cited["license"] == tomllib.loads(text(ROOT / "pyproject.toml"))["project"]["license"]
+    assert f"## {cited['version']} ({cited['date-released']})" in text(ROOT / "CHANGELOG.md")
+
+
+def test_continuous_integration_runs_what_a_person_runs_on_every_python_that_is_promised() -> None:
+    project = tomllib.loads(text(ROOT / "pyproject.toml"))["project"]
+    job = yaml.safe_load(text(ROOT / ".github" / "workflows" / "ci.yml"))["jobs"]["checks"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    promised = [name.rpartition(" ")[2] for name in project["classifiers"] if ":: Python :: 3" in name]
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert project["requires-python"] == f">={promised[0]}"
+
+
+def test_the_index_of_the_documents_has_every_page_once() -> None:
+    for page, folder in ((DOCS / "README.md", ""), (README, "docs/")):
+        linked = [path for path, _ in _LINK.findall(text(page).split("## Documents")[-1].split("## Dive")[0])]
+        own = [
+            path.removeprefix(folder) for path in linked if path.startswith(folder) and "/" not in path[len(folder) :]
+        ]
+        assert sorted(own) == sorted(path.name for path in DOCS.glob("*.md") if path.name != "README.md"), page
+
+
+def test_functions_and_files_in_the_page_on_architecture_exist() -> None:
+    named = set(quoted(text(DOCS / "architecture.md")))
+    for name in {name for name in named if re.fullmatch(r"ops\.\w+\.\w+", name)}:
+        module, _, member = name.rpartition(".")
+        assert hasattr(importlib.import_module(f"besa_cli.{module}"), member), name
+    for name in {name for name in named if re.fullmatch(r"\w+/(\w+/)*\w+\.py", name)}:
+        assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
 def test_every_function_in_the_method_page_exists() -> None:
@@ -255,7 +327,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_example_of_a_method_says_what_it_holds(example: ModuleType) -> None:
     """Scores and masks, like Wanda's, whose it makes: the other tensors exist for one linear at a time."""
-    assert example.memory_use(example.Options()) == wanda.memory_use(wanda.Options())
+    assert example.Options().memory_use() == wanda.Options().memory_use()
 
 
 def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> None:
@@ -265,7 +337,7 @@ def test_the_example_of_a_method_works(example: ModuleType, tmp_path: Path) -> N
         stage = Run(tmp_path / f"run-{number}")
         manifest = tiny_models.run(StageJob(stage, tiny_models.local(source), rows, asked))
         counts = manifest["counts"]
-        if asked.nm is None:
+        if asked.target_sparsity is not None:
             assert counts["pruned"] == round(0.37 * counts["weights"])
         made, before = tiny_models.weights(stage.stage("pruned")), tiny_models.weights(source)
         names = [
@@ -289,7 +361,7 @@ def finished(tmp_path: Path) -> Run:
     options = calibration_set.CalibrationOptions(data=(str(file),), samples=4, seqlen=16)
     rows = prepare.calibrate(model, options, made.calibration, None, lambda _: None)
     tiny_models.run(StageJob(made, model, rows, tiny_models.request("besa")))
-    few = quantize.QuantizeRequest(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
+    few = quantize.request(options={}, bits=3, group_size="16", symmetric=False, device="cpu", dtype="float32")
     tiny_models.run(StageJob(made, tiny_models.local(made.stage("pruned")), rows, few))
     return made
 

@@ -14,6 +14,7 @@ import besa_cli
 from besa_cli.exporters import EXPORTERS
 from besa_cli.pruners import PRUNERS
 from besa_cli.quantizers import QUANTIZERS
+from besa_cli.stream.method import MethodOptions
 
 PACKAGE = Path(besa_cli.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -118,8 +119,10 @@ def test_methods_offered_are_the_files_and_folders_there_are(folder: str) -> Non
 @pytest.mark.parametrize(("folder", "name"), [(folder, name) for folder, names in METHODS.items() for name in names])
 def test_a_method_is_options_and_two_functions(folder: str, name: str) -> None:
     module = importlib.import_module(f"besa_cli.{folder}.{name}")
-    assert is_dataclass(module.Options)
-    assert callable(module.memory_use)
+    options: type[MethodOptions] = module.Options
+    assert is_dataclass(options)
+    assert issubclass(options, MethodOptions)
+    assert options().memory_use().state > 0
     assert callable(module.prune if folder == "pruners" else module.quantize)
     assert METHODS[folder][name]
 

@@ -38,9 +38,7 @@ def decisions(method: str, place: Path) -> np.ndarray:
         made = tiny_models.weights(place / "run" / "pruned")
         (names,) = tiny_models.linear_names(tiny_models.built(tiny_models.config("llama", blocks=1)), "model.layers")
         return np.concatenate([(made[name] != 0).numpy().astype(np.uint8).ravel() for name in names])
-    asked = quantize.QuantizeRequest(
-        method=method, options={}, bits=BITS, group_size="16", device="cpu", dtype="float32"
-    )
+    asked = quantize.request(method=method, options={}, bits=BITS, group_size="16", device="cpu", dtype="float32")
     tiny_models.run(StageJob(Run(place / "run"), source, rows, asked))
     codes = tiny_models.weights(place / "run" / "quantized" / "codes")
     return np.concatenate([codes[name].numpy().ravel() for name in sorted(codes) if name.endswith(".codes")])

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from besa_cli import exporters
 from besa_cli.commands.shared import forecast_view, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.exporters import EXPORTERS
 
 if TYPE_CHECKING:
     from besa_cli.jobs.export import ExportJob
 
-_FORMATS = "; ".join(f"{name}: {summary}" for name, summary in EXPORTERS.items())
+_FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
 FormatOption = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{_FORMATS}.")]
 StoredOption = Annotated[
@@ -64,12 +64,12 @@ def export(
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import push
-    from besa_cli.jobs.export import ExportJob, ExportRequest
+    from besa_cli.jobs.export import ExportJob
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
     own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
-    request = ExportRequest(format=format, options={name: value for name, value in own.items() if value is not None})
+    exporter = exporters.load(format, {name: value for name, value in own.items() if value is not None})
     options.require_run(run)
     if push_to is not None:
         push.check(push_to)
@@ -78,7 +78,7 @@ def export(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
     with lock.free(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
-        job = ExportJob(Run(run), request, restart=restart)
+        job = ExportJob(Run(run), exporter, restart=restart)
         if dry_run:
             forecast_view.job(job, console)
             return

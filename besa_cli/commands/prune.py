@@ -130,11 +130,11 @@ def prune(
     pattern = _pattern(nm, sparsity)
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
+    from besa_cli.jobs import prune as job
     from besa_cli.jobs import ranks
-    from besa_cli.jobs.prune import PruneRequest
 
     tokens_from = None if calibration is None else str(calibration.resolve())
-    request = PruneRequest(
+    request = job.request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
@@ -168,7 +168,7 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
         raise UsageError(f"--nm {nm} and --sparsity {sparsity} exclude each other", "give one of the two")
     found = re.fullmatch(r"(\d+):(\d+)", nm)
     if not found:
-        raise UsageError(f"--nm '{nm}' is no pattern N:M", "2:4 prunes 2 of every 4 columns")
+        raise UsageError(f"--nm '{nm}' is not an N:M pattern", "2:4 prunes 2 of every 4 columns")
     return int(found[1]), int(found[2])
 
 

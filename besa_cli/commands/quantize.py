@@ -91,10 +91,10 @@ def quantize(
     }  # fmt: skip
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs.quantize import QuantizeRequest
+    from besa_cli.jobs import quantize as job
     from besa_cli.ops import affine
 
-    request = QuantizeRequest(
+    request = job.request(
         method=method,
         bits=bits,
         group_size=affine.GROUP if group_size is None else group_size,
@@ -107,7 +107,7 @@ def quantize(
         max_memory=options.size_of(max_memory),
     )
     wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
-    if not request.observes:
+    if not request.uses_calibration:
         calibration_source.refuse_samples(calibration, wanted, method)
     directory = Run(run)
     source = _source(model, directory, console)

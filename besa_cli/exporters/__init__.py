@@ -1,4 +1,19 @@
-"""One file a format: its `Options`, and `write`, which fills a directory and yields each finished piece."""
+"""Export formats: one file (or folder) each, with `Options` and the functions `pieces`, `write` and `loading`.
+
+`write` fills a directory and yields each finished piece, of which `pieces` tells the number beforehand; `loading` gives
+the text of the model card on how to load the export.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from besa_cli.errors import require_options, unknown
+
+if TYPE_CHECKING:
+    from besa_cli.exporters.source import Piece, StageSource
 
 # Name on the command line -> what it is, in a few words. The module has the same name, with _ for -.
 EXPORTERS = {
@@ -7,3 +22,65 @@ EXPORTERS = {
     "compressed-tensors": "the codes of a quantized stage, for transformers and vLLM",
     "gguf": "one file for llama.cpp (LLaMA-architecture models)",
 }
+
+
+class FormatModule(Protocol):
+    """Module of a format."""
+
+    def pieces(self, source: "StageSource", options: Any) -> int:
+        """Return how many pieces `write` yields; refuse a stage that the format cannot hold."""
+
+    def write(self, source: "StageSource", target: Path, options: Any) -> "Iterator[Piece]":
+        """Fill the directory, piece by piece."""
+
+    def loading(self, options: Any) -> str:
+        """Return Markdown that says how the export is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter:
+    """An export format with its options.
+
+    Attributes
+    ----------
+    name : str
+        A key of `EXPORTERS`.
+    options : dataclass
+        The format's ``Options``.
+    given : mapping
+        Those that were given.
+    module : FormatModule
+    """
+
+    name: str
+    options: Any
+    given: Mapping[str, Any]
+    module: FormatModule
+
+    def record(self) -> dict[str, Any]:
+        """Return the format and all its options with their values, for the manifest."""
+        return {"format": self.name, **asdict(self.options)}
+
+
+def load(name: str, given: Mapping[str, Any] | None = None) -> Exporter:
+    """Resolve an export format.
+
+    Raises
+    ------
+    UsageError
+        The format is unknown, it lacks one of the options, or a value is invalid.
+    """
+    if name not in EXPORTERS:
+        raise unknown("format", name, EXPORTERS)
+    own = dict(given or {})
+    require_options(own, "format", name, EXPORTERS, _option_names)
+    module = _module(name)
+    return Exporter(name=name, options=module.Options(**own), given=own, module=module)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"besa_cli.exporters.{name.replace('-', '_')}")
+
+
+def _option_names(name: str) -> list[str]:
+    return [field.name for field in fields(_module(name).Options)]

@@ -29,11 +29,14 @@ _ELSEWISE = "quantize with --bits 4 --symmetric, or export as sparse"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CompressedTensorsOptions:
     """Nothing may be chosen."""
 
 
-def pieces(source: StageSource, options: Options) -> int:
+Options = CompressedTensorsOptions
+
+
+def pieces(source: StageSource, options: CompressedTensorsOptions) -> int:
     """How many pieces `write` yields.
 
     Raises
@@ -65,7 +68,7 @@ def group_size(source: StageSource) -> int | None:
     return gcd(*(cols if cols <= size else gcd(size, cols) for cols in columns))
 
 
-def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: CompressedTensorsOptions) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
     copying.copy_small_files(source.directory, target)
     disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
@@ -131,7 +134,7 @@ def _others(source: StageSource) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside]
 
 
-def loading(options: Options) -> str:
+def loading(options: CompressedTensorsOptions) -> str:
     """How to load it, in Markdown."""
     return """\
 ```python

@@ -16,7 +16,7 @@ from besa_cli.system.compute import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class HfOptions:
     """What may be chosen of a dense export.
 
     Attributes
@@ -34,15 +34,18 @@ class Options:
         require_counts(shard_size=self.shard_size)
 
 
+Options = HfOptions
+
+
 _PIECES = 20  # of progress
 
 
-def pieces(source: StageSource, options: Options) -> int:
+def pieces(source: StageSource, options: HfOptions) -> int:
     """How many pieces `write` yields."""
     return min(_PIECES, len(source.names))
 
 
-def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: HfOptions) -> Iterator[Piece]:
     """Fill the directory; a piece is one of some equal parts of the tensors."""
     wanted = None if options.dtype is None else DTYPES[options.dtype]
 
@@ -78,7 +81,7 @@ def with_dtype(config: dict[str, object], dtype: torch.dtype) -> dict[str, objec
     return {**config, key: str(dtype).removeprefix("torch.")}
 
 
-def loading(options: Options) -> str:
+def loading(options: HfOptions) -> str:
     """How to load it, in Markdown."""
     return """\
 ```python

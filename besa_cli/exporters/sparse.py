@@ -13,7 +13,7 @@ from besa_cli.system import disk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class SparseOptions:
     """What may be chosen of a sparse export.
 
     Attributes
@@ -25,12 +25,15 @@ class Options:
     compress: Literal["zstd"] | None = None
 
 
-def pieces(source: StageSource, options: Options) -> int:
+Options = SparseOptions
+
+
+def pieces(source: StageSource, options: SparseOptions) -> int:
     """How many pieces `write` yields."""
     return len(source.weights.shards())
 
 
-def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: SparseOptions) -> Iterator[Piece]:
     """Fill the directory; a piece is a file of weights, one a block."""
     copying.copy_small_files(source.directory, target)
     quantization = {"quant_method": METHOD, "format": sparse_format.FORMAT, "index": INDEX}
@@ -84,7 +87,7 @@ def copy_stage_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / name)
 
 
-def loading(options: Options) -> str:
+def loading(options: SparseOptions) -> str:
     """How to load it, in Markdown."""
     meanwhile = ", decompressed into the directory for temporary files" if options.compress else ""
     return f"""\

@@ -1,19 +1,17 @@
 """One export from a finished stage to a finished directory: whole under its own name, or not there."""
 
-import importlib
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from besa_cli.checkpoint import exports, manifests, ownership, preflight, swap, weights, zstd
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
 from besa_cli.checkpoint.runs import Run
-from besa_cli.errors import BesaError, UsageError, unknown
-from besa_cli.exporters import EXPORTERS
+from besa_cli.errors import BesaError
+from besa_cli.exporters import Exporter
 from besa_cli.exporters.source import STAGE_FILES, Piece, StageSource, private
 from besa_cli.jobs import model_card
 from besa_cli.stream.forecast import Forecast
@@ -22,56 +20,10 @@ from besa_cli.system import compute, disk, redaction
 _ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What is asked of `export`.
-
-    Attributes
-    ----------
-    format : str
-        A key of `besa_cli.exporters.EXPORTERS`.
-    options : mapping
-        The format's own options that were given, by the names of its `Options`.
-    """
-
-    format: str = "hf"
-    options: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.format not in EXPORTERS:
-            raise unknown("format", self.format, EXPORTERS)
-        self.own_options()
-
-    def own_options(self) -> Any:
-        """The format's `Options`.
-
-        Raises
-        ------
-        UsageError
-            An option that this format does not have; says which do.
-        """
-        for name in self.options:
-            if name not in _option_names(self.format):
-                having = [each for each in EXPORTERS if name in _option_names(each)]
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is no option of --format {self.format}",
-                    f"formats with that option: {', '.join(having) or 'none'}",
-                )
-        return _module(self.format).Options(**self.options)
-
-    @property
-    def directory(self) -> str:
-        """The name of the export's directory: the format, and what was chosen of how weights are stored."""
-        chosen = [str(self.options[name]) for name in ("dtype", "type", "compress") if name in self.options]
-        return disk.safe_name("-".join([self.format, *chosen]))
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"besa_cli.exporters.{name.replace('-', '_')}")
-
-
-def _option_names(name: str) -> list[str]:
-    return [field.name for field in fields(_module(name).Options)]
+def directory_name(exporter: Exporter) -> str:
+    """Return the name of an export's directory: the format, and the options of how weights are stored."""
+    chosen = [str(exporter.given[name]) for name in ("dtype", "type", "compress") if name in exporter.given]
+    return disk.safe_name("-".join([exporter.name, *chosen]))
 
 
 class ExportJob:
@@ -81,7 +33,7 @@ class ExportJob:
     ----------
     run : Run
         Its lock is held by the caller.
-    request : Request
+    exporter : Exporter
     restart : bool
         Replace an export of the same name, when the new one is finished.
 
@@ -91,20 +43,19 @@ class ExportJob:
         Anything that can be known before the first piece.
     """
 
-    def __init__(self, run: Run, request: ExportRequest, *, restart: bool = False) -> None:
+    def __init__(self, run: Run, exporter: Exporter, *, restart: bool = False) -> None:
         newest = run.newest()
         if newest is None:
             raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
-        self.request = request
-        self._module, self._options = _module(request.format), request.own_options()
+        self._exporter = exporter
         self.source = StageSource(newest)
-        self.directory = run.exports / request.directory
-        self._partial = run.exports / f".{request.directory}.partial"
-        self.record = {"format": request.format, **asdict(self._options)}
+        self.directory = run.exports / directory_name(exporter)
+        self._partial = run.exports / f".{self.directory.name}.partial"
+        self.record = exporter.record()
         self.done = self.directory.exists() and not restart
         if self.done:
             self._refuse_other()
-        self.number_of_pieces: int = self._module.pieces(self.source, self._options)
+        self.number_of_pieces = exporter.module.pieces(self.source, exporter.options)
         if not self.done:
             for place in (self.directory, self._partial):
                 ownership.refuse_to_replace(place, [newest])
@@ -130,7 +81,7 @@ class ExportJob:
     @property
     def title(self) -> str:
         """What is about to be done, in one line."""
-        return f"exporting {self.source.directory} as {self.request.format} to {self.directory}"
+        return f"exporting {self.source.directory} as {self._exporter.name} to {self.directory}"
 
     def forecast(self) -> Forecast:
         """What the command will take, from a trial: what belongs to no block and the largest block are exported.
@@ -162,7 +113,7 @@ class ExportJob:
         began = time.perf_counter()
         compute.map_large_tensors()
         with tempfile.TemporaryDirectory(prefix="besa-") as name:
-            for _ in self._module.write(self.source.only(files), Path(name), self._options):
+            for _ in self._exporter.module.write(self.source.only(files), Path(name), self._exporter.options):
                 compute.give_back_memory()
             made = [path for path in Path(name).rglob("*") if path.is_file()]
             for path in made:
@@ -176,7 +127,7 @@ class ExportJob:
         self._begin()
         compute.map_large_tensors()
         linear_bytes = rounded = 0
-        for piece in self._module.write(self.source, self._partial, self._options):
+        for piece in self._exporter.module.write(self.source, self._partial, self._exporter.options):
             linear_bytes += piece.linear_bytes
             rounded += piece.rounded_to_zero
             compute.give_back_memory()
@@ -219,7 +170,7 @@ class ExportJob:
         }
         manifest = redaction.value(manifest)
         self._keep_private()
-        text = model_card.text(manifest, self._perplexities, self._module.loading(self._options))
+        text = model_card.text(manifest, self._perplexities, self._exporter.module.loading(self._exporter.options))
         disk.publish(self._partial / model_card.FILE, lambda path: _write(path, text.encode()))
         manifest["files"] = {
             str(path.relative_to(self._partial)): _flushed(path)

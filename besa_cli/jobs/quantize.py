@@ -1,73 +1,47 @@
-"""What is asked of `besa quantize`, and what it does to a block."""
+"""Requests of `besa quantize`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
-from besa_cli.jobs import request
+from typing_extensions import Unpack
+
+from besa_cli import quantizers
+from besa_cli.jobs.request import Placement, StageRequest
 from besa_cli.ops import affine
-from besa_cli.ops.affine import Grid
-from besa_cli.quantizers import QUANTIZERS
-from besa_cli.stream.block import Block, Decision
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizeRequest(request.StageRequest):
-    """What is asked of `quantize`; its other attributes are those of `besa_cli.jobs.request.StageRequest`.
+def request(
+    *,
+    method: str = "rtn",
+    bits: int = 4,
+    group_size: str = affine.GROUP,
+    symmetric: bool = True,
+    options: Mapping[str, Any] | None = None,
+    **placement: Unpack[Placement],
+) -> StageRequest:
+    """Check what is asked of `besa quantize`, and resolve its method.
 
-    Attributes
+    Parameters
     ----------
-    bits : int
-    group_size : str
-        A number of columns, or ``channel``.
-    symmetric : bool
+    method : str
+        A key of `besa_cli.quantizers.QUANTIZERS`.
+    bits, group_size, symmetric
+        The grid: see `besa_cli.ops.affine.grid`.
+    options : mapping, optional
+        The method's own options that were given.
+    **placement
+        Where and how it is computed: see `Placement`.
+
+    Raises
+    ------
+    UsageError
+        The method is unknown, lacks an option, or a value is invalid.
     """
-
-    methods: ClassVar[Mapping[str, str]] = QUANTIZERS
-    package: ClassVar[str] = "quantizers"
-
-    method: str = "rtn"
-    bits: int = 4
-    group_size: str = "128"
-    symmetric: bool = True
-
-    def check(self) -> None:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        _ = self.grid
-
-    @property
-    def grid(self) -> Grid:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return affine.grid(self.bits, self.group_size, symmetric=self.symmetric)
-
-    @property
-    def stage(self) -> str:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return "quantized"
-
-    @property
-    def command(self) -> str:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return "quantize"
-
-    @property
-    def observes(self) -> bool:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return bool(self.module.OBSERVES)
-
-    def describe(self, model: str) -> str:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return f"quantizing {model} with {self.method} to {self.grid}"
-
-    def budgets(self, sizes: Sequence[int]) -> None:
-        """See `besa_cli.jobs.request.StageRequest`: nothing is pruned."""
-        return
-
-    def change(self, block: Block) -> Decision:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        quantized: Decision = self.module.quantize(block, self.grid, self.method_options())
-        return quantized
-
-    def sparsity_option(self) -> dict[str, Any]:
-        """See `besa_cli.jobs.request.StageRequest`."""
-        return {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+    grid = affine.grid(bits, group_size, symmetric=symmetric)
+    return StageRequest(
+        command="quantize",
+        method=quantizers.load(method, grid, options or {}),
+        target_sparsity=None,
+        command_options=affine.grid_options(grid),
+        **placement,
+    )

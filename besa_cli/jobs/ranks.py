@@ -1,8 +1,10 @@
 """How the ranks of a job come together: the first one makes the stage, the others do their part of the work."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
@@ -22,12 +24,17 @@ def require_even_steps(request: StageRequest, world: Ranks) -> None:
     UsageError
         The samples in a step, more than one, are no multiple of the ranks.
     """
-    batch = request.memory_use().batch
+    batch = request.method.options.memory_use().batch
     if batch > 1 and batch % world.size:
         raise UsageError(
             f"--batch-size {batch} cannot be shared out evenly over {world.size} ranks",
             f"give a multiple of {world.size}, or 1: then only the passes that do not learn are shared out",
         )
+
+
+def threads(settings: Mapping[str, Any], world: Ranks) -> int:
+    """Return the threads of one rank; those in the manifest's ``compute`` are of all ranks together."""
+    return max(int(settings["threads"]) // world.size, 1)
 
 
 def require_samples(samples: int, world: Ranks) -> None:
@@ -100,9 +107,16 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     files = None if told["files"] is None else Path(told["files"])
     if files is not None:
         files.mkdir(parents=True, exist_ok=True)  # on a machine of its own
+    torch.set_num_threads(threads(told["settings"], world))
     work = StageWorker(model.directory, request, told["settings"], tokens, world)
     work.decoder.weights.refuse_change(source)
-    for _ in work.reports(None, ActivationStore(files), lambda done, total, phase: None, ahead=told["ahead"]):
+    for _ in work.reports(
+        None,
+        ActivationStore(files),
+        lambda done, total, phase: None,
+        batch=told["settings"]["batch"],
+        ahead=told["ahead"],
+    ):
         pass
 
 

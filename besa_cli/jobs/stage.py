@@ -1,13 +1,15 @@
-"""Making a stage of a run directory from a checkpoint, resumable at every block."""
+"""Jobs that make a stage of a run directory from a checkpoint: checked as a whole first, resumable at every block."""
 
 import contextlib
 import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import ownership, preflight, stages, swap, weights
@@ -26,25 +28,52 @@ from besa_cli.stream.block import OnStep
 from besa_cli.system import compute, disk
 from besa_cli.system.ranks import Ranks
 
+Notify = Callable[[str], None]
+
+
+def recover(run: Run, stage: str) -> None:
+    """Complete an exchange of stages that a crash interrupted; to be called before a `StageJob` is made."""
+    swap.recover(run.stage(stage), run.next_stage(stage))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WorkPlan:
+    """Work that is left of a stage, and the room that it takes.
+
+    Attributes
+    ----------
+    worker : StageWorker
+    memory : MemoryPlan
+    bytes_to_write : int
+    checking : float
+        Seconds since the program started until everything was checked.
+    """
+
+    worker: StageWorker
+    memory: memory_model.MemoryPlan
+    bytes_to_write: int
+    checking: float
+
 
 class StageJob:
-    """One command that makes a stage of a run directory: everything is checked when it is made, `blocks` does the work.
+    """One command that makes a stage of a run directory.
+
+    Making the job only checks and writes nothing, so that a dry run is a job of which `forecast` is asked. `blocks`
+    does the work, and `finish` puts the stage in its place.
 
     Parameters
     ----------
     run : Run
-        Its lock is held by the caller.
+        Its lock is held by the caller, and `recover` was called.
     model : Model
     calibration : CalibrationSet
-    request : Request
+    request : StageRequest
     restart : bool
-        Begin anew; a finished stage is replaced when the new one is finished.
-    dry : bool
-        Only check; nothing is written. For `forecast`.
+        Begin again; a finished stage is replaced when the new one is finished.
     notify : callable
         Takes one-line notes.
     world : Ranks, optional
-        This is the first of them, and the others are in `besa_cli.jobs.ranks.follow`; alone by default.
+        This is the first of them, and the others are in `besa_cli.jobs.ranks.run_worker`; alone by default.
 
     Raises
     ------
@@ -60,39 +89,37 @@ class StageJob:
         request: StageRequest,
         *,
         restart: bool = False,
-        dry: bool = False,
-        notify: Callable[[str], None] = lambda _: None,
+        notify: Notify = lambda _: None,
         world: Ranks | None = None,
     ) -> None:
-        began, self._dry = time.perf_counter(), dry
+        began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
-        self._world = world or Ranks()
+        self._world, self._notify = world or Ranks(), notify
         ranks.require_samples(len(calibration.tokens), self._world)
-        self._final = run.stage(request.stage)
-        self._beside = run.next_stage(request.stage)
-        if not dry:
-            swap.recover(self._final, self._beside)
-        for place in (self._final, self._beside):
+        self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
+        for place in (self._final, next_stage):
             preflight.refuse_foreign(place, model.directory)
             if restart:
                 ownership.refuse_to_replace(place, self._sources())
-        source = weights.Weights(model.directory)
+        self._source = weights.Weights(model.directory)
         extremes: dict[str, tuple[float, float]] = {}
-        self._digest = weights.check(source, extremes)
+        self._digest = weights.check(self._source, extremes)
         cache.confirm(model.directory, self._digest)
-        self._checking = time.perf_counter() - began
+        self._reading = time.perf_counter() - began
         preflight.refuse_damaged(model.directory, self._digest)
         new = stage_manifest.new_manifest(run, model, self._digest, calibration, request, self._world.size)
-        self._directory, self.manifest = stage_manifest.place(self._final, self._beside, new, restart=restart)
+        self._directory, self.manifest = stage_manifest.place(self._final, next_stage, new, restart=restart)
         if self.done:
             preflight.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
             preflight.refuse_incomplete(self._directory)
-        elif self.manifest["status"] != "new":
+            self._stage = Stage(self._directory, int(self.manifest["blocks"]))
+            return
+        if not self._is_new:
             stage_manifest.refuse_other_environment(self._directory, self.manifest, new)
-        self._check_and_begin(source, extremes, notify)
+        self._plan = self._plan_work(extremes)
 
     def _sources(self) -> list[Path]:
-        """What is read while the stage is made."""
+        """Return what is read while the stage is made."""
         named = self.request.calibration
         return [self.model.directory, *([Path(named)] if named else [])]
 
@@ -101,99 +128,94 @@ class StageJob:
         """Whether the stage was finished before."""
         return bool(self.manifest["status"] == "complete")
 
-    def _check_and_begin(
-        self, source: weights.Weights, extremes: Mapping[str, tuple[float, float]], notify: Callable[[str], None]
-    ) -> None:
-        if self.done:
-            self._stage = Stage(self._directory, int(self.manifest["blocks"]))
-            return
+    @property
+    def _is_new(self) -> bool:
+        """Whether no block of the stage was begun before."""
+        return bool(self.manifest["status"] == "new")
+
+    def _plan_work(self, extremes: Mapping[str, tuple[float, float]]) -> _WorkPlan:
+        """Check model and machine, and plan memory and disk; `extremes` are those of each tensor of the model."""
         settings = self.manifest["compute"]
-        self._work = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
-        self._stage = Stage(self._directory, len(self._work.decoder))
-        self._work.decoder.weights.refuse_change(source)
-        self._work.decoder.weights.require_floats(self._work.decoder.linear_tensors())
-        for note in self._work.decoder.notes:
-            notify(note)
+        torch.set_num_threads(ranks.threads(settings, self._world))
+        worker = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
+        self._stage = Stage(self._directory, len(worker.decoder))
+        worker.decoder.weights.refuse_change(self._source)
+        names = worker.decoder.linear_tensors()
+        worker.decoder.weights.require_floats(names)
+        for note in worker.decoder.notes:
+            self._notify(note)
         if self.request.grid:
-            names = self._work.decoder.linear_tensors()
-            preflight.refuse_beyond_fp16(
-                {name: extremes[name] for name in names if name in extremes}, self.request.grid
-            )
-        placing = self._place_in_memory()
-        hidden = self._work.demand(placing.batch).hidden * self._world.size if placing.in_files else 0
-        whole = int(source.nbytes(source.names) * 1.02) + (sum(self._work.sizes) if self.request.grid else 0)
-        self._to_write = whole * (len(self._work.decoder) - self._stage.finished()) // len(self._work.decoder) + hidden
-        if self.manifest["status"] == "new":
-            settings["batch"] = placing.batch
-            self._to_write = whole + hidden
-            preflight.require_space(self._directory, self._to_write)
-            verify(self._work.decoder, self.calibration.tokens, room=self._room(placing))
-        self._placing = replace(placing, peak=max(placing.peak, compute.peak_resident()))
-        if self._dry:
-            disk.require_writable(self._directory)
-            self._checked = compute.age()
-        else:
-            self._begin(source, notify, spilled=placing.in_files)
+            known = {name: extremes[name] for name in names if name in extremes}
+            preflight.refuse_beyond_fp16(known, self.request.grid)
+        memory = self._plan_memory(worker)
+        if self._is_new:
+            settings["batch"] = memory.batch
+        size = self._bytes_to_write(worker, memory)
+        if self._is_new:
+            preflight.require_space(self._directory, size)
+            verify(worker.decoder, self.calibration.tokens, room=self._room_for_checks(memory))
+        memory = replace(memory, peak=max(memory.peak, compute.peak_resident()))
+        return _WorkPlan(worker=worker, memory=memory, bytes_to_write=size, checking=compute.age())
 
-    def _begin(self, source: weights.Weights, notify: Callable[[str], None], *, spilled: bool) -> None:
-        if self.manifest["status"] == "new":
-            swap.discard(self._directory, self._final, self._sources())
-            self._stage.begin(self.manifest, self.model.directory)
-        else:
-            done = self._stage.finished()
-            notify(f"{self._directory}: {done} of {len(self._work.decoder)} blocks are done, going on from there")
-        stages.sweep(self._directory)
-        self._spilled = spilled
-        if spilled:
-            notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
-        rest = self._work.decoder.rest_names()
-        if self._stage.shard(-1).exists():
-            self._stage.check_rest(weights.digest(source.read(rest)))
-        else:
-            self._stage.write_rest(source.read(rest))
-
-    def _place_in_memory(self) -> memory_model.MemoryPlan:
-        """How to stay within --max-memory; the batch of a stage that was begun stays as it is.
+    def _plan_memory(self, worker: StageWorker) -> memory_model.MemoryPlan:
+        """Plan how to keep within --max-memory; the batch of a stage that was begun stays as it is.
 
         Raises
         ------
         UsageError
             It cannot be done.
         """
-        most = self.manifest["compute"]["batch"]
-        limit, new = self.request.max_memory, self.manifest["status"] == "new"
-        overlapping = compute.overlaps(self._work.decoder.device)
         return memory_model.plan(
-            limit, compute.resident(), most, self._work.demand, fixed=not new, overlapping=overlapping
+            self.request.max_memory,
+            compute.resident(),
+            self.manifest["compute"]["batch"],
+            worker.demand,
+            fixed=not self._is_new,
+            overlapping=compute.overlaps(worker.decoder.device),
         )
 
-    def _room(self, placing: memory_model.MemoryPlan) -> int:
-        """Bytes that checking the decoder may take: no more than the work after it, or little."""
+    def _bytes_to_write(self, worker: StageWorker, memory: memory_model.MemoryPlan) -> int:
+        """Return the bytes of the blocks that are left, their codes, and the hidden states that lie in files."""
+        hidden = worker.demand(memory.batch).hidden * self._world.size if memory.in_files else 0
+        whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
+        if self._is_new:
+            return whole + hidden
+        return whole * (self._stage.blocks - self._stage.finished()) // self._stage.blocks + hidden
+
+    def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
+        """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
         limit = self.request.max_memory
-        most = max(placing.peak, compute.resident() + SMALL)
+        most = max(memory.peak, compute.resident() + SMALL)
         return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> forecast.Forecast:
-        """What the command will take, from the model of memory and a trial of the first window; for a dry job."""
-        finished = self._stage.finished() if self.manifest["status"] != "new" else 0
-        left = len(self._work.decoder) - finished
+        """Forecast memory, disk and time, from the model of memory and a trial of the first window.
+
+        Raises
+        ------
+        BesaError
+            The run directory cannot be written.
+        """
+        disk.require_writable(self._directory)
+        plan, finished = self._plan, 0 if self._is_new else self._stage.finished()
+        working = plan.worker.seconds(finished, plan.memory.batch)
         return forecast.Forecast(
-            memory=self._placing.peak,
-            phase=self._placing.phase,
-            in_files=self._placing.in_files,
+            memory=plan.memory.peak,
+            phase=plan.memory.phase,
+            in_files=plan.memory.in_files,
             batch=self.manifest["compute"]["batch"],
-            disk=self._to_write,
+            disk=plan.bytes_to_write,
             free=disk.free(self._directory),
-            seconds=self._checked + self._work.seconds(finished) + self._checking,  # the end reads all that is written
-            blocks=len(self._work.decoder),
-            left=left,
+            seconds=plan.checking + working + self._reading,  # the end reads all that is written
+            blocks=self._stage.blocks,
+            left=self._stage.blocks - finished,
         )
 
     @property
     def title(self) -> str:
-        """What is about to be done, in one line."""
+        """One line that says what is about to be done."""
         settings, (samples, seqlen) = self.manifest["compute"], self.calibration.tokens.shape
-        observed = f"{samples} x {seqlen} calibration tokens, " if self.request.observes else ""
+        observed = f"{samples} x {seqlen} calibration tokens, " if self.request.uses_calibration else ""
         return (
             f"{self.request.describe(self.model.name)}: {self.number_of_blocks} blocks, {observed}"
             f"{settings['dtype']} on {settings['device']}"
@@ -201,27 +223,48 @@ class StageJob:
 
     @property
     def number_of_blocks(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return self._stage.blocks
 
     def blocks(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Do block after block; each report is given when its block is on disk, or the only one on its way there."""
+        """Do block after block; each report is yielded when its block is on disk, or is the only one being written."""
         if self.done:
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
-        files, overlapping = self._directory if self._spilled else None, self._placing.overlapping
+        self._begin()
+        memory = self._plan.memory
+        files = self._directory if memory.in_files else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            ahead=overlapping,
+            ahead=memory.overlapping,
         )  # fmt: skip
-        with BackgroundWriter(self._stage) if overlapping else contextlib.nullcontext(self._stage) as store:
-            for report in self._work.reports(store, ActivationStore(files), on_step, ahead=overlapping):
+        with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
+            for report in self._plan.worker.reports(
+                store, ActivationStore(files), on_step, batch=memory.batch, ahead=memory.overlapping
+            ):
                 self._note_time(report)
                 yield report
 
+    def _begin(self) -> None:
+        """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
+        if self._is_new:
+            swap.discard(self._directory, self._final, self._sources())
+            self._stage.begin(self.manifest, self.model.directory)
+        else:
+            done = self._stage.finished()
+            self._notify(f"{self._directory}: {done} of {self._stage.blocks} blocks are done, resuming from there")
+        stages.sweep(self._directory)
+        if self._plan.memory.in_files:
+            self._notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
+        rest = self._plan.worker.decoder.rest_names()
+        if self._stage.shard(-1).exists():
+            self._stage.check_rest(weights.digest(self._source.read(rest)))
+        else:
+            self._stage.write_rest(self._source.read(rest))
+
     def finish(self) -> dict[str, Any]:
-        """Complete the stage and put it in its place; returns its manifest."""
+        """Complete the stage and put it in its place; return its manifest."""
         if self.done:
             return self.manifest
         manifest = self._stage.finish()

@@ -56,9 +56,9 @@ def new_manifest(
             "digest": digest,
             **({"stage": parent} if parent else {}),
         },
-        **request.extras(),
+        **request.quantization(),
         "calibration": {
-            "tokens_digest": calibration_set.digest if request.observes else None,
+            "tokens_digest": calibration_set.digest if request.uses_calibration else None,
             "sources": calibration_set.manifest["sources"],
         },
         "versions": manifests.versions(),
@@ -69,7 +69,7 @@ def new_manifest(
 
 def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> dict[str, Any]:
     """The options that say where the calibration samples come from; none where none are observed."""
-    if not request.observes:
+    if not request.uses_calibration:
         return {}
     options = calibration_set.manifest["options"]
     if request.calibration is not None:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
+from besa_cli.ops import budget
 from besa_cli.stream import forecast, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
@@ -36,54 +36,54 @@ class StageWorker:
     def __init__(
         self, directory: Path, request: StageRequest, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
     ) -> None:
-        torch.set_num_threads(max(settings["threads"] // world.size, 1))
-        self._request, self._settings, self._world = request, settings, world
+        self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
-        self._tokens = tokens if request.observes else tokens[:0]
+        self._tokens = tokens if request.uses_calibration else tokens[:0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
-        self.segments = windows.segments(self.decoder, request.window)
+        self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
         self.sizes = list(windows.sizes(self.segments))
-        self._budgets = request.budgets(self.sizes)
+        share = request.target_sparsity
+        self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
     def demand(self, batch: int) -> memory_model.Demand:
         """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
-        held, size = self._request.memory_use(), self._world.size
-        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, held.batch) // size)
+        method, size = self._request.method.options.memory_use(), self._world.size
+        passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         return memory_model.prune_demand(
             memory_model.shape(self.decoder, self.segments),
-            held,
+            method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
         )
 
     def reports(
-        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, ahead: bool
+        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, batch: int, ahead: bool
     ) -> Iterator[BlockReport]:
         """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
-        assignment, world = self._assignment(), self._world
+        plan, world = self._prune_plan(batch), self._world
         return walk.compress(
             self.decoder,
             store,
             self._tokens,
-            assignment,
+            plan,
             on_step=on_step,
             activations=shelf,
             prefetch=ahead,
             world=world,
         )
 
-    def seconds(self, finished: int) -> float:
+    def seconds(self, finished: int, batch: int) -> float:
         """How long it will take where `finished` blocks are done, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._assignment(), finished)
+        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
 
-    def _assignment(self) -> walk.PrunePlan:
+    def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(
-            decide=self._request.change,
+            decide=self._request.method.decide,
             segments=self.segments,
             budgets=self._budgets,
-            target=self._request.target,
-            batch=self._settings["batch"],  # settled by the job after it has made this Work
+            target=self._request.method.options.learning_target(),
+            batch=batch,
             seed=self._request.seed,
         )

@@ -83,6 +83,12 @@ def grid(bits: int, group_size: str, *, symmetric: bool) -> Grid:
     return Grid(bits=bits, group_size=None if group_size == CHANNEL else int(group_size), symmetric=symmetric)
 
 
+def grid_options(grid: Grid) -> dict[str, int | str | bool]:
+    """Return the options ``--bits``, ``--group-size`` and ``--symmetric`` that name a grid: the inverse of `grid`."""
+    group_size = CHANNEL if grid.group_size is None else str(grid.group_size)
+    return {"bits": grid.bits, "group_size": group_size, "symmetric": grid.symmetric}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
     """One linear on a grid.

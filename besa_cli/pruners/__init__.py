@@ -1,8 +1,17 @@
-"""Methods: one file (or folder) each, offering `Options` (a frozen dataclass), `prune(block, options) -> Decision` and
-`memory_use(options) -> MemoryUse`, what it holds in memory.
+"""Pruning methods: one file (or folder) each, with `Options` and the function `prune(block, options) -> Decision`.
 
-A new method is a file in this folder and a line in `PRUNERS`.
+`Options` derives from `besa_cli.stream.method.MethodOptions` and says what a job has to know before it starts, memory
+included. A new method is a file in this folder and a line in `PRUNERS`.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from besa_cli.ops.affine import Grid
+    from besa_cli.stream.block import Block, Decision
+    from besa_cli.stream.method import MethodOptions
 
 PRUNERS: dict[str, str] = {
     "besa": "learned sparsity of every row or linear, so that each block keeps its output (ICLR 2024)",
@@ -11,6 +20,52 @@ PRUNERS: dict[str, str] = {
     "magnitude": "|weight|, compared within each row",
 }
 
-# Of methods whose results have changed since their first version. Raise it with every change that makes a method decide
-# otherwise by more than rounding does: figures of an older version are then marked as old (benchmarks/recorded.py).
+# Methods whose results have changed since their first version. Raise the number with every change that makes a method
+# decide differently by more than rounding: figures of an older version are then marked as old (benchmarks/recorded.py).
 VERSIONS: dict[str, int] = {"besa": 3}
+
+
+class PruneFunction(Protocol):
+    """Function `prune` of a method's module."""
+
+    def __call__(self, block: "Block", options: Any) -> "Decision":
+        """Decide the masks of a block, and its weights where they change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner:
+    """A pruning method with its options; see `besa_cli.stream.method.Method`."""
+
+    name: str
+    options: "MethodOptions"
+    prune: PruneFunction
+
+    @property
+    def grid(self) -> "Grid | None":
+        """Grid that the method puts weights on while it prunes, if any."""
+        return self.options.weight_grid()
+
+    def decide(self, block: "Block") -> "Decision":
+        """Decide which weights of a block are pruned."""
+        return self.prune(block, self.options)
+
+
+def load(name: str, given: Mapping[str, Any]) -> Pruner:
+    """Resolve a pruning method.
+
+    Parameters
+    ----------
+    name : str
+        A key of `PRUNERS`.
+    given : mapping
+        The method's own options that were given; the others keep their defaults.
+
+    Raises
+    ------
+    UsageError
+        The method is unknown, it lacks one of the options, or a value is invalid.
+    """
+    from besa_cli.stream.method import module_of, options_of
+
+    options = options_of("pruners", PRUNERS, name, given)
+    return Pruner(name=name, options=options, prune=module_of("pruners", PRUNERS, name).prune)

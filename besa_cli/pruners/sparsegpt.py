@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
+from besa_cli.choices import DAMPING
 from besa_cli.errors import require_factors
 from besa_cli.ops import importance, obs
-from besa_cli.pruners import wanda
+from besa_cli.stream import uniform
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
+from besa_cli.stream.method import MethodOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class SparseGptOptions(MethodOptions):
     """Options of SparseGPT.
 
     Attributes
@@ -22,21 +26,23 @@ class Options:
     """
 
     nm: tuple[int, int] | None = None
-    damping: float = 0.01
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         require_factors(damping=self.damping)
 
+    @override
+    def memory_use(self) -> MemoryUse:
+        return MemoryUse(state=5, grams=True, changes=True)  # updated weights in fp32, masks
 
-def memory_use(options: Options) -> MemoryUse:
-    """Updated weights (4 bytes), masks (1)."""
-    return MemoryUse(state=5, grams=True, changes=True)
+
+Options = SparseGptOptions
 
 
-def prune(block: Block, options: Options) -> Decision:
+def prune(block: Block, options: SparseGptOptions) -> Decision:
     """Prune every linear of the block on the statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
-    counts = wanda.linear_counts(block)
+    counts = uniform.linear_counts(block)
     kept, updated = {}, {}
     for done, (name, weight) in enumerate(block.weights.items(), 1):
         updated[name], kept[name] = obs.prune(

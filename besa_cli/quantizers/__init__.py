@@ -1,8 +1,17 @@
-"""Methods: one file each, offering `Options` (a frozen dataclass), `quantize(block, grid, options) -> Decision`,
-`memory_use(options) -> MemoryUse`, what it holds in memory, and `OBSERVES`, whether it looks at calibration samples.
+"""Quantization methods: one file each, with `Options` and the function `quantize(block, grid, options) -> Decision`.
 
-A new method is a file in this folder and a line in `QUANTIZERS`.
+`Options` derives from `besa_cli.stream.method.MethodOptions` and says what a job has to know before it starts: the
+memory needed, and whether calibration samples are. A new method is a file in this folder and a line in `QUANTIZERS`.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from besa_cli.ops.affine import Grid
+    from besa_cli.stream.block import Block, Decision
+    from besa_cli.stream.method import MethodOptions
 
 QUANTIZERS: dict[str, str] = {
     "rtn": "round to nearest",
@@ -12,3 +21,47 @@ QUANTIZERS: dict[str, str] = {
 
 # As `besa_cli.pruners.VERSIONS`.
 VERSIONS: dict[str, int] = {"gptq": 2, "clip": 2}
+
+
+class QuantizeFunction(Protocol):
+    """Function `quantize` of a method's module."""
+
+    def __call__(self, block: "Block", grid: "Grid", options: Any) -> "Decision":
+        """Decide the codes of a block; pruned weights stay exactly zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """A quantization method with its options and grid; see `besa_cli.stream.method.Method`."""
+
+    name: str
+    options: "MethodOptions"
+    grid: "Grid"
+    quantize: QuantizeFunction
+
+    def decide(self, block: "Block") -> "Decision":
+        """Decide the codes of a block."""
+        return self.quantize(block, self.grid, self.options)
+
+
+def load(name: str, grid: "Grid", given: Mapping[str, Any]) -> Quantizer:
+    """Resolve a quantization method.
+
+    Parameters
+    ----------
+    name : str
+        A key of `QUANTIZERS`.
+    grid : Grid
+        Grid that weights are put on.
+    given : mapping
+        The method's own options that were given; the others keep their defaults.
+
+    Raises
+    ------
+    UsageError
+        The method is unknown, it lacks one of the options, or a value is invalid.
+    """
+    from besa_cli.stream.method import module_of, options_of
+
+    options = options_of("quantizers", QUANTIZERS, name, given)
+    return Quantizer(name=name, options=options, grid=grid, quantize=module_of("quantizers", QUANTIZERS, name).quantize)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
-from besa_cli.choices import Loss, Target
+from besa_cli.choices import CLIP_RATE, Loss, Target
 from besa_cli.errors import require_counts, require_factors
 from besa_cli.ops import affine, importance
 from besa_cli.ops.affine import Grid, Quantized
@@ -14,13 +15,12 @@ from besa_cli.quantizers import rtn
 from besa_cli.stream import learning
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
+from besa_cli.stream.method import MethodOptions
 from besa_cli.system import compute
-
-OBSERVES = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ClipOptions(MethodOptions):
     """Options of learned clipping.
 
     Attributes
@@ -38,20 +38,28 @@ class Options:
     target: Target = "block"
     epochs: int = 1
     batch_size: int = 1
-    lr: float = 0.03
+    lr: float = CLIP_RATE
     loss: Loss = "token"
 
     def __post_init__(self) -> None:
         require_counts(epochs=self.epochs, batch_size=self.batch_size)
         require_factors(lr=self.lr)
 
+    @override
+    def memory_use(self) -> MemoryUse:
+        return MemoryUse(
+            state=7, learned=5, batch=self.batch_size, changes=True, codes=True
+        )  # values in fp32; two sets of codes and masks, which are compared
 
-def memory_use(options: Options) -> MemoryUse:
-    """What stands on the grid (4 bytes), two lots of codes and masks (1 each) when they are compared."""
-    return MemoryUse(state=7, learned=5, batch=options.batch_size, changes=True, codes=True)
+    @override
+    def learning_target(self) -> Target:
+        return self.target
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Decision:
+Options = ClipOptions
+
+
+def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
     """Learn the block's grids; round to nearest is kept where learning did not beat it on the same samples."""
     nearest = rtn.nearest(block, grid)
     learned, loss = _learn(block, grid, options)
@@ -67,7 +75,7 @@ def quantize(block: Block, grid: Grid, options: Options) -> Decision:
     )
 
 
-def _learn(block: Block, grid: Grid, options: Options) -> tuple[dict[str, Quantized], float]:
+def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Quantized], float]:
     """Minimise the reconstruction error; the codes, and the mean loss of the last tenth of steps."""
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)

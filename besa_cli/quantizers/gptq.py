@@ -3,19 +3,20 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
+from besa_cli.choices import DAMPING
 from besa_cli.errors import require_factors
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import rtn
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
-
-OBSERVES = True
+from besa_cli.stream.method import MethodOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class GptqOptions(MethodOptions):
     """Options of GPTQ.
 
     Attributes
@@ -26,19 +27,21 @@ class Options:
         Search how far each group's grid reaches; else it reaches from extreme to extreme, as in the paper.
     """
 
-    damping: float = 0.01
+    damping: float = DAMPING
     search: bool = True
 
     def __post_init__(self) -> None:
         require_factors(damping=self.damping)
 
+    @override
+    def memory_use(self) -> MemoryUse:
+        return MemoryUse(state=6, grams=True, changes=True, codes=True)  # codes, their values in fp32, masks
 
-def memory_use(options: Options) -> MemoryUse:
-    """Codes (1 byte), what they stand for (4), masks (1)."""
-    return MemoryUse(state=6, grams=True, changes=True, codes=True)
+
+Options = GptqOptions
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Decision:
+def quantize(block: Block, grid: Grid, options: GptqOptions) -> Decision:
     """Quantize every linear of the block on the statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
     factors: dict[int, Tensor] = {}

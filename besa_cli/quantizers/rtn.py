@@ -2,27 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
-
-OBSERVES = False
+from besa_cli.stream.method import MethodOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Round to nearest has no options of its own."""
+class RtnOptions(MethodOptions):
+    """Options of round to nearest: none of its own; it decides from the weights alone."""
+
+    uses_calibration: ClassVar[bool] = False
+
+    @override
+    def memory_use(self) -> MemoryUse:
+        return MemoryUse(state=6, changes=True, codes=True)  # codes, their values in fp32, masks
 
 
-def memory_use(options: Options) -> MemoryUse:
-    """Codes (1 byte), what they stand for (4), masks (1)."""
-    return MemoryUse(state=6, changes=True, codes=True)
+Options = RtnOptions
 
 
-def quantize(block: Block, grid: Grid, options: Options) -> Decision:
+def quantize(block: Block, grid: Grid, options: RtnOptions) -> Decision:
     """Put every linear of the block on the grid."""
     return decided(block, nearest(block, grid))
 

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from support import benchmark_loader
 from typer.main import get_command
 
 from besa_cli.app import app
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.pruners import besa
 
 BENCHMARKS = benchmark_loader.BENCHMARKS
@@ -72,11 +72,11 @@ def row(text: str, title: str, point: str) -> list[str]:
 
 
 def test_the_base_is_what_besa_does_by_default() -> None:
-    default = {field.name: field.default for field in fields(besa.Options)}
+    default = besa.Options().record()
     own = {name: value for name, value in BASE.record().items() if name in default}
     assert len(own) == 11
-    assert own == {name: default[name] for name in own} | {"lr": besa.Options().lr}  # which the optimizer decides
-    assert BASE.sparsity == PruneRequest(options={}).sparsity
+    assert own == {name: default[name] for name in own}
+    assert BASE.sparsity == prune.request().target_sparsity
 
 
 @pytest.mark.parametrize("name", PAPER["experiments"])
@@ -116,13 +116,13 @@ def test_the_steps_are_held_while_the_samples_grow() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_besa_takes_the_options_of_every_setting(name: str) -> None:
-    prune = get_command(app).commands["prune"]  # type: ignore[attr-defined]
+    command = get_command(app).commands["prune"]  # type: ignore[attr-defined]
     for setting in EXPERIMENTS[name].settings.values():
         wanted = {**setting.record(), "samples": None}  # the calibration set has them already
-        parsed = prune.make_context("prune", setting.words()).params
+        parsed = command.make_context("prune", setting.words()).params
         assert {field: parsed[field] for field in wanted} == wanted
         own = {field: wanted[field] for field in wanted if field not in ("method", "sparsity", "samples")}
-        assert PruneRequest(method=setting.method, sparsity=setting.sparsity, options=own).method_options()
+        assert prune.request(method=setting.method, sparsity=setting.sparsity, options=own).method.options
 
 
 def test_what_is_there_is_not_measured_again() -> None:

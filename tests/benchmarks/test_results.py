@@ -15,6 +15,7 @@ recorded, stated, protocol_a, quant_protocol_a, learning_cost, besa_runs = map(
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
+LOG = [page for page in sorted((ROOT / "dev" / "log").glob("*.md")) if page.name != "README.md"]
 LINES = sorted(benchmark_loader.BENCHMARKS.glob("*.jsonl"))
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -30,6 +31,8 @@ STATED = {
         **dict.fromkeys(("0.1", "1.0", "0.01", "3.75", "1.75", "0.05", "100"), "options and constants of the program"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
     },
+    "docs/models.md": {"92": "MB of the demo model's wheel"},
+    "docs/usage.md": {"92": "MB of the demo model's wheel"},
     "docs/scale.md": {
         **dict.fromkeys(("0.4", "0.5", "80", "2.5"), "constants of the model of memory"),
         **dict.fromkeys(("24", "0.13", "22"), "a GPU's memory; what follows from the model of time"),
@@ -43,9 +46,8 @@ STATED = {
 }
 
 
-@pytest.mark.parametrize(("name", "page"), [("results", "RESULTS.md"), ("quant_protocol_a", "QUANTIZATION.md")])
-def test_the_committed_pages_are_those_of_their_lines(name: str, page: str) -> None:
-    assert (benchmark_loader.BENCHMARKS / page).read_text(encoding="utf-8") == benchmark_loader.load(name).page()
+def test_the_committed_page_of_few_bits_is_that_of_its_lines() -> None:
+    assert quant_protocol_a.PAGE.read_text(encoding="utf-8") == quant_protocol_a.page()
 
 
 @pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in stated.pages()])
@@ -87,9 +89,9 @@ def figures(text: str) -> Iterator[str]:
     yield from (found[0] for found in _FIGURE.finditer(left))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("docs/log.md", "docs/cli.md")])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/cli.md"])
 def test_no_figure_stands_outside_the_generated_parts(page: str) -> None:
-    """The log is a record, cli.md is generated; elsewhere what is no measurement is named above."""
+    """cli.md is generated; elsewhere numbers that are not measurements are named above. The log is not looked at."""
     there, known = set(figures(PAGES[page].read_text(encoding="utf-8"))), STATED.get(page, {})
     assert there - set(known) == set(), "quote it from a line (benchmarks/stated.py), or say above what it is"
     assert set(known) - there == set(), "is not there any more"
@@ -104,19 +106,34 @@ def test_a_figure_that_is_typed_by_hand_is_found() -> None:
 def test_every_line_says_what_made_it(path: Path) -> None:
     for text in path.read_text(encoding="utf-8").splitlines():
         line: dict[str, Any] = json.loads(text)
-        assert line.get("commit") or line["from"].startswith("docs/log.md, ")
+        assert line.get("commit") or line["from"].startswith("dev/log, ")
         if path.stem == "other_programs":  # whose versions are not ours
             continue
         for method, version in line["methods"].items():
             assert 1 <= version <= recorded.methods(method)[method]
 
 
+def entries(page: Path) -> list[str]:
+    """The headings of a page of the log."""
+    return re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_index_of_the_log_has_every_entry_under_its_page_and_no_other() -> None:
+    index = (ROOT / "dev" / "log" / "README.md").read_text(encoding="utf-8")
+    listed = {part.partition(")")[0]: part for part in re.split(r"^## \[[^]]*\]\(", index, flags=re.MULTILINE)[1:]}
+    assert sorted(listed) == sorted(page.name for page in LOG)
+    for page in LOG:
+        assert re.findall(r"^- (.*)$", listed[page.name], re.MULTILINE) == entries(page), page.name
+        dates = [title[:10] for title in entries(page)]
+        assert dates == sorted(dates, reverse=True), f"{page.name}: the newest entry first"
+
+
 def test_a_line_taken_over_from_the_log_names_an_entry_of_it() -> None:
-    titles = re.findall(r"^## (.*)$", (ROOT / "docs" / "log.md").read_text(encoding="utf-8"), re.MULTILINE)
+    titles = [title for page in LOG for title in entries(page)]
     for path in LINES:
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if "from" in line:
-                entry = re.sub(r"docs/log\.md, (\S+): ", r"\1: ", line["from"])
+                entry = line["from"].removeprefix("dev/log, ")
                 assert entry in titles
 
 

@@ -125,7 +125,10 @@ def test_an_export_says_what_it_would_take_and_writes_nothing(
 
 def test_what_an_export_would_refuse_is_refused(besa: Besa, words: list[str], workplace: Path) -> None:
     assert besa(*words, "--method", "wanda").code == 0
-    for more, line in ((["--format", "compressed-tensors"], "is not quantized"), (["--type", "F16"], "no option of")):
+    for more, line in (
+        (["--format", "compressed-tensors"], "is not quantized"),
+        (["--type", "F16"], "not an option of"),
+    ):
         found = besa("export", *more, "--dry-run")
         assert found.code != 0
         assert line in found.err
@@ -141,7 +144,7 @@ def test_a_half_done_stage_is_forecast_from_where_it_is(tmp_path: Path) -> None:
         for _ in range(done):
             next(blocks)
         before = tiny_models.files(tmp_path, without=())
-        found.append(StageJob(Run(tmp_path / "run"), model, calibration, request, dry=True).forecast())
+        found.append(StageJob(Run(tmp_path / "run"), model, calibration, request).forecast())
         assert tiny_models.files(tmp_path, without=()) == before
     assert [each.left for each in found] == [3, 1]
     assert found[1].disk < 0.5 * found[0].disk

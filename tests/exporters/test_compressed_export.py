@@ -103,4 +103,4 @@ def test_the_command_line(besa: Callable[..., Outcome], workplace: Path, run: Ru
     stage = newest(run).name
     assert tiny_models.files(workplace / "back" / stage) == tiny_models.files(workplace / "besa-run" / stage)
     refused = besa("export", "--compress", "zstd")
-    assert (refused.code, "--compress is no option of --format hf" in refused.err) == (2, True)
+    assert (refused.code, "--compress is not an option of --format hf" in refused.err) == (2, True)

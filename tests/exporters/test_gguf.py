@@ -15,10 +15,11 @@ from support import exported, tiny_models
 from support.llamas import MERGES, VOCABULARY, byte_tokenizer, stage
 from torch import Tensor
 
+from besa_cli import exporters
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.exporters.gguf import vocabulary
-from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.export import ExportJob
 from besa_cli.models.gguf import convert as gguf_models
 
 
@@ -169,24 +170,24 @@ def test_other_architectures_are_refused_by_name(family: str, tmp_path: Path) ->
     with pytest.raises(
         BesaError, match=f"is a '{json.loads((run.stage('pruned') / 'config.json').read_text())['model_type']}'"
     ):
-        ExportJob(run, ExportRequest(format="gguf", options={}))
+        ExportJob(run, exporters.load("gguf"))
     assert not run.exports.exists()
 
 
 def test_other_tokenizers_and_rotary_embeddings_are_refused(tmp_path: Path, runs: Callable[..., Run]) -> None:
     words = exported.stage(tmp_path / "words")
     with pytest.raises(BesaError, match="is a tokenizer of kind WordLevel"):
-        ExportJob(words, ExportRequest(format="gguf", options={}))
+        ExportJob(words, exporters.load("gguf"))
     (words.stage("pruned") / "tokenizer.json").unlink()
     with pytest.raises(BesaError, match=r"has no tokenizer\.json"):
-        ExportJob(words, ExportRequest(format="gguf", options={}))
+        ExportJob(words, exporters.load("gguf"))
     run = exported.copy_of(runs(), tmp_path / "run")
     path = run.stage("pruned") / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     path.write_text(json.dumps(config))
     with pytest.raises(BesaError, match="rotary embeddings of type 'dynamic'"):
-        ExportJob(run, ExportRequest(format="gguf", options={}))
+        ExportJob(run, exporters.load("gguf"))
 
 
 def tokenizer_file(directory: Path, **changes: Any) -> Path:
@@ -351,7 +352,7 @@ def test_other_activations_than_llama_cpp_computes_are_refused(
     path = run.stage("pruned") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": act}))
     with pytest.raises(BesaError, match=f"hidden_act '{act}'"):
-        ExportJob(run, ExportRequest(format="gguf", options={}))
+        ExportJob(run, exporters.load("gguf"))
 
 
 def logits(directory: Path) -> Tensor:

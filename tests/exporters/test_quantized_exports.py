@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
+from besa_cli import exporters
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.export import ExportJob
 
 GRIDS = [(4, 32, True), (4, 24, True), (4, None, True), (3, 24, False), (2, 7, True), (8, None, False)]
 
@@ -152,10 +153,10 @@ def test_what_q4_0_cannot_carry_is_refused(
 ) -> None:
     run = exported.copy_of(pruned("wide"), tmp_path / "run")
     with pytest.raises(BesaError, match="not on a symmetric 4-bit grid"):
-        ExportJob(run, ExportRequest(format="gguf", options={"type": "Q4_0"}))
+        ExportJob(run, exporters.load("gguf", {"type": "Q4_0"}))
     quantized.stage(run, bits=bits, group=group, symmetric=symmetric)
     with pytest.raises(BesaError, match=words):
-        ExportJob(run, ExportRequest(format="gguf", options={"type": "Q4_0"}))
+        ExportJob(run, exporters.load("gguf", {"type": "Q4_0"}))
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
@@ -192,7 +193,7 @@ def test_scales_of_pack_quantized_are_repeated_as_little_as_the_format_allows(
 def test_pack_quantized_needs_a_symmetric_grid(pruned: Callable[[str], Run], tmp_path: Path) -> None:
     run = exported.copy_of(pruned("llama"), tmp_path / "run")
     with pytest.raises(BesaError, match="is not quantized"):
-        ExportJob(run, ExportRequest(format="compressed-tensors", options={}))
+        ExportJob(run, exporters.load("compressed-tensors"))
     quantized.stage(run, symmetric=False)
     with pytest.raises(BesaError, match="4 bits on asymmetric grids"):
-        ExportJob(run, ExportRequest(format="compressed-tensors", options={}))
+        ExportJob(run, exporters.load("compressed-tensors"))

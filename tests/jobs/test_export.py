@@ -15,10 +15,11 @@ from support import exported, tiny_models, written
 from transformers import AutoModelForCausalLM
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
+from besa_cli import exporters
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.export import ExportJob
 from besa_cli.system.disk import sha256_file
 
 FAMILIES = [*((family, False) for family in tiny_models.FAMILIES), ("llama", True), ("gemma2", True)]
@@ -127,7 +128,7 @@ def test_what_a_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
     exported.save_file(tensors, shard, metadata={"format": "pt"})
     written.settle(shard.parent)
-    job = ExportJob(run, ExportRequest(format="hf", options={"dtype": "float16"}))
+    job = ExportJob(run, exporters.load("hf", {"dtype": "float16"}))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight holds 1e\+06, too large for float16"):
         list(job.pieces())
     assert not job.directory.exists()
@@ -195,7 +196,7 @@ def test_files_of_another_stage_do_not_pass_for_this_one(runs: Callable[..., Run
 @pytest.mark.parametrize("name", ["hf", "sparse"])
 def test_interrupted_nothing_looks_finished(name: str, runs: Callable[..., Run], tmp_path: Path) -> None:
     run = exported.copy_of(runs("llama", True), tmp_path / "run")
-    job = ExportJob(run, ExportRequest(format=name, options={}))
+    job = ExportJob(run, exporters.load(name))
     pieces = job.pieces()
     next(pieces)
     pieces.close()
@@ -242,8 +243,8 @@ def test_sizes_are_those_of_the_files(runs: Callable[..., Run], tmp_path: Path) 
     ("arguments", "code", "words"),
     [
         (("--format", "onnx"), 2, "unknown format 'onnx'"),
-        (("--format", "sparse", "--dtype", "float16"), 2, "--dtype is no option of --format sparse"),
-        (("--format", "hf", "--type", "F16"), 2, "--type is no option of --format hf"),
+        (("--format", "sparse", "--dtype", "float16"), 2, "--dtype is not an option of --format sparse"),
+        (("--format", "hf", "--type", "F16"), 2, "--type is not an option of --format hf"),
         (("--shard-size", "big"), 2, "--shard-size 'big' is no size"),
         (("--run", "nowhere"), 1, "no run directory nowhere"),
     ],
@@ -263,8 +264,8 @@ def test_another_stage_or_other_options_need_restart(runs: Callable[..., Run], t
     run = exported.copy_of(runs(), tmp_path / "run")
     exported.export(run, "hf", shard_size=10_000)
     with pytest.raises(BesaError, match="shard_size 10000, now 5000000000"):
-        ExportJob(run, ExportRequest(format="hf", options={}))
-    job = ExportJob(run, ExportRequest(format="hf", options={}), restart=True)
+        ExportJob(run, exporters.load("hf"))
+    job = ExportJob(run, exporters.load("hf"), restart=True)
     list(job.pieces())
     assert [path.name for path in job.directory.glob("*.safetensors")] == ["model.safetensors"]
 
@@ -272,7 +273,7 @@ def test_another_stage_or_other_options_need_restart(runs: Callable[..., Run], t
 def test_no_stage_nothing_to_export(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(BesaError, match="has no stage to export"):
-        ExportJob(Run(tmp_path / "run"), ExportRequest(format="hf", options={}))
+        ExportJob(Run(tmp_path / "run"), exporters.load("hf"))
 
 
 @pytest.mark.parametrize("name", ["hf", ".hf.partial"])
@@ -284,7 +285,7 @@ def test_a_directory_that_is_not_an_export_is_not_replaced(
     (run.exports / name).mkdir(parents=True)
     (run.exports / name / "mine.txt").write_text("mine")
     with pytest.raises(BesaError, match="was not made by besa"):
-        ExportJob(run, ExportRequest(options={}), restart=restart)
+        ExportJob(run, exporters.load("hf"), restart=restart)
     assert (run.exports / name / "mine.txt").read_text() == "mine"
 
 
@@ -293,9 +294,9 @@ def test_an_export_that_holds_another_file_is_not_replaced(runs: Callable[..., R
     directory = exported.export(run, "hf")
     (directory / "notes.md").write_text("mine")
     with pytest.raises(BesaError, match=r"notes\.md, which besa did not write"):
-        ExportJob(run, ExportRequest(options={}), restart=True)
+        ExportJob(run, exporters.load("hf"), restart=True)
     (directory / "notes.md").unlink()
-    job = ExportJob(run, ExportRequest(options={}), restart=True)
+    job = ExportJob(run, exporters.load("hf"), restart=True)
     list(job.pieces())
     assert job.finish()["status"] == "complete"
 
@@ -310,7 +311,7 @@ def test_an_export_whose_files_were_changed_is_not_finished_already(
     content[-1] ^= 1
     file.unlink() if how == "gone" else file.write_bytes(content)
     with pytest.raises(BesaError, match=r"model\.safetensors is damaged or missing"):
-        ExportJob(run, ExportRequest(options={}))
+        ExportJob(run, exporters.load("hf"))
 
 
 RESULT = {"dataset": "x", "split": None, "windows": 1, "seqlen": 8, "dtype": "float32", "perplexity": 3.0}
@@ -328,7 +329,7 @@ def test_a_damaged_perplexity_is_refused_before_any_work(
     file = run.evaluations / "ppl-x.json"
     file.write_text(json.dumps({**RESULT, "model_digest": digest, **change}))
     with pytest.raises(BesaError, match=r"ppl-x\.json is not what besa wrote"):
-        ExportJob(run, ExportRequest(options={}))
+        ExportJob(run, exporters.load("hf"))
     file.write_text(json.dumps({**RESULT, "model_digest": digest, "dataset": "/home/jane/a|b.txt"}))
     card = (exported.export(run, "hf") / "README.md").read_text()
     assert "| a\\|b.txt | - | 1 | 8 | float32 | 3.0000 |" in card
@@ -345,7 +346,7 @@ def test_a_stage_whose_configuration_is_of_another_model_is_not_exported(
     file = run.stage("pruned") / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(BesaError, match=r"blocks|shape"):
-        ExportJob(run, ExportRequest(options={}))
+        ExportJob(run, exporters.load("hf"))
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 1000])
@@ -356,7 +357,7 @@ def test_a_stage_with_another_number_of_blocks_than_shards_is_refused(
     file = run.stage("pruned") / "besa.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "blocks": blocks}))
     with pytest.raises(BesaError, match=r"besa\.json|shard|missing"):
-        ExportJob(run, ExportRequest(options={}))
+        ExportJob(run, exporters.load("hf"))
 
 
 def loading_refused(directory: Path) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from support import exported, llamas, quantized, tiny_models
 
+from besa_cli import exporters
 from besa_cli.checkpoint import inspection
 from besa_cli.checkpoint.runs import Run
 from besa_cli.exporters import EXPORTERS
 from besa_cli.jobs import import_
-from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.export import ExportJob
 
 FORMATS: list[tuple[str, Mapping[str, object]]] = [
     ("hf", {"shard_size": 20_000}),
@@ -61,7 +62,7 @@ def test_killed_at_any_moment_nothing_looks_finished(
     name: str, options: Mapping[str, object], stage: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = exported.copy_of(stage, tmp_path / "run")
-    job = ExportJob(run, ExportRequest(format=name, options=options))
+    job = ExportJob(run, exporters.load(name, options))
     copies = list(moments(job, monkeypatch))
     whole = tiny_models.files(job.directory)
     unfinished = 0

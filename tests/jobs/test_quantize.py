@@ -28,9 +28,9 @@ Besa = Callable[..., Any]  # conftest.Outcome
 ROWS = tiny_models.tokens(3, 12)
 
 
-def asked(method: str = "rtn", **options: Any) -> quantize.QuantizeRequest:
-    own = {name: options.pop(name) for name in ("damping", "epochs", "lr") if name in options}
-    return quantize.QuantizeRequest(method=method, options=own, device="cpu", dtype="float32", **options)
+def asked(method: str = "rtn", **options: Any) -> StageRequest:
+    own: dict[str, Any] = {name: options.pop(name) for name in ("damping", "epochs", "lr") if name in options}
+    return quantize.request(method=method, options=own, device="cpu", dtype="float32", **options)
 
 
 PLANS: dict[str, StageRequest] = {
@@ -214,13 +214,13 @@ def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
         (["quantize", "--bits", "5"], 2, "--bits 5 is none of 2, 3, 4, 8"),
         (["quantize", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
         (["prune", "--bits", "4", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
-        (["prune", "--asymmetric"], 2, "--asymmetric says nothing without --bits"),
+        (["prune", "--asymmetric"], 2, "--asymmetric has no effect without --bits"),
         (["quantize", "--group-size", "0"], 2, "--group-size '0' is neither channel nor a number"),
         (["quantize", "--method", "gtpq"], 2, "unknown method 'gtpq'"),
-        (["quantize", "--method", "rtn", "--damping", "0.1"], 2, "--damping is no option of --method rtn"),
-        (["quantize", "--method", "gptq", "--epochs", "2"], 2, "--epochs is no option of --method gptq"),
-        (["prune", "--bits", "4", "--method", "wanda"], 2, "--bits is no option of --method wanda"),
-        (["prune", "--group-size", "64"], 2, "--group-size says nothing without --bits"),
+        (["quantize", "--method", "rtn", "--damping", "0.1"], 2, "--damping is not an option of --method rtn"),
+        (["quantize", "--method", "gptq", "--epochs", "2"], 2, "--epochs is not an option of --method gptq"),
+        (["prune", "--bits", "4", "--method", "wanda"], 2, "--bits is not an option of --method wanda"),
+        (["prune", "--group-size", "64"], 2, "--group-size has no effect without --bits"),
         (["prune", "--bits", "4", "--preset", "authors"], 2, "--bits 4 and --preset authors exclude each other"),
         (["prune", "--bits", "16"], 2, "--bits 16 is none of"),
     ],
@@ -252,7 +252,7 @@ def test_round_to_nearest_needs_no_tokenizer_and_draws_no_samples(besa: Besa, tm
     for option, value in (("--samples", 4), ("--data", "c4"), ("--calibration", model)):
         refused = besa(*words[:-1], "elsewhere", option, value)
         assert (refused.code, refused.out) == (2, "")
-        assert f"{option} {value} says nothing with --method rtn, which looks at no samples" in refused.err
+        assert f"{option} {value} has no effect with --method rtn, which uses no samples" in refused.err
     assert not Path("elsewhere").exists()
 
 

@@ -18,8 +18,9 @@ from besa_cli.checkpoint import ownership, stages
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.evaluation import results
-from besa_cli.jobs.prune import PruneRequest
-from besa_cli.jobs.stage import StageJob
+from besa_cli.jobs import prune
+from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.stage import StageJob, recover
 from besa_cli.system import compute, disk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -103,9 +104,10 @@ METHODS = {
 
 
 def job(
-    run: Path, model: Path, request: PruneRequest, *, restart: bool = False, notes: list[str] | None = None
+    run: Path, model: Path, request: StageRequest, *, restart: bool = False, notes: list[str] | None = None
 ) -> StageJob:
     noted = [] if notes is None else notes
+    recover(Run(run), request.stage)
     return StageJob(
         Run(run),
         tiny_models.local(model),
@@ -190,7 +192,7 @@ def test_only_the_timing_file_knows_of_the_interruption(fate: Fate, model: Path,
     fate.at(None)
     notes: list[str] = []
     tiny_models.run(job(tmp_path, model, METHODS["wanda"], notes=notes))
-    assert notes == [f"{tmp_path / 'pruned'}: 1 of 2 blocks are done, going on from there"]
+    assert notes == [f"{tmp_path / 'pruned'}: 1 of 2 blocks are done, resuming from there"]
     lines = [json.loads(line) for line in (tmp_path / "pruned" / "timing.jsonl").read_text().splitlines()]
     assert [(line["block"], line["resumed"]) for line in lines] == [(0, False), (0, True), (1, False)]
 
@@ -198,7 +200,7 @@ def test_only_the_timing_file_knows_of_the_interruption(fate: Fate, model: Path,
 def test_what_was_auto_is_resolved_once(
     fate: Fate, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = PruneRequest(method="besa", options={})  # device and dtype auto
+    request = prune.request(method="besa", options={})  # device and dtype auto
     monkeypatch.setattr(compute, "dtype", lambda name, on: torch.bfloat16)
     tiny_models.run(job(tmp_path / "whole", model, request))
     fate.at(f"before {SHARDS[2]}.safetensors")
@@ -223,15 +225,15 @@ def test_what_was_auto_is_resolved_once(
         (tiny_models.request("magnitude"), "method wanda there, magnitude asked"),
         (tiny_models.request("wanda", nm=(2, 4)), "sparsity 0.5 there, - asked; nm - there, 2:4 asked"),
         (
-            PruneRequest(method="wanda", options={}, device="cpu", dtype="bfloat16"),
+            prune.request(method="wanda", options={}, device="cpu", dtype="bfloat16"),
             "dtype float32 there, bfloat16 asked",
         ),
-        (PruneRequest(method="wanda", options={}, device="cpu", dtype="float32", seed=3), "seed 0 there, 3 asked"),
+        (prune.request(method="wanda", options={}, device="cpu", dtype="float32", seed=3), "seed 0 there, 3 asked"),
     ],
 )
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_other_options_are_refused_with_both_values(
-    state: str, other: PruneRequest, said: str, fate: Fate, model: Path, tmp_path: Path
+    state: str, other: StageRequest, said: str, fate: Fate, model: Path, tmp_path: Path
 ) -> None:
     fate.at(f"after {SHARDS[1]}.safetensors" if state == "unfinished" else None)
     try:

@@ -11,7 +11,7 @@ from support.strategies import few, marked_scores
 from torch import Tensor
 
 from besa_cli.errors import UsageError
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.ops import kernels
 from besa_cli.ops.kernels import native, plain
 
@@ -201,7 +201,7 @@ def test_the_environment_can_ask_for_the_plain_form(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="BESA_KERNELS=native is neither fast nor plain"):
         kernels.name(cpu, torch.float32)
     with pytest.raises(UsageError, match="BESA_KERNELS=native is neither fast nor plain"):
-        PruneRequest(options={})
+        prune.request(options={})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,6 +7,7 @@ from support import benchmark_loader, toy_block
 from torch import Tensor
 
 from besa_cli.pruners import besa
+from besa_cli.pruners.besa.options import authors
 from besa_cli.stream.block import Block
 
 
@@ -23,8 +24,8 @@ def large(share: float) -> Block:
 
 def options(granularity: str) -> besa.Options:
     # both granularities against the dense block here, so that they differ in nothing else
-    asked = {**besa.authors(granularity), "target": "block", "granularity": granularity}
-    return besa.Options(**asked, preset="authors", epochs=2)
+    asked = {**authors(granularity), "target": "block", "granularity": granularity}
+    return besa.BesaOptions(**asked, preset="authors", epochs=2)
 
 
 def spreads(masks: dict[str, Tensor]) -> list[int]:

@@ -15,6 +15,7 @@ from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
 from besa_cli.pruners import besa, wanda
 from besa_cli.pruners.besa import learning
+from besa_cli.pruners.besa.options import authors
 from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream.block import Block, Decision
 
@@ -258,7 +259,7 @@ def test_groups_of_rows_share_their_count() -> None:
 @pytest.mark.parametrize("sparsity", [0.4, 0.5, 0.6])
 def test_the_authors_preset_prunes_the_floor_of_what_it_learned_and_nothing_else(sparsity: float) -> None:
     made = large(sparsity)
-    result = besa.prune(made, besa.Options(**besa.authors(), preset="authors", epochs=8))
+    result = besa.prune(made, besa.BesaOptions(**authors(), preset="authors", epochs=8))
     assert not result.exact
     assert not result.kept_uniform
     assert result.error_before is None

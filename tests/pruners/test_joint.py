@@ -29,7 +29,7 @@ def error(made: Block, weights: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_together_beats_one_after_the_other(symmetric: bool) -> None:
-    together = besa.prune(block(), besa.Options(**JOINT, symmetric=symmetric))
+    together = besa.prune(block(), besa.Options.from_given({**JOINT, "symmetric": symmetric}))
     alone = besa.prune(block(), besa.Options(epochs=4))
     grid = affine.grid(4, "7", symmetric=symmetric)
     source = block().weights
@@ -51,7 +51,7 @@ def test_where_enough_is_zero_already_only_the_grids_are_learned_as_by_clipping(
     blocks = [
         toy_block.block(weights, int(0.2 * share * toy_block.size(weights)), samples=24, seed=3) for _ in range(2)
     ]
-    joint = besa.prune(blocks[0], besa.Options(bits=3, group_size="9", epochs=4, symmetric=symmetric))
+    joint = besa.prune(blocks[0], besa.Options(grid=affine.grid(3, "9", symmetric=symmetric), epochs=4))
     clipped = clip.quantize(blocks[1], affine.grid(3, "9", symmetric=symmetric), clip.Options(epochs=4))
     assert not clipped.kept_uniform
     assert joint.learned_loss == clipped.learned_loss
@@ -62,7 +62,7 @@ def test_where_enough_is_zero_already_only_the_grids_are_learned_as_by_clipping(
 
 def test_every_row_loses_the_weights_that_the_source_scores_lowest() -> None:
     made = block()
-    result = besa.prune(made, besa.Options(**JOINT))
+    result = besa.prune(made, besa.Options.from_given(JOINT))
     for name, inputs in toy_block.linear_inputs(made).items():
         scores = made.weights[name].abs() * inputs.norm(dim=0)
         kept = result.masks[name]

@@ -13,7 +13,7 @@ from support import tiny_models
 from besa_cli.checkpoint.runs import Run
 from besa_cli.commands.shared import options
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.jobs.stage import StageJob
 from besa_cli.stream import memory_model
 from besa_cli.stream.activations import ActivationStore
@@ -74,18 +74,18 @@ def test_a_run_with_hidden_states_in_files_ends_in_the_same_bytes(
     for name in ("memory", "files"):
         files = name == "files"
         monkeypatch.setattr(memory_model, "plan", lambda *a, f=files, **k: replace(plan(*a, **k), in_files=f))
-        request = PruneRequest(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
+        request = prune.request(options=chosen, device="cpu", dtype="float32", max_memory=64 * 10**9)
         notes: list[str] = []
         job = StageJob(Run(tmp_path / name), tiny_models.local(model), calibration, request, notify=notes.append)
-        assert any("--max-memory" in note for note in notes) == (name == "files")
         tiny_models.run(job)
+        assert any("--max-memory" in note for note in notes) == (name == "files")
         found[name] = tiny_models.files(tmp_path / name)
     assert found["memory"] == found["files"]
 
 
 def test_less_memory_than_a_window_needs_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny_models.checkpoint(tmp_path / "model", "llama")
-    request = PruneRequest(options={}, device="cpu", dtype="float32", max_memory=10**8)
+    request = prune.request(options={}, device="cpu", dtype="float32", max_memory=10**8)
     with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little: .* needs about \d+\.\d GB"):
         StageJob(
             Run(tmp_path / "run"),

@@ -14,8 +14,8 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import UsageError
 from besa_cli.jobs import prune, quantize
 from besa_cli.ops import attention
-from besa_cli.pruners import PRUNERS, sparsegpt
-from besa_cli.quantizers import QUANTIZERS, gptq
+from besa_cli.pruners import PRUNERS
+from besa_cli.quantizers import QUANTIZERS
 from besa_cli.stream import memory_model, windows
 from besa_cli.stream.memory_model import Demand, MemoryUse, Shape
 
@@ -78,35 +78,40 @@ def test_the_head_is_there_when_logits_are_wanted_and_not_before(tied: bool, tmp
 
 def requests() -> list[Any]:
     """Every method there is, and what changes what it holds."""
-    plain = [prune.PruneRequest(method=name, options={}) for name in PRUNERS]
-    plain += [quantize.QuantizeRequest(method=name, options={}) for name in QUANTIZERS]
-    chosen = [{"bits": 4}, {"importance": "sparsegpt"}, {"candidates": 1000, "batch_size": 3}]
-    return plain + [prune.PruneRequest(method="besa", options=options) for options in chosen]
+    plain = [prune.request(method=name, options={}) for name in PRUNERS]
+    plain += [quantize.request(method=name, options={}) for name in QUANTIZERS]
+    chosen: list[dict[str, Any]] = [{"bits": 4}, {"importance": "sparsegpt"}, {"candidates": 1000, "batch_size": 3}]
+    return plain + [prune.request(method="besa", options=options) for options in chosen]
 
 
-@pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method}-{asked.options}")
+@pytest.mark.parametrize("request_", requests(), ids=lambda asked: f"{asked.method.name}-{asked.method.options}")
 def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
-    held = request_.memory_use()
+    held = request_.method.options.memory_use()
     found = memory_model.prune_demand(SHAPE, held, tokens=70, passing=7, learning=7)
     waiting = attention.KEPT  # probabilities of attention, at most
     inputs, targets = torch.empty(70, 20), torch.empty(70, 20)
     assert found.hidden == inputs.nbytes + targets.nbytes
     block, source, masks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).bool()
     always = block.nbytes + source.nbytes
-    gram = torch.empty(20, 20) if request_.module in (sparsegpt, gptq) or "importance" in request_.options else None
+    gram = (
+        torch.empty(20, 20)
+        if request_.method.name in ("sparsegpt", "gptq")
+        or request_.method.options.record().get("importance") == "sparsegpt"
+        else None
+    )
     second = 0 if gram is None else gram.nbytes
     assert found.phases["statistics"] > always + second
     assert found.phases["deciding"] > always + masks.nbytes + 3 * second  # it, its factor, and one in work
     stored, widest = torch.empty(1_000, dtype=torch.bfloat16), torch.empty(7, 30)
-    changed = torch.empty(1_000) if request_.grid or request_.module is sparsegpt else torch.empty(0)
+    changed = torch.empty(1_000) if request_.grid or request_.method.name == "sparsegpt" else torch.empty(0)
     assert found.phases["propagation"] > always + stored.nbytes + masks.nbytes + changed.nbytes + widest.nbytes
-    assert ("learning" in found.phases) == (request_.method in ("besa", "clip"))
-    if request_.method == "besa":
-        ranks, mixtures = torch.empty(1_000, dtype=torch.int16), torch.empty(50, request_.method_options().candidates)
+    assert ("learning" in found.phases) == (request_.method.name in ("besa", "clip"))
+    if request_.method.name == "besa":
+        ranks, mixtures = torch.empty(1_000, dtype=torch.int16), torch.empty(50, request_.method.options.candidates)
         learned = ranks.nbytes + 4 * mixtures.nbytes  # logits, gradients, two moments
         grids = torch.empty(1_000) if request_.grid else torch.empty(0)
         assert found.phases["learning"] > always + learned + grids.nbytes + waiting
-    if request_.method in ("wanda", "magnitude"):
+    if request_.method.name in ("wanda", "magnitude"):
         scores = torch.empty(1_000)
         assert found.phases["deciding"] > always + scores.nbytes + masks.nbytes
     assert found.peak() >= max(found.phases.values()) + found.hidden
@@ -115,7 +120,7 @@ def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
 
 @pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (2, 2), (3, 1), (9, 1)])
 def test_activations_are_kept_for_two_blocks_at_most(blocks: int, kept: int) -> None:
-    held = prune.PruneRequest(options={"batch_size": 3}).memory_use()
+    held = prune.request(options={"batch_size": 3}).method.options.memory_use()
     shape = replace(SHAPE, blocks=blocks)
     few, many = (memory_model.prune_demand(shape, held, tokens=70, passing=7, learning=each) for each in (7, 8))
     token = many.phases["learning"] - few.phases["learning"]
@@ -149,7 +154,7 @@ def test_the_kept_activations_are_those_of_a_real_window(tmp_path: Path) -> None
 
 
 def test_no_phase_but_its_own_holds_the_embedding() -> None:
-    wanda = prune.PruneRequest(method="wanda", options={}).memory_use()
+    wanda = prune.request(method="wanda", options={}).method.options.memory_use()
     without = memory_model.prune_demand(SHAPE, wanda, tokens=70, passing=7)
     freed = memory_model.prune_demand(replace(SHAPE, embedding=90), wanda, tokens=70, passing=7)
     for phase, held in without.phases.items():
@@ -163,7 +168,7 @@ def test_no_phase_but_its_own_holds_the_embedding() -> None:
     tokens=st.integers(1, 10**6),
     passing=st.integers(1, 10**5),
     more=st.integers(1, 10**5),
-    held=st.sampled_from([request.memory_use() for request in requests()]),
+    held=st.sampled_from([request.method.options.memory_use() for request in requests()]),
 )
 def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held: MemoryUse) -> None:
     few = memory_model.prune_demand(SHAPE, held, tokens=tokens, passing=passing)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_models, written
 
+from besa_cli import exporters
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.export import ExportJob, ExportRequest
+from besa_cli.jobs.export import ExportJob
 from besa_cli.jobs.stage import StageJob as Pruning
 
 
@@ -65,7 +66,7 @@ def _refill(run: Run) -> None:
 
 def export(run: Run, name: str, **options: object) -> Path:
     """The directory of a finished export."""
-    job = ExportJob(run, ExportRequest(format=name, options=options))
+    job = ExportJob(run, exporters.load(name, options))
     list(job.pieces())
     job.finish()
     return job.directory

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet, tokens_digest
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
+from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.stage import StageJob
 from besa_cli.models import Model
 
@@ -131,9 +132,9 @@ def request(
     nm: tuple[int, int] | None = None,
     device: str = "cpu",
     **options: Any,
-) -> PruneRequest:
+) -> StageRequest:
     """What to ask for, computed in fp32."""
-    return PruneRequest(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
+    return prune.request(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
 
 
 def run(job: StageJob) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from support import tiny_models
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.jobs.prune import PruneRequest
+from besa_cli.jobs import prune
 from besa_cli.jobs.stage import StageJob
 from besa_cli.system import compute
 
@@ -67,7 +67,7 @@ def test_the_manifest_says_why_the_dtype_was_chosen(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, "x86_64", x86=False)
-    request = PruneRequest(method="wanda", dtype=asked, options={})
+    request = prune.request(method="wanda", dtype=asked, options={})
     model = tiny_models.local(tiny_models.checkpoint(tmp_path / "model"))
     tiny_models.run(StageJob(Run(tmp_path / "run"), model, tiny_models.calibration_set(tiny_models.tokens()), request))
     found = json.loads((tmp_path / "run" / "pruned" / "besa.json").read_text())["compute"]

@@ -56,4 +56,4 @@ def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> 
     for name, value in {"calibration": shared, **wanted}.items():
         if value is not None:
             said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
-            raise UsageError(f"{said} says nothing with --method {method}, which looks at no samples", "leave it out")
+            raise UsageError(f"{said} has no effect with --method {method}, which uses no samples", "leave it out")

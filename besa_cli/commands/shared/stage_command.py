@@ -33,7 +33,7 @@ def stage(
     """
     from besa_cli.calibration import prepare
     from besa_cli.jobs import ranks
-    from besa_cli.jobs.stage import StageJob
+    from besa_cli.jobs.stage import StageJob, recover
     from besa_cli.system import lock
 
     if world is not None and not world.is_main:
@@ -45,12 +45,13 @@ def stage(
             calibration_source.calibration(
                 source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
             )
-            if request.observes
+            if request.uses_calibration
             else prepare.unobserved(source)
         )
         if dry_run:
-            forecast_view.job(StageJob(run, source, tokens, request, restart=restart, dry=True), console)
+            forecast_view.job(StageJob(run, source, tokens, request, restart=restart), console)
             return None
+        recover(run, request.stage)
         job = StageJob(run, source, tokens, request, restart=restart, notify=console.note, world=world)
         if job.done:
             console.note(f"{run.stage(request.stage)} is finished already, with the same options")

@@ -25,7 +25,7 @@ _DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # the rest is co
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class GgufOptions:
     """What may be chosen of a GGUF export.
 
     Attributes
@@ -37,7 +37,10 @@ class Options:
     type: Literal["F16", "BF16", "Q8_0", "Q4_0"] = "BF16"
 
 
-def pieces(source: StageSource, options: Options) -> int:
+Options = GgufOptions
+
+
+def pieces(source: StageSource, options: GgufOptions) -> int:
     """How many pieces `write` yields.
 
     Raises
@@ -52,12 +55,12 @@ def pieces(source: StageSource, options: Options) -> int:
     return len(source.weights.shards())
 
 
-def file_name(options: Options) -> str:
+def file_name(options: GgufOptions) -> str:
     """The name of the one file."""
     return f"model-{options.type}.gguf"
 
 
-def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece]:
+def write(source: StageSource, target: Path, options: GgufOptions) -> Iterator[Piece]:
     """Fill the directory; a piece is a block, or what belongs to no block."""
     with contextlib.closing(GGUFWriter(target / file_name(options), llama.ARCHITECTURE)) as writer:
         llama.add_facts(writer, source)
@@ -92,7 +95,7 @@ def write(source: StageSource, target: Path, options: Options) -> Iterator[Piece
             yield Piece(linear_bytes=linear_bytes, rounded_to_zero=rounded)
 
 
-def stored_as(source: StageSource, name: str, options: Options) -> Kind:
+def stored_as(source: StageSource, name: str, options: GgufOptions) -> Kind:
     """The type that a tensor is stored in."""
     shape, kind = source.shape(name), Kind[options.type]
     if len(shape) < 2:
@@ -126,7 +129,7 @@ def decoded(data: "np.ndarray[Any, Any]", kind: Kind) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(quants.dequantize(data, kind)))
 
 
-def loading(options: Options) -> str:
+def loading(options: GgufOptions) -> str:
     """How to load it, in Markdown."""
     return f"""\
 ```sh

@@ -8,6 +8,6 @@ the exact budget, and keep the uniform allocation where learning did not beat it
 """
 
 from besa_cli.pruners.besa.deciding import prune
-from besa_cli.pruners.besa.options import Options, authors, memory_use
+from besa_cli.pruners.besa.options import BesaOptions, Options
 
-__all__ = ["Options", "authors", "memory_use", "prune"]
+__all__ = ["BesaOptions", "Options", "prune"]

@@ -9,13 +9,13 @@ from torch import Tensor
 from besa_cli.ops import affine, allocation, budget, masks
 from besa_cli.ops.affine import Quantized
 from besa_cli.pruners.besa.learning import learn
-from besa_cli.pruners.besa.options import Options
+from besa_cli.pruners.besa.options import BesaOptions
 from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream import learning
 from besa_cli.stream.block import Block, Decision
 
 
-def prune(block: Block, options: Options) -> Decision:
+def prune(block: Block, options: BesaOptions) -> Decision:
     """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
     window = RankedWindow(block, options)
     try:

@@ -8,7 +8,7 @@ from prodigyopt import Prodigy
 from torch import Tensor
 
 from besa_cli.ops import allocation, losses
-from besa_cli.pruners.besa.options import Options
+from besa_cli.pruners.besa.options import BesaOptions
 from besa_cli.pruners.besa.window import RankedWindow
 from besa_cli.stream import learning
 from besa_cli.system import compute
@@ -82,7 +82,7 @@ def _initial_logits(window: RankedWindow) -> Tensor:
     return allocation.initial_logits(len(window.sizes), window.candidates, window.target_sparsity)
 
 
-def _chosen(samples: int, options: Options, seed: int) -> Iterator[Tensor]:
+def _chosen(samples: int, options: BesaOptions, seed: int) -> Iterator[Tensor]:
     """The samples of every step, one after the other."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(options.epochs):
@@ -98,7 +98,9 @@ def _gradients(learned: list[Tensor], factor: float) -> list[Tensor]:
     return [each.grad for each in learned if each.grad is not None]
 
 
-def optimizers(theta: Tensor, strengths: list[Tensor], options: Options) -> list[tuple[torch.optim.Optimizer, float]]:
+def optimizers(
+    theta: Tensor, strengths: list[Tensor], options: BesaOptions
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """What learns the mixtures, and the clipping strengths where there are any, each with its rate."""
     if options.optimizer == "prodigy":
         prodigy: torch.optim.Optimizer = Prodigy(

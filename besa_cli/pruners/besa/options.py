@@ -1,39 +1,43 @@
 """The options of BESA."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
-from besa_cli.choices import Importance, Loss, Optimizer, Preset, Target
+from typing_extensions import override
+
+from besa_cli.choices import CLIP_RATE, Importance, Loss, Optimizer, OptionValue, Preset, Target
 from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
 from besa_cli.stream.memory_model import MemoryUse
+from besa_cli.stream.method import MethodOptions
 
 _RATES = {"adamw": 1.0, "prodigy": 1.0}
-_CLIP_RATE = 0.03
+_GRID_OPTIONS = ("bits", "group_size", "symmetric")  # options of the command line that make a `Grid`
 _AUTHORS_PENALTY = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRules:
-    """What no option says: how learning is done and what becomes of it. The defaults are `besa`'s own.
+    """Learning rules that presets change but no option exposes; the defaults are `besa`'s own.
 
     Attributes
     ----------
-    smoothed : bool
-        β = softmax(sigmoid(θ)) with θ from 0, and not softmax(θ) from the target.
+    sigmoid_logits : bool
+        β = softmax(sigmoid(θ)) with θ starting at 0, instead of softmax(θ) starting at the target.
     shuffled : bool
-        Samples come in a drawn order, and not in that of the calibration set.
+        Draw the order of the samples, instead of taking that of the calibration set.
     decaying : bool
-        The rate falls to 0 along a half cosine, and does not stay.
-    scaled : bool
-        The optimizer sees the gradients of the loss times the step's tokens, so that its own eps is nothing beside
-        them, and not those of the mean.
-    floors : bool
-        A row prunes ⌊α·C⌋ weights, and a candidate covers the ranks j < ⌊p_d·C⌋; else round(α·C), and j < p_d·C.
-    exact : bool
-        The learned sparsities are projected onto the budget and compared with the uniform ones.
+        Let the learning rate fall to 0 along a half cosine, instead of keeping it.
+    summed_gradient : bool
+        Give the optimizer the gradient of the sum over the step's tokens instead of their mean, so that its eps is
+        negligible.
+    floor_counts : bool
+        Prune ⌊α·C⌋ weights of a row, with candidates covering the ranks j < ⌊p_d·C⌋; else round(α·C), and j < p_d·C.
+    meets_budget : bool
+        Project the learned sparsities onto the budget, and compare the result with uniform sparsity.
     """
 
     sigmoid_logits: bool = False
@@ -50,7 +54,7 @@ _AUTHORS = LearningRules(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BesaOptions(MethodOptions):
     """Options of BESA.
 
     Attributes
@@ -76,10 +80,10 @@ class Options:
         D: candidate sparsities are 0, 1/D, …, 1.
     loss : {"token", "channel", "frobenius"}
         Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
-    bits, group_size, symmetric : optional
-        The grid on which the weights are put, see `besa_cli.ops.affine.grid`; 128 and symmetric with `bits` alone.
+    grid : Grid, optional
+        Grid that the weights are put on before they are pruned.
     clip_lr : float, optional
-        AdamW's rate for the clipping strengths; 0.03 with `bits`.
+        AdamW's rate for the clipping strengths; 0.03 with a grid.
     preset : {"authors"}, optional
         ``authors``: the learning rules of the paper's released program; its other options are those of `authors`.
     """
@@ -96,9 +100,7 @@ class Options:
     penalty: float | None = None
     candidates: int = 100
     loss: Loss = "token"
-    bits: int | None = None
-    group_size: str | None = None
-    symmetric: bool | None = None
+    grid: Grid | None = None
     clip_lr: float | None = None
     preset: Preset | None = None
 
@@ -108,7 +110,7 @@ class Options:
         if self.preset and self.penalty is None:  # its mixtures are no plain softmax, which alone can be held
             object.__setattr__(self, "penalty", _AUTHORS_PENALTY)
         windows.check(self.window)
-        self._settle_grid()
+        self._check_grid()
         require_counts(epochs=self.epochs, batch_size=self.batch_size, candidates=self.candidates)
         require_factors(lr=self.lr, penalty=self.penalty, d_coef=self.d_coef)
         if self.granularity not in ("row", "layer") and not (self.granularity.isdecimal() and int(self.granularity)):
@@ -117,38 +119,78 @@ class Options:
                 "row gives every row a sparsity of its own",
             )
 
-    def _settle_grid(self) -> None:
-        own = {"group_size": affine.GROUP, "symmetric": True, "clip_lr": _CLIP_RATE}
-        for name, default in own.items():
-            if self.bits is not None and getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-            if self.bits is None and getattr(self, name) is not None:
-                flag = "asymmetric" if name == "symmetric" and not self.symmetric else name.replace("_", "-")
-                raise UsageError(f"--{flag} says nothing without --bits", "give --bits 4 with it")
-        if self.bits is not None and self.preset:
+    def _check_grid(self) -> None:
+        if self.grid is None and self.clip_lr is not None:
+            raise UsageError("--clip-lr has no effect without --bits", "give --bits 4 with it")
+        if self.grid is not None and self.clip_lr is None:
+            object.__setattr__(self, "clip_lr", CLIP_RATE)
+        if self.grid is not None and self.preset:
             raise UsageError(
-                f"--bits {self.bits} and --preset {self.preset} exclude each other", "leave one of them out"
+                f"--bits {self.grid.bits} and --preset {self.preset} exclude each other", "leave one of them out"
             )
         require_factors(clip_lr=self.clip_lr)
-        _ = self.grid
 
-    @property
-    def grid(self) -> Grid | None:
-        """The grid on which the weights are put."""
-        if self.bits is None:
-            return None
-        group_size = affine.GROUP if self.group_size is None else self.group_size
-        return affine.grid(self.bits, group_size, symmetric=self.symmetric is not False)
+    @classmethod
+    @override
+    def option_names(cls) -> list[str]:
+        names = super().option_names()
+        place = names.index("grid")
+        return [*names[:place], *_GRID_OPTIONS, *names[place + 1 :]]
+
+    @classmethod
+    @override
+    def from_given(cls, given: Mapping[str, Any]) -> Self:
+        """Parse ``bits``, ``group_size`` and ``symmetric`` into a grid; a preset gives defaults of its own."""
+        expanded = {**authors(given.get("granularity", "row")), **given} if given.get("preset") == "authors" else given
+        own = {name: value for name, value in expanded.items() if name not in _GRID_OPTIONS}
+        grid = {name: given[name] for name in _GRID_OPTIONS if given.get(name) is not None}
+        if "bits" in grid:
+            return cls(**own, grid=affine.grid(**{"group_size": affine.GROUP, "symmetric": True, **grid}))
+        if grid:
+            name, value = next(iter(grid.items()))
+            flag = "asymmetric" if name == "symmetric" and not value else name.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect without --bits", "give --bits 4 with it")
+        return cls(**own)
+
+    @override
+    def record(self) -> dict[str, OptionValue]:
+        grid = affine.grid_options(self.grid) if self.grid else dict.fromkeys(_GRID_OPTIONS)
+        return {name: grid[name] if name in grid else getattr(self, name) for name in self.option_names()}
+
+    @override
+    def memory_use(self) -> MemoryUse:
+        learning = MemoryUse(
+            state=2,  # two masks, which are compared
+            learned=0,
+            batch=self.batch_size,
+            ranks=True,
+            candidates=self.candidates,
+            grams=self.importance == "sparsegpt",
+        )
+        if self.grid is None:
+            return learning
+        return replace(learning, state=11, learned=4, changes=True, codes=True)  # values in fp32, codes, masks
+
+    @override
+    def reconstruction_window(self) -> str:
+        return self.window
+
+    @override
+    def learning_target(self) -> Target:
+        return self.target
+
+    @override
+    def weight_grid(self) -> Grid | None:
+        return self.grid
+
+    @override
+    def sparsity_range(self) -> tuple[float, float]:
+        return allocation.smoothed_range(self.candidates) if self.rules.sigmoid_logits else (0.0, 1.0)
 
     @property
     def rules(self) -> LearningRules:
         """How learning is done."""
         return LearningRules() if self.preset is None else _AUTHORS
-
-    @property
-    def learnable_range(self) -> tuple[float, float]:
-        """The least and the greatest sparsity that can be learned."""
-        return allocation.smoothed_range(self.candidates) if self.rules.sigmoid_logits else (0.0, 1.0)
 
     @property
     def rate(self) -> float:
@@ -160,20 +202,10 @@ class Options:
         return {"row": 1, "layer": rows}.get(self.granularity) or min(int(self.granularity), rows)
 
 
+Options = BesaOptions
+
+
 def authors(granularity: str = "row") -> dict[str, Any]:
     """The released program's options: see docs/method.md, section 4."""
     target = "stream" if granularity == "layer" else "block"
     return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": _AUTHORS_PENALTY}
-
-
-def memory_use(options: Options) -> MemoryUse:
-    """Two masks (1 byte each) when they are compared; on a grid what stands on it (4), its codes and the masks."""
-    held = MemoryUse(
-        state=2,
-        learned=0,
-        batch=options.batch_size,
-        ranks=True,
-        candidates=options.candidates,
-        grams=options.importance == "sparsegpt",
-    )
-    return replace(held, state=11, learned=4, changes=True, codes=True) if options.grid else held

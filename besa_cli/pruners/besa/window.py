@@ -11,8 +11,8 @@ from besa_cli.choices import Importance
 from besa_cli.ops import affine, allocation, budget, importance, kernels, masks, obs
 from besa_cli.ops.affine import Quantized
 from besa_cli.ops.clipping import Clipped
-from besa_cli.pruners import wanda
-from besa_cli.pruners.besa.options import Options
+from besa_cli.pruners.besa.options import BesaOptions
+from besa_cli.stream import uniform
 from besa_cli.stream.block import Block
 
 _DAMPING = 0.01
@@ -63,10 +63,10 @@ class RankedWindow:
     is whether as many weights are zero already as are to be pruned, so that no allocation is left to be learned.
     """
 
-    def __init__(self, block: Block, options: Options) -> None:
+    def __init__(self, block: Block, options: BesaOptions) -> None:
         self.block, self.options = block, options
         grid = options.grid
-        norms = wanda.norms(block) if grid or options.importance == "wanda" else {}
+        norms = uniform.input_norms(block) if grid or options.importance == "wanda" else {}
         self.scores = _scores(block, options.importance, norms)
         _ = block.target  # before the block's weights are written over
         self.clipped = {name: Clipped(weight, grid) for name, weight in block.weights.items()} if grid else {}
