@@ -64,7 +64,14 @@ class StageWorker:
         """Process block by block, reading the next ones `ahead`; only the main rank has the store."""
         plan, world = self._prune_plan(batch), self._world
         return walk.compress(
-            self.decoder, store, self._tokens, plan, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+            self.decoder,
+            store,
+            self._tokens,
+            plan,
+            on_step=on_step,
+            activations=shelf,
+            prefetch=ahead,
+            world=world,
         )
 
     def seconds(self, finished: int, batch: int) -> float:
@@ -73,7 +80,7 @@ class StageWorker:
 
     def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(
-            change=self._request.method.decide,
+            decide=self._request.method.decide,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.method.options.learning_target(),
