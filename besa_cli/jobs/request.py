@@ -77,7 +77,7 @@ class StageRequest:
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether calibration samples pass through the model."""
+        """True if calibration samples pass through the model."""
         return self.method.options.uses_calibration
 
     def describe(self, model: str) -> str:
