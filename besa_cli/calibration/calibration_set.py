@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -17,6 +17,7 @@ from besa_cli.calibration import sampling
 from besa_cli.checkpoint import manifests, ownership, swap, weights
 from besa_cli.errors import BesaError, UsageError, reason_of
 from besa_cli.system.disk import MANIFEST, publish, save_tensors, write_json
+from besa_cli.system.notes import Notify
 from besa_cli.text import corpora, documents, hub_files, token_rows, tokenizing
 from besa_cli.text.spool import Text
 
@@ -24,8 +25,6 @@ FORMAT = 1
 SHORTEST = 2  # tokens of a window: at least one token and the next one, which it predicts
 _TOKENS = "tokens.safetensors"
 _FILES = (_TOKENS, MANIFEST)
-
-Notify = Callable[[str], None]
 
 
 class SampleTokenizer(tokenizing.Tokenizer, Protocol):

@@ -1,6 +1,6 @@
 """Calibration sets for a model: its tokenizer and limits, and the checks before an existing set is reused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,11 @@ from besa_cli.errors import BesaError
 from besa_cli.models import Model
 from besa_cli.models.tokenizer import tokenizer_digest, tokenizer_of
 from besa_cli.system.disk import MANIFEST, sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import corpora, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Notify = Callable[[str], None]
 
 _ROW = 32  # tokens of the one sample with which a model is verified if a method needs no calibration set
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 from besa_cli.errors import BesaError
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents, hub_files
-from besa_cli.text.corpora import BUNDLED, Notify, bundled_bytes, named_file, ptb_rows, wikitext_rows
+from besa_cli.text.corpora import BUNDLED, bundled_bytes, named_file, ptb_rows, wikitext_rows
 from besa_cli.text.spool import Text
 
 C4_DOCUMENTS = 1100  # documents used, from the start of the first validation shard

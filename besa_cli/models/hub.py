@@ -3,15 +3,16 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import answers, cache, files, headers, hub_errors, pickled, transfer
 from besa_cli.system.disk import read_json
+from besa_cli.system.notes import Notify
 
 
-def directory(repo: str, revision: str | None, *, notify: Callable[[str], None]) -> tuple[Path, str]:
+def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path, str]:
     """Return the checkpoint directory of a model on the hub, and its commit.
 
     A complete copy in the hub's cache is used without the network if a commit is named, the hub cannot be reached, or
@@ -44,7 +45,7 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
     return snapshot, snapshot.name
 
 
-def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) -> Path:
+def _snapshot(repo: str, revision: str | None, notify: Notify) -> Path:
     from huggingface_hub import constants
 
     cached = _undamaged(_cached(repo, revision))
@@ -129,7 +130,7 @@ def _listing(repo: str, revision: str | None) -> answers.Listing:
     raise hub_errors.translate(answer, repo, revision) from answer
 
 
-def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Callable[[str], None]) -> Path:
+def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Notify) -> Path:
     """Fetch config and tokenizer, then the weights, all from one commit."""
     sizes = {name: size for name, size in listing.sizes.items() if "/" not in name or files.side_files([name])}
     if "config.json" not in sizes:

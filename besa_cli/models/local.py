@@ -1,14 +1,14 @@
 """Checkpoint directories on this machine."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import files, pickled
 from besa_cli.system.disk import read_json, require_regular
+from besa_cli.system.notes import Notify
 
 
-def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
+def directory(path: Path, *, notify: Notify) -> Path:
     """Return a checkpoint directory unchanged, or, if it holds pickled weights alone, its conversion in the cache.
 
     Raises

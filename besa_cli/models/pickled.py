@@ -3,7 +3,6 @@
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from besa_cli.errors import BesaError, reading, reason_of
 from besa_cli.models import cache, files, headers
 from besa_cli.system.disk import read_json, save_tensors, write_json
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ INDEX = "pytorch_model.bin.index.json"
 _LONGEST_NAME = 500
 
 
-def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None]) -> Path:
+def directory(path: Path, side_files: list[str], *, notify: Notify) -> Path:
     """Convert a checkpoint directory that holds ``pytorch_model*.bin`` alone; return the conversion in the cache.
 
     Parameters

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from besa_cli.errors import BesaError, reading
 from besa_cli.models import Model
 from besa_cli.models.config_json import custom_code_error
 from besa_cli.system.disk import read_json, require_regular, sha256_file
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ _PROTOBUF = b"\n"  # the first byte of a sentencepiece model
 _DECIDING = ("normalizer", "pre_tokenizer", "decoder")  # parts that decide the tokenization beside the vocabulary
 
 
-def tokenizer_of(model: Model, notify: Callable[[str], None] = lambda _: None) -> "PreTrainedTokenizerBase":
+def tokenizer_of(model: Model, notify: Notify = lambda _: None) -> "PreTrainedTokenizerBase":
     """Load the model's own tokenizer, without running any code from the model.
 
     If transformers builds it from a class that splits text differently from ``tokenizer.json``, follow the file.

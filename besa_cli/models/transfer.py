@@ -9,13 +9,13 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import answers, cache, hub_errors
+from besa_cli.system.notes import Notify
 
 STALL_SECONDS = 60.0
 LEAST_BYTES = 60_000  # that must arrive in STALL_SECONDS
@@ -61,7 +61,7 @@ class Download:
     repo: str
     commit: str
     sizes: dict[str, int]
-    notify: Callable[[str], None]
+    notify: Notify
     digests: dict[str, str] = field(default_factory=dict)
     kind: Literal["model", "dataset"] = "model"
     cache: Path | None = None

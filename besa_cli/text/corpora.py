@@ -13,10 +13,9 @@ from typing import Literal
 
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents, hub_files, token_rows
 from besa_cli.text.spool import Text
-
-Notify = Callable[[str], None]
 
 BUNDLED = {  # name: SHA-256 of the unpacked bytes; described in data/LICENSES.md
     "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",

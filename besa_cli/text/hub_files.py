@@ -1,12 +1,12 @@
 """Single files of data sets from the Hugging Face hub or its cache; an unreachable hub is noticed within seconds."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import answers, cache, hub_errors, transfer
+from besa_cli.system.notes import Notify
 
 TIMEOUT = 8.0  # seconds until the hub counts as unreachable
 
@@ -71,7 +71,7 @@ def from_environment() -> Hub:
     return Hub(endpoint=constants.ENDPOINT, offline=constants.HF_HUB_OFFLINE)
 
 
-def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetched:
+def fetch(file: RemoteFile, hub: Hub, *, notify: Notify) -> Fetched:
     """Return the file from the hub's cache, or fetch it, resuming an interrupted download.
 
     Raises

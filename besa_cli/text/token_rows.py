@@ -1,13 +1,14 @@
 """Token rows: JSON lines with token ids under ``input_ids``, used as samples without tokenizing."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from besa_cli.errors import BesaError
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents, row_files
 
 _FIELD = "input_ids"
@@ -40,9 +41,7 @@ def holds_rows(path: Path) -> bool:
     return first is not None and _FIELD in first[1]
 
 
-def read_rows(
-    paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Callable[[str], None]
-) -> TokenRows:
+def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Notify) -> TokenRows:
     """Read the first `samples` rows of the files in order, each cut to its first `seqlen` ids.
 
     If a row has an ``attention_mask``, the ids that it masks at the ends of the row are removed as padding.

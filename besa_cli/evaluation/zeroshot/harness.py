@@ -19,8 +19,8 @@ from besa_cli.evaluation.zeroshot import definitions
 from besa_cli.evaluation.zeroshot.definitions import LocalData
 from besa_cli.evaluation.zeroshot.forms import FORMS
 from besa_cli.models import answers
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents
-from besa_cli.text.corpora import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

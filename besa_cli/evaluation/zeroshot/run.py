@@ -11,7 +11,7 @@ from besa_cli.evaluation.zeroshot.harness import Tasks
 from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
 from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.system import compute
-from besa_cli.text.corpora import Notify
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

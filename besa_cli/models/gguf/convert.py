@@ -1,6 +1,6 @@
 """Conversion of GGUF files: dequantized once into a plain checkpoint that computes the same as llama.cpp does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from besa_cli.errors import BesaError
 from besa_cli.models import cache
 from besa_cli.models.gguf import configuration, file_header, tensors, vocabulary
 from besa_cli.system.disk import save_tensors, write_json
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _METHOD = 2  # version of the conversion; another version gives other checkpoints, which are cached apart
 
 
-def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
+def directory(path: Path, *, notify: Notify) -> Path:
     """Return the checkpoint made from a GGUF file, converted on first use.
 
     Raises
