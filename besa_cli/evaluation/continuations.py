@@ -77,7 +77,7 @@ def continuation(
     from transformers import GenerationConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model: Any = architecture.whole(directory, dtype)
     prompt = inputs["input_ids"].shape[1]
 

@@ -1,6 +1,6 @@
 """From a sparse export back to the stage that it was made from, byte for byte."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class ImportJob:
         preflight.refuse_damaged(self.directory, weights.check(weights.Weights(self.directory)))
         self._check_blocks(self.directory)
 
-    def shards(self) -> Iterator[str]:
+    def shards(self) -> Generator[str, None, None]:
         """Expand file after file beside the final place; yields the name of each."""
         if self.done:
             return

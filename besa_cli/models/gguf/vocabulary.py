@@ -67,9 +67,7 @@ def save(header: Header, target: Path, *, words: int, longest: int | None) -> No
     with reading(header.path):
         made = _tokenizer(header, words)
         named = {name: made.id_to_token(number) for name, number in _ids(header, words).items()}
-        whole: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=made, **named
-        )
+        whole: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named)
         template = header.fields.get(_TEMPLATES)
         if template is not None:
             whole.chat_template = template if isinstance(template, str) else refuse(header, _TEMPLATES, "is not a text")
