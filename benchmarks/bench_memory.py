@@ -124,7 +124,7 @@ def make(place: Path, shape: Shape, options: argparse.Namespace) -> None:
     alphabet = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.save_pretrained(place / "model")
     row = json.dumps({"input_ids": [number % VOCABULARY for number in range(options.seqlen)]})
     (place / "rows.jsonl").write_text(f"{row}\n" * options.samples)

@@ -103,7 +103,7 @@ def plain_steps(block: Block, batch: int) -> None:
     weights = [linear.weight.requires_grad_() for linear in block.linears.values()]
     with compute.repeated_passes():
         for part in propagation.batches(len(block.inputs), batch):
-            losses.token(block.forward(block.inputs[part]), block.target[part]).backward()  # type: ignore[no-untyped-call]
+            losses.token(block.forward(block.inputs[part]), block.target[part]).backward()
             for weight in weights:
                 weight.grad = None
     for weight in weights:

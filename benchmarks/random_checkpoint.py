@@ -129,7 +129,7 @@ def texts(directory: Path, vocabulary: int, samples: int, seqlen: int) -> None:
     (directory / "text.txt").write_text(" ".join(f"w{number}" for row in rows for number in row))
     made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")
     tokenizer.save_pretrained(directory)
 
 

@@ -234,7 +234,7 @@ def test_an_interrupt_that_was_ignored_comes_again(
 ) -> None:
     def resolve(*_: object, **__: object) -> None:
         Callback(number)
-        for _ in range(200):
+        for _try in range(200):
             time.sleep(0.1)
         raise AssertionError("the interrupt was lost")
 

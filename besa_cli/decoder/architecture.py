@@ -103,7 +103,7 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
         There is no such list, or a block holds weights in a form that cannot be pruned.
     """
     lists = _block_lists(model)
-    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder = model.get_decoder()
     below = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     candidates = [(name, modules) for name, modules in lists if modules in below] or lists
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)

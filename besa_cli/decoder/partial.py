@@ -141,7 +141,7 @@ class PartialModel:
         names = [name for name in self.model.state_dict() if not name.startswith(inside)]
         wanted = {name: self._names.origin(name) for name in names if name not in tied}
         self._require(wanted, "outside the blocks")
-        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head: nn.Module | None = self.model.get_output_embeddings()
         self._head = self._own_head = self._belonging(wanted, head)
         now = {name: origin for name, origin in wanted.items() if name not in self._head}
         self._fill_outside([module for module in self._outside if module is not head], now)
@@ -231,7 +231,7 @@ class PartialModel:
             module._is_hf_initialized = module not in chosen  # type: ignore[assignment]
             for name, tensor in tensors_of(module):
                 tensor._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
-        self.model.initialize_weights()  # type: ignore[no-untyped-call]
+        self.model.initialize_weights()
 
 
 def _require_sizes(config: "PretrainedConfig", directory: Path) -> None:

@@ -89,8 +89,8 @@ def _stock_logits(decoder: Decoder, rows: Tensor) -> Tensor:
     from transformers.utils import logging
 
     directory, verbosity = decoder.weights.directory, logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         stock: Any = architecture.load_stock(directory, decoder.dtype)
     finally:

@@ -78,7 +78,7 @@ def continuation(
     from transformers import GenerationConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model: Any = architecture.load_stock(directory, dtype)
     prompt = inputs["input_ids"].shape[1]
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class ExportJob:
                 disk.sha256_file(path)
             return time.perf_counter() - began, sum(path.stat().st_size for path in made)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Generator[Piece, None, None]:
         """Write the export beside its final place, piece by piece."""
         if self.done:
             return

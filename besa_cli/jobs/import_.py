@@ -1,6 +1,6 @@
 """Imports: the stage that a sparse export was made from, restored byte for byte."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class ImportJob:
         preflight.refuse_damaged(self.directory, weights.check(weights.Weights(self.directory)))
         self._check_blocks(self.directory)
 
-    def shards(self) -> Iterator[str]:
+    def shards(self) -> Generator[str, None, None]:
         """Expand file by file beside the final place; yield the name of each."""
         if self.done:
             return

@@ -92,7 +92,7 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
             weights = {name: linear.weights(logits[name]).to(dtype) for name, linear in linears.items()}
             output = block.forward(block.inputs[chosen], weights)
             loss = measure(output, block.target[chosen].to(output.device))
-            (output[..., 0].numel() * loss).backward()  # type: ignore[no-untyped-call]
+            (output[..., 0].numel() * loss).backward()
             optimizer.param_groups[0]["lr"] = options.lr * learning.half_cosine(len(history) / len(steps))
             optimizer.step()
             optimizer.zero_grad()

@@ -59,7 +59,7 @@ def _multiplies_bfloat16(on: torch.device) -> bool:
     """Check that the hardware has bfloat16 multiply instructions and torch's library uses them."""
     if on.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_avx512_bf16_supported())  # every processor with AMX has these too

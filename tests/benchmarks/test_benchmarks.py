@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import benchmark_loader
+from support import benchmark_loader, calls
 
 bench_prune, time_to_quality, results, recorded = map(
     benchmark_loader.load, ("bench_prune", "time_to_quality", "learning_cost", "recorded")
@@ -43,8 +43,10 @@ def test_a_learning_step_is_held_against_stock_transformers(monkeypatch: pytest.
     def attention(block: Any) -> str:
         return str(block._window._decoder.model.config._attn_implementation)
 
-    monkeypatch.setattr(bench_prune, "plain_steps", lambda *words: made.append(attention(words[0])) or plain(*words))
-    monkeypatch.setattr(bench_prune, "learn", lambda window: made.append(attention(window.block)) or learn(window))
+    noted = calls.noting(plain, lambda block, *words: made.append(attention(block)))
+    monkeypatch.setattr(bench_prune, "plain_steps", noted)
+    noted_too = calls.noting(learn, lambda window: made.append(attention(window.block)))
+    monkeypatch.setattr(bench_prune, "learn", noted_too)
     directory = bench_prune.checkpoint(tmp_path / "model", HIDDEN, 1)
     bench_prune.step_ratio(directory, torch.float32, 1, torch.zeros(2, 8, dtype=torch.long), 1)
     assert made == ["sdpa", "besa_chunks"] * 2

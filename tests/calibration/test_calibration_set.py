@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.joined_text import joined
 from torch import Tensor
 
 from besa_cli.calibration import calibration_set, sampling
@@ -111,7 +112,7 @@ def test_bad_token_rows_are_one_line_with_the_place(tmp_path: Path, rows: list[l
     assert caught.value.hint
 
 
-def write_masked(path: Path, *rows: dict[str, object]) -> Path:
+def write_masked(path: Path, *rows: Mapping[str, object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -239,7 +240,7 @@ def test_the_stand_in_for_c4_is_packed_and_the_manifest_tells() -> None:
 
 def test_books_follow_only_when_the_sample_is_used_up() -> None:
     documents = corpora.bundled("bundled").documents
-    tokens = sum(len(text.encode()) for text in documents) + len(documents) - 1  # bytes and the ends between
+    tokens = sum(len(joined(text).encode()) for text in documents) + len(documents) - 1  # bytes and the ends between
     within = build("bundled", samples=tokens // 4096, seqlen=4096)
     assert [source["file"] for source in within.manifest["sources"]] == [corpora.C4_SAMPLE]
     beyond = build("bundled", samples=tokens // 4096 + 1, seqlen=4096)
@@ -251,7 +252,7 @@ def test_books_follow_only_when_the_sample_is_used_up() -> None:
 
 def test_without_packing_the_bundled_sample_is_drawn_from() -> None:
     made = build("bundled", samples=20, seqlen=256, pack=False)
-    documents = [text.encode() for text in corpora.bundled("bundled").documents]
+    documents = [joined(text).encode() for text in corpora.bundled("bundled").documents]
     for row in made.tokens.tolist():
         assert any(bytes(row) in document for document in documents)
     assert [source["file"] for source in made.manifest["sources"]] == [corpora.C4_SAMPLE]
@@ -561,7 +562,7 @@ def demo(tmp_path: Path) -> calibration_set.SampleTokenizer:
 
 def test_wikitext2_has_the_published_number_of_tokens(demo: calibration_set.SampleTokenizer) -> None:
     text = texts.evaluation_text("wikitext2", data_dir=None, hub=hub_files.from_environment(), notify=pytest.fail).text
-    assert len(demo(text, verbose=False)["input_ids"]) == 304_986
+    assert len(demo(joined(text), verbose=False)["input_ids"]) == 304_986
 
 
 def test_the_rows_of_protocol_a_are_drawn_again(demo: calibration_set.SampleTokenizer) -> None:

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import typer
 import yaml
 from support import tiny_models
 from typer.main import get_command
@@ -36,7 +37,7 @@ def parsed(file: Path, name: str) -> dict[str, Any]:
     """The values that a command gets from a file."""
     group = get_command(app)
     root = group.make_context("besa", ["show"])
-    command = config_file.command(root, name, "")
+    command = config_file.command(cast("typer.Context", root), name, "")  # a context of click's has all that it needs
     values: dict[str, Any] = command.make_context(name, ["--config", str(file)], parent=root).params
     return values
 

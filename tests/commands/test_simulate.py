@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -345,7 +346,7 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     found = list(run.blocks(sources("llama"), request, lambda name: True))
     axes = Figure().subplots()
     plots.draw_blocks(axes, found, request, "speedup")
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
     assert lines["down"] == [
         linear.costs["vitcod"].speedup for block in found for linear in block.linears if linear.label == "down"
     ]
@@ -353,7 +354,9 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     linear = found[0].linears[0]
     plots.draw_columns(axes, linear, request)
     denser = sum(count > 0.4 * linear.workload.rows for count in linear.workload.kept_by_column.tolist())
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels[:2] == [f"{denser} denser", f"{linear.workload.cols - denser} sparser"]
     axes = Figure().subplots()
     plots.draw_means(axes, found, request)

@@ -99,9 +99,10 @@ def test_scores_that_rounding_would_spoil_go_the_stock_way(
     """A bias of queries and keys makes all scores large, and alike but for their last bits."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(3))
-    parts = [(query + size).to(dtype), (key + size).to(dtype), value.to(dtype)]
-    found, _ = _attention(torch.nn.Module(), *parts, None)
+    query, key, value = (query + size).to(dtype), (key + size).to(dtype), value.to(dtype)
+    found, _ = _attention(torch.nn.Module(), query, key, value, None)
     assert len(calls) == count
-    exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts), is_causal=True)
+    query, key, value = query.double(), key.double(), value.double()
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     error = (found.transpose(1, 2).double() - exact).norm() / exact.norm()
     assert float(error) < (1e-4 if dtype == torch.float32 else 0.006)

@@ -1,6 +1,5 @@
 """Decoders that are unlike most: tied heads with a bias, buffers of a parent's, deep towers; and what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from besa_cli.stream import propagation
 CPU = torch.device("cpu")
 
 _SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-_INNER = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
+_INNER: dict[str, Any] = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
 _TOWER = {
     "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
@@ -60,7 +59,7 @@ def streamed_logits(decoder: Decoder, rows: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not initialized is NaN."""
     empty = torch.empty_like
 
@@ -69,7 +68,6 @@ def dirty_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made.fill_(torch.nan) if made.is_floating_point() and not made.is_meta else made
 
     monkeypatch.setattr(torch, "empty_like", dirty)
-    return None
 
 
 @pytest.mark.usefixtures("dirty_memory")
@@ -131,7 +129,7 @@ def test_another_buffer_than_stocks_is_refused(tmp_path: Path) -> None:
     decoder = Decoder(tiny_models.checkpoint(tmp_path / "model"), CPU, torch.float32)
     verify(decoder, tiny_models.tokens(1, 12))
     decoder._keywords.clear()
-    decoder.model.base_model.rotary_emb.inv_freq.mul_(1.5)
+    decoder.model.get_buffer("model.rotary_emb.inv_freq").mul_(1.5)
     with pytest.raises(BesaError, match=r"gives other logits than stock transformers \(relative error 0"):
         verify(decoder, tiny_models.tokens(1, 12))
     verify(decoder, tiny_models.tokens(1, 12), room=0)  # where there is no room for stock's
@@ -142,7 +140,7 @@ def test_another_head_than_stocks_is_refused(tmp_path: Path) -> None:
     decoder._own_head = decoder._head = {"lm_head.weight": "model.embed_tokens.weight"}
     with pytest.raises(BesaError, match="gives other logits than stock transformers"):
         verify(decoder, tiny_models.tokens(1, 12))
-    assert decoder.model.get_output_embeddings().weight.is_meta  # type: ignore[no-untyped-call]
+    assert decoder.model.get_output_embeddings().weight.is_meta
 
 
 def test_a_decoder_that_looks_ahead_is_refused(tmp_path: Path) -> None:
@@ -174,7 +172,7 @@ def test_a_later_block_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     def look_ahead(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return output + output.mean(dim=1, keepdim=True)
 
-    decoder.blocks[2].mlp.register_forward_hook(look_ahead)
+    decoder.blocks[2].get_submodule("mlp").register_forward_hook(look_ahead)
     with pytest.raises(BesaError, match="LlamaForCausalLM is not causal"):
         verify(decoder, tiny_models.tokens(1, 12))
 

@@ -186,7 +186,7 @@ def test_named_data_sets_come_first_in_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_accuracies_of_tasks_stand_beside_perplexities(nested: bool, tmp_path: Path) -> None:
-    harness = {
+    harness: dict[str, object] = {
         "results": {
             "piqa": {"alias": "piqa", "acc,none": 0.66, "acc_stderr,none": 0.01, "acc_norm,none": 0.67},
             "arc_easy": {"acc,none": 0.5},
@@ -194,7 +194,7 @@ def test_accuracies_of_tasks_stand_beside_perplexities(nested: bool, tmp_path: P
         "higher_is_better": {"piqa": {"acc": True}},
         "n-shot": {"piqa": 0},
     }
-    tasks = {
+    tasks: dict[str, object] = {
         "kind": "tasks",
         "model_digest": digest_of("A"),
         "model": {"name": "besa"},

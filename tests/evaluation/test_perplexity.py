@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support import tiny_models
+from support import calls, tiny_models
+from support.joined_text import joined
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -208,7 +209,7 @@ def test_a_result_is_kept_under_a_name_of_its_own(model: Path, tmp_path: Path) -
 
 
 def test_the_command_measures_the_stage_and_its_parent(besa: Besa, model: Path, workplace: Path) -> None:
-    (workplace / "words.txt").write_text(text_of().text)
+    (workplace / "words.txt").write_text(joined(text_of().text))
     tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(2, 12))
     drawn = ("--data", "rows.jsonl", "--samples", 2, "--seqlen", 12)
     outcome = besa("prune", "--model", model, "--method", "wanda", "--dtype", "float32", *drawn)
@@ -343,8 +344,8 @@ def test_texts_together_and_in_portions_give_the_bits_of_each_alone(
 
 def test_one_walk_loads_each_block_once_for_all_texts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
-    load = Decoder.load
-    monkeypatch.setattr(Decoder, "load", lambda self, index, *rest: loaded.append(index) or load(self, index, *rest))
+    noted = calls.noting(Decoder.load, lambda self, index, *rest: loaded.append(index))
+    monkeypatch.setattr(Decoder, "load", noted)
     jobs = [measurement(model, other_text(100, seed)) for seed in (1, 2, 3)]
     walk = perplexity.PerplexityRun(jobs)
     loaded.clear()
@@ -384,7 +385,7 @@ def test_a_text_is_cut_where_it_is_to_be_cut(model: Path) -> None:
 def pruned(besa: Besa, model: Path, workplace: Path) -> Path:
     """A working directory with a finished run and two texts."""
     for number in (1, 2):
-        (workplace / f"text-{number}.txt").write_text(other_text(40 + 16 * number, number).text)
+        (workplace / f"text-{number}.txt").write_text(joined(other_text(40 + 16 * number, number).text))
     tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(2, 12))
     drawn = ("--data", "rows.jsonl", "--samples", 2, "--seqlen", 12)
     outcome = besa("prune", "--model", model, "--method", "wanda", "--dtype", "float32", *drawn)
@@ -423,8 +424,8 @@ def test_an_interrupted_evaluation_goes_on_and_comes_to_the_same(
     assert error == "error: interrupted"
     assert hint.startswith(f"hint: {passes if passes < 7 else passes - 7} windows are measured and kept; run the same")
     seen: list[int] = []
-    advance = propagation.advance
-    monkeypatch.setattr(propagation, "advance", lambda *given: seen.append(given[1]) or advance(*given))
+    noted = calls.noting(propagation.advance, lambda decoder, index, *rest: seen.append(index))
+    monkeypatch.setattr(propagation, "advance", noted)
     outcome = besa(*EVALUATION)
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["results"] == expected
@@ -525,7 +526,7 @@ def overflowing(directory: Path) -> Path:
 
 def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, workplace: Path) -> None:
     directory, text = overflowing(workplace / "model"), workplace / "words.txt"
-    text.write_text(text_of().text)
+    text.write_text(joined(text_of().text))
     words = ("--model", directory, "--seqlen", 16, "--run", "run")
     outcome = besa("eval", "ppl", text, *words, "--dtype", "float16")
     assert outcome.code == 1
@@ -540,7 +541,7 @@ def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, w
 
 def test_a_result_that_is_no_number_is_measured_again(besa: Besa, model: Path, workplace: Path) -> None:
     """An earlier version kept such results."""
-    (workplace / "words.txt").write_text(text_of().text)
+    (workplace / "words.txt").write_text(joined(text_of().text))
     words = (
         "eval",
         "ppl",

@@ -154,7 +154,7 @@ def test_tokens_merges_and_special_tokens_are_the_tokenizers(runs: Callable[...,
     tokenizer = transformers.AutoTokenizer.from_pretrained(runs().stage("pruned"))
     tokens = fields["tokenizer.ggml.tokens"]
     assert len(tokens) == VOCABULARY
-    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in MERGES]
     assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id

@@ -85,7 +85,7 @@ def test_nothing_is_pushed_without_a_yes(
     assert outcome.code == 0
     assert "not pushed" in outcome.err
     assert "org/name" in asked[0]
-    assert hub.made == hub.uploaded == []
+    assert (hub.made, hub.uploaded) == ([], [])
     assert (run.exports / "hf" / "export.json").exists()
 
 

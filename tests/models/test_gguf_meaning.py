@@ -62,9 +62,15 @@ def setting(key: str, value: Any) -> Change:
 
     def change(writer: gguf.GGUFWriter) -> None:
         writer.kv_data[0].pop(key, None)
-        add = {bool: writer.add_bool, int: writer.add_int64, float: writer.add_float64, str: writer.add_string}
+        add: dict[type, Callable[[str, Any], None]] = {
+            bool: writer.add_bool,
+            int: writer.add_int64,
+            float: writer.add_float64,
+            str: writer.add_string,
+        }
         if value is not None:
-            add.get(type(value), writer.add_array)(key, value)
+            put: Callable[[str, Any], None] = writer.add_array
+            add.get(type(value), put)(key, value)
 
     return change
 

@@ -34,7 +34,7 @@ def pickled(source: Path, target: Path, *, shards: int = 1, dtype: torch.dtype =
     if shards == 1:
         torch.save(dict(items), target / "pytorch_model.bin", **options)
         return target
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         name = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
         part = dict(items[number::shards])

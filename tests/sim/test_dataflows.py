@@ -359,7 +359,7 @@ def test_settings_that_cannot_be_meant_are_refused() -> None:
         ({"weight_bits": 0}, "--word-bits 0 is not a width of a weight"),
     ):
         with pytest.raises(UsageError) as caught:
-            SimulationSettings(**given_)  # type: ignore[arg-type]
+            SimulationSettings(**given_)
         assert caught.value.message == message
     with pytest.raises(UsageError, match="unknown dataflow 'vitco'"):
         sim.dataflow("vitco")

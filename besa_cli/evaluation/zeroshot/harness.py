@@ -200,7 +200,7 @@ def in_memory(
 
     from besa_cli.decoder.conduct import require_logits
 
-    progress.disable_progress_bar()  # type: ignore[no-untyped-call]
+    progress.disable_progress_bar()
     config = architecture.config_of(directory)
     with _quiet(notify), reading(directory):
         model = HFLM(

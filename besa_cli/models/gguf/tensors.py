@@ -98,7 +98,7 @@ def _shapes(header: Header, config: "PretrainedConfig") -> dict[str, tuple[int, 
     from transformers import AutoModelForCausalLM
 
     with reading(header.path), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 

@@ -69,7 +69,7 @@ def save(header: Header, target: Path, *, vocab_size: int, longest: int | None) 
         special_tokens = {
             name: tokenizer.id_to_token(number) for name, number in _special_ids(header, vocab_size).items()
         }
-        fast_tokenizer: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        fast_tokenizer: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, **special_tokens
         )
         template = header.fields.get(_TEMPLATES)

@@ -42,7 +42,7 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
             scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
             objective = scale * (reconstruction + penalty)
             if objective.requires_grad:  # not so on a rank that has none of the samples, where nothing is pruned
-                objective.backward()  # type: ignore[no-untyped-call]
+                objective.backward()
             loss = reconstruction.detach()
             world.all_reduce_list_(
                 [loss, *_gradients([theta, *strengths.values()], 1 if rules.summed_gradient else 1 / scale)]

@@ -41,7 +41,8 @@ def requests(count: int = 30) -> list[Instance]:
 
 def tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """As it was saved: for some architectures `AutoTokenizer` takes a class that expects one of its own kind."""
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
+    return made
 
 
 def made(path: Path, family: str, dtype: torch.dtype = torch.float32, blocks: int = 2) -> Path:
