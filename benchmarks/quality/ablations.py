@@ -1,9 +1,9 @@
 """The paper's ablations on any model, by the real commands: Tables 5 and 6, Figs. 3 and 4, row- against layer-wise.
 
-    python benchmarks/ablations.py --work DIR                              # all of it, on the demo model
-    python benchmarks/ablations.py --work DIR --only window epochs         # these experiments, in this order
-    python benchmarks/ablations.py --list                                  # what is left, and about how long it takes
-    python benchmarks/ablations.py --report --samples 32 ...               # write the tables and plots of what is there
+    python -m benchmarks.quality.ablations --work DIR                              # all of it, on the demo model
+    python -m benchmarks.quality.ablations --work DIR --only window epochs         # these experiments, in this order
+    python -m benchmarks.quality.ablations --list  # what is left, and about how long it takes
+    python -m benchmarks.quality.ablations --report --samples 32 ...  # write the tables and plots of what is there
 
 Typed again it goes on: a finished cell is a line of ablations.jsonl and is not measured again, an interrupted one goes
 on where `besa prune` goes on. A cell that serves several experiments is measured once a seed. The seed draws the
@@ -25,11 +25,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ablation_report
-import recorded
-from ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
-from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
-
+from benchmarks.quality import ablation_report
+from benchmarks.quality.ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, besa, commit, machine, read_lines, spent
 from besa_cli.system import compute
 
 LINES, PAGE, FIGURES = "ablations.jsonl", "ABLATIONS.md", "figures"
@@ -186,7 +185,7 @@ def refusal(lines: Sequence[Line], setup: Setup, *, report: bool) -> str | None:
 def write_report(setup: Setup, out: Path) -> None:
     """Write the page, and the plots where matplotlib is there."""
     found = measured(read_lines(out / LINES), setup)
-    paper = json.loads((HERE / "paper.json").read_text())
+    paper = json.loads((RESULTS / "paper.json").read_text())
     (out / PAGE).write_text(ablation_report.markdown(setup, found, paper))
     try:
         ablation_report.draw(setup, found, paper, out / FIGURES)
@@ -210,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     made.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     made.add_argument("--work", type=Path, metavar="DIR", help="for the runs; a pruned model at a time")
-    made.add_argument("--out", type=Path, metavar="DIR", default=HERE, help=f"for {LINES}, {PAGE} and {FIGURES}/")
+    made.add_argument("--out", type=Path, metavar="DIR", default=RESULTS, help=f"for {LINES}, {PAGE} and {FIGURES}/")
     made.add_argument("--list", action="store_true", help="only show what is left")
     made.add_argument("--report", action="store_true", help="only write the report")
     return made

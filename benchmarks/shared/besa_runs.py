@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"  # recorded lines, and the pages made of them
 
 
 def besa(*words: str) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit that is checked out, where there is one."""
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip()
 

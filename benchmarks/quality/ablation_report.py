@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablation_plan import DENSE, Cell, Claim, Experiment, Line, Setting, Setup, claims, experiments
+from benchmarks.quality.ablation_plan import DENSE, Cell, Claim, Experiment, Line, Setting, Setup, claims, experiments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def _head(setup: Setup, found: Found, paper: Paper) -> str:
     drawn_from = data if files in (data, NONE) else f"{data} ({files})"
     return "\n".join(
         [
-            "Written by `benchmarks/ablations.py` from `ablations.jsonl` and `paper.json`:",
+            "Written by `benchmarks/quality/ablations.py` from `ablations.jsonl` and `paper.json`:",
             "",
             f"    {_command(setup)}",
             "",
@@ -141,7 +141,7 @@ def _command(setup: Setup) -> str:
     words = ["--report", "--model", about["model"], "--data", *about["data"], "--samples", setup.samples]
     words += ["--seqlen", setup.seqlen, "--context", setup.context]
     words += ["--windows", setup.windows or "all", "--dtype", setup.dtype, "--device", setup.device]
-    return " ".join(map(str, ["python benchmarks/ablations.py", *words]))
+    return " ".join(map(str, ["python -m benchmarks.quality.ablations", *words]))
 
 
 def _dense(found: Found) -> str:

@@ -3,15 +3,15 @@
 From the lines of `bench_prune.py` and `time_to_quality.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import recorded
-from ablation_report import ALIKE
-from besa_runs import HERE
+from benchmarks.quality.ablation_report import ALIKE
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS
 
-SPEED = HERE / "bench_prune.jsonl"
-QUALITY = HERE / "time_to_quality.jsonl"
+SPEED = RESULTS / "bench_prune.jsonl"
+QUALITY = RESULTS / "time_to_quality.jsonl"
 PARTS = {
     ("step", 1): "one learning step of one sample ÷ a plain forward and backward pass of the block",
     ("step", 4): "the same, four samples a step",
@@ -25,7 +25,7 @@ STEPS = 128  # of the run whose perplexity is to be reached
 Line = Mapping[str, Any]
 
 
-def speed(lines: list[Line]) -> str:
+def speed(lines: Sequence[Line]) -> str:
     """What learning costs, the newest line of every part in every dtype at every hidden size."""
     found = newest(lines)
     sizes = sorted({hidden for *_, hidden in found})
@@ -37,7 +37,7 @@ def speed(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
-def newest(lines: list[Line]) -> dict[tuple[tuple[str, Any], str, int], Line]:
+def newest(lines: Sequence[Line]) -> dict[tuple[tuple[str, Any], str, int], Line]:
     """The lines that count, by part, dtype and hidden size."""
     return {
         ((line["what"], line.get("batch", line.get("target"))), line["dtype"], line["hidden"]): line for line in lines
@@ -53,7 +53,7 @@ def _cell(line: Line | None) -> str:
     return recorded.marked(f"{line['ratio']:.2f} ({spread}; {line['cpu_ratio']:.2f})", line)
 
 
-def quality(lines: list[Line]) -> str:
+def quality(lines: Sequence[Line]) -> str:
     """How good the pruned model is after how much work, and what the least work is that is good enough."""
     alike = [line for line in lines if _how(line) == _how(lines[-1]) and not recorded.is_old(line)]
     newest = {(line["options"]["window"], line["samples"]): line for line in alike}

@@ -1,7 +1,7 @@
 """The paper's Table 4 for any model: the same linears under several methods and dataflows.
 
-    python benchmarks/simulate_table4.py sparsegpt=run-a/pruned wanda=run-b/pruned besa-row=run-c/pruned
-    python benchmarks/simulate_table4.py --llama-7b
+    python -m benchmarks.quality.simulate_table4 sparsegpt=run-a/pruned wanda=run-b/pruned besa-row=run-c/pruned
+    python -m benchmarks.quality.simulate_table4 --llama-7b
 
 The first takes stages of protocol A by the names of its methods: mean cycles over blocks, and the speed-up over the
 dense linear under the same dataflow. The second does it for LLaMA-7B's shapes with random masks at the sparsities that
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import recorded
-from besa_runs import HERE, append_line, commit, read_lines
-from protocol_a import METHODS
 
+from benchmarks.quality.protocol_a import METHODS
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, commit, read_lines
 from besa_cli.sim import accelerator
 from besa_cli.sim.cost import Cost, SimulationSettings
 from besa_cli.sim.workload import of_mask
@@ -29,7 +29,7 @@ from besa_cli.simulation.run import BlockCost, SimulationRequest, blocks, costs,
 
 Line = Mapping[str, Any]
 
-LINES = HERE / "simulate_table4.jsonl"
+LINES = RESULTS / "simulate_table4.jsonl"
 MACHINE = accelerator.load("besa")
 RELEASED = "vitcod-released"
 VARIANTS = (  # name, dataflow, with a search

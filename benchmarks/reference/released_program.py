@@ -1,6 +1,6 @@
 """Does `--preset authors` come to the allocation of the paper's released program, on the same tokens?
 
-    python benchmarks/released_program.py TOKENS.jsonl --work DIR [--model MODEL] [--sparsity 0.5] [--granularity row]
+    python -m benchmarks.reference.released_program TOKENS.jsonl --work DIR [--model MODEL] [--sparsity 0.5]
 
 The released program asks for CUDA and the libraries of 2023. What it does is written down here plainly, from reading
 it: a probability and a mask for every weight, a learned matrix for each linear, none of the shortcuts of `besa`. The
@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
-from besa_runs import besa, calibrated, commit, machine, perplexity
 from prodigyopt import Prodigy
 from torch import Tensor, nn
 
+from benchmarks.shared.besa_runs import besa, calibrated, commit, machine, perplexity
 from besa_cli import app
 from besa_cli.pruners import besa as pruner
 from besa_cli.pruners.besa import Options

@@ -22,15 +22,14 @@ of the pruned demo model by up to 2 % (dev/log/quality.md, 2026-11-26), as anoth
 from collections.abc import Mapping
 from typing import Any
 
-from besa_cli.pruners import VERSIONS as PRUNERS
-from besa_cli.quantizers import VERSIONS as QUANTIZERS
+from besa_cli import pruners, quantizers
 
 Line = Mapping[str, Any]
 
 
 def methods(*names: str) -> dict[str, int]:
     """Today's version of each method; joint learning (`prune --bits`) names ``besa`` and ``clip``."""
-    return {name: PRUNERS.get(name) or QUANTIZERS.get(name, 1) for name in names}
+    return {name: pruners.VERSIONS.get(name) or quantizers.VERSIONS.get(name, 1) for name in names}
 
 
 def is_old(line: Line) -> bool:

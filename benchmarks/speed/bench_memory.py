@@ -5,9 +5,9 @@ of them in a process of its own, and prints one JSON line for each: the peak res
 imports, in MB; at the end one line a command, with the growth, which bench_memory.jsonl keeps. What a command needs is
 made by the commands before it.
 
-    python benchmarks/bench_memory.py                          # besa prune, 4 and 16 blocks of 67 MB
-    python benchmarks/bench_memory.py --case all --method wanda
-    python benchmarks/bench_memory.py --method sparsegpt --dtype bfloat16
+    python -m benchmarks.speed.bench_memory                          # besa prune, 4 and 16 blocks of 67 MB
+    python -m benchmarks.speed.bench_memory --case all --method wanda
+    python -m benchmarks.speed.bench_memory --method sparsegpt --dtype bfloat16
 """
 
 import argparse
@@ -21,20 +21,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import recorded
 import torch
-from besa_runs import HERE, append_line, commit
-from random_checkpoint import Shape, checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, commit
+from benchmarks.shared.random_checkpoint import Shape, checkpoint
 from besa_cli import __version__
 from besa_cli.checkpoint.manifests import versions
 from besa_cli.exporters import EXPORTERS
 from besa_cli.pruners import PRUNERS
 from besa_cli.quantizers import QUANTIZERS
 
-LINES = HERE / "bench_memory.jsonl"
+LINES = RESULTS / "bench_memory.jsonl"
 VOCABULARY = 256
 
 

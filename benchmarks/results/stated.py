@@ -9,28 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bench_scale
-import export_sizes
-import larger_models
-import learning_cost
 import numpy as np
-import protocol_a
-import quant_protocol_a
-import recorded
-import simulate_table4
-from ablation_plan import Cell, Setting, experiments, measured
-from ablation_report import Found, perplexity
-from ablations import COMMITTED
-from ablations import LINES as ABLATIONS
-from besa_runs import HERE, read_lines
 
+from benchmarks.exports import export_sizes
+from benchmarks.quality import protocol_a, quant_protocol_a, simulate_table4
+from benchmarks.quality.ablation_plan import Cell, Setting, experiments, measured
+from benchmarks.quality.ablation_report import Found, perplexity
+from benchmarks.quality.ablations import COMMITTED
+from benchmarks.quality.ablations import LINES as ABLATIONS
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, ROOT, read_lines
+from benchmarks.speed import bench_scale, larger_models, learning_cost
 from besa_cli.ops import affine
 from besa_cli.sim import accelerator
 from besa_cli.sim.cost import SimulationSettings
 from besa_cli.sim.workload import of_mask
 from besa_cli.simulation.run import SimulationRequest, costs
 
-ROOT = HERE.parent
 TITLES = {
     "magnitude": "magnitude",
     "wanda": "Wanda",
@@ -88,7 +83,7 @@ def perplexities() -> str:
 def _others() -> str:
     """Perplexities of other programs on the rows of seed 0."""
     found: dict[str, list[str]] = {}
-    for line in read_lines(HERE / "other_programs.jsonl"):
+    for line in read_lines(RESULTS / "other_programs.jsonl"):
         program = f"{line['program']} ({line['dtype'] or 'dtype not recorded'})"
         found.setdefault(program, []).append(f"{line['perplexity']:,} at {line['sparsity'] * 100:.2f} %")
     return "; ".join(f"{program}, {', '.join(cells)}" for program, cells in found.items())
@@ -96,7 +91,7 @@ def _others() -> str:
 
 def curve() -> str:
     """Protocol A's table with fewer samples, and the sparsities at which BESA is ahead."""
-    found = measured(read_lines(HERE / ABLATIONS), COMMITTED)
+    found = measured(read_lines(RESULTS / ABLATIONS), COMMITTED)
     known = experiments(COMMITTED.samples)
     halves = perplexity(known["window"].settings["BESA", "attn-mlp"], found, "wikitext2")
     return (
@@ -278,7 +273,7 @@ def time_and_memory() -> str:
     return (
         "\n".join(rows) + "\n\nA step is measured in plain forward and backward passes, the whole in passes without "
         f"gradients over all samples. What is learned and the ranks take {held} bytes per weight at hidden size 4,096 "
-        "(`benchmarks/bench_prune.py`). No run of the perplexity table needed more than "
+        "(`benchmarks/speed/bench_prune.py`). No run of the perplexity table needed more than "
         f"{max(peaks):.1f} GB of resident memory, the imported libraries included.{_depth()}"
     )
 
@@ -288,7 +283,7 @@ def _ratio(line: Mapping[str, Any] | None) -> str:
 
 
 def _depth() -> str:
-    found = {line["case"]: line for line in read_lines(HERE / "bench_memory.jsonl") if line["method"] == "wanda"}
+    found = {line["case"]: line for line in read_lines(RESULTS / "bench_memory.jsonl") if line["method"] == "wanda"}
     if "prune" not in found:
         return ""
     line = found["prune"]
@@ -296,7 +291,7 @@ def _depth() -> str:
     fewer, more = line["blocks"]
     return (
         f" LLaMA-shaped random models with blocks of {line['block'] / 1e6:.0f} MB, Wanda: {least} MB above the imports "
-        f"with {fewer} blocks, {most} MB with {more} (`benchmarks/bench_memory.py`)."
+        f"with {fewer} blocks, {most} MB with {more} (`benchmarks/speed/bench_memory.py`)."
     )
 
 

@@ -1,7 +1,7 @@
 """How small is every export? The sizes that the exports of some runs state, for the table of docs/export.md.
 
     besa export --format hf|sparse|gguf|compressed-tensors [--dtype|--compress|--type ...] --run RUN      # each
-    python benchmarks/export_sizes.py RUN...
+    python -m benchmarks.exports.export_sizes RUN...
 
 Adds a JSON line an export to export_sizes.jsonl; `results.py` makes the table. But for zstd's, sizes follow from the
 number of zeros alone, whichever weights they are: only lines of zstd have `methods`, whose versions make them old.
@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import recorded
-from besa_runs import HERE, append_line, commit, read_lines
-
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, commit, read_lines
 from besa_cli.checkpoint import inspection
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
 from besa_cli.checkpoint.runs import Run
 
-LINES = HERE / "export_sizes.jsonl"
+LINES = RESULTS / "export_sizes.jsonl"
 _NAMED = ("dtype", "compress", "type")  # options of an export that change its size
 
 Line = Mapping[str, Any]

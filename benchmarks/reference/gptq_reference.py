@@ -1,7 +1,7 @@
 """GPTQ by llm-compressor, written as an ordinary checkpoint: what `besa quantize --method gptq` is compared with.
 
     python -m venv DIR && DIR/bin/pip install llmcompressor==0.14.0.1
-    DIR/bin/python benchmarks/gptq_reference.py MODEL TOKENS.jsonl OUT [--bits 4] [--group-size 64] [--order static]
+    DIR/bin/python -m benchmarks.reference.gptq_reference MODEL TOKENS.jsonl OUT [--bits 4] [--group-size 64]
 
 `quant_protocol_a.py --reference DIR/bin/python` calls it and measures what it wrote. Settings are those of besa:
 symmetric, grids between the extreme weights, blocks of 128 columns, 1 % damping, fp32, every block calibrated on what
@@ -13,8 +13,9 @@ does not divide the columns; 576 columns have no groups of 128.
 import argparse
 from pathlib import Path
 
-from llm_compressor import compress
 from llmcompressor.modifiers.gptq import GPTQModifier
+
+from benchmarks.reference.llm_compressor import compress
 
 
 def main() -> None:

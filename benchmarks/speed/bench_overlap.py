@@ -1,6 +1,6 @@
 """What reading the next block and writing the last one beside the computing gains: the same prune without and with.
 
-    python benchmarks/bench_overlap.py --model DIR --samples 8 --seqlen 256 --method wanda --turns 3
+    python -m benchmarks.speed.bench_overlap --model DIR --samples 8 --seqlen 256 --method wanda --turns 3
 
 Random tokens, fp32. Seconds by the clock, and of the processor; and what there is to gain at most: reading a block and
 writing it (digest, file, flush) alone.

@@ -1,10 +1,10 @@
 """How good is the pruned demo model after how much work? Protocol A at 50 %, learned on fewer and fewer samples.
 
-    python benchmarks/time_to_quality.py TOKENS.jsonl --work DIR [--samples 16 32 64 128] [--window block 2]
+    python -m benchmarks.quality.time_to_quality TOKENS.jsonl --work DIR [--samples 16 32 64 128] [--window block 2]
 
 Work is the CPU time of `besa prune`, process and reports included, in units of one plain pass without gradients of all
 blocks over all rows of TOKENS.jsonl, a row at a time, timed before and after in CPU seconds too, on the first rows.
-Finished cells are kept (one JSON line each in benchmarks/time_to_quality.jsonl); `results.py` writes the table. A cell
+Finished cells are kept (one JSON line each in results/time_to_quality.jsonl); `results.py` writes the table. A cell
 is known by all of the stage's options and the version of the method, so that none survives a change of either.
 """
 
@@ -13,24 +13,23 @@ import json
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does: before torch reads it
 
-import recorded
 import torch
-from bench_prune import CPU, plain_pass
-from besa_runs import HERE, append_line, besa, commit, machine, read_lines, spent
 
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, besa, commit, machine, read_lines, spent
+from benchmarks.speed.bench_prune import CPU, plain_pass
 from besa_cli import models
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.pruners.besa import Options
+from besa_cli.pruners.besa import BesaOptions as BesaOptions
 from besa_cli.system import compute
 
-LINES = HERE / "time_to_quality.jsonl"
+LINES = RESULTS / "time_to_quality.jsonl"
 SPARSITY = "0.5"
 _TIMED = 16  # rows of which a plain pass is timed
 
@@ -45,7 +44,7 @@ def unit(tokens: Path, dtype: torch.dtype) -> float:
 
 def cell(samples: int, window: str, dtype: str) -> dict[str, Any]:
     """What tells a measurement from others."""
-    options = asdict(Options(window=window))
+    options = BesaOptions(window=window).record()
     return {"samples": samples, "dtype": dtype, "options": options, "methods": recorded.methods("besa")}
 
 

@@ -1,7 +1,7 @@
 """Write a LLaMA-shaped checkpoint of random weights, a shard a block: memory stays that of one tensor.
 
-    python benchmarks/random_checkpoint.py DIR --shape 7b                # 32 blocks, 13 GB
-    python benchmarks/random_checkpoint.py DIR --shape 70b --blocks 3
+    python -m benchmarks.shared.random_checkpoint DIR --shape 7b                # 32 blocks, 13 GB
+    python -m benchmarks.shared.random_checkpoint DIR --shape 70b --blocks 3
 
 The numbers are drawn block by block from generators of their own, so that a cut checkpoint holds the first blocks of
 the whole one. A tokenizer of made-up words, rows of token ids to calibrate on (`rows.jsonl`) and a text to measure

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import recorded
-
+from benchmarks.results import recorded
 from besa_cli.jobs import prune
 from besa_cli.models import DEMO
 

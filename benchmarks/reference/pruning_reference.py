@@ -1,7 +1,7 @@
 """Wanda and SparseGPT by llm-compressor, written as an ordinary checkpoint: what `besa prune` is compared with.
 
     python -m venv DIR && DIR/bin/pip install llmcompressor==0.14.0.1
-    DIR/bin/python benchmarks/pruning_reference.py wanda 0.7 MODEL TOKENS.jsonl OUT
+    DIR/bin/python -m benchmarks.reference.pruning_reference wanda 0.7 MODEL TOKENS.jsonl OUT
     besa eval ppl wikitext2 --model OUT --limit 16
 
 What differs: its Wanda rounds the number of pruned weights down in every row, besa prunes the asked number over all.
@@ -10,8 +10,9 @@ What differs: its Wanda rounds the number of pruned weights down in every row, b
 import argparse
 from pathlib import Path
 
-from llm_compressor import compress
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+from benchmarks.reference.llm_compressor import compress
 
 MODIFIERS = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
 

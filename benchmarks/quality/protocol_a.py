@@ -1,12 +1,12 @@
 """Protocol A: every method at 50, 60 and 70 % on the demo model, by the real commands, all in one dtype.
 
-    python benchmarks/protocol_a.py C4.jsonl --work DIR                       # all cells, seeds 0, 1 and 2, in bfloat16
-    python benchmarks/protocol_a.py C4.jsonl --work DIR --only besa-row-50 wanda-50 --seed 0 --device cuda
+    python -m benchmarks.quality.protocol_a C4.jsonl --work DIR  # all cells, seeds 0, 1 and 2, in bfloat16
+    python -m benchmarks.quality.protocol_a C4.jsonl --work DIR --only besa-row-50 wanda-50 --seed 0 --device cuda
 
 C4.jsonl is the text of the first 1,000 training documents of C4 (`c4_en_train_first1000.jsonl`, which the package has,
 too). The seed draws 128 × 512 tokens of it, the same for every method, and leads the learning. Perplexity is on the
 WikiText-2 raw test split, windows of 2048, the first 16. A cell is known by all that makes it, as one of
-`ablations.py`; finished ones are kept (one JSON line each in benchmarks/protocol_a.jsonl), an interrupted one is
+`ablations.py`; finished ones are kept (one JSON line each in results/protocol_a.jsonl), an interrupted one is
 resumed, and one of an older version of its method is measured again. `results.py` writes the tables.
 """
 
@@ -16,14 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ablations
-from ablation_plan import DENSE, SEEDS, Cell, Line, Setting, Setup, left, measured
-from ablation_report import summary
-from besa_runs import HERE, append_line, read_lines
-
+from benchmarks.quality import ablations
+from benchmarks.quality.ablation_plan import DENSE, SEEDS, Cell, Line, Setting, Setup, left, measured
+from benchmarks.quality.ablation_report import summary
+from benchmarks.shared.besa_runs import RESULTS, append_line, read_lines
 from besa_cli.system import compute
 
-LINES = HERE / "protocol_a.jsonl"
+LINES = RESULTS / "protocol_a.jsonl"
 SPARSITIES = (0.5, 0.6, 0.7)
 SETS = ("wikitext2",)
 SETUP = Setup(data=("c4_en_train_first1000.jsonl",), dtype="bfloat16")  # of the tables
@@ -102,7 +101,7 @@ def cost(found: Found) -> str:
 
 def found(setup: Setup = SETUP) -> Found:
     """What was measured, as the program is today; the same cell of the ablations where there is none of its own."""
-    return measured(read_lines(HERE / ablations.LINES), setup) | measured(read_lines(LINES), setup)
+    return measured(read_lines(RESULTS / ablations.LINES), setup) | measured(read_lines(LINES), setup)
 
 
 def dtypes() -> list[str]:

@@ -1,8 +1,8 @@
 """Is what `--dry-run` says true? Ask it, run the command, and compare: peak resident memory, disk, seconds.
 
-    python benchmarks/bench_scale.py --shape 7b --blocks 2 --work DIR                      # a random checkpoint, kept
-    python benchmarks/bench_scale.py --shape 7b --blocks 2 --work DIR --max-memory 4GB --seqlen 256
-    python benchmarks/bench_scale.py --model smollm2-135m --samples 32 --seqlen 512 --work DIR --methods besa wanda
+    python -m benchmarks.speed.bench_scale --shape 7b --blocks 2 --work DIR  # a random checkpoint, kept
+    python -m benchmarks.speed.bench_scale --shape 7b --blocks 2 --work DIR --max-memory 4GB --seqlen 256
+    python -m benchmarks.speed.bench_scale --model smollm2-135m --samples 32 --seqlen 512 --work DIR --methods besa
 
 One JSON line a command, also kept in bench_scale.jsonl: `prune` with each method, then `eval ppl` of two windows of the
 last one. The peak is the process's own (`ru_maxrss`), imports included. Run directories are removed again. `results.py`
@@ -21,14 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import besa_runs
-import random_checkpoint
-import recorded
 import torch
+
+from benchmarks.results import recorded
+from benchmarks.shared import besa_runs, random_checkpoint
 
 Line = Mapping[str, Any]
 
-LINES = besa_runs.HERE / "bench_scale.jsonl"
+LINES = besa_runs.RESULTS / "bench_scale.jsonl"
 
 
 def spent(words: Sequence[str], place: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What the model of memory says of larger models than were measured: the table of `docs/scale.md`.
 
-    python benchmarks/larger_models.py
+    python -m benchmarks.speed.larger_models
 
 Nothing runs: sizes go into `besa_cli.stream.memory_model.compressing`. The 180B is Falcon's (arXiv 2311.16867): q, k
 and v are one linear, and there is no gate.
@@ -9,8 +9,8 @@ and v are one linear, and there is no gate.
 from dataclasses import dataclass
 
 import torch
-from random_checkpoint import SHAPES
 
+from benchmarks.shared.random_checkpoint import SHAPES
 from besa_cli.jobs import prune
 from besa_cli.stream import memory_model
 

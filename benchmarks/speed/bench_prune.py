@@ -1,7 +1,7 @@
 """What does learning an allocation cost, in plain passes over the same blocks?
 
-    python benchmarks/bench_prune.py                               # hidden sizes 576 and 2048, bf16
-    python benchmarks/bench_prune.py --hidden 576 --dtype float32 --only step
+    python -m benchmarks.speed.bench_prune                               # hidden sizes 576 and 2048, bf16
+    python -m benchmarks.speed.bench_prune --hidden 576 --dtype float32 --only step
 
 Random LLaMA-shaped blocks: 576 has the shapes of the demo model's, 2048 those of a 1B model's. Prints JSON lines and
 adds them to bench_prune.jsonl:
@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `besa` does
 
-import recorded
 import torch
-from besa_runs import HERE, append_line, commit, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.results import recorded
+from benchmarks.shared.besa_runs import RESULTS, append_line, commit, machine
 from besa_cli.calibration import calibration_set
 from besa_cli.checkpoint.manifests import versions
 from besa_cli.checkpoint.runs import Run
@@ -48,7 +48,7 @@ from besa_cli.stream import propagation, windows
 from besa_cli.stream.block import Block
 from besa_cli.system import compute
 
-LINES = HERE / "bench_prune.jsonl"
+LINES = RESULTS / "bench_prune.jsonl"
 CPU = torch.device("cpu")
 VOCABULARY = 512
 SHAPES = {  # hidden: intermediate, heads, key-value heads

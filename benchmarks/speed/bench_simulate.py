@@ -1,7 +1,7 @@
 """How long does simulating take, and does it grow with the number of weights alone?
 
-    python benchmarks/bench_simulate.py                # one mask of LLaMA-7B's down, and masks of growing size
-    python benchmarks/bench_simulate.py --model DIR    # all linears of a checkpoint as well, reading included
+    python -m benchmarks.speed.bench_simulate                # one mask of LLaMA-7B's down, and masks of growing size
+    python -m benchmarks.speed.bench_simulate --model DIR    # all linears of a checkpoint as well, reading included
 
 Prints one JSON line a case; seconds are those of the process's own CPU time beside those of the clock, best of five.
 """

@@ -6,7 +6,7 @@ positions with the same likeliest token, the perplexity of the first windows of 
 many of the pruned weights are zero there, as that program (for GGUF, gguf's own reader) holds them.
 
     pip install xllamacpp compressed-tensors
-    python benchmarks/bench_export.py --run besa-run --windows 8
+    python -m benchmarks.exports.bench_export --run besa-run --windows 8
 """
 
 import argparse
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import export_values
 import numpy as np
 import torch
-from llama_cpp import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
+from benchmarks.exports import export_values
+from benchmarks.exports.llama_cpp import LlamaCpp
 from besa_cli.checkpoint import inspection, manifests
 from besa_cli.checkpoint.manifests import EXPORT
 from besa_cli.checkpoint.runs import Run
