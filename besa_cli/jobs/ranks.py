@@ -1,4 +1,4 @@
-"""How the ranks of a job come together: the first one makes the stage, the others do their part of the work."""
+"""Ranks of one job: the main rank makes the stage, the workers compute their share of the samples."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,11 +61,11 @@ def run_main(
     *,
     ahead: bool,
 ) -> None:
-    """Tell the other ranks, by the first one, what `follow` needs to know.
+    """Send the worker ranks what `run_worker` needs; called by the main rank.
 
     Parameters
     ----------
-    request : Request
+    request : StageRequest
     digest : str
         The model's.
     tokens : Tensor of shape (samples, seqlen)
@@ -84,12 +84,12 @@ def run_main(
 
 
 def stop_workers(world: Ranks) -> None:
-    """Tell the other ranks, by the first one, that there is nothing to do."""
+    """Tell the worker ranks that there is nothing to do; called by the main rank."""
     world.broadcast_json(None)
 
 
 def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
-    """Do the part of a rank that is not the first; nothing of it is written.
+    """Do the work of a worker rank, which writes nothing.
 
     Raises
     ------
@@ -121,5 +121,5 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
 
 
 def _facts(request: StageRequest, digest: str) -> dict[str, Any]:
-    """What has to be the same on all ranks."""
+    """Return what must be equal on all ranks."""
     return {**request.to_manifest(), "model digest": digest, **manifests.versions()}

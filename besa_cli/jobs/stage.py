@@ -125,12 +125,12 @@ class StageJob:
 
     @property
     def done(self) -> bool:
-        """Whether the stage was finished before."""
+        """True if the stage was already finished."""
         return bool(self.manifest["status"] == "complete")
 
     @property
     def _is_new(self) -> bool:
-        """Whether no block of the stage was begun before."""
+        """True if the stage has not been begun."""
         return bool(self.manifest["status"] == "new")
 
     def _plan_work(self, extremes: Mapping[str, tuple[float, float]]) -> _WorkPlan:

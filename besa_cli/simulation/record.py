@@ -146,7 +146,7 @@ def save(simulation: Mapping[str, Any], run: Run, model: Mapping[str, Any], dige
         **simulation,
         "versions": {**manifests.versions(), "numpy": version("numpy")},
     }
-    with lock.moment(run.path):
+    with lock.hold_results(run.path):
         disk.sweep(file)
         disk.write_json(file, content)
     return file

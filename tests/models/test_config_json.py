@@ -48,7 +48,7 @@ def yes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_of_a_model_never_runs(trusted: dict[str, bool], model: Path) -> None:
     mark = evil(model, "configuration_evil", EvilConfig="PretrainedConfig")
     change(model, model_type="evil", auto_map={"AutoConfig": "configuration_evil.EvilConfig"}, **trusted)
-    with pytest.raises(BesaError, match=r"m/config\.json asks for Python code .*configuration_evil\.EvilConfig"):
+    with pytest.raises(BesaError, match=r"m/config\.json needs Python code .*configuration_evil\.EvilConfig"):
         config_json.read(model)
     assert not mark.exists()
 
