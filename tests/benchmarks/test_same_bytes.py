@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scripts
 
+from benchmarks.checks import same_bytes
 from besa_cli.exporters import EXPORTERS
 from besa_cli.pruners import PRUNERS
 from besa_cli.quantizers import QUANTIZERS
 
-same_bytes = scripts.load("same_bytes")
 BESA = Path(sys.executable).with_name("besa")
 STAGE = "llama/wanda/pruned"
 

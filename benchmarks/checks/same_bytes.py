@@ -1,8 +1,8 @@
 """Show that a change of the program moves no byte of what it writes.
 
-    python benchmarks/same_bytes.py run before.txt --work DIR      # with the program before the change
-    python benchmarks/same_bytes.py run after.txt --work DIR       # with the program after it, in an empty DIR
-    python benchmarks/same_bytes.py compare before.txt after.txt   # exit code 1 where anything differs
+    python -m benchmarks.checks.same_bytes run before.txt --work DIR      # with the program before the change
+    python -m benchmarks.checks.same_bytes run after.txt --work DIR       # with the program after it, in an empty DIR
+    python -m benchmarks.checks.same_bytes compare before.txt after.txt   # exit code 1 where anything differs
 
 `run` types every command that makes something on the demo model and on three tiny random models, and writes one sorted
 line "SHA-256  path" for every file made and for everything printed with `--json` or `--csv`. Beside it, the fields of

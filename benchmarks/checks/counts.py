@@ -1,7 +1,7 @@
 """Count what the layout and the wording of the package are judged by.
 
-    python benchmarks/counts.py            # of this checkout
-    python benchmarks/counts.py ../other   # of another one
+    python -m benchmarks.checks.counts            # of this checkout
+    python -m benchmarks.checks.counts ../other   # of another one
 
 Nothing is imported: every number is counted in the text of the files.
 """
@@ -82,7 +82,7 @@ def _questions(folder: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line for every count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).parent.parent, help="a checkout")
+    parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).parents[2], help="a checkout")
     for name, number in counts(parser.parse_args(arguments).root).items():
         print(f"{number:>7,}  {name}")
 

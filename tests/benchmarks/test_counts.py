@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import scripts
 
-counts = scripts.load("counts")
+from benchmarks.checks import counts
+
 APP = '''
 from typing import Any
 
@@ -65,5 +65,5 @@ def test_a_line_is_printed_for_each(checkout: Path, capsys: pytest.CaptureFixtur
 
 def test_the_checkout_of_the_script_is_counted_by_default(capsys: pytest.CaptureFixture[str]) -> None:
     counts.main([])
-    size = (Path(__file__).parent.parent / "README.md").stat().st_size
+    size = (Path(__file__).parents[2] / "README.md").stat().st_size
     assert f"{size:>7,}  bytes of README.md" in capsys.readouterr().out
