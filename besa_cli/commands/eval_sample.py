@@ -35,7 +35,6 @@ def sample(
         continuations.prompted(each.directory, tokenizer, prompt, tokens)
         for each, tokenizer in zip(both, tokenizers, strict=True)
     ]
-    subjects.digest(subject)  # refuses what is not as it was written
     said = {}
     for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
         with console.blocks(each.name, 1) as progress:
