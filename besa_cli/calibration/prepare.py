@@ -1,6 +1,6 @@
 """What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from besa_cli.calibration import calibration_set
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
@@ -25,25 +26,18 @@ _ROW = 32  # tokens that show whether a model gives the same block by block as w
 
 
 def calibration_options(
-    model: Model,
-    *,
-    data: Sequence[str] | None,
-    samples: int | None,
-    seqlen: int | None,
-    seed: int,
-    pack: bool | None,
-    notify: Notify,
+    model: Model, request: CalibrationRequest, notify: Notify
 ) -> calibration_set.CalibrationOptions:
     """The options of a calibration set, with the defaults where nothing was asked (None).
 
     The default sequence length is lowered, with a note, to the most that the model takes; one asked for is not.
     """
-    given: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
-    if data:
+    given: dict[str, Any] = {**request.given(), "seed": request.seed}
+    if data := given.pop("data", None):
         given["data"] = tuple(data)
-    options = calibration_set.CalibrationOptions(**{name: value for name, value in given.items() if value is not None})
+    options = calibration_set.CalibrationOptions(**given)
     longest = architecture.maximum_length(architecture.config_of(model.directory))
-    if seqlen is None and longest is not None and longest < options.seqlen:
+    if request.seqlen is None and longest is not None and longest < options.seqlen:
         notify(
             f"{model.name} takes {longest} tokens at most: samples have {longest} tokens instead of {options.seqlen}"
         )

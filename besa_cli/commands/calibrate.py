@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from besa_cli import models
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands.shared import options
 from besa_cli.console import Console
 
@@ -29,13 +30,12 @@ def calibrate(
 
     console = Console(json=as_json)
     source = models.resolve(model, notify=console.note)
-    wanted = prepare.calibration_options(
-        source, data=data, samples=samples, seqlen=seqlen, seed=seed, pack=pack, notify=console.note
-    )
+    request = CalibrationRequest(data=data, samples=samples, seqlen=seqlen, pack=pack, seed=seed, data_dir=data_dir)
+    drawn = prepare.calibration_options(source, request, console.note)
     directory = run / "calibration"
     with lock.hold(run, "besa calibrate"):
         calibration_set.recover(directory)
-        made = prepare.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
+        made = prepare.calibrate(source, drawn, directory, data_dir, console.note, restart=restart)
     _show(made, console, str(directory))
 
 

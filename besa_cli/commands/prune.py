@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
 from besa_cli.commands.shared import options, stage_command
@@ -152,9 +153,11 @@ def prune(
     with world.main_process_first():  # what it fetches, the others find
         source = models.resolve(model, notify=console.note)
     directory = Run(run)
-    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    asked = CalibrationRequest(
+        shared=calibration, data=data, samples=samples, seqlen=seqlen, pack=pack, data_dir=data_dir, seed=seed
+    )
     made = stage_command.stage(
-        request, source, directory, calibration, wanted, data_dir, console,
+        request, source, directory, asked, console,
         restart=restart, dry_run=dry_run, world=world,
     )  # fmt: skip
     if made is not None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import choices, models
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands.shared import calibration_source, options, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
@@ -106,14 +107,14 @@ def quantize(
         calibration=None if calibration is None else str(calibration.resolve()),
         max_memory=options.size_of(max_memory),
     )
-    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    asked = CalibrationRequest(
+        shared=calibration, data=data, samples=samples, seqlen=seqlen, pack=pack, data_dir=data_dir, seed=seed
+    )
     if not request.uses_calibration:
-        calibration_source.refuse_samples(calibration, wanted, method)
+        calibration_source.refuse_samples(asked, method)
     directory = Run(run)
     source = _source(model, directory, console)
-    made = stage_command.stage(
-        request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
-    )
+    made = stage_command.stage(request, source, directory, asked, console, restart=restart, dry_run=dry_run)
     if made is not None:
         show(made, directory, console)
 
