@@ -3,22 +3,18 @@
 from typing import TYPE_CHECKING
 
 from besa_cli import models
-from besa_cli.calibration.request import CalibrationRequest
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import option_groups, options
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
     from besa_cli.calibration.calibration_set import CalibrationSet
 
 
+@option_groups.expand
 def calibrate(
+    *,
     model: options.ModelOption = options.DEFAULT_MODEL,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    seed: options.SeedOption = 0,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
+    samples: option_groups.SampleGroup,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,
@@ -30,12 +26,11 @@ def calibrate(
 
     console = Console(json=as_json)
     source = models.resolve(model, notify=console.note)
-    request = CalibrationRequest(data=data, samples=samples, seqlen=seqlen, pack=pack, seed=seed, data_dir=data_dir)
-    drawn = prepare.calibration_options(source, request, console.note)
+    drawn = prepare.calibration_options(source, samples, console.note)
     directory = run / "calibration"
     with lock.hold(run, "besa calibrate"):
         calibration_set.recover(directory)
-        made = prepare.calibrate(source, drawn, directory, data_dir, console.note, restart=restart)
+        made = prepare.calibrate(source, drawn, directory, samples.data_dir, console.note, restart=restart)
     _show(made, console, str(directory))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import exporters
-from besa_cli.commands.shared import forecast_view, options
+from besa_cli.commands.shared import forecast_view, option_groups, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 
@@ -45,7 +45,9 @@ PrivateOption = Annotated[
 YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
 
 
+@option_groups.expand
 def export(
+    *,
     format: FormatOption = "hf",
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
@@ -54,32 +56,28 @@ def export(
     push_to: PushOption = None,
     private: PrivateOption = True,
     yes: YesOption = False,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    into: option_groups.RunGroup,
 ) -> None:
     """Write the newest stage in a form that other programs load, with a model card."""
-    console = Console(json=as_json)
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import push
     from besa_cli.jobs.export import ExportJob
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
-    own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
-    exporter = exporters.load(format, {name: value for name, value in own.items() if value is not None})
-    options.require_run(run)
+    own = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
+    exporter = exporters.load(format, own)
+    options.require_run(into.run)
     if push_to is not None:
         push.check(push_to)
-        if not (yes or dry_run or sys.stdin.isatty()):
+        if not (yes or into.dry_run or sys.stdin.isatty()):
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
-    with lock.free(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
-        job = ExportJob(Run(run), exporter, restart=restart)
-        if dry_run:
+    with lock.free(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
+        job = ExportJob(Run(into.run), exporter, restart=into.restart)
+        if into.dry_run:
             forecast_view.job(job, console)
             return
         if job.done:
@@ -91,13 +89,20 @@ def export(
                 began = time.monotonic()
         _show(job, console)
     if push_to is not None:
-        _refuse_strangers(job)
-        if not yes:
-            size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
-            if not typer.confirm(f"Push {human_bytes(size)} to {push_to}?", err=True):
-                console.note(f"not pushed; the export is in {job.directory}")
-                return
-        console.note(f"pushed to {push.push(job.directory, push_to, private=private)}")
+        _push(job, push_to, console, private=private, ask=not yes)
+
+
+def _push(job: "ExportJob", repository: str, console: Console, *, private: bool, ask: bool) -> None:
+    """Upload the finished export, after asking."""
+    from besa_cli.jobs import push
+
+    _refuse_strangers(job)
+    if ask:
+        size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
+        if not typer.confirm(f"Push {human_bytes(size)} to {repository}?", err=True):
+            console.note(f"not pushed; the export is in {job.directory}")
+            return
+    console.note(f"pushed to {push.push(job.directory, repository, private=private)}")
 
 
 def _refuse_strangers(job: "ExportJob") -> None:

@@ -1,15 +1,15 @@
 """`besa prune`: checkpoint + calibration set → pruned checkpoint."""
 
 import re
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besa_cli import choices, models
-from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import options, stage_command
+from besa_cli.commands.shared import option_groups, options, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -32,47 +32,6 @@ MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_
 PatternOption = Annotated[
     str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
 ]
-PresetOption = Annotated[
-    choices.Preset | None,
-    _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
-]
-WindowOption = Annotated[
-    str | None,
-    _besa(
-        "--window", "What is reconstructed together: block, attn-mlp, or a number of blocks.", "block", metavar="WHAT"
-    ),
-]
-GranularityOption = Annotated[
-    str | None,
-    _besa("--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"),
-]
-ImportanceOption = Annotated[choices.Importance | None, _besa("--importance", "What ranks a row's weights.", "wanda")]
-TargetOption = Annotated[
-    choices.Target | None,
-    _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
-]
-LossOption = Annotated[
-    choices.Loss | None,
-    _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
-]
-EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
-BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
-OptimizerOption = Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")]
-RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)]
-FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
-PenaltyOption = Annotated[
-    float | None,
-    _besa(
-        "--penalty",
-        "Weight of a sparsity penalty in place of the budget in every step (0: the end alone keeps to it).",
-        "none",
-        min=0.0,
-    ),
-]
-CandidatesOption = Annotated[
-    int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
-]
-
 BitsOption = Annotated[
     int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
 ]
@@ -81,84 +40,101 @@ ClipRateOption = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BesaGroup:
+    """Options of how BESA learns; None where the method's default holds."""
+
+    preset: Annotated[
+        choices.Preset | None,
+        _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
+    ] = None
+    window: Annotated[
+        str | None,
+        _besa(
+            "--window",
+            "What is reconstructed together: block, attn-mlp, or a number of blocks.",
+            "block",
+            metavar="WHAT",
+        ),
+    ] = None
+    granularity: Annotated[
+        str | None,
+        _besa(
+            "--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"
+        ),
+    ] = None
+    importance: Annotated[choices.Importance | None, _besa("--importance", "What ranks a row's weights.", "wanda")] = (
+        None
+    )
+    target: Annotated[
+        choices.Target | None,
+        _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
+    ] = None
+    loss: Annotated[
+        choices.Loss | None,
+        _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+    ] = None
+    epochs: Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)] = None
+    batch_size: Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)] = None
+    optimizer: Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")] = None
+    lr: Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)] = None
+    d_coef: Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)] = None
+    penalty: Annotated[
+        float | None,
+        _besa(
+            "--penalty",
+            "Weight of a sparsity penalty in place of the budget in every step (0: the end alone keeps to it).",
+            "none",
+            min=0.0,
+        ),
+    ] = None
+    candidates: Annotated[
+        int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
+    ] = None
+
+
+@option_groups.expand
 def prune(
     context: typer.Context,
+    *,
     model: options.ModelOption = options.DEFAULT_MODEL,
+    calibration: option_groups.CalibrationGroup,
     sparsity: SparsityOption = None,
-    method: MethodOption = "besa",
     nm: PatternOption = None,
-    preset: PresetOption = None,
-    window: WindowOption = None,
-    granularity: GranularityOption = None,
-    importance: ImportanceOption = None,
-    target: TargetOption = None,
-    loss: LossOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    optimizer: OptimizerOption = None,
-    lr: RateOption = None,
-    d_coef: FactorOption = None,
-    penalty: PenaltyOption = None,
-    candidates: CandidatesOption = None,
-    bits: BitsOption = None,
-    group_size: options.GroupOption = None,
-    symmetric: options.SymmetricOption = None,
-    clip_lr: ClipRateOption = None,
+    method: MethodOption = "besa",
     damping: options.DampingOption = None,
-    calibration: options.CalibrationOption = None,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    max_memory: options.MemoryOption = None,
-    seed: options.SeedOption = 0,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    besa: BesaGroup,
+    bits: BitsOption = None,
+    grid: option_groups.GridGroup,
+    clip_lr: ClipRateOption = None,
+    compute: option_groups.ComputeGroup,
+    into: option_groups.RunGroup,
 ) -> None:
     """Make a model sparse, block by block; run the same command again to go on after an interruption."""
-    own = {
-        "preset": preset, "window": window, "granularity": granularity, "importance": importance, "target": target,
-        "loss": loss, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
-        "d_coef": d_coef, "penalty": penalty, "candidates": candidates, "damping": damping,
-        "bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_lr": clip_lr,
-    }  # fmt: skip
     pattern = _pattern(nm, sparsity)
-    console = Console(json=as_json)
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs import prune as job
+    from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
 
-    tokens_from = None if calibration is None else str(calibration.resolve())
-    request = job.request(
+    others = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
+    request = requests.request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        options={name: value for name, value in own.items() if value is not None},
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        calibration=tokens_from,
-        max_memory=options.size_of(max_memory),
+        options=option_groups.given(**asdict(besa), **others),
+        **compute.placement(calibration),
     )
     world = process.ranks(context)
-    if dry_run and world.size > 1:
+    if into.dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
     with world.main_process_first():  # what it fetches, the others find
         source = models.resolve(model, notify=console.note)
-    directory = Run(run)
-    asked = CalibrationRequest(
-        shared=calibration, data=data, samples=samples, seqlen=seqlen, pack=pack, data_dir=data_dir, seed=seed
-    )
+    directory = Run(into.run)
     made = stage_command.stage(
-        request, source, directory, asked, console,
-        restart=restart, dry_run=dry_run, world=world,
+        request, source, directory, calibration, console,
+        restart=into.restart, dry_run=into.dry_run, world=world,
     )  # fmt: skip
     if made is not None:
         _show(made, directory, console)

@@ -1,12 +1,12 @@
 """`besa quantize`: a stage or a dense checkpoint → the same with its linears on a grid."""
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besa_cli import choices, models
-from besa_cli.calibration.request import CalibrationRequest
-from besa_cli.commands.shared import calibration_source, options, stage_command
+from besa_cli.commands.shared import calibration_source, option_groups, options, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -43,78 +43,60 @@ def _clip(name: str, text: str, default: str, **settings: Any) -> Any:
     return typer.Option(name, help=text, show_default=default, rich_help_panel="Learned clipping", **settings)
 
 
-TargetOption = Annotated[
-    choices.Target | None,
-    _clip("--target", "What a block should keep: its own output, or the uncompressed model's hidden states.", "block"),
-]
-LossOption = Annotated[
-    choices.Loss | None,
-    _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
-]
-EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
-BatchSizeOption = Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)]
-RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)]
+@dataclass(frozen=True, kw_only=True)
+class ClipGroup:
+    """Options of learned clipping; None where the method's default holds."""
+
+    target: Annotated[
+        choices.Target | None,
+        _clip(
+            "--target", "What a block should keep: its own output, or the uncompressed model's hidden states.", "block"
+        ),
+    ] = None
+    loss: Annotated[
+        choices.Loss | None,
+        _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+    ] = None
+    epochs: Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)] = None
+    batch_size: Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)] = None
+    lr: Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)] = None
 
 
+@option_groups.expand
 def quantize(
+    *,
     model: ModelOption = None,
+    calibration: option_groups.CalibrationGroup,
     bits: BitsOption = 4,
-    group_size: options.GroupOption = None,
-    symmetric: options.SymmetricOption = None,
+    grid: option_groups.GridGroup,
     method: MethodOption = "rtn",
     damping: options.DampingOption = None,
     search: SearchOption = None,
-    target: TargetOption = None,
-    loss: LossOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    lr: RateOption = None,
-    calibration: options.CalibrationOption = None,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    max_memory: options.MemoryOption = None,
-    seed: options.SeedOption = 0,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    clip: ClipGroup,
+    compute: option_groups.ComputeGroup,
+    into: option_groups.RunGroup,
 ) -> None:
     """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
-    own: dict[str, Any] = {
-        "damping": damping, "search": search,
-        "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-    }  # fmt: skip
-    console = Console(json=as_json)
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs import quantize as job
+    from besa_cli.jobs import quantize as requests
     from besa_cli.ops import affine
 
-    request = job.request(
+    request = requests.request(
         method=method,
         bits=bits,
-        group_size=affine.GROUP if group_size is None else group_size,
-        symmetric=symmetric is not False,
-        options={name: value for name, value in own.items() if value is not None},
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        calibration=None if calibration is None else str(calibration.resolve()),
-        max_memory=options.size_of(max_memory),
-    )
-    asked = CalibrationRequest(
-        shared=calibration, data=data, samples=samples, seqlen=seqlen, pack=pack, data_dir=data_dir, seed=seed
+        group_size=affine.GROUP if grid.group_size is None else grid.group_size,
+        symmetric=grid.symmetric is not False,
+        options=option_groups.given(damping=damping, search=search, **asdict(clip)),
+        **compute.placement(calibration),
     )
     if not request.uses_calibration:
-        calibration_source.refuse_samples(asked, method)
-    directory = Run(run)
+        calibration_source.refuse_samples(calibration, method)
+    directory = Run(into.run)
     source = _source(model, directory, console)
-    made = stage_command.stage(request, source, directory, asked, console, restart=restart, dry_run=dry_run)
+    made = stage_command.stage(
+        request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
+    )
     if made is not None:
         show(made, directory, console)
 

@@ -90,15 +90,6 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option("--dtype", help="What to compute in; auto is bfloat16 where the machine multiplies it fast."),
 ]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        metavar="SIZE",
-        help="Memory that the process is to stay within, e.g. 4GB; hidden states go to files if need be.",
-        show_default="none",
-    ),
-]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of every random choice.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 RestartOption = Annotated[
@@ -121,36 +112,6 @@ ConfigOption = Annotated[
     ),
 ]
 
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="NAME|FILE",
-        help="Calibration text: c4, wikitext2, ptb, bundled, a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
-        show_default="c4",
-    ),
-]
-SamplesOption = Annotated[
-    int | None,
-    typer.Option("--samples", max=MOST, metavar="N", help="Number of calibration samples.", show_default="128"),
-]
-SeqlenOption = Annotated[
-    int | None,
-    typer.Option(
-        "--seqlen",
-        metavar="N",
-        help="Tokens of each sample.",
-        show_default="2048, or the model's maximum if less",
-    ),
-]
-PackOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--pack/--no-pack",
-        help="Join short documents to full samples, or draw each sample from one document that is long enough.",
-        show_default="packed where the data's documents are short",
-    ),
-]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -163,33 +124,10 @@ DataDirOption = Annotated[
 ]
 
 
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration", metavar="DIR", callback=directories, help="Use the calibration set in this directory."
-    ),
-]
 DampingOption = Annotated[
     float | None,
     typer.Option(
         "--damping", min=0.0, help="SparseGPT, GPTQ: share of the mean Hessian diagonal added.", show_default="0.01"
-    ),
-]
-GroupOption = Annotated[
-    str | None,
-    typer.Option(
-        "--group-size",
-        metavar="N|channel",
-        help="Columns that share a scale; channel: a whole row.",
-        show_default="128",
-    ),
-]
-SymmetricOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--symmetric/--asymmetric",
-        help="Whether the grid's middle is 0 everywhere, or each group has a zero point.",
-        show_default="symmetric",
     ),
 ]
 
