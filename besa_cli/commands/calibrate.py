@@ -20,7 +20,14 @@ def calibrate(
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Draw the text samples that a model is pruned on, and keep them as token ids in the run directory."""
+    """Draw calibration samples and store them as token ids. The other commands take them from the run directory.
+
+    Examples:
+
+        besa calibrate --data bundled --samples 32 --seqlen 512
+        besa calibrate --model Qwen/Qwen3-0.6B --data wikitext2 --run qwen
+        besa calibrate --data notes.txt --data more.jsonl --pack
+    """
     from besa_cli.calibration import calibration_set, prepare
     from besa_cli.system import lock
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, options
+from besa_cli.commands.shared import forecast_view, help, options
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.subject import Subject
 from besa_cli.console import Console, human_perplexity
@@ -28,17 +28,17 @@ def ppl(
         typer.Argument(metavar="DATASET", help="wikitext2, ptb, c4 or a text file.", show_default="wikitext2"),
     ] = None,
     model: options.OtherModelOption = None,
+    baseline: subjects.BaselineOption = True,
     data_dir: options.DataDirOption = None,
-    seqlen: Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a window.")] = 2048,
+    seqlen: Annotated[int, help.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
     stride: Annotated[
         int | None,
-        typer.Option("--stride", metavar="N", help="Tokens between two windows.", show_default="no overlap"),
+        help.MEASUREMENT("--stride", "Tokens from one window's start to the next.", "no overlap", metavar="N"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Windows to measure.", show_default="all")
+        int | None, help.MEASUREMENT("--limit", "Number of windows to measure.", "all", metavar="N")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Windows in a pass.")] = 1,
-    baseline: subjects.BaselineOption = True,
+    batch_size: Annotated[int, help.COMPUTE("--batch-size", "Windows per pass.", metavar="N")] = 1,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
@@ -46,7 +46,14 @@ def ppl(
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Perplexity of the newest stage (or of --model), and of the dense model it was made from."""
+    """Measure the perplexity of the newest stage (or of --model) and of its dense model.
+
+    Examples:
+
+        besa eval ppl
+        besa eval ppl wikitext2 c4 --limit 16 --run qwen
+        besa eval ppl my.txt --model Qwen/Qwen3-0.6B --seqlen 1024
+    """
     console = Console(json=as_json)
     from besa_cli.evaluation import texts
     from besa_cli.evaluation.measurement import PerplexitySettings

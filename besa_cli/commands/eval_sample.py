@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.console import Console
 
@@ -13,15 +13,24 @@ _PROMPT = "The capital of France is"
 
 
 def sample(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the models go on from.")] = _PROMPT,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")] = _PROMPT,
     model: options.OtherModelOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, max=options.MOST, metavar="N", help="Tokens to add.")] = 40,
+    tokens: Annotated[
+        int, help.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
+    ] = 40,
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """What the dense and the pruned model continue a prompt with (greedy), side by side."""
+    """Show how the dense and the pruned model continue a prompt (greedy decoding), side by side.
+
+    Examples:
+
+        besa eval sample
+        besa eval sample "Once upon a time" --tokens 100 --run qwen
+        besa eval sample "1, 2, 3," --model Qwen/Qwen3-0.6B
+    """
     console = Console(json=as_json)
     from besa_cli.evaluation import continuations
     from besa_cli.system import compute

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import exporters
-from besa_cli.commands.shared import forecast_view, option_groups, options
+from besa_cli.commands.shared import forecast_view, help, option_groups, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 
@@ -16,33 +16,26 @@ if TYPE_CHECKING:
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
-FormatOption = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{_FORMATS}.")]
+FormatOption = Annotated[str, help.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
 StoredOption = Annotated[
-    options.StoredDtype | None,
-    typer.Option("--dtype", help="hf: what weights are stored in.", show_default="as in the stage"),
+    options.StoredDtype | None, help.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
 ]
 ShardOption = Annotated[
-    str | None,
-    typer.Option("--shard-size", metavar="SIZE", help="hf: bytes a file may have, e.g. 2GB.", show_default="5GB"),
+    str | None, help.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
 ]
-TypeOption = Annotated[
-    options.GgufType | None,
-    typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
-]
+TypeOption = Annotated[options.GgufType | None, help.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
 CompressOption = Annotated[
     options.Compression | None,
-    typer.Option(
-        "--compress", help="sparse: compress every file of weights, for downloads.", show_default="as they are"
-    ),
+    help.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
 ]
 PushOption = Annotated[
     str | None,
-    typer.Option("--push-to", metavar="ORG/NAME", help="Then upload it to this repository on the Hugging Face hub."),
+    help.HUB(
+        "--push-to", "Upload the export to this repository on the Hugging Face hub, after asking.", metavar="ORG/NAME"
+    ),
 ]
-PrivateOption = Annotated[
-    bool, typer.Option("--private/--public", help="What a repository is that --push-to has to make.")
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
+PrivateOption = Annotated[bool, help.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
+YesOption = Annotated[bool, help.HUB("--yes", "Upload without asking.")]
 
 
 @option_groups.expand
@@ -58,7 +51,14 @@ def export(
     yes: YesOption = False,
     into: option_groups.RunGroup,
 ) -> None:
-    """Write the newest stage in a form that other programs load, with a model card."""
+    """Write the newest stage in a format that other programs load, with a model card.
+
+    Examples:
+
+        besa export --format sparse --compress zstd
+        besa export --format gguf --type Q8_0 --run qwen
+        besa export --push-to my-name/my-model --dry-run
+    """
     console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import push

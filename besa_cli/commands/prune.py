@@ -9,7 +9,7 @@ import typer
 from besa_cli import choices, models
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import option_groups, options, stage_command
+from besa_cli.commands.shared import help, option_groups, options, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -20,23 +20,36 @@ if TYPE_CHECKING:
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
 
-def _besa(name: str, text: str, default: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel="BESA", **settings)
-
-
 SparsityOption = Annotated[
     float | None,
-    typer.Option("--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"),
+    help.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
 ]
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
 PatternOption = Annotated[
-    str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
+    str | None,
+    help.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
+]
+MethodOption = Annotated[str, help.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
+DampingOption = Annotated[
+    float | None,
+    help.SPARSITY(
+        "--damping",
+        "SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal.",
+        "0.01",
+        min=0.0,
+        metavar="SHARE",
+    ),
 ]
 BitsOption = Annotated[
-    int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
+    int | None,
+    help.QUANTIZATION(
+        "--bits",
+        "Also quantize to 2, 3, 4 or 8 bits, learned together with the sparsity; writes quantized/.",
+        metavar="N",
+    ),
 ]
 ClipRateOption = Annotated[
-    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)
+    float | None,
+    help.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
 ]
 
 
@@ -46,50 +59,72 @@ class BesaGroup:
 
     preset: Annotated[
         choices.Preset | None,
-        _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
+        help.BESA(
+            "--preset", "authors: the settings of the paper's released program; other options that are given win."
+        ),
     ] = None
     window: Annotated[
         str | None,
-        _besa(
+        help.BESA(
             "--window",
-            "What is reconstructed together: block, attn-mlp, or a number of blocks.",
+            "Unit to reconstruct: block, attn-mlp (attention, then MLP), or a number of blocks together.",
             "block",
-            metavar="WHAT",
+            metavar="UNIT",
         ),
     ] = None
     granularity: Annotated[
         str | None,
-        _besa(
-            "--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"
+        help.BESA(
+            "--granularity",
+            "Unit that gets its own sparsity: row, layer (a whole linear), or a number of rows.",
+            "row",
+            metavar="UNIT",
         ),
     ] = None
-    importance: Annotated[choices.Importance | None, _besa("--importance", "What ranks a row's weights.", "wanda")] = (
-        None
-    )
+    importance: Annotated[
+        choices.Importance | None, help.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
+    ] = None
     target: Annotated[
         choices.Target | None,
-        _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
+        help.BESA(
+            "--target",
+            "Output to keep. block: that of the block itself on the pruned inputs; stream: the dense model's.",
+            "block",
+        ),
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+        help.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
     ] = None
-    epochs: Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)] = None
-    batch_size: Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)] = None
-    optimizer: Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")] = None
-    lr: Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)] = None
-    d_coef: Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)] = None
+    epochs: Annotated[
+        int | None, help.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+    ] = None
+    batch_size: Annotated[
+        int | None, help.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+    ] = None
+    optimizer: Annotated[
+        choices.Optimizer | None, help.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
+    ] = None
+    lr: Annotated[float | None, help.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
+    d_coef: Annotated[
+        float | None,
+        help.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
+    ] = None
     penalty: Annotated[
         float | None,
-        _besa(
+        help.BESA(
             "--penalty",
-            "Weight of a sparsity penalty in place of the budget in every step (0: the end alone keeps to it).",
-            "none",
+            "Use a soft sparsity penalty of this weight instead of meeting the budget at every step "
+            "(0: meet it only at the end).",
             min=0.0,
+            metavar="WEIGHT",
         ),
     ] = None
     candidates: Annotated[
-        int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
+        int | None,
+        help.BESA(
+            "--candidates", "The candidate sparsities are 0, 1/D, 2/D, ... 1.", "100", min=1, max=1000, metavar="D"
+        ),
     ] = None
 
 
@@ -99,10 +134,10 @@ def prune(
     *,
     model: options.ModelOption = options.DEFAULT_MODEL,
     calibration: option_groups.CalibrationGroup,
+    method: MethodOption = "besa",
     sparsity: SparsityOption = None,
     nm: PatternOption = None,
-    method: MethodOption = "besa",
-    damping: options.DampingOption = None,
+    damping: DampingOption = None,
     besa: BesaGroup,
     bits: BitsOption = None,
     grid: option_groups.GridGroup,
@@ -110,7 +145,14 @@ def prune(
     compute: option_groups.ComputeGroup,
     into: option_groups.RunGroup,
 ) -> None:
-    """Make a model sparse, block by block; run the same command again to go on after an interruption."""
+    """Prune a model block by block. Re-run the same command to resume.
+
+    Examples:
+
+        besa prune --data bundled --samples 32 --seqlen 512
+        besa prune --model Qwen/Qwen3-0.6B --sparsity 0.6 --run qwen
+        besa prune --method wanda --nm 2:4 --dry-run
+    """
     pattern = _pattern(nm, sparsity)
     console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run

@@ -3,10 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from besa_cli import choices, models
-from besa_cli.commands.shared import calibration_source, option_groups, options, stage_command
+from besa_cli.commands.shared import calibration_source, help, option_groups, options, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -19,28 +17,32 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in QUANTIZERS.items(
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
+    help.DATA(
         "--model",
+        "Model to quantize as it is: any stage, or a model as for besa prune.",
+        "the run's pruned stage",
         metavar="MODEL",
         callback=options.named,
-        help="A model to quantize as it is: a name or directory as of besa prune, or any stage.",
-        show_default="the run's pruned stage",
     ),
 ]
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
-BitsOption = Annotated[int, typer.Option("--bits", help="Bits of a weight: 2, 3, 4 or 8.")]
+BitsOption = Annotated[int, help.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
+MethodOption = Annotated[str, help.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
+DampingOption = Annotated[
+    float | None,
+    help.QUANTIZATION(
+        "--damping",
+        "GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
+        "0.01",
+        min=0.0,
+        metavar="SHARE",
+    ),
+]
 SearchOption = Annotated[
     bool | None,
-    typer.Option(
-        "--search/--no-search",
-        help="GPTQ: search how far each group's grid reaches, or lay it from extreme to extreme.",
-        show_default="--search",
+    help.QUANTIZATION(
+        "--search/--no-search", "GPTQ: search the range of each group's grid, or span its extremes.", "--search"
     ),
 ]
-
-
-def _clip(name: str, text: str, default: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel="Learned clipping", **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +51,28 @@ class ClipGroup:
 
     target: Annotated[
         choices.Target | None,
-        _clip(
-            "--target", "What a block should keep: its own output, or the uncompressed model's hidden states.", "block"
+        help.CLIPPING(
+            "--target",
+            "Output to keep. block: that of the block itself on the quantized inputs; stream: the source model's.",
+            "block",
         ),
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
+        help.CLIPPING(
+            "--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"
+        ),
     ] = None
-    epochs: Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)] = None
-    batch_size: Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)] = None
-    lr: Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)] = None
+    epochs: Annotated[
+        int | None, help.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+    ] = None
+    batch_size: Annotated[
+        int | None, help.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+    ] = None
+    lr: Annotated[
+        float | None,
+        help.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+    ] = None
 
 
 @option_groups.expand
@@ -67,16 +80,23 @@ def quantize(
     *,
     model: ModelOption = None,
     calibration: option_groups.CalibrationGroup,
+    method: MethodOption = "rtn",
     bits: BitsOption = 4,
     grid: option_groups.GridGroup,
-    method: MethodOption = "rtn",
-    damping: options.DampingOption = None,
+    damping: DampingOption = None,
     search: SearchOption = None,
     clip: ClipGroup,
     compute: option_groups.ComputeGroup,
     into: option_groups.RunGroup,
 ) -> None:
-    """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
+    """Quantize weights to a few bits; pruned weights stay exactly zero. Re-run the same command to resume.
+
+    Examples:
+
+        besa quantize
+        besa quantize --method gptq --bits 3 --group-size 64
+        besa quantize --model Qwen/Qwen3-0.6B --bits 8 --run qwen-8bit
+    """
     console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import quantize as requests

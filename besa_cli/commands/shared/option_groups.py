@@ -7,11 +7,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
-import typer
-
 from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.choices import OptionValue
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 
 if TYPE_CHECKING:
     from besa_cli.jobs.request import Placement
@@ -58,35 +56,25 @@ class SampleGroup(CalibrationRequest):
 
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        help.DATA(
             "--data",
+            "Calibration text: c4, wikitext2, ptb, bundled, or a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
+            "c4",
             metavar="NAME|FILE",
-            help="Calibration text: c4, wikitext2, ptb, bundled, a .txt, .jsonl, .jsonl.gz or .parquet file. "
-            "Repeatable.",
-            show_default="c4",
         ),
     ] = None
     samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", max=options.MOST, metavar="N", help="Number of calibration samples.", show_default="128"
-        ),
+        int | None, help.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
     ] = None
     seqlen: Annotated[
-        int | None,
-        typer.Option(
-            "--seqlen",
-            metavar="N",
-            help="Tokens of each sample.",
-            show_default="2048, or the model's maximum if less",
-        ),
+        int | None, help.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
     ] = None
     pack: Annotated[
         bool | None,
-        typer.Option(
+        help.DATA(
             "--pack/--no-pack",
-            help="Join short documents to full samples, or draw each sample from one document that is long enough.",
-            show_default="packed where the data's documents are short",
+            "Join short documents into full samples, or draw each sample from one document that is long enough.",
+            "pack if the documents of the data are short",
         ),
     ] = None
     data_dir: options.DataDirOption = None
@@ -99,11 +87,11 @@ class CalibrationGroup(SampleGroup):
 
     shared: Annotated[
         Path | None,
-        typer.Option(
+        help.DATA(
             "--calibration",
+            "Use the finished calibration set in this directory.",
             metavar="DIR",
             callback=options.directories,
-            help="Use the calibration set in this directory.",
         ),
     ] = None
 
@@ -114,19 +102,14 @@ class GridGroup:
 
     group_size: Annotated[
         str | None,
-        typer.Option(
-            "--group-size",
-            metavar="N|channel",
-            help="Columns that share a scale; channel: a whole row.",
-            show_default="128",
+        help.QUANTIZATION(
+            "--group-size", "Columns that share a scale; channel: the whole row.", "128", metavar="N|channel"
         ),
     ] = None
     symmetric: Annotated[
         bool | None,
-        typer.Option(
-            "--symmetric/--asymmetric",
-            help="Whether the grid's middle is 0 everywhere, or each group has a zero point.",
-            show_default="symmetric",
+        help.QUANTIZATION(
+            "--symmetric/--asymmetric", "Grid centred at 0, or with a zero point for each group.", "symmetric"
         ),
     ] = None
 
@@ -139,11 +122,10 @@ class ComputeGroup:
     dtype: options.DtypeOption = "auto"
     max_memory: Annotated[
         str | None,
-        typer.Option(
+        help.COMPUTE(
             "--max-memory",
+            "Memory that the process must stay within, e.g. 4GB; hidden states go to files where they would not fit.",
             metavar="SIZE",
-            help="Memory that the process is to stay within, e.g. 4GB; hidden states go to files if need be.",
-            show_default="none",
         ),
     ] = None
 
