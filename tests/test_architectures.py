@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import tiny_models
+from support import calls, tiny_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,8 @@ def finish(directory: Path, model: Path, request: StageRequest, rows: Tensor | N
 
 def stock(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     """The checkpoint as transformers alone loads it; missing, unexpected or misshapen tensors are an error."""
-    model, information = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained  # its type tells nothing of the second result
+    model, information = load(directory, dtype=dtype, output_loading_info=True)
     assert not any(information.values()), information
     return model.eval()
 
@@ -140,7 +141,7 @@ def test_the_block_stream_is_the_whole_model(family: str, tied: bool, tmp_path: 
         expected = whole(rows, output_hidden_states=True, use_cache=False)
     decoder = Decoder(directory, CPU, torch.float32)
     assert (len(decoder), decoder.prefix) == (4, tiny_models.blocks_of(family))
-    assert decoder.embedding_bytes() == decoder.model.get_input_embeddings().weight.nbytes  # type: ignore[no-untyped-call]
+    assert decoder.embedding_bytes() == decoder.model.get_input_embeddings().weight.nbytes
     hidden = propagation.embed(decoder, rows, 2)  # batches of 2 and 1
     decoder.drop_embedding()  # what follows needs it for the logits alone
     assert decoder.embedding_bytes() == 0
@@ -177,7 +178,7 @@ def test_blocks_that_are_not_given_what_the_model_gives_them_are_refused(
 
 def test_a_model_that_calls_its_blocks_in_another_order_is_refused(tmp_path: Path) -> None:
     decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "llama", blocks=3), CPU, torch.float32)
-    own = decoder.model.base_model
+    own: Any = decoder.model.base_model
     first, *others = own.layers
     own.layers = torch.nn.ModuleList([*others, first])
     with pytest.raises(BesaError, match="gives other hidden states block by block than as a whole"):
@@ -187,7 +188,7 @@ def test_a_model_that_calls_its_blocks_in_another_order_is_refused(tmp_path: Pat
 @pytest.mark.parametrize("wide", [8, 0])
 def test_blocks_that_are_given_something_of_every_token_are_refused(wide: int, tmp_path: Path) -> None:
     """Gemma 4 looks its tokens up again for every block; without that its blocks see hidden states alone."""
-    config = transformers.Gemma4TextConfig(
+    config = transformers.Gemma4TextConfig(  # type: ignore[call-arg]  # it does not declare global_head_dim
         vocab_size=128, hidden_size=32, intermediate_size=54, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, global_head_dim=12, max_position_embeddings=64, sliding_window=5,
         layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0, pad_token_id=0,
@@ -195,15 +196,15 @@ def test_blocks_that_are_given_something_of_every_token_are_refused(wide: int, t
     )  # fmt: skip
     tiny_models.built(config).save_pretrained(tmp_path / "model")
     decoder = Decoder(tmp_path / "model", CPU, torch.float32)
-    refused = pytest.raises(BesaError, match="Gemma4ForCausalLM hands its blocks arguments that depend on the tokens")
+    refused = pytest.raises(BesaError, match="Gemma4ForCausalLM passes its blocks arguments that depend on the tokens")
     with refused if wide else contextlib.nullcontext():
         verify(decoder, tiny_models.tokens(2, 12))
 
 
 def test_the_comparison_reads_every_block_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_models.checkpoint(tmp_path / "model", "qwen2", blocks=3), CPU, torch.float32)
-    load, read = decoder.load, []
-    monkeypatch.setattr(decoder, "load", lambda index, *words: read.append(index) or load(index, *words))
+    read: list[int] = []
+    monkeypatch.setattr(decoder, "load", calls.noting(decoder.load, lambda index, *words: read.append(index)))
     verify(decoder, tiny_models.tokens(2, 12))
     assert read == [0, 1, 2]
 
@@ -335,9 +336,10 @@ def test_inputs_that_are_always_zero(name: str, source: Callable[[str], Path], t
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
 def test_a_base_model_stored_without_its_prefix(family: str, tmp_path: Path) -> None:
     model = tiny_models.built(tiny_models.config(family, tied=True))
-    model.to(torch.bfloat16)
+    tiny_models.cast(model, torch.bfloat16)
     directory = tmp_path / "model"
-    model.base_model.save_pretrained(directory)
+    base: Any = model.base_model
+    base.save_pretrained(directory)
     assert not any(name.startswith("model.") for name in tiny_models.weights(directory))
     config = json.loads((directory / "config.json").read_text())
     request = REQUESTS["wanda"]
@@ -397,6 +399,7 @@ def test_pruning_keeps_the_output_better_the_more_it_knows(tmp_path: Path) -> No
             tiny_models.request(method),
         )
         (report,) = job.blocks()
+        assert report.error_after is not None
         errors[method] = report.error_after
     assert errors["sparsegpt"] < errors["wanda"]
     assert errors["besa"] <= errors["wanda"]
@@ -428,7 +431,7 @@ UNSUITED = {
 @pytest.mark.parametrize("name", UNSUITED)
 def test_what_cannot_be_pruned_is_refused_by_name(name: str, tmp_path: Path) -> None:
     config, message = UNSUITED[name]
-    kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModel
+    kind: Any = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModel
     model = kind.from_config(config) if name in ("t5", "bert", "distilbert") else tiny_models.built(config)
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(BesaError, match=message) as caught:

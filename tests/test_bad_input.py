@@ -118,7 +118,12 @@ def test_a_missing_model(name: str, code: int, said: tuple[str, ...], place: Pla
 @pytest.mark.parametrize("kind", ["bert", "t5", "unknown", "no layers"])
 def test_not_a_decoder(kind: str, place: Place) -> None:
     directory = place.directory / "other"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     if kind == "t5":
         config = transformers.T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=4)
         transformers.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(directory)

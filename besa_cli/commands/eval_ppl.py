@@ -76,7 +76,7 @@ def ppl(
     if dry_run:
         started = compute.age()
         both = [each for each in (subject, subject.parent) if each is not None]
-        found = forecast.combined([_forecast(each, wanted, settings) for each in both])
+        found = forecast.combine([_forecast(each, wanted, settings) for each in both])
         forecast_view.show(replace(found, seconds=started + found.seconds), console)
         return
     measured = _measure(subject, wanted, settings, console)
@@ -139,7 +139,7 @@ def _walk(
 ) -> "list[Perplexity]":
     from besa_cli.evaluation.perplexity import PerplexityRun
 
-    known = [results.known(job) if results else [] for job in jobs]
+    known = [results.load_losses(job) if results else [] for job in jobs]
     for job, losses in zip(jobs, known, strict=True):
         if losses:
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
@@ -153,7 +153,7 @@ def _walk(
                 progress.advance(step.index, step.seconds, step.phase)
                 if results:
                     for number in step.measured:
-                        results.keep(jobs[number], walk.losses[number])
+                        results.save_losses(jobs[number], walk.losses[number])
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_way_on(results, jobs)) from interrupt
     made = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
@@ -167,7 +167,7 @@ def _way_on(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") 
     """What is true of an interrupted evaluation."""
     if results is None:
         return "nothing was kept; with --run DIR what is measured goes there, and the same command goes on from it"
-    count = sum(len(results.known(job)) for job in jobs)
+    count = sum(len(results.load_losses(job)) for job in jobs)
     return f"{count} windows are measured and kept; run the same command again to go on from there"
 
 

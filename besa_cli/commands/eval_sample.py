@@ -41,7 +41,7 @@ def sample(
     both = [each for each in (subject.parent, subject) if each is not None]
     tokenizers = [subjects.tokenizer(each, console.note) for each in both]
     prompts = [
-        continuations.prompted(each.directory, tokenizer, prompt, tokens)
+        continuations.encode_prompt(each.directory, tokenizer, prompt, tokens)
         for each, tokenizer in zip(both, tokenizers, strict=True)
     ]
     said = {}

@@ -75,7 +75,7 @@ def export(
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
-    with lock.free(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
+    with lock.hold_existing(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
         job = ExportJob(Run(into.run), exporter, restart=into.restart)
         if into.dry_run:
             forecast_view.job(job, console)

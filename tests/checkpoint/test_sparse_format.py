@@ -1,5 +1,7 @@
 """How a sparse checkpoint stores a weight: the way there and back, and what is refused on the way back."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,7 +88,7 @@ def quantized_parts() -> dict[str, Tensor]:
     return sparse_format.encoded_codes(NAME, affine.dequantize(on_grid), on_grid)
 
 
-CODED = {
+CODED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "codes of another dtype": ("codes", lambda part: part.long()),
     "codes too few": ("codes", lambda part: part[1:]),
     "codes as a scalar": ("codes", lambda part: part.sum().to(torch.uint8)),
@@ -134,5 +136,5 @@ def test_bits_beyond_the_last_column_are_refused() -> None:
 
 
 def test_a_weight_both_whole_and_in_parts_is_refused() -> None:
-    with pytest.raises(BesaError, match="both whole and in parts"):
+    with pytest.raises(BesaError, match="both dense and in parts"):
         sparse_format.decoded({**parts_of(half()), NAME: half()}, "file")

@@ -158,7 +158,7 @@ def test_the_age_of_a_process_is_what_the_system_says() -> None:
 def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk with 2 s of other work, twice 0.5 s a sample of statistics, 3 s a learning step, 4 updates of 1 s."""
     now = [0.0]
-    monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def walk(samples: int) -> Iterator[tuple[float, int, int, str]]:
         yield from ((0.5, done, samples, "statistics") for done in range(1, samples + 1))
@@ -176,5 +176,5 @@ def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.Mo
 
     few, meter = seconds(4)
     many, _ = seconds(40)
-    assert meter.extrapolated(few, 10) == pytest.approx(many)
-    assert meter.replayed(10) == 0
+    assert meter.extrapolate(few, 10) == pytest.approx(many)
+    assert meter.replay_seconds(10) == 0

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -345,7 +346,7 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     found = list(run.blocks(sources("llama"), request, lambda name: True))
     axes = Figure().subplots()
     plots.draw_blocks(axes, found, request, "speedup")
-    lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    lines = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
     assert lines["down"] == [
         linear.costs["vitcod"].speedup for block in found for linear in block.linears if linear.label == "down"
     ]
@@ -353,7 +354,9 @@ def test_a_picture_shows_what_was_found(sources: Callable[[str], Path]) -> None:
     linear = found[0].linears[0]
     plots.draw_columns(axes, linear, request)
     denser = sum(count > 0.4 * linear.workload.rows for count in linear.workload.kept_by_column.tolist())
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels[:2] == [f"{denser} denser", f"{linear.workload.cols - denser} sparser"]
     axes = Figure().subplots()
     plots.draw_means(axes, found, request)
@@ -383,12 +386,12 @@ def test_what_cannot_be_simulated_is_one_line_with_a_remedy(
         (("--func", "qkv"), 2, "unknown linear 'qkv' in besa-run/pruned"),
         (("--dataflow", "vitcdo"), 2, "unknown dataflow 'vitcdo'"),
         (("--accelerator", "tpu"), 2, "unknown accelerator 'tpu'"),
-        (("--threshold", "50"), 2, "--threshold 50.0 is no share of the rows"),
-        (("--batch", "0"), 2, "--batch 0 is no number of inputs"),
-        (("--word-bits", "99"), 2, "--word-bits 99 is no width of a weight"),
+        (("--threshold", "50"), 2, "--threshold 50.0 is not a share of the rows"),
+        (("--batch", "0"), 2, "--batch 0 is not a number of inputs"),
+        (("--word-bits", "99"), 2, "--word-bits 99 is not a width of a weight"),
         (("--csv", "--json"), 2, "--csv and --json cannot both be printed"),
-        (("--plot", "p.bmp"), 2, "--plot p.bmp is no picture"),
-        (("--plot", "gone/p.png"), 1, "cannot write gone/p.png: there is no directory gone"),
+        (("--plot", "p.bmp"), 2, "--plot p.bmp is not a picture file"),
+        (("--plot", "gone/p.png"), 1, "cannot write gone/p.png: the directory gone does not exist"),
         (("--model", "half"), 1, f"{workplace}/half/model.safetensors is"),
         (("--run", "empty"), 1, "empty has no stage"),
     ):

@@ -9,7 +9,7 @@ from support import tiny_models
 from torch import Tensor
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.decoder.attention import _attention, in_chunks
+from besa_cli.decoder.attention import _attention, use_chunked_attention
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import attention
@@ -69,7 +69,7 @@ def test_a_model_with_attention_of_its_own_keeps_it(kind: str, heads: str) -> No
     sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, heads: 4}
     model = tiny_models.built(getattr(transformers, kind)(**sizes))
     before = model.config._attn_implementation
-    assert not in_chunks(model)
+    assert not use_chunked_attention(model)
     assert model.config._attn_implementation == before
 
 
@@ -99,9 +99,10 @@ def test_scores_that_rounding_would_spoil_go_the_stock_way(
     """A bias of queries and keys makes all scores large, and alike but for their last bits."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(3))
-    parts = [(query + size).to(dtype), (key + size).to(dtype), value.to(dtype)]
-    found, _ = _attention(torch.nn.Module(), *parts, None)
+    query, key, value = (query + size).to(dtype), (key + size).to(dtype), value.to(dtype)
+    found, _ = _attention(torch.nn.Module(), query, key, value, None)
     assert len(calls) == count
-    exact = torch.nn.functional.scaled_dot_product_attention(*(part.double() for part in parts), is_causal=True)
+    query, key, value = query.double(), key.double(), value.double()
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     error = (found.transpose(1, 2).double() - exact).norm() / exact.norm()
     assert float(error) < (1e-4 if dtype == torch.float32 else 0.006)

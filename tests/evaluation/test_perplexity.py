@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support import tiny_models
+from support import calls, tiny_models
+from support.joined_text import joined
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -185,7 +186,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     small = tiny_models.config("llama")
     small.vocab_size = 100
     tiny_models.built(small).save_pretrained(tmp_path)
-    with pytest.raises(BesaError, match=r"token id 1\d\d, the model knows 100 tokens"):
+    with pytest.raises(BesaError, match=r"token id 1\d\d, outside the model's vocabulary of 100"):
         measurement(tiny_models.add_tokenizer(tmp_path), text_of())
 
 
@@ -208,7 +209,7 @@ def test_a_result_is_kept_under_a_name_of_its_own(model: Path, tmp_path: Path) -
 
 
 def test_the_command_measures_the_stage_and_its_parent(besa: Besa, model: Path, workplace: Path) -> None:
-    (workplace / "words.txt").write_text(text_of().text)
+    (workplace / "words.txt").write_text(joined(text_of().text))
     tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(2, 12))
     drawn = ("--data", "rows.jsonl", "--samples", 2, "--seqlen", 12)
     outcome = besa("prune", "--model", model, "--method", "wanda", "--dtype", "float32", *drawn)
@@ -279,7 +280,7 @@ def test_a_data_set_that_is_nowhere_stops_the_command_before_any_work(
     outcome = besa("eval", "ppl", "wikitext2", name, "--data-dir", workplace, "--model", model, "--seqlen", 16)
     assert (outcome.code, outcome.out) == (1, "")
     error, hint = outcome.err.splitlines()
-    assert error.startswith(f"error: the data set '{name}' cannot be had: ")
+    assert error.startswith(f"error: the data set '{name}' is not available: ")
     assert str(workplace) in error
     assert hint.endswith(f"besa eval ppl {name} --data-dir {workplace}")
 
@@ -343,8 +344,8 @@ def test_texts_together_and_in_portions_give_the_bits_of_each_alone(
 
 def test_one_walk_loads_each_block_once_for_all_texts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[int] = []
-    load = Decoder.load
-    monkeypatch.setattr(Decoder, "load", lambda self, index, *rest: loaded.append(index) or load(self, index, *rest))
+    noted = calls.noting(Decoder.load, lambda self, index, *rest: loaded.append(index))
+    monkeypatch.setattr(Decoder, "load", noted)
     jobs = [measurement(model, other_text(100, seed)) for seed in (1, 2, 3)]
     walk = perplexity.PerplexityRun(jobs)
     loaded.clear()
@@ -384,7 +385,7 @@ def test_a_text_is_cut_where_it_is_to_be_cut(model: Path) -> None:
 def pruned(besa: Besa, model: Path, workplace: Path) -> Path:
     """A working directory with a finished run and two texts."""
     for number in (1, 2):
-        (workplace / f"text-{number}.txt").write_text(other_text(40 + 16 * number, number).text)
+        (workplace / f"text-{number}.txt").write_text(joined(other_text(40 + 16 * number, number).text))
     tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(2, 12))
     drawn = ("--data", "rows.jsonl", "--samples", 2, "--seqlen", 12)
     outcome = besa("prune", "--model", model, "--method", "wanda", "--dtype", "float32", *drawn)
@@ -423,8 +424,8 @@ def test_an_interrupted_evaluation_goes_on_and_comes_to_the_same(
     assert error == "error: interrupted"
     assert hint.startswith(f"hint: {passes if passes < 7 else passes - 7} windows are measured and kept; run the same")
     seen: list[int] = []
-    advance = propagation.advance
-    monkeypatch.setattr(propagation, "advance", lambda *given: seen.append(given[1]) or advance(*given))
+    noted = calls.noting(propagation.advance, lambda decoder, index, *rest: seen.append(index))
+    monkeypatch.setattr(propagation, "advance", noted)
     outcome = besa(*EVALUATION)
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["results"] == expected
@@ -449,12 +450,12 @@ def test_without_a_run_an_interruption_says_that_nothing_is_kept(
 def test_windows_of_another_batch_size_or_version_are_measured_again(model: Path, tmp_path: Path) -> None:
     store = results.Results(Run(tmp_path).evaluations)
     job = measurement(model, text_of(), batch_size=2)
-    store.keep(job, [(1.5, 15), (2.5, 15)])
-    assert store.known(job) == [(1.5, 15), (2.5, 15)]
-    assert store.known(measurement(model, text_of(), batch_size=1)) == []
+    store.save_losses(job, [(1.5, 15), (2.5, 15)])
+    assert store.load_losses(job) == [(1.5, 15), (2.5, 15)]
+    assert store.load_losses(measurement(model, text_of(), batch_size=1)) == []
     (file,) = tmp_path.glob("eval/*.windows")
     file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
-    assert store.known(job) == []
+    assert store.load_losses(job) == []
 
 
 def test_a_running_prune_is_not_disturbed(besa: Besa, pruned: Path) -> None:
@@ -470,7 +471,7 @@ def test_evaluations_write_one_after_the_other(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         for _ in range(10):
-            with lock.moment(tmp_path):
+            with lock.hold_results(tmp_path):
                 inside.append(number)
                 time.sleep(0.001)
                 assert inside[-1] == number
@@ -525,12 +526,12 @@ def overflowing(directory: Path) -> Path:
 
 def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, workplace: Path) -> None:
     directory, text = overflowing(workplace / "model"), workplace / "words.txt"
-    text.write_text(text_of().text)
+    text.write_text(joined(text_of().text))
     words = ("--model", directory, "--seqlen", 16, "--run", "run")
     outcome = besa("eval", "ppl", text, *words, "--dtype", "float16")
     assert outcome.code == 1
     (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    for word in (str(directory), "words", "nan in float16"):
+    for word in (str(directory), "words", "a loss of nan", "in float16"):
         assert word in line
     assert "hint: compute with --dtype float32" in outcome.err
     assert not list((workplace / "run").rglob("ppl-*"))
@@ -540,7 +541,7 @@ def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, w
 
 def test_a_result_that_is_no_number_is_measured_again(besa: Besa, model: Path, workplace: Path) -> None:
     """An earlier version kept such results."""
-    (workplace / "words.txt").write_text(text_of().text)
+    (workplace / "words.txt").write_text(joined(text_of().text))
     words = (
         "eval",
         "ppl",
@@ -566,9 +567,9 @@ def test_a_result_that_is_no_number_is_measured_again(besa: Besa, model: Path, w
 
 def test_losses_that_are_no_numbers_are_not_gone_on_from(besa: Besa, model: Path, workplace: Path) -> None:
     job = measurement(model, text_of())
-    with pytest.raises(BesaError, match=r"gives tokens of words.txt the loss nan in float32"):
+    with pytest.raises(BesaError, match=r"gives a loss of nan for tokens of words.txt in float32"):
         job.result([(1.0, 15), (math.nan, 15)])
-    with pytest.raises(BesaError, match=r"the loss inf in float32"):
+    with pytest.raises(BesaError, match=r"a loss of inf for tokens of words.txt in float32"):
         job.result([(math.inf, 15)])
     whole = perplexity.PerplexityRun([job])
     list(whole)

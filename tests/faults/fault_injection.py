@@ -47,8 +47,8 @@ def jumping_clock(seed: int) -> None:
     """The wall clock of this process gives another time between 1970 and 2100 whenever it is asked."""
     numbers = random.Random(seed)
     real = time.gmtime
-    time.time = lambda: numbers.uniform(0, 4.1e9)  # type: ignore[assignment]
-    time.gmtime = lambda seconds=None: real(numbers.uniform(0, 4.1e9))  # type: ignore[assignment,misc]
+    time.time = lambda: numbers.uniform(0, 4.1e9)
+    time.gmtime = lambda seconds=None: real(numbers.uniform(0, 4.1e9))
 
 
 def cut_short(path: Path) -> None:

@@ -56,6 +56,16 @@ def raises() -> int:
     raise KeyError("x")
 
 
+def does(act: Callable[[], None]) -> Callable[[], int]:
+    """What succeeds, having done something."""
+
+    def work() -> int:
+        act()
+        return 0
+
+    return work
+
+
 def takes_memory() -> int:
     return len(bytearray(4 << 30)) & 0
 
@@ -77,10 +87,10 @@ def test_one_line_or_a_success_is_right(work: Callable[[], int], tmp_path: Path)
         (says("error: x\nerror: y\n"), "2 error lines"),
         (says("error: \x1b[2J\n"), "control character '\\x1b'"),
         (says("error: \u202e\n"), "control character '\\u202e'"),
-        (lambda: os.kill(os.getpid(), 9) or 0, "exit code -9"),
+        (does(lambda: os.kill(os.getpid(), 9)), "exit code -9"),
         (writes("x"), "changed: x"),
         (writes("notes.txt"), "changed: notes.txt"),
-        (lambda: Path("notes.txt").unlink() or 0, "changed: notes.txt"),
+        (does(lambda: Path("notes.txt").unlink()), "changed: notes.txt"),
         (writes("r/canary.txt"), "changed: r/canary.txt"),
         (writes(RAN), "code ran"),
         (takes_memory, "MB of memory"),

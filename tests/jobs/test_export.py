@@ -12,7 +12,7 @@ import torch
 from conftest import Outcome
 from safetensors.torch import load_file, save_file
 from support import exported, tiny_models, written
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from besa_cli import exporters
@@ -39,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return run
 
 
-def loaded(directory: Path) -> torch.nn.Module:
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(directory)
+def loaded(directory: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory)
     return model
 
 
@@ -124,9 +124,9 @@ def test_dense_exports_in_another_dtype(dtype: str, runs: Callable[..., Run], tm
 def test_what_a_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     run = exported.stage(tmp_path, dtype=torch.float32)
     shard = run.stage("pruned") / "model-00002-of-00003.safetensors"
-    tensors = tiny_models.load_file(shard)
+    tensors = load_file(shard)
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = 1e6
-    exported.save_file(tensors, shard, metadata={"format": "pt"})
+    save_file(tensors, shard, metadata={"format": "pt"})
     written.settle(shard.parent)
     job = ExportJob(run, exporters.load("hf", {"dtype": "float16"}))
     with pytest.raises(BesaError, match=r"layers\.0\.mlp\.up_proj\.weight holds 1e\+06, too large for float16"):
@@ -246,6 +246,7 @@ def test_sizes_are_those_of_the_files(runs: Callable[..., Run], tmp_path: Path) 
         (("--format", "sparse", "--dtype", "float16"), 2, "--dtype is not an option of --format sparse"),
         (("--format", "hf", "--type", "F16"), 2, "--type is not an option of --format hf"),
         (("--shard-size", "big"), 2, "--shard-size 'big' is no size"),
+        (("--shard-size", "9" * 400 + "GB"), 2, "9GB' is too large"),
         (("--run", "nowhere"), 1, "no run directory nowhere"),
     ],
 )

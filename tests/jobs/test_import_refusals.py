@@ -23,7 +23,7 @@ from besa_cli.system.disk import sha256_file
 
 SHARD = "sparse-00002-of-00003.safetensors"
 UP = "model.layers.0.mlp.up_proj.weight"
-Harm = Callable[[Path], None]
+Harm = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ PARTS: dict[str, Harm] = {
     "scales that are infinite": added(**CODES | {"scale": torch.full((32, 1), torch.inf, dtype=torch.float16)}),
     "scales without codes": added(scale=CODES["scale"]),
     "blocks are exchanged": exchanged,
-    "a file is empty": lambda export: (export / SHARD).write_bytes(b"") and None,
+    "a file is empty": lambda export: (export / SHARD).write_bytes(b""),
     "a file has no tensors": lambda export: save_file({}, export / SHARD),
 }
 
@@ -379,7 +379,7 @@ def test_import_replaces_nothing_that_is_not_a_stage(made: Run, export: Path, tm
 def test_import_does_not_replace_the_export_that_it_reads(export: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     export.rename(tmp_path / "run" / "pruned")
-    with pytest.raises(BesaError, match="which is read, lies in it"):
+    with pytest.raises(BesaError, match="which is being read, is in it"):
         import_.ImportJob(tmp_path / "run" / "pruned", Run(tmp_path / "run"), restart=True)
 
 

@@ -85,15 +85,15 @@ def test_nothing_is_pushed_without_a_yes(
     assert outcome.code == 0
     assert "not pushed" in outcome.err
     assert "org/name" in asked[0]
-    assert hub.made == hub.uploaded == []
+    assert (hub.made, hub.uploaded) == ([], [])
     assert (run.exports / "hf" / "export.json").exists()
 
 
 @pytest.mark.parametrize(
     ("repo", "token", "said"),
     [
-        ("org/na me", "t", "cannot be the name of a repository"),
-        ("name", "t", "cannot be the name of a repository"),
+        ("org/na me", "t", "is not a valid repository name"),
+        ("name", "t", "is not a valid repository name"),
         ("org/name", None, "hf auth login"),
     ],
 )

@@ -62,9 +62,15 @@ def setting(key: str, value: Any) -> Change:
 
     def change(writer: gguf.GGUFWriter) -> None:
         writer.kv_data[0].pop(key, None)
-        add = {bool: writer.add_bool, int: writer.add_int64, float: writer.add_float64, str: writer.add_string}
+        add: dict[type, Callable[[str, Any], None]] = {
+            bool: writer.add_bool,
+            int: writer.add_int64,
+            float: writer.add_float64,
+            str: writer.add_string,
+        }
         if value is not None:
-            add.get(type(value), writer.add_array)(key, value)
+            put: Callable[[str, Any], None] = writer.add_array
+            add.get(type(value), put)(key, value)
 
     return change
 
@@ -250,7 +256,7 @@ def header(path: Path, fields: dict[str, Any]) -> file_header.Header:
 def tokenizer(directory: Path, tokens: list[str], **fields: Any) -> Any:
     """What stock transformers makes of the tokenizer of a file with these fields."""
     named = {f"tokenizer.ggml.{key}": value for key, value in {"tokens": tokens, **fields}.items()}
-    vocabulary.save(header(directory / "x.gguf", named), directory, words=len(tokens), longest=None)
+    vocabulary.save(header(directory / "x.gguf", named), directory, vocab_size=len(tokens), longest=None)
     return AutoTokenizer.from_pretrained(directory)
 
 

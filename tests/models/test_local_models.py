@@ -34,7 +34,7 @@ def pickled(source: Path, target: Path, *, shards: int = 1, dtype: torch.dtype =
     if shards == 1:
         torch.save(dict(items), target / "pytorch_model.bin", **options)
         return target
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         name = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
         part = dict(items[number::shards])
@@ -327,7 +327,7 @@ def test_a_tensor_in_two_pickles_is_refused(tiny: Path, tmp_path: Path, notes: l
     path = pickled(tiny, tmp_path / "old", shards=2)
     for file in sorted(path.glob("*.bin")):
         torch.save({"lm_head.weight": torch.ones(2)}, file)
-    with pytest.raises(BesaError, match=r"00002-of-00002\.bin holds lm_head\.weight, as another file"):
+    with pytest.raises(BesaError, match=r"00002-of-00002\.bin holds lm_head\.weight, which another file"):
         resolve(str(path), notify=notes.append)
 
 

@@ -282,7 +282,8 @@ def test_the_tangent_gradient_is_that_of_the_projected_objective(target: float, 
 
     objective(theta).backward()
     assert theta.grad is not None
-    theta, gradient = theta.detach(), theta.grad
+    gradient = theta.grad
+    theta = theta.detach()
     found = allocation.project_gradient(gradient, allocation.mixture(theta), sizes, p)
     step = 1e-5
     for place in [(group, candidate) for group in range(3) for candidate in (0, count)]:

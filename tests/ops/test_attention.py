@@ -1,9 +1,12 @@
 """Attention by chunks against PyTorch's own in fp64, and its gradient against finite differences."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import calls
 from support.strategies import few
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,12 +35,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def with_gradients(function: object, parts: list[Tensor], slope: Tensor, scale: float) -> list[Tensor]:
+def with_gradients(function: Callable[..., Tensor], parts: list[Tensor], slope: Tensor, scale: float) -> list[Tensor]:
     """The output, and the gradients of queries, keys and values."""
     learned = [part.detach().clone().requires_grad_() for part in parts]
-    output = function(*learned, scale)  # type: ignore[operator]
+    output = function(*learned, scale)
     output.backward(slope)
-    return [output.detach(), *(part.grad for part in learned)]
+    return [output.detach(), *(part.grad for part in learned if part.grad is not None)]
 
 
 @few
@@ -67,19 +70,19 @@ def test_what_is_kept_for_the_backward_pass_and_what_is_computed_again_give_the_
     parts = drawn((1, 2, 2, 300, 8, 8), torch.float32)
     slope = torch.ones(1, 4, 300, 8)
     kept = with_gradients(attention.causal, parts, slope, 0.5)
-    calls = []
-    own = attention._Heads.probabilities
-    monkeypatch.setattr(attention._Heads, "probabilities", lambda *words: calls.append(1) or own(*words))
+    made = []
+    noted = calls.noting(attention._Heads.probabilities, lambda *words: made.append(1))
+    monkeypatch.setattr(attention._Heads, "probabilities", noted)
     monkeypatch.setattr(attention, "KEPT", 0)
     again = with_gradients(attention.causal, parts, slope, 0.5)
-    assert len(calls) == 4  # two chunks, forward and backward
+    assert len(made) == 4  # two chunks, forward and backward
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
 def test_gradients_are_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_CHUNK", 3)
     parts = [part.requires_grad_() for part in drawn((2, 2, 2, 7, 3, 2), torch.float64)]
-    assert torch.autograd.gradcheck(lambda *three: attention.causal(*three, 0.7), parts)
+    assert torch.autograd.gradcheck(lambda query, key, value: attention.causal(query, key, value, 0.7), parts)
 
 
 @pytest.mark.parametrize("seqlen", [1, 255, 256, 257, 700])
@@ -87,8 +90,8 @@ def test_bf16_is_as_near_as_rounded_scores_allow(seqlen: int) -> None:
     """Transformers' eager attention rounds its scores, too: what it gives is the measure."""
     sizes = (1, 2, 3, seqlen, 64, 64)
     parts = drawn(sizes, torch.bfloat16)
-    exact = stock(*(part.double() for part in parts), 0.125)
     query, key, value = parts
+    exact = stock(query.double(), key.double(), value.double(), 0.125)
     scores = (query @ key.repeat_interleave(3, 1).transpose(2, 3)) * 0.125
     future = torch.ones(seqlen, seqlen, dtype=torch.bool).triu(1)
     eager = scores.masked_fill(future, -torch.inf).softmax(3, dtype=torch.float32).bfloat16()

@@ -1,6 +1,6 @@
 """Every form of the inner loops against plain Python."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @pytest.fixture
-def threads() -> "Callable[[int], None]":
+def threads() -> "Iterator[Callable[[int], None]]":
     """Sets the number of threads until the test is over."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -142,6 +142,7 @@ def test_every_finite_half_is_widened_and_rounded_as_torch_does(computed: torch.
     finite = every[every.isfinite()].unsqueeze(0)
     ranks, none = plain.ranks(finite.float()), torch.zeros(1, dtype=torch.int32)
     found = native.mask(finite, ranks, none, torch.empty_like(finite, dtype=computed))
+    assert found is not None
     number = torch.int32 if computed == torch.float32 else torch.int16
     assert torch.equal(found.view(number), finite.to(computed).view(number))
 
@@ -150,17 +151,23 @@ def test_every_finite_half_is_widened_and_rounded_as_torch_does(computed: torch.
 def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(
     threads: "Callable[[int], None]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_WORTH", 1)  # few weights are not worth a thread otherwise
+    monkeypatch.setattr(native, "_THREAD_COST", 1)  # few weights are not worth a thread otherwise
     weight, gradient, scores = random(37, 129), random(37, 129, seed=1), random(37, 129, seed=2)
     counts, scales, zeros = torch.arange(37), random(37, 5, seed=3).abs() + 0.1, torch.full((37, 5), 7.0)
     found = []
     for number in (1, 2, 3, 50):
         threads(number)
         ranks = native.ranks(scores)
+        assert ranks is not None
         masked = native.mask(weight, ranks, counts, torch.empty_like(weight))
         sums = native.candidate_sums(gradient, weight, ranks, 100)
         slopes = native.grid_slopes(gradient, weight, scales, zeros, 30, 15)
-        found.append((ranks, masked, sums, native.on_grid(weight, scales, zeros, 30, 15), *slopes))
+        on_grid = native.on_grid(weight, scales, zeros, 30, 15)
+        assert masked is not None
+        assert sums is not None
+        assert slopes is not None
+        assert on_grid is not None
+        found.append((ranks, masked, sums, on_grid, *slopes))
     for others in found[1:]:
         assert all(torch.equal(first, other) for first, other in zip(found[0], others, strict=True))
 

@@ -146,11 +146,11 @@ def test_the_blocks_own_weights_and_inputs_are_left_as_they_were() -> None:
         assert linear.weight.grad is None
 
 
-def test_steps_are_told_as_they_are_made() -> None:
+def test_steps_are_told_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = toy_block.source()
     made = toy_block.block(weights, toy_block.size(weights) // 2, samples=7)
     told: list[tuple[int, int, str]] = []
-    made.on_step = lambda done, total, phase: told.append((done, total, phase))
+    monkeypatch.setattr(made, "on_step", lambda done, total, phase: told.append((done, total, phase)))
     besa.prune(made, besa.Options(epochs=2, batch_size=3))
     learning = [(done, total) for done, total, phase in told if phase == "learning"]
     assert learning == [(step, 6) for step in range(1, 7)]
@@ -223,7 +223,7 @@ def test_every_importance_and_optimizer_learns_and_meets_the_budget(
     importance: Importance, optimizer: Optimizer
 ) -> None:
     made = large()
-    settings = {"lr": None, "epochs": 10} if optimizer == "prodigy" else {}
+    settings: dict[str, Any] = {"lr": None, "epochs": 10} if optimizer == "prodigy" else {}
     result = besa.prune(made, learner(importance=importance, optimizer=optimizer, **settings))
     assert toy_block.pruned(result.masks) == made.budget
     assert not result.kept_uniform

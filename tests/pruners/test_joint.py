@@ -1,5 +1,7 @@
 """BESA and a grid learned together, on a toy block: what goes, what stays, and whether it is worth it."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import toy_block
@@ -13,7 +15,7 @@ from besa_cli.stream.block import Block
 JOINT = {"bits": 4, "group_size": "7", "epochs": 4}
 
 
-def block(**settings: int) -> Block:
+def block(**settings: Any) -> Block:
     weights = toy_block.source(hidden=20, inner=33)
     return toy_block.block(weights, toy_block.size(weights) // 2, samples=24, **settings)
 

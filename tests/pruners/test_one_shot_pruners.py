@@ -1,5 +1,6 @@
 """Magnitude, Wanda and SparseGPT on a toy block, each against its own loop."""
 
+from fractions import Fraction
 from types import ModuleType
 
 import pytest
@@ -25,7 +26,7 @@ def split(made: Block) -> dict[str, int]:
     """The budget over the linears in proportion to their size, by exact fractions."""
     sizes = [weight.numel() for weight in made.weights.values()]
     zeros = [int((weight == 0).sum()) for weight in made.weights.values()]
-    shares = [oracles.Fraction(made.budget * size, sum(sizes)) for size in sizes]
+    shares = [Fraction(made.budget * size, sum(sizes)) for size in sizes]
     return dict(zip(made.weights, oracles.rounded(shares, made.budget, zeros, sizes, [0] * len(sizes)), strict=True))
 
 

@@ -13,7 +13,7 @@ from besa_cli.ops import gptq as columns
 from besa_cli.ops.affine import Grid
 from besa_cli.quantizers import QUANTIZERS, clip, gptq, rtn
 from besa_cli.stream import learning
-from besa_cli.stream.block import Decision
+from besa_cli.stream.block import Block, Decision
 
 COARSE = Grid(bits=2, group_size=5, symmetric=False)
 
@@ -73,7 +73,7 @@ def test_learned_clipping_beats_rounding_on_the_samples_it_compares(
     assert after < 0.99 * before
 
 
-def _error(block: toy_block.Block, weights: dict[str, Tensor], compared: int) -> float:
+def _error(block: Block, weights: dict[str, Tensor], compared: int) -> float:
     """Mean over the first samples' tokens of ‖output − target‖² / ‖target‖², the block written out."""
     gate, up, down = (weights[name][0] for name in ("gate", "up", "down"))
     x = block.inputs[:compared]
@@ -92,7 +92,7 @@ def test_rounding_is_kept_where_nothing_was_learned() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(UsageError, match=r"--damping -1.0 is not a number from 0 up"):
+    with pytest.raises(UsageError, match=r"--damping -1.0 is not a finite number of 0 or more"):
         gptq.Options(damping=-1.0)
     with pytest.raises(UsageError, match="--epochs 0 is less than 1"):
         clip.Options(epochs=0)

@@ -3,10 +3,11 @@
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import tiny_models
+from support import calls, tiny_models
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport
@@ -128,12 +129,12 @@ def test_what_is_expected_is_read_once_and_elsewhere() -> None:
     ],
 )
 def test_the_same_bytes_with_and_without(
-    family: str, asked: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_models.local(tiny_models.checkpoint(tmp_path / "model", family, blocks=4, dtype=torch.bfloat16))
     expected: list[int] = []
-    real = Prefetcher.prefetch
-    monkeypatch.setattr(Prefetcher, "prefetch", lambda self, index: (expected.append(index), real(self, index)))
+    noted = calls.noting(Prefetcher.prefetch, lambda self, index: expected.append(index))
+    monkeypatch.setattr(Prefetcher, "prefetch", noted)
 
     def files(run: Path, *, overlapping: bool) -> dict[str, bytes]:
         monkeypatch.setattr(compute, "overlaps", lambda device: overlapping)

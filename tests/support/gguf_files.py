@@ -119,6 +119,7 @@ def write(path: Path, case: str, made: transformers.PreTrainedModel, *, change: 
         if own not in made.all_tied_weights_keys:
             endings = (".weight", ".bias")
             stored = mapped.get_name(own, endings) or mapped.get_name(own.removeprefix("transformer."), endings)
+            assert stored is not None
             writer.add_tensor(stored, np.ascontiguousarray(_converted(name, stored, value.float().numpy(), config)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

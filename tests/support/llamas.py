@@ -41,7 +41,7 @@ def stage(place: Path, *, tied: bool = False, rope: str = "default", **changes: 
     values = {**tiny_models.CONFIGS["llama"][1], "hidden_size": 64, "vocab_size": VOCABULARY, "num_hidden_layers": 2}
     config = transformers.LlamaConfig(**{**values, "rope_parameters": ROPES[rope], **changes}, tie_word_embeddings=tied)
     source = place / "dense"
-    tiny_models.built(config).to(torch.bfloat16).save_pretrained(source)
+    tiny_models.cast(tiny_models.built(config), torch.bfloat16).save_pretrained(source)
     byte_tokenizer(source)
     run = Run(place / "run")
     tiny_models.run(

@@ -44,7 +44,8 @@ def stage(run: Run, *, bits: int = 4, group: int | None = 32, symmetric: bool = 
         if not file.with_suffix(".json").exists():
             continue
         names = [linear["name"] for linear in json.loads(file.with_suffix(".json").read_text())["linears"]]
-        tensors, codes = load_file(file), {}
+        tensors = load_file(file)
+        codes: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if any(name.endswith(f".{linear}.weight") for linear in names):
                 prefix = name.removesuffix(".weight")

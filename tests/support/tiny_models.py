@@ -70,7 +70,14 @@ def built(described: transformers.PretrainedConfig, *, seed: int = 0) -> transfo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return model.eval()
+    model.eval()
+    return model
+
+
+def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model, its weights in another dtype."""
+    torch.nn.Module.to(model, dtype)
+    return model
 
 
 def checkpoint(
@@ -85,7 +92,7 @@ def checkpoint(
 ) -> Path:
     """A checkpoint directory of a tiny random model."""
     model = built(config(family, blocks=blocks, tied=tied), seed=seed)
-    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    cast(model, dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory
 
 

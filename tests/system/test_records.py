@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import pytest
-from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from besa_cli.errors import BesaError
@@ -19,9 +18,8 @@ class Point:
     weight: float = 0.5
 
 
+@records.strict
 class Shape(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
     name: str
     points: tuple[Point, ...]
     size: NotRequired[float]

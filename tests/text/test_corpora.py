@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from support.joined_text import joined
 
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.text import corpora, documents, hub_files
@@ -50,7 +51,7 @@ def test_the_bundled_sample_is_a_thousand_documents(tmp_path: Path) -> None:
     corpus = opened("bundled")
     assert (corpus.source, corpus.asked, corpus.note) == ("bundled", "bundled", None)
     assert len(corpus.documents) == 1000
-    assert corpus.documents[0].startswith("Beginners BBQ Class")
+    assert joined(corpus.documents[0]).startswith("Beginners BBQ Class")
     path = tmp_path / corpus.file  # a second reader: `datasets`
     path.write_bytes(corpora.bundled_bytes(corpus.file))
     assert list(documents.read_documents(path)) == corpus.documents
@@ -59,7 +60,7 @@ def test_the_bundled_sample_is_a_thousand_documents(tmp_path: Path) -> None:
 def test_a_bundled_book_is_one_document() -> None:
     assert len(corpora.BOOKS) == 5
     (text,) = corpora.book("moby_dick.txt", "bundled").documents
-    assert "Call me Ishmael" in text
+    assert "Call me Ishmael" in joined(text)
 
 
 # --- named data sets
@@ -124,7 +125,7 @@ def test_bundled_text_takes_the_place_of_c4_and_says_so(hub: hub_files.Hub) -> N
     assert corpus.documents == opened("bundled").documents
     assert corpus.note is not None
     assert "c4 cannot be reached" in corpus.note
-    assert "bundled text takes its place" in corpus.note
+    assert "using bundled text instead" in corpus.note
     assert "\n" not in corpus.note
 
 

@@ -41,7 +41,8 @@ def requests(count: int = 30) -> list[Instance]:
 
 def tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """As it was saved: for some architectures `AutoTokenizer` takes a class that expects one of its own kind."""
-    return PreTrainedTokenizerFast.from_pretrained(directory)
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory)
+    return made
 
 
 def made(path: Path, family: str, dtype: torch.dtype = torch.float32, blocks: int = 2) -> Path:
@@ -146,7 +147,7 @@ def test_progress_is_told_every_block_of_every_pass(model: Path) -> None:
 
 
 def test_writing_text_is_refused_by_name(model: Path) -> None:
-    with pytest.raises(BesaError, match="made-up lets the model write text"):
+    with pytest.raises(BesaError, match="made-up generates text"):
         streamed(model).generate_until([request("w3", kind="generate_until")])
 
 

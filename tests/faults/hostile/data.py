@@ -17,6 +17,7 @@ _TEXT = " ".join(f"w{3 + number * 7 % 120}" for number in range(200))
 _LARGE = 300 << 20  # bytes that a bomb expands to
 _DEEP = "[" * 50_000 + "]" * 50_000
 _DIGITS = "9" * 6000
+_ODD: tuple[object, ...] = (1, "b", [])
 
 Content = Callable[[], bytes]
 Contents = dict[str, tuple[Content, Expectation]]
@@ -92,7 +93,7 @@ def _json_lines() -> Contents:
         "other columns in every line": "".join(
             json.dumps({"text": _TEXT, f"c{number}": 1}) + "\n" for number in range(300)
         ),
-        "columns of other types": "".join(json.dumps({"text": _TEXT, "a": value}) + "\n" for value in (1, "b", [])),
+        "columns of other types": "".join(json.dumps({"text": _TEXT, "a": value}) + "\n" for value in _ODD),
         "the text twice": f'{{"text": "w5", "text": "{_TEXT}"}}\n' * 3,
         "a lone surrogate": '{"text": "\\ud800 ' + _TEXT + '"}\n',
         "a NUL": '{"text": "\\u0000 ' + _TEXT + '"}\n',

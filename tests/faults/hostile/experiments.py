@@ -57,11 +57,18 @@ _FINE = ("a merge", "a date", "UTF-16")  # may be read, or not
 _OF_A_COMMAND = (  # with --config what is typed goes before the file
     "nothing", "a model outside", "a run above", "samples of 10^18", "a number of 6,000 digits", "control characters",
 )  # fmt: skip
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 36)
+
+
 _PLACES: dict[str, Callable[[Path], object]] = {
     "a pipe": os.mkfifo,
     "a directory": Path.mkdir,
     "a device without end": lambda path: path.symlink_to("/dev/zero"),
-    "of 64 GB": lambda path: (path.touch(), os.truncate(path, 1 << 36)),
+    "of 64 GB": _sparse,
     "missing": lambda path: None,
     "a link to itself": lambda path: path.symlink_to(path.name),
 }

@@ -57,10 +57,14 @@ def _formats() -> Iterator[Case]:
         "export.json", INDEX, "config.json", "stage/besa.json", "stage/model.safetensors.index.json", SHARD,
         "stage/config.json",
     )  # fmt: skip
-    dropped = {f"without {name}": lambda place, name=name: (place / PLACE / name).unlink() for name in names}  # type: ignore[misc]
+    dropped = {f"without {name}": _without(name) for name in names}
     yield from several(kind, dropped, IMPORTED, expect=either(as_stage))
     bare = {"without its stage": lambda place: shutil.rmtree(place / PLACE / "stage")}
     yield from several(kind, bare, IMPORTED, expect=refused(PLACE))
+
+
+def _without(name: str) -> Harm:
+    return lambda place: (place / PLACE / name).unlink()
 
 
 def _strangers() -> Iterator[Case]:

@@ -54,6 +54,10 @@ def _parts(change: Callable[[Parts], object]) -> Callable[[Path], object]:
 _UP = "model.layers.0.mlp.up_proj"
 
 
+def _without(part: str) -> Callable[[Parts], object]:
+    return lambda parts: parts.pop(f"{_UP}.weight_{part}")
+
+
 def _to(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Parts], object]:
     return lambda parts: parts.update({f"{_UP}.weight_{part}": change(parts[f"{_UP}.weight_{part}"])})
 
@@ -63,10 +67,7 @@ def _sizes(*sizes: float, dtype: torch.dtype = torch.int64) -> Callable[[Parts],
 
 
 _PARTS: dict[str, Callable[[Parts], object]] = {
-    **{
-        f"without its {part}": lambda parts, part=part: parts.pop(f"{_UP}.weight_{part}")
-        for part in ("mask", "values", "shape")
-    },  # type: ignore[misc]
+    **{f"without its {part}": _without(part) for part in ("mask", "values", "shape")},
     "a value less": _to("values", lambda old: old[:-1]),
     "a value more": _to("values", lambda old: torch.cat([old, old[:1]])),
     "no values": _to("values", lambda old: old[:0]),

@@ -35,8 +35,8 @@ def cases(base: Path) -> Iterator[Case]:
     for name, change in _tensors().items():
         yield _case("GGUF: a tensor", name, change, refused(GGUF))
     yield _case("GGUF: a tensor", "rotary factors of one", _more("rope_freqs.weight", 6), either(as_whole, GGUF))
-    other = _with({"general.architecture": (TEXT, "wondrous")})
-    yield _case("GGUF: a key that changes the result", "another architecture", other, refused(GGUF, "wondrous"))
+    renamed = _with({"general.architecture": (TEXT, "wondrous")})
+    yield _case("GGUF: a key that changes the result", "another architecture", renamed, refused(GGUF, "wondrous"))
 
 
 def _case(kind: str, name: str, change: Change, expect: Expectation) -> Case:

@@ -81,16 +81,21 @@ def _sparse(path: Path) -> None:
         file.truncate(1 << 36)
 
 
-FILES: dict[str, Callable[[Path], None]] = {
+def cut(length: int) -> Callable[[bytes], bytes]:
+    """The first bytes of a content; below 0 as many less than all."""
+    return lambda content: content[:length]
+
+
+FILES: dict[str, Harm] = {
     "a pipe": _piped,
     "a directory": _folder,
     "a link to a device without end": _linked("/dev/zero"),
     "a link to nothing": _linked("nowhere"),
     "a link to itself": lambda path: _linked(path.name)(path),
     "of 64 GB": _sparse,
-    "empty": lambda path: path.write_bytes(b"") and None,
+    "empty": lambda path: path.write_bytes(b""),
     "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()[2:]) and None,
-    "another program's": lambda path: shutil.copy("/bin/true", path) and None,
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()[2:]),
+    "another program's": lambda path: shutil.copy("/bin/true", path),
     "missing": Path.unlink,
 }

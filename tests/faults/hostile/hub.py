@@ -121,6 +121,10 @@ def _edited(answer: Answer, **changes: object) -> Answer:
     return replace(answer, body=json.dumps(json.loads(answer.body) | changes).encode())
 
 
+def _always(value: object) -> Callable[[list[dict[str, object]]], object]:
+    return lambda siblings: value
+
+
 def _siblings(change: Callable[[list[dict[str, object]]], object]) -> Change:
     """Another list of files."""
 
@@ -149,7 +153,7 @@ def _listings() -> dict[str, Change]:
     for status in (301, 302, 400, 401, 403, 404, 418, 429, 500, 502, 503):
         said = Answer(status=status, headers={"X-Error-Message": "\\e[2J"}, body=b'{"error": "\\u001b[2J"}')
         found[f"a listing: status {status}"] = _only_listing(said)
-    for name, value in {
+    lists: dict[str, object] = {
         "null": None,
         "a text": "x",
         "a number": 7,
@@ -157,8 +161,9 @@ def _listings() -> dict[str, Change]:
         "empty": [],
         "numbers": [7],
         "nulls": [None],
-    }.items():
-        found[f"a list of files: {name}"] = _siblings(lambda siblings, value=value: value if value is not None else "x")  # type: ignore[misc]
+    }
+    for name, value in lists.items():
+        found[f"a list of files: {name}"] = _siblings(_always("x" if value is None else value))
     return found
 
 
@@ -210,10 +215,15 @@ def _bodies() -> dict[str, Change]:
     }
 
 
+def _of_length(text: str) -> Callable[[Answer], Answer]:
+    return lambda answer: replace(answer, length=text)
+
+
 def _lengths() -> dict[str, Change]:
     """Lengths that are wrong in the listing or the answer."""
     found: dict[str, Change] = {}
-    for value in (0, -1, 10**18, None, "x", 1.5, [], True, 7):
+    sizes: tuple[object, ...] = (0, -1, 10**18, None, "x", 1.5, [], True, 7)
+    for value in sizes:
 
         def resize(siblings: list[dict[str, object]], value: object = value) -> None:
             for entry in siblings:
@@ -221,7 +231,7 @@ def _lengths() -> dict[str, Change]:
 
         found[f"sizes of {value!r} in the listing"] = _siblings(resize)
     for text in ("-1", "x", "1e3", str(10**18), "0"):
-        found[f"a length of {text}"] = _weights(lambda answer, text=text: replace(answer, length=text))  # type: ignore[misc]
+        found[f"a length of {text}"] = _weights(_of_length(text))
     return found
 
 

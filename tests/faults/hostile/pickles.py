@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from faults.hostile.base import PPL, PRUNE
 from faults.hostile.frame import RAN, Case, Harm, accepted, either, line, refused, several
+from faults.hostile.harms import cut
 from faults.hostile.models import as_stock
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 def cases(base: Path) -> Iterator[Case]:
@@ -46,7 +48,7 @@ def in_one(save: Callable[[dict[str, torch.Tensor], Path], object] = torch.save)
 
     def harm(place: Path) -> None:
         model = place / "m"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for shard in sorted(model.glob("*.safetensors")):
             tensors |= load_file(shard)
             shard.unlink()
@@ -118,7 +120,7 @@ _TENSORS: dict[str, Callable[[dict[str, Any], Path], object]] = {
     "nothing": lambda tensors, path: {},
     "a list for a tensor": lambda tensors, path: tensors.update({_UP: [1.0, 2.0]}),
     "a missing tensor": lambda tensors, path: {name: tensors[name] for name in tensors if name != _UP},
-    "a number for a name": lambda tensors, path: tensors.update({7: torch.ones(2)}),
+    "a number for a name": lambda tensors, path: dict([*tensors.items(), (7, torch.ones(2))]),
     "a control character in a name": lambda tensors, path: tensors.update({"\x1b[2J": torch.ones(2)}),
     "tensors in a dictionary below": lambda tensors, path: {"state_dict": dict(tensors)},
     "lists, 150 deep": lambda tensors, path: {**tensors, "more": _nested(150)},
@@ -143,10 +145,7 @@ def _claims(content: bytes) -> bytes:
 
 
 _DAMAGED: dict[str, Harm] = {
-    **{
-        f"cut after {length} bytes": _raw(lambda content, length=length: content[:length])
-        for length in (0, 2, 999, -99)
-    },  # type: ignore[misc]
+    **{f"cut after {length} bytes": _raw(cut(length)) for length in (0, 2, 999, -99)},
     "zeros": _raw(lambda content: b"\0" * 9999),
     "a text of 2^60 bytes": _member(_claims),
     "opcodes that nobody knows": _member(lambda content: b"\x80\x02\xff\xfe."),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults.hostile.harms import cut
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,9 +79,24 @@ def _length(number: int) -> Callable[[bytes], bytes]:
     return lambda content: struct.pack("<Q", number) + content[8:]
 
 
+def _metadata(value: object) -> Callable[[bytes], bytes]:
+    return _header(lambda header: header.update(__metadata__=value))
+
+
+_DTYPES: tuple[object, ...] = ("F128", "", None, 7, [], "BOOL", "F32", "U8", "F8_E4M3", "\x1b[2J", "C64", "I64")
+_SHAPES: tuple[object, ...] = (
+    None, "54", [], [54], [-54, -32], [54.0, 32.0], [2**63, 2], [2**32, 2**32], {}, [[54, 32]], [0, 0],
+)  # fmt: skip
+_OFFSETS: tuple[object, ...] = (
+    None, [], [0], [0, 0], [64, 0], [-64, 0], [0, 2**63], [2**63, 2**64], "0:64", [0.5, 64.5], [0, 1, 2],
+)  # fmt: skip
+_METADATA: tuple[object, ...] = (
+    None, 7, [], {}, {"format": 7}, {"format": "tf"}, {"format": "\x1b[2J"}, {"x": "y" * 10**6},
+)  # fmt: skip
+
 HEADERS: dict[str, Callable[[bytes], bytes]] = {
     **{f"its length {number}": _length(number) for number in (0, 1, 7, 10**6, 2**31, 2**63, 2**64 - 1)},
-    **{f"cut after {number} bytes": lambda content, number=number: content[:number] for number in (1, 8, 9, 100, 9000)},
+    **{f"cut after {number} bytes": cut(number) for number in (1, 8, 9, 100, 9000)},
     "not JSON": lambda content: _joined(b"{" * 64, _parts(content)[1]),
     "an array": lambda content: _joined(b"[]", _parts(content)[1]),
     "null": lambda content: _joined(b"null", _parts(content)[1]),
@@ -91,49 +107,13 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "bytes at the end": lambda content: content + b"\0" * 64,
     "a last byte less": lambda content: content[:-1],
     "spaces": lambda content: _joined(json.dumps(_parts(content)[0]).encode() + b" " * 4096, _parts(content)[1]),
-    **{
-        f"dtype {value}": _entry(dtype=value)
-        for value in ("F128", "", None, 7, [], "BOOL", "F32", "U8", "F8_E4M3", "\x1b[2J", "C64", "I64")
-    },
-    **{
-        f"shape {str(value)[:30]}": _entry(shape=value)
-        for value in (
-            None,
-            "54",
-            [],
-            [54],
-            [-54, -32],
-            [54.0, 32.0],
-            [2**63, 2],
-            [2**32, 2**32],
-            {},
-            [[54, 32]],
-            [0, 0],
-        )
-    },
-    **{
-        f"offsets {value}": _entry(data_offsets=value)
-        for value in (
-            None,
-            [],
-            [0],
-            [0, 0],
-            [64, 0],
-            [-64, 0],
-            [0, 2**63],
-            [2**63, 2**64],
-            "0:64",
-            [0.5, 64.5],
-            [0, 1, 2],
-        )
-    },
+    **{f"dtype {value}": _entry(dtype=value) for value in _DTYPES},
+    **{f"shape {str(value)[:30]}": _entry(shape=value) for value in _SHAPES},
+    **{f"offsets {value}": _entry(data_offsets=value) for value in _OFFSETS},
     "an entry that is null": _header(lambda header: header.update({list(header)[-1]: None})),
     "an entry without dtype": _header(lambda header: _last(header).pop("dtype")),
     "an entry with another field": _entry(more="x"),
-    **{
-        f"metadata {str(value)[:20]}": _header(lambda header, value=value: header.update(__metadata__=value))  # type: ignore[misc]
-        for value in (None, 7, [], {}, {"format": 7}, {"format": "tf"}, {"format": "\x1b[2J"}, {"x": "y" * 10**6})
-    },
+    **{f"metadata {str(value)[:20]}": _metadata(value) for value in _METADATA},
     "a control character in a name": _header(
         lambda header: header.update({"\x1b[2J\x07": header.pop(list(header)[-1])})
     ),

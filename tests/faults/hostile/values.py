@@ -34,11 +34,11 @@ def fields(document: Any, *, most: int = 2) -> Iterator[tuple[Step, ...]]:
     """The place of every value in a document, the first few of an array and of what maps names to texts or numbers."""
     if not isinstance(document, dict | list):
         return
-    steps: list[Step] = list(document) if isinstance(document, dict) else list(range(len(document)))
-    long = isinstance(document, list) or (len(steps) > most and len({type(value) for value in document.values()}) == 1)
-    for step in steps[:most] if long else steps:
+    pairs: list[tuple[Step, Any]] = list(document.items() if isinstance(document, dict) else enumerate(document))
+    long = isinstance(document, list) or (len(pairs) > most and len({type(value) for _, value in pairs}) == 1)
+    for step, value in pairs[:most] if long else pairs:
         yield (step,)
-        for below in fields(document[step], most=most):
+        for below in fields(value, most=most):
             yield (step, *below)
 
 
