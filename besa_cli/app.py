@@ -1,4 +1,4 @@
-"""The command line `besa`: it wires the verbs, and is the one place where an error becomes a line and an exit code."""
+"""Entry point of the command line `besa`: registers the commands and turns every error into a line and an exit code."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ from besa_cli.system import signals, torchrun
 
 INTERRUPTED = 128 + signal.SIGINT
 
-_SHARED = ("prune",)  # commands that several ranks can share
+_ON_RANKS = ("prune",)  # commands that several ranks can work on
 
 app = typer.Typer(name="besa", no_args_is_help=True, rich_markup_mode=None, context_settings={"max_content_width": 110})
 
@@ -48,36 +48,36 @@ def _print_version(wanted: bool) -> None:
 def besa(
     context: typer.Context,
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="BESA_DEBUG", help="Show the traceback of an error, too.")
+        bool, typer.Option("--debug", envvar="BESA_DEBUG", help="Also show the traceback of an error.")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and leave.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Make a large language model sparse without training it, block by block, and see what it cost."""
+    """Make a large language model sparse without training it, block by block, and measure the quality lost."""
     if isinstance(context.obj, ProcessSettings):
         context.obj.debug = debug
-        _join(context, context.obj)
+        _join_ranks(context, context.obj)
 
 
-def _join(context: typer.Context, settings: ProcessSettings) -> None:
-    """Find the other ranks where `torchrun` started several; only the first one is heard from here on."""
-    place = torchrun.rank_from_environment(os.environ)
-    if place.size == 1:
+def _join_ranks(context: typer.Context, settings: ProcessSettings) -> None:
+    """Connect to the other ranks if `torchrun` started several, and silence all ranks but the main one."""
+    info = torchrun.rank_from_environment(os.environ)
+    if info.size == 1:
         return
-    settings.speaks = lambda: place.rank == 0
-    if context.invoked_subcommand not in _SHARED:
+    settings.speaks = lambda: info.rank == 0
+    if context.invoked_subcommand not in _ON_RANKS:
         raise UsageError(
-            f"besa {context.invoked_subcommand} does not work on {place.size} ranks: besa {', '.join(_SHARED)} does",
+            f"besa {context.invoked_subcommand} does not work on {info.size} ranks: besa {', '.join(_ON_RANKS)} does",
             "start it once, without torchrun",
         )
     from besa_cli.system.ranks import Ranks
 
-    settings.speaks = lambda: True  # who has not met the others cannot know that one of them speaks
-    settings.ranks = Ranks(place)
+    settings.speaks = lambda: True  # until the ranks are connected, each must show its own errors
+    settings.ranks = Ranks(info)
     settings.speaks = settings.ranks.first_to_fail
     if not settings.ranks.is_main:
-        context.with_resource(_unheard())
+        context.with_resource(_silenced())
 
 
 app.command()(calibrate)
@@ -92,73 +92,73 @@ app.command()(run)
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """What is printed goes nowhere."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+def _silenced() -> Iterator[None]:
+    """Discard all output."""
+    with Path(os.devnull).open("w") as null, redirect_stdout(null), redirect_stderr(null):
         yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
-    0 done; 1 could not do it; 2 wrong usage; 130 interrupted (Ctrl-C); 143 terminated (SIGTERM), the numbers that
-    shells and schedulers expect. A failure is one line and at most one hint on stderr; `--debug` adds the traceback.
-    What is neither a user's error nor the machine's (out of space, out of memory) is a fault of besa: its traceback
-    goes to a file that the hint names.
+    The exit code is 0 on success, 1 on failure, 2 for invalid usage, 130 if interrupted (Ctrl-C) and 143 if terminated
+    (SIGTERM). A failure is one line and at most one hint on stderr; `--debug` adds the traceback. An error that is due
+    neither to the user nor to the machine (out of space, out of memory) is a bug in besa: its traceback is written to a
+    file named in the hint.
 
     Parameters
     ----------
     arguments : sequence of str, optional
-        The words after `besa`; those of the process if not given.
+        Arguments after `besa`; by default those of the process.
     """
-    # Threads that wait for each other by spinning make torch five to eight times slower wherever another program runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, which is later
+    # Threads that wait by spinning make torch five to eight times slower when other programs run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported, later
     settings = ProcessSettings()
     _fill_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a character that the terminal lacks must not end the run
-    code = _explained(arguments, settings)
-    _give_up_on_dead_streams()
+            stream.reconfigure(errors="backslashreplace")  # a character that cannot be encoded must not end the run
+    code = _run_safely(arguments, settings)
+    _replace_broken_streams()
     if settings.ranks is not None:
         settings.ranks.shutdown(code)
     return code
 
 
 def _fill_closed_streams() -> None:
-    """Open the null device in the place of standard streams that were closed at the start, as under some daemons.
+    """Open the null device in place of standard streams that are closed at the start, as under some daemons.
 
-    Otherwise the next files that are opened take their numbers, and what a library prints goes into them.
+    Otherwise the next opened files would get their descriptors, and output of libraries would be written to them.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is `number`
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def _give_up_on_dead_streams() -> None:
-    """Point streams that cannot be written at the null device: what is left in them would fail again at the exit."""
+def _replace_broken_streams() -> None:
+    """Redirect streams that cannot be written to the null device, so that flushing them at exit does not fail again."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
         except (OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
 
 
-def _say(message: str, hint: str = "") -> None:
-    """Show an error, where anything can be shown at all."""
+def _show_error(message: str, hint: str = "") -> None:
+    """Show an error, ignoring failures to write to stderr."""
     with suppress(OSError, ValueError):
         show_error(message, hint)
 
 
-def _explained(arguments: Sequence[str] | None, settings: ProcessSettings) -> int:
-    """Run the command line; what goes wrong becomes a line and an exit code."""
-    way_on = "nothing that was finished is lost; run the same command again"
+def _run_safely(arguments: Sequence[str] | None, settings: ProcessSettings) -> int:
+    """Run the command line, show any error, and return the exit code."""
+    resume_hint = "finished work is kept; run the same command again"
     with signals.interrupting(settings.signals, lambda: not settings.failed):
         try:
             code = _run(arguments, settings)
@@ -166,17 +166,18 @@ def _explained(arguments: Sequence[str] | None, settings: ProcessSettings) -> in
         except KeyboardInterrupt:
             code = INTERRUPTED
         except Interrupted as error:
-            code, way_on = INTERRUPTED, error.hint
+            code, resume_hint = INTERRUPTED, error.hint
         except SystemExit:
             raise
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a Rust library
                 raise
-            code = INTERRUPTED if settings.signals else _report(error, settings)  # taken for an error of its own
+            # a library may raise its own error when a signal interrupts it
+            code = INTERRUPTED if settings.signals else _report_error(error, settings)
     if code != INTERRUPTED:
         return code
     if settings.speaks():
-        _say("interrupted", way_on)
+        _show_error("interrupted", resume_hint)
     return 128 + settings.signals[-1] if settings.signals else INTERRUPTED
 
 
@@ -185,8 +186,8 @@ def _run(arguments: Sequence[str] | None, settings: ProcessSettings) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _report(error: BaseException, settings: ProcessSettings) -> int:
-    """Show what a user can act on, and give its exit code."""
+def _report_error(error: BaseException, settings: ProcessSettings) -> int:
+    """Show an error and return its exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
         with suppress(OSError):
             typer.echo(str(error), err=True)
@@ -198,13 +199,13 @@ def _report(error: BaseException, settings: ProcessSettings) -> int:
         if settings.debug:
             with suppress(OSError, ValueError):
                 print_exception(error)
-        _say(*(_line(error) or _fault_line(error, settings)))
+        _show_error(*(_error_line(error) or _crash_line(error, settings)))
     return error.exit_code if isinstance(error, BesaError | typer.TyperException) else 1
 
 
-def _fault_line(error: BaseException, settings: ProcessSettings) -> tuple[str, str]:
-    """The message and the hint for an error that nobody foresaw; its traceback goes to a file."""
-    message = f"besa failed in a way that nobody foresaw: {type(error).__name__}: {reason_of(error)}"
+def _crash_line(error: BaseException, settings: ProcessSettings) -> tuple[str, str]:
+    """Return message and hint for an unexpected error, after writing its traceback to a file."""
+    message = f"besa failed with an unexpected error: {type(error).__name__}: {reason_of(error)}"
     if settings.debug:
         return message, "please report it with the traceback above"
     try:
@@ -215,8 +216,8 @@ def _fault_line(error: BaseException, settings: ProcessSettings) -> tuple[str, s
     return message, f"please report it with the traceback in {file.name}"
 
 
-def _line(error: BaseException) -> tuple[str, str] | None:
-    """The message and the hint for an error, or None if nobody foresaw it."""
+def _error_line(error: BaseException) -> tuple[str, str] | None:
+    """Return message and hint for an error, or None if it is unexpected."""
     if isinstance(error, BesaError):
         return error.message, error.hint
     if isinstance(error, typer.TyperException):
@@ -224,25 +225,25 @@ def _line(error: BaseException) -> tuple[str, str] | None:
     if _is_out_of_memory(error):
         return (
             f"out of memory: {' '.join(str(error).split())}" if str(error) else "out of memory",
-            "close other programs, or take fewer or shorter samples, a smaller --batch-size or another --device",
+            "close other programs, or use fewer or shorter samples, a smaller --batch-size or another --device",
         )
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
-        place = f": {error.filename}" if error.filename is not None else ""
+        file = f": {error.filename}" if error.filename is not None else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return f"{reason}{place}", "free disk space, then run the same command again" if full else _SEE_WHERE
+        return f"{reason}{file}", "free disk space, then run the same command again" if full else _DEBUG_HINT
     return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Python's own error, that of torch on a GPU (not imported here), and the plain one that torch raises on a CPU."""
+    """Recognize out-of-memory errors of Python, of torch on a GPU, and of torch on a CPU, without importing torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-_SEE_WHERE = "'besa --debug …' shows where"
-_IN_OUR_WORDS = {"int_parsing": "it is not a whole number", "float_parsing": "it is not a number"}
+_DEBUG_HINT = "'besa --debug …' shows the traceback"
+_PLAIN_REASONS = {"int_parsing": "it is not a whole number", "float_parsing": "it is not a number"}
 
 
 def _usage_line(error: typer.TyperException) -> tuple[str, str]:
@@ -255,12 +256,12 @@ def _usage_line(error: typer.TyperException) -> tuple[str, str]:
     if reasons:
         name = max([parameter.name, *parameter.opts], key=len) if parameter.opts else parameter.name
         reason = str(reasons[0].get("msg", "")).removeprefix("Value error, ").rstrip(".")
-        reason = _IN_OUR_WORDS.get(str(reasons[0].get("type")), reason)
+        reason = _PLAIN_REASONS.get(str(reasons[0].get("type")), reason)
         message = f"invalid value '{reasons[0].get('input')}' for {name}: {reason}"
     return message + origin(context, parameter.name), hint
 
 
 def _reasons(cause: BaseException | None) -> list[dict[str, Any]]:
-    """What a failed conversion says of the value, in the terms of the library that Typer converts with."""
+    """Return the details of a failed conversion, as dicts of pydantic, which Typer converts values with."""
     errors = getattr(cause, "errors", None)
     return list(errors()) if callable(errors) else []

@@ -1,4 +1,4 @@
-"""The values that options with a fixed choice take: what the command line offers is what the methods know."""
+"""Literal types of options with fixed choices, shared by the command line and the methods."""
 
 from typing import Literal
 

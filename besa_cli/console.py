@@ -1,6 +1,6 @@
-"""All that a person sees: results on stdout, notes and progress on stderr.
+"""Terminal output: results on stdout, notes and progress on stderr.
 
-The only importer of rich, and of it only at a terminal; elsewhere every line is plain.
+The only module that imports rich, and only if the stream is a terminal; otherwise output is plain lines.
 """
 
 import json
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 Cell = str | int | float | None
 Facts = list[tuple[str, str]]
 
-# Control characters (C0, DEL, C1), line separators and marks that turn the direction of writing: from a file they could
-# move the cursor, change a terminal's settings, forge a line or hide a name.
+# Control characters (C0, DEL, C1), line separators and bidirectional marks: in text from a file they could move the
+# cursor, change terminal settings, forge a line or hide a name.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _NUMBER = re.compile(r"-?$|[-+]?(\d|inf|nan)")
 
 
 def escaped(text: str, keep: str = "") -> str:
-    r"""A text with every control character that is not in `keep` written out: `\n`, `\x1b`, `\u202e`."""
-    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    r"""Escape every control character that is not in `keep`: `\n`, `\x1b`, `\u202e`."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else _escape(match[0]), text)
 
 
-def _escape(letter: str) -> str:
-    number, named = ord(letter), {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return named.get(letter) or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
+def _escape(character: str) -> str:
+    code, named = ord(character), {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return named.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
-def _json_escape(found: re.Match[str]) -> str:
-    return f"\\u{ord(found[0]):04x}"
+def _json_escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 class Console:
-    """The two output streams of one command.
+    """Output streams of one command.
 
     Parameters
     ----------
     json : bool
-        With ``--json`` stdout holds exactly one JSON object: `table` and `line` say nothing, `emit_json` speaks.
-        Without it, it is the other way round; so a command calls all three and asks nothing.
+        True with ``--json``: only `emit_json` prints to stdout. Otherwise only `table`, `line` and `text` do. Commands
+        call all of them in either case.
     """
 
     def __init__(self, *, json: bool = False) -> None:
@@ -58,9 +58,9 @@ class Console:
         self._screen = _screen(sys.stderr)
 
     def note(self, line: str) -> None:
-        """One line beside the results (stderr); goes above a running progress display."""
+        """Print a note (stderr), above a running progress display."""
         if self._screen is None:
-            with suppress(OSError):  # nobody reads any more: no reason to stop the work
+            with suppress(OSError):  # a closed stderr must not stop the work
                 _write(sys.stderr, escaped(line))
         else:
             self._screen.print(escaped(line), markup=False, highlight=False, soft_wrap=True)
@@ -70,34 +70,34 @@ class Console:
         self.text(escaped(text))
 
     def text(self, text: str) -> None:
-        """Print a piece of the result of any number of lines as it is (stdout), control characters escaped."""
+        """Print text of any number of lines as part of the result (stdout), with control characters escaped."""
         if not self.json:
             _write(sys.stdout, escaped(text, keep="\n\t"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """A table of results (stdout): numbers to the right, no cell cut, no control codes but at a terminal."""
+        """Print a table of results (stdout): numbers right-aligned, no cell truncated, styled only at a terminal."""
         if self.json:
             return
         title, columns = escaped(title), [escaped(name) for name in columns]
         cells = [[_cell(value) for value in row] for row in rows]
-        right = [all(_NUMBER.match(row[column]) for row in cells) for column in range(len(columns))]
+        numeric = [all(_NUMBER.match(row[column]) for row in cells) for column in range(len(columns))]
         screen = _screen(sys.stdout)
         if screen is None:
-            _write(sys.stdout, _plain_table(title, columns, cells, right))
+            _write(sys.stdout, _plain_table(title, columns, cells, numeric))
         else:
-            screen.print(_rich_table(title, columns, cells, right))
+            screen.print(_rich_table(title, columns, cells, numeric))
 
     def emit_json(self, value: Mapping[str, Any]) -> None:
-        """The result as one JSON object (stdout); numbers that JSON lacks (inf, nan) become null."""
+        """Print the result as one JSON object (stdout); infinite and NaN values become null."""
         if self.json:
-            text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(_json_value(value), indent=2, ensure_ascii=False, allow_nan=False)
             _write(sys.stdout, "\n".join(_CONTROL.sub(_json_escape, line) for line in text.split("\n")))
 
     @contextmanager
     def blocks(self, title: str, blocks: int, work: Sequence[float] | None = None) -> Iterator["BlockProgress"]:
-        """Progress over `blocks` blocks (stderr): a live display at a terminal, else one plain line a block.
+        """Show progress over `blocks` blocks (stderr): a live display at a terminal, else one plain line per block.
 
-        `work` says how much there is to do in each of them, in any unit; the same in all where it is not given.
+        `work` is the relative amount of work of each block, by default equal.
         """
         if self._screen is None:
             yield BlockProgress(title, blocks, self, None, work)
@@ -115,7 +115,7 @@ class Console:
 
 
 class BlockProgress:
-    """Shows the blocks as they are finished, and the steps within the one at work; made by `Console.blocks`."""
+    """Progress display of finished blocks and of the steps within the current one; created by `Console.blocks`."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class BlockProgress:
         self._header: list[str] = []
 
     def step(self, done: int, total: int, phase: str) -> None:
-        """Say how far the work within the present block is; nothing without a terminal."""
+        """Show the progress within the current block; does nothing without a terminal."""
         if self._live is None or self._task is None:
             return
         left = self._time_left(time.monotonic() - self._began)
@@ -145,23 +145,23 @@ class BlockProgress:
         self._live.update(self._task, phase=f"{phase} {done}/{total}{left}")
 
     def finished(self, report: "BlockReport") -> None:
-        """A block is on disk: show its line. Blocks finished by an earlier run do not count for the time left."""
+        """Show the line of a finished block; blocks of an earlier run do not count for the time left."""
         self._advance(report.index, None if report.resumed else report.seconds)
-        took = "resumed" if report.resumed else human_seconds(report.seconds)
+        duration = "resumed" if report.resumed else human_seconds(report.seconds)
         self._show(
             [
                 ("block", f"{report.index + 1}/{self._blocks}"),
                 *_sparsities(report.linears),
                 ("error", _change(report.error_before, report.error_after)),
                 ("loss", _scientific(report.learned_loss) + (" not better" if report.kept_uniform else "")),
-                ("time", took),
+                ("time", duration),
                 ("left", self._time_left(0.0) or "-"),
                 ("memory", human_bytes(report.peak_memory) if report.peak_memory else "-"),
             ]
         )
 
     def advance(self, index: int, seconds: float, phase: str = "") -> None:
-        """A step is done of which there is nothing to say but its time (evaluation); `index` counts from 0."""
+        """Show that step `index`, counted from 0, of an evaluation is finished, with its duration."""
         self._advance(index, seconds)
         if self._live is None:
             position = f"{index + 1}/{self._blocks}"
@@ -188,7 +188,7 @@ class BlockProgress:
             return
         widths = [max(len(name), len(value), _WIDTHS.get(name, 5)) for name, value in facts]
         header = [name for name, _ in facts]
-        if header != self._header:  # also where the linears differ from block to block
+        if header != self._header:  # linears may differ from block to block
             self._header = header
             self._console.note("  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True)))
         self._console.note("  ".join(value.rjust(width) for (_, value), width in zip(facts, widths, strict=True)))
@@ -198,7 +198,7 @@ _WIDTHS = {"block": 7, "error": 18, "loss": 7, "time": 7, "left": 10, "memory": 
 
 
 def show_error(message: str, hint: str = "") -> None:
-    """`error: …` and, where there is one, `hint: …` (stderr), each one line however long: paths stay whole."""
+    """Print `error: …` and, if there is one, `hint: …` (stderr), each on one line without wrapping."""
     screen = _screen(sys.stderr)
     for label, text in (("error", message), ("hint", hint)):
         if not text:
@@ -211,7 +211,7 @@ def show_error(message: str, hint: str = "") -> None:
 
 
 def human_bytes(count: int) -> str:
-    """A number of bytes in decimal units: `1.92 GB`."""
+    """Format a number of bytes in decimal units: `1.92 GB`."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -221,7 +221,7 @@ def human_bytes(count: int) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A time: `12.3 s`, `5 min 58 s`, `2 h 03 min`."""
+    """Format a duration: `12.3 s`, `5 min 58 s`, `2 h 03 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -232,17 +232,17 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_perplexity(value: float) -> str:
-    """A perplexity with four decimals; in powers of ten where it is out of all proportion."""
+    """Format a perplexity with four decimals, in scientific notation from 100,000."""
     return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1e5 else f"{value:.4e}"
 
 
 def human_share(value: float) -> str:
-    """A share of one as a percentage: `50.00 %`."""
+    """Format a fraction as a percentage: `50.00 %`."""
     return f"{100 * value:.2f} %"
 
 
 def short_names(linears: Sequence[str]) -> list[str]:
-    """The linears of a block in brief: `self_attn.q_proj` is `q`; the whole name where that is not unique."""
+    """Abbreviate the names of a block's linears: `self_attn.q_proj` to `q`; ambiguous names are kept unchanged."""
     short = [name.rpartition(".")[2].removesuffix("_proj") for name in linears]
     return [name if short.count(brief) > 1 else brief for name, brief in zip(linears, short, strict=True)]
 
@@ -268,11 +268,11 @@ def _cell(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else escaped(str(value))
 
 
-def _finite(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -282,7 +282,7 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def _screen(stream: TextIO) -> "rich.console.Console | None":
-    """A rich console for a stream that is a terminal which can move its cursor, else None."""
+    """Return a rich console if the stream is a terminal that can move its cursor, else None."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return None
     from rich.console import Console as Screen
@@ -290,27 +290,27 @@ def _screen(stream: TextIO) -> "rich.console.Console | None":
     return Screen(file=stream)
 
 
-def _plain_table(title: str, columns: Sequence[str], rows: list[list[str]], right: list[bool]) -> str:
+def _plain_table(title: str, columns: Sequence[str], rows: list[list[str]], numeric: list[bool]) -> str:
     widths = [max(len(line[column]) for line in [columns, *rows]) for column in range(len(columns))]
 
     def text(line: Sequence[str]) -> str:
-        cells = zip(line, widths, right, strict=True)
-        return "  ".join(cell.rjust(width) if flush else cell.ljust(width) for cell, width, flush in cells).rstrip()
+        cells = zip(line, widths, numeric, strict=True)
+        return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells).rstrip()
 
     head = [title, ""] if title else []
     return "\n".join([*head, text(columns), text(["-" * width for width in widths]), *map(text, rows)])
 
 
 def _rich_table(
-    title: str, columns: Sequence[str], rows: list[list[str]], right: list[bool]
+    title: str, columns: Sequence[str], rows: list[list[str]], numeric: list[bool]
 ) -> "rich.console.RenderableType":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-    for column, flush in zip(columns, right, strict=True):
-        table.add_column(Text(column), justify="right" if flush else "left", overflow="fold")
+    for column, right in zip(columns, numeric, strict=True):
+        table.add_column(Text(column), justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

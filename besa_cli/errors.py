@@ -1,4 +1,4 @@
-"""The errors a user may meet: one line says what is wrong, with the value and the place; a hint says what to do."""
+"""Errors shown to the user: one line naming the value and the place, and a hint with the remedy."""
 
 import contextlib
 import difflib
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 class BesaError(Exception):
-    """Something that could not be done (exit code 1).
+    """Failure of a command (exit code 1).
 
     Parameters
     ----------
     message : str
-        What is wrong, naming the value and the place (path, option, tensor).
+        Description of the problem, naming the value and the place (path, option, tensor).
     hint : str
-        What the user can do about it; may be empty.
+        Remedy; may be empty.
     """
 
     exit_code = 1
@@ -27,18 +27,18 @@ class BesaError(Exception):
 
 
 class UsageError(BesaError):
-    """An option or argument that cannot be meant (exit code 2)."""
+    """Invalid option or argument (exit code 2)."""
 
     exit_code = 2
 
 
 class Interrupted(BesaError):
-    """The command was interrupted, and there is more to say than that nothing finished is lost (exit code 130).
+    """Interruption of a command that has its own hint on how to resume (exit code 130).
 
     Parameters
     ----------
     hint : str
-        What was kept, and how to go on.
+        Description of what was kept and how to resume.
     """
 
     exit_code = 130
@@ -51,58 +51,58 @@ _LONGEST_REASON = 300
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of another library says, on one line of at most 300 characters."""
-    said = getattr(error, "strerror", None) or str(error)
-    words = " ".join(said.split()) or type(error).__name__
-    return words if len(words) <= _LONGEST_REASON else f"{words[: _LONGEST_REASON - 1]}…"
+    """Return the message of another library's error, on one line of at most 300 characters."""
+    message = getattr(error, "strerror", None) or str(error)
+    line = " ".join(message.split()) or type(error).__name__
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
 
 
 @contextlib.contextmanager
-def reading(what: Path | str, hint: str = "restore the file, or fetch it again") -> Iterator[None]:
-    """Turn whatever a library raises while it reads a file that besa did not write into one line that names the file.
+def reading(source: Path | str, hint: str = "restore the file, or fetch it again") -> Iterator[None]:
+    """Convert any exception of a library that reads a foreign file into a `BesaError` that names the file.
 
-    Wrap the library's own call and nothing else: a fault of ours must not be taken for one of the file.
+    Wrap nothing but the library's call, so that a bug in besa is not reported as an invalid file.
 
     Parameters
     ----------
-    what : Path or str
-        The file or directory that is read.
+    source : Path or str
+        File or directory that is read.
     hint : str
-        The remedy.
+        Remedy.
 
     Raises
     ------
     BesaError
-        The library raised anything but a `BesaError`, out of memory, or an interruption.
+        The library raised an exception other than `BesaError`, `MemoryError` or an interruption.
     """
     try:
         yield
     except (BesaError, MemoryError):
         raise
     except Exception as error:
-        raise BesaError(f"cannot read {what}: {reason_of(error)}", hint) from error
+        raise BesaError(f"cannot read {source}: {reason_of(error)}", hint) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic of a library in Rust is no `Exception`
+        if type(error).__name__ != "PanicException":  # a panic in a Rust library is not an `Exception`
             raise
-        raise BesaError(f"cannot read {what}: {reason_of(error)}", hint) from error
+        raise BesaError(f"cannot read {source}: {reason_of(error)}", hint) from error
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
-    """The error for a name that is not among `known`, with the nearest one as a suggestion.
+    """Return the error for an unknown name, with the most similar known name as a suggestion.
 
     Parameters
     ----------
     kind : str
-        What the name stands for, e.g. ``"method"``.
+        Kind of name, e.g. ``"method"``.
     value : str
-        The name that was given.
+        The unknown name.
     known : iterable of str
-        All names that would have been accepted.
+        All valid names.
     """
     names = list(known)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
-    meant = f"did you mean '{near[0]}'? " if near else ""
-    return UsageError(f"unknown {kind} '{value}'", f"{meant}known: {', '.join(names)}")
+    suggestion = f"did you mean '{near[0]}'? " if near else ""
+    return UsageError(f"unknown {kind} '{value}'", f"{suggestion}known: {', '.join(names)}")
 
 
 def require_options(
@@ -138,12 +138,12 @@ def require_options(
 
 
 def require_counts(**options: int | None) -> None:
-    """Refuse numbers below 1, by the options' names; None was not given.
+    """Check that every option is at least 1; None stands for an option that was not given.
 
     Raises
     ------
     UsageError
-        There is one.
+        An option is less than 1.
     """
     for name, value in options.items():
         if value is not None and value < 1:
@@ -151,13 +151,13 @@ def require_counts(**options: int | None) -> None:
 
 
 def require_factors(**options: float | None) -> None:
-    """Refuse what is not a number from 0 up, by the options' names; None was not given.
+    """Check that every option is finite and not negative; None stands for an option that was not given.
 
     Raises
     ------
     UsageError
-        There is one.
+        An option is negative, infinite or NaN.
     """
     for name, value in options.items():
         if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not a number from 0 up", "leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not a finite number of 0 or more", "leave it out")

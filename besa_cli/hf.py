@@ -1,8 +1,9 @@
-"""Lets transformers load a sparse checkpoint of besa: ``import besa_cli.hf``, then ``from_pretrained`` as always.
+"""Loader of sparse checkpoints for transformers: ``import besa_cli.hf``, then call ``from_pretrained`` as usual.
 
-The weights are expanded while they are loaded; the model is then an ordinary dense one with zeros. Without the import,
-loading fails: ``config.json`` names a weights file that is not there, and only the quantizer registered here puts the
-real one in its place. (An unknown ``quant_method`` alone would make transformers warn and leave weights random.)
+The weights are expanded while they are loaded; the resulting model is an ordinary dense one with zeros. Without the
+import, loading fails: ``config.json`` names a weights file that does not exist, and only the quantizer registered here
+replaces it by the real one. (With an unknown ``quant_method`` alone, transformers would only warn and leave the weights
+random.)
 """
 
 from pathlib import Path
@@ -21,12 +22,12 @@ from besa_cli.checkpoint import sparse_format, sparse_index, zstd
 from besa_cli.checkpoint.sparse_index import Index
 from besa_cli.errors import BesaError
 
-_problems: "WeakKeyDictionary[PreTrainedModel, BesaError]" = WeakKeyDictionary()  # the first weight not to be expanded
+_problems: "WeakKeyDictionary[PreTrainedModel, BesaError]" = WeakKeyDictionary()  # model → its first damaged weight
 
 
 @register_quantization_config(sparse_format.METHOD)
 class SparseConfig(QuantizationConfigMixin):
-    """What ``config.json`` says of a sparse checkpoint: the version of its format and the name of its index."""
+    """The quantization config of a sparse checkpoint: the version of its format and the name of its index."""
 
     def __init__(
         self, *, format: int = sparse_format.FORMAT, index: str = sparse_format.INDEX, **unknown: object
@@ -34,7 +35,7 @@ class SparseConfig(QuantizationConfigMixin):
         self.quant_method = sparse_format.METHOD  # type: ignore[assignment]  # transformers' own enumeration is closed
         if type(format) is not int or format != sparse_format.FORMAT:
             raise BesaError(
-                f"the checkpoint has sparse format {format!r}, this besa knows {sparse_format.FORMAT}",
+                f"the checkpoint has sparse format {format!r}, this version of besa reads {sparse_format.FORMAT}",
                 "install a newer besa",
             )
         if index != sparse_format.INDEX:
@@ -44,11 +45,11 @@ class SparseConfig(QuantizationConfigMixin):
             )
         self.format = format
         self.index = index
-        self.dequantize = True  # transformers then asks for the operation `dequantize`, and forgets this configuration
+        self.dequantize = True  # transformers then runs the operation `dequantize` and drops this configuration
 
 
 class Expand(ConversionOps):
-    """Makes the dense weight out of the parts that transformers has collected for it."""
+    """Conversion of the stored parts of a weight to the dense weight."""
 
     def __init__(self, quantizer: HfQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -60,65 +61,65 @@ class Expand(ConversionOps):
         target_patterns: list[str],
         **context: Any,
     ) -> dict[str, list[torch.Tensor]]:
-        """One parameter, in the dtype that it has in the model."""
+        """Return one parameter by name, in its dtype in the model."""
         name, model = str(context["full_layer_name"]), context["model"]
         parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
-        wanted = model.get_parameter_or_buffer(name)
+        parameter = model.get_parameter_or_buffer(name)
         try:
             dense = _dense(parts, name)
-        except BesaError as error:  # one that is raised in here would be buried in a report of transformers'
+        except BesaError as error:  # raised after loading: transformers would bury it in a report of its own
             _problems.setdefault(model, error)
-            dense = torch.zeros(wanted.shape)
-        return {name: [dense.to(wanted.dtype)]}
+            dense = torch.zeros(parameter.shape)
+        return {name: [dense.to(parameter.dtype)]}
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """What `save_pretrained` does with the weight: nothing, it is dense."""
-        return AsItIs()
+        """The inverse that `save_pretrained` applies: none, since the weight is dense."""
+        return Unchanged()
 
 
 def _dense(parts: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A weight, whole, out of what a file holds of it."""
+    """Return the dense weight for the tensors that a file holds of it."""
     if len(parts) == 1 and sparse_format.WEIGHT in parts:
         return parts[sparse_format.WEIGHT]
     if sparse_format.WEIGHT in parts:
-        raise BesaError(f"{name} is damaged: it is there both whole and in parts", "fetch the checkpoint again")
+        raise BesaError(f"{name} is damaged: it is stored both dense and in parts", "fetch the checkpoint again")
     device = next(iter(parts.values())).device
     return sparse_format.weight({part: tensor.cpu() for part, tensor in parts.items()}, name).to(device)
 
 
-class AsItIs(ConversionOps):
-    """Leaves tensors as they are."""
+class Unchanged(ConversionOps):
+    """Conversion that leaves tensors unchanged."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
     ) -> dict[str, Any]:
-        """The tensors that were given."""
+        """Return the input tensors."""
         return input_dict
 
 
 @register_quantizer(sparse_format.METHOD)
 class SparseQuantizer(HfQuantizer):
-    """Expands a sparse checkpoint while it is loaded, after checking its files against their digests."""
+    """Quantizer that expands a sparse checkpoint during loading, after checking the digests of its files."""
 
     requires_calibration = True
     quantization_config: SparseConfig
     _expanded: "TemporaryDirectory[str] | None" = None
     _checked: Index | None = None
-    serialized_names = {sparse_format.WEIGHT: [sparse_format.WEIGHT, *sparse_format.PARTS]}  # noqa: RUF012 - read by transformers as it is
+    serialized_names = {sparse_format.WEIGHT: [sparse_format.WEIGHT, *sparse_format.PARTS]}  # noqa: RUF012 - transformers reads it from the class
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Put the index's real name into the configuration; asked before transformers looks for the weights."""
-        named = getattr(config, "transformers_weights", None)
-        if named == sparse_format.NEEDS_IMPORT:
+        """Set the real name of the index in the config; transformers calls this before it looks for the weights."""
+        weights_name = getattr(config, "transformers_weights", None)
+        if weights_name == sparse_format.NEEDS_IMPORT:
             config.transformers_weights = sparse_format.INDEX
-        elif named not in (None, sparse_format.INDEX):
+        elif weights_name not in (None, sparse_format.INDEX):
             raise BesaError(
-                f"the checkpoint's config.json names as its weights {named!r}, not {sparse_format.NEEDS_IMPORT}",
+                f"the checkpoint's config.json names the weights {weights_name!r}, not {sparse_format.NEEDS_IMPORT}",
                 "fetch the checkpoint again",
             )
         directory = Path(str(config._name_or_path))
-        if (directory / sparse_format.INDEX).is_file():  # a local one: before transformers opens any file of it
+        if (directory / sparse_format.INDEX).is_file():  # local: check it before transformers opens any of its files
             self._checked = _check(directory)
         return config
 
@@ -135,8 +136,8 @@ class SparseQuantizer(HfQuantizer):
             raise BesaError(f"{index.directory / sparse_format.INDEX} lists files without tensors", "fetch it again")
         if files[0].suffix == zstd.SUFFIX:
             self._expanded = TemporaryDirectory(prefix="besa-")
-            place = Path(self._expanded.name)
-            checkpoint_files[:] = [str(index.expand(file, place)) for file in files]  # the list that is read next
+            directory = Path(self._expanded.name)
+            checkpoint_files[:] = [str(index.expand(file, directory)) for file in files]  # transformers reads this list
         for plain, file in zip(checkpoint_files, files, strict=True):
             index.require_names(Path(plain), file.name)
 
@@ -148,21 +149,21 @@ class SparseQuantizer(HfQuantizer):
             raise problem
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """What transformers runs on the collected parts of each weight."""
+        """Return the conversion that transformers runs on the collected parts of each weight."""
         return {"dequantize": Expand}
 
     def is_serializable(self) -> bool:
-        """The loaded model is dense and is saved as such."""
+        """Return True: the loaded model is dense and is saved as such."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """It is an ordinary dense model."""
+        """True: the loaded model is an ordinary dense one."""
         return True
 
 
 def _check(directory: Path) -> Index:
-    """The index of a sparse checkpoint, after comparing every file with its digest."""
+    """Compare every file of a sparse checkpoint with its digest and return the index."""
     index = sparse_index.read(directory)
     for file in index.digests:
         index.check(file)

@@ -155,7 +155,7 @@ def test_an_error_that_nobody_foresaw_is_a_line_and_its_traceback_a_file(
     (file,) = tmp_path.glob("besa-traceback-*.txt")
     assert outcome.code == 1
     assert outcome.err.splitlines() == [
-        f"error: besa failed in a way that nobody foresaw: {type(error).__name__}: a bug",
+        f"error: besa failed with an unexpected error: {type(error).__name__}: a bug",
         f"hint: please report it with the traceback in {file}",
     ]
     text = file.read_text(encoding="utf-8")

@@ -196,7 +196,7 @@ def test_blocks_that_are_given_something_of_every_token_are_refused(wide: int, t
     )  # fmt: skip
     tiny_models.built(config).save_pretrained(tmp_path / "model")
     decoder = Decoder(tmp_path / "model", CPU, torch.float32)
-    refused = pytest.raises(BesaError, match="Gemma4ForCausalLM hands its blocks arguments that depend on the tokens")
+    refused = pytest.raises(BesaError, match="Gemma4ForCausalLM passes its blocks arguments that depend on the tokens")
     with refused if wide else contextlib.nullcontext():
         verify(decoder, tiny_models.tokens(2, 12))
 

@@ -1,1 +1,1 @@
-"""Calibration sets: sampled, stored, and matched with a model."""
+"""Calibration sets: sampling, storage, and checks against a model."""

@@ -1,6 +1,6 @@
-"""What lies between a model and its calibration set: tokenizer, limits, and whether a set that exists will do."""
+"""Calibration sets for a model: its tokenizer and limits, and the checks before an existing set is reused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,13 @@ from besa_cli.errors import BesaError
 from besa_cli.models import Model
 from besa_cli.models.tokenizer import tokenizer_digest, tokenizer_of
 from besa_cli.system.disk import MANIFEST, sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import corpora, documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Notify = Callable[[str], None]
-
-_ROW = 32  # tokens that show whether a model gives the same block by block as whole
+_ROW = 32  # tokens of the one sample with which a model is verified if a method needs no calibration set
 
 
 def calibration_options(
@@ -34,18 +33,20 @@ def calibration_options(
     pack: bool | None,
     notify: Notify,
 ) -> calibration_set.CalibrationOptions:
-    """The options of a calibration set, with the defaults where nothing was asked (None).
+    """Return the options of a calibration set, with the defaults for arguments that are None.
 
-    The default sequence length is lowered, with a note, to the most that the model takes; one asked for is not.
+    The default sequence length is lowered to the model's maximum, with a note; an explicit one is not.
     """
-    given: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
+    arguments: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
     if data:
-        given["data"] = tuple(data)
-    options = calibration_set.CalibrationOptions(**{name: value for name, value in given.items() if value is not None})
+        arguments["data"] = tuple(data)
+    options = calibration_set.CalibrationOptions(
+        **{name: value for name, value in arguments.items() if value is not None}
+    )
     longest = architecture.maximum_length(architecture.config_of(model.directory))
     if seqlen is None and longest is not None and longest < options.seqlen:
         notify(
-            f"{model.name} takes {longest} tokens at most: samples have {longest} tokens instead of {options.seqlen}"
+            f"{model.name} supports at most {longest} tokens: samples have {longest} tokens instead of {options.seqlen}"
         )
         options = replace(options, seqlen=longest)
     return options
@@ -61,41 +62,41 @@ def calibrate(
     restart: bool = False,
     keep: bool = True,
 ) -> calibration_set.CalibrationSet:
-    """Make the calibration set of `directory`, or take the one that is there if it was made with the same options.
+    """Make the calibration set in `directory`, or reuse the existing one if it was made with the same options.
 
     Parameters
     ----------
     model : Model
-        Its tokenizer and limits are used.
-    options : calibration.Options
+        The model whose tokenizer and limits are used.
+    options : CalibrationOptions
     directory : Path
-        Where the set is, or goes to.
+        Directory of the set.
     data_dir : Path or None
         Directory with official files of named data sets.
     notify : callable
-        Takes one-line notes.
+        Receives one-line notes.
     restart : bool, default=False
-        Replace a set that is there.
+        Replace an existing set.
     keep : bool, default=True
-        Write the set into `directory`.
+        Write the set to `directory`.
 
     Raises
     ------
     BesaError
-        A set made with other options is there, or the new one cannot be made or written.
+        The existing set was made with other options, or the new one cannot be made or written.
     """
     if (directory / MANIFEST).exists() and not restart:
-        found = reuse(model, directory)
-        _refuse_difference(found, options, directory)
+        existing = reuse(model, directory)
+        _refuse_difference(existing, options, directory)
         notify(f"the calibration set in {directory} was made with the same options: reused")
-        return found
+        return existing
     calibration_set.refuse_foreign(directory)
     config = architecture.config_of(model.directory)
     tokenizer = LazyTokenizer(model, notify)
     kinds = {documents.suffix(Path(name)) for name in options.data}
-    if not kinds <= {".jsonl", ".jsonl.gz"}:  # those may hold token ids, which need none
+    if not kinds <= {".jsonl", ".jsonl.gz"}:  # these may hold token ids, which need no tokenizer
         tokenizer.load()
-    made = calibration_set.build(
+    new = calibration_set.build(
         options,
         tokenizer,
         tokenizer_digest=tokenizer_digest(model.directory),
@@ -105,14 +106,14 @@ def calibrate(
         notify=notify,
     )
     origin = {"name": model.name, "kind": model.kind, "revision": model.revision}
-    made = replace(made, manifest={**made.manifest, "command": "calibrate", "model": origin})
+    new = replace(new, manifest={**new.manifest, "command": "calibrate", "model": origin})
     if keep:
-        calibration_set.save(made, directory)
-    return made
+        calibration_set.save(new, directory)
+    return new
 
 
 def unobserved(model: Model) -> calibration_set.CalibrationSet:
-    """One short row of token ids, where a method decides from the weights alone; it needs no tokenizer and no text."""
+    """Return one short sample for methods that use the weights alone; it needs no tokenizer and no text."""
     config = architecture.config_of(model.directory)
     length = min(_ROW, architecture.maximum_length(config) or _ROW)
     rows = torch.arange(length)[None] % config.get_text_config().vocab_size
@@ -120,73 +121,75 @@ def unobserved(model: Model) -> calibration_set.CalibrationSet:
 
 
 def reuse(model: Model, directory: Path) -> calibration_set.CalibrationSet:
-    """The finished calibration set in `directory`, checked to fit the model.
+    """Load the calibration set in `directory` and check that it fits the model.
 
     Raises
     ------
     BesaError
-        There is none, or it was made with another tokenizer, or is longer than the model takes.
+        There is no set, or it was made with another tokenizer, or its samples are too long for the model.
     """
-    found = calibration_set.load(directory)
+    existing = calibration_set.load(directory)
     config = architecture.config_of(model.directory)
     remedy = f"make one with: besa calibrate --model {model.name} --run NAME"
-    made_with, own = found.manifest["tokenizer_digest"], tokenizer_digest(model.directory)
-    if made_with != own and found.manifest["sampling"] != "token rows":
+    used, expected = existing.manifest["tokenizer_digest"], tokenizer_digest(model.directory)
+    if used != expected and existing.manifest["sampling"] != "token rows":
         raise BesaError(
-            f"the calibration set in {directory} was made with another tokenizer ({made_with[:12]}) "
-            f"than that of {model.name} ({own[:12]})",
+            f"the calibration set in {directory} was made with another tokenizer ({used[:12]}) "
+            f"than that of {model.name} ({expected[:12]})",
             remedy,
         )
-    highest, vocabulary = int(found.tokens.max()), config.get_text_config().vocab_size
+    highest, vocabulary = int(existing.tokens.max()), config.get_text_config().vocab_size
     if highest >= vocabulary:
         raise BesaError(
-            f"the calibration set in {directory} has token id {highest}, {model.name} knows {vocabulary} tokens", remedy
-        )
-    seqlen, longest = found.tokens.shape[1], architecture.maximum_length(config)
-    if longest is not None and seqlen > longest:
-        raise BesaError(
-            f"the calibration set in {directory} has samples of {seqlen} tokens, {model.name} takes {longest} at most",
+            f"the calibration set in {directory} has token id {highest}, {model.name} has only {vocabulary} tokens",
             remedy,
         )
-    return found
+    seqlen, longest = existing.tokens.shape[1], architecture.maximum_length(config)
+    if longest is not None and seqlen > longest:
+        raise BesaError(
+            f"the calibration set in {directory} has samples of {seqlen} tokens, {model.name} supports at most "
+            f"{longest}",
+            remedy,
+        )
+    return existing
 
 
 def _refuse_difference(
-    found: calibration_set.CalibrationSet, options: calibration_set.CalibrationOptions, directory: Path
+    existing: calibration_set.CalibrationSet, options: calibration_set.CalibrationOptions, directory: Path
 ) -> None:
-    there: Mapping[str, Any] = found.manifest["options"]
-    asked = options.record()
+    """Refuse a calibration set made with other options, or from files that have changed since."""
+    used: Mapping[str, Any] = existing.manifest["options"]
     hint = "give --run NAME to keep both, or --restart to replace it"
     different = [
-        f"{name} {_shown(there.get(name))} there, {_shown(value)} asked"
-        for name, value in asked.items()
-        if there.get(name) != value
+        f"{name} {_text(used.get(name))} instead of {_text(value)}"
+        for name, value in options.record().items()
+        if used.get(name) != value
     ]
     if different:
         raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
-    known = {source["sha256"] for source in found.manifest["sources"]}
+    known = {source["sha256"] for source in existing.manifest["sources"]}
     for name in options.data:
         path = documents.local_path(name)
-        if name in corpora.SOURCES or not path.is_file():  # the tokens are there; the text is not needed any more
+        if name in corpora.SOURCES or not path.is_file():  # the stored tokens make the text unnecessary
             continue
         documents.check_file(path)
         if (digest := sha256_file(path)) not in known:
-            was = ", ".join(sorted(value[:12] for value in known))
+            before = ", ".join(sorted(value[:12] for value in known))
             raise BesaError(
-                f"{name} has changed since the calibration set in {directory} was made: SHA-256 {was} then, "
+                f"{name} has changed since the calibration set in {directory} was made: SHA-256 {before} then, "
                 f"{digest[:12]} now",
                 hint,
             )
 
 
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "auto"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class LazyTokenizer:
-    """The model's tokenizer, read when first needed: token rows need none."""
+    """The model's tokenizer, loaded on first use; token rows never use it."""
 
     def __init__(self, model: Model, notify: Notify) -> None:
         self._model, self._notify = model, notify
@@ -196,25 +199,25 @@ class LazyTokenizer:
         return tokenizer_of(self._model, self._notify)
 
     def load(self) -> None:
-        """Read it now."""
+        """Load the tokenizer now."""
         _ = self._tokenizer
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a document."""
+        """Id of the token that ends a document."""
         value: int | None = self._tokenizer.eos_token_id
         return value
 
     @property
     def is_fast(self) -> bool:
-        """Whether it is one of the `tokenizers` library."""
+        """True if the tokenizer is one of the `tokenizers` library."""
         return bool(self._tokenizer.is_fast)
 
     @property
     def backend_tokenizer(self) -> Any:
-        """The tokenizer of that library."""
+        """The underlying tokenizer of the `tokenizers` library."""
         return self._tokenizer.backend_tokenizer
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """A mapping with the token ids of `text` under ``input_ids``."""
+        """Tokenize a text; returns a mapping with the token ids under ``input_ids``."""
         return self._tokenizer(text, **options)

@@ -1,7 +1,7 @@
-"""Token windows out of documents: drawn as the paper's authors draw them, or packed where documents are short.
+"""Sampling of token windows from documents: drawn as in the authors' program, or packed for short documents.
 
-Both ways are fixed by the seed alone (`random.Random(seed)`, the Mersenne Twister of the standard library), and both
-tokenize only the documents that they come to.
+Both methods are determined by the seed alone (`random.Random(seed)`, the Mersenne Twister of the standard library), and
+both tokenize only the documents that they need.
 """
 
 import random
@@ -17,46 +17,46 @@ from besa_cli.errors import BesaError
 from besa_cli.text.spool import Numbers, Text
 
 Encode = Callable[[Text], Iterable[int]]
-_UNCHECKED = 1024  # windows that are drawn before it is known whether there are as many
+_UNCHECKED = 1024  # windows to draw before the whole pool is checked to hold enough of them
 
 
 class Documents(Protocol):
-    """Texts by number; a list is one."""
+    """Protocol of a sequence of texts; a list satisfies it."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of texts."""
 
     def __getitem__(self, index: int, /) -> Text:
-        """One text, read when it is asked for."""
+        """Read one text."""
 
 
 class Joined:
-    """Several sequences of documents as one, none of them copied."""
+    """Concatenation of several sequences of documents, without copying them."""
 
     def __init__(self, parts: Sequence[Documents]) -> None:
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
-        """All documents."""
+        """Return the number of all documents."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int, /) -> Text:
-        """The document of that number, counted through all parts."""
-        which = bisect_right(self._ends, index)
-        return self._parts[which][index - (self._ends[which - 1] if which else 0)]
+        """Return the document of that index, counted over all parts."""
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Token windows, and how many documents they were taken from.
+    """Token windows, and the number of documents that they come from.
 
     Parameters
     ----------
-    tokens : sequence of array("q"), one a window
+    tokens : sequence of array("q")
         `samples` windows of `seqlen` token ids each.
     documents : int
-        Documents that gave at least one token.
+        Number of documents with at least one token in a window.
     """
 
     tokens: Sequence["array[int]"]
@@ -66,10 +66,10 @@ class Windows:
 def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, seed: int) -> Windows:
     """Draw each window from a random document that is longer than `seqlen` tokens, at a random start.
 
-    These are the authors' draws to the letter: `randint` for the document until one is longer than `seqlen`, `randint`
-    for the start in [0, length - seqlen - 1]; a pool of one document needs no draw of it. Documents and places may come
-    twice, as with the authors. Therefore a pool must hold, in its long documents together, at least `samples` windows
-    that do not overlap: with less, the samples could not be as many different ones as the option says, however drawn.
+    The draws are exactly those of the authors' program: `randint` for the document until one is longer than `seqlen`,
+    `randint` for the start in [0, length - seqlen - 1]; a pool of one document needs no draw for the document. As in
+    the authors' program, the same document and start may be drawn twice. The long documents together must hold at least
+    `samples` windows that do not overlap: with fewer, `samples` different windows would be impossible.
 
     Parameters
     ----------
@@ -78,15 +78,14 @@ def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, see
     encode : callable
         Text to token ids.
     samples, seqlen : int
-        Windows to draw, tokens of each.
+        Number of windows, and tokens per window.
     seed : int
-        Of `random.Random`.
+        Seed of `random.Random`.
 
     Raises
     ------
     BesaError
-        The long documents together hold fewer windows than `samples`; says how many there are, how long, and what to
-        do.
+        The long documents together hold fewer windows than `samples`.
     """
     pool = _Pool(documents, encode, seqlen)
     generator = random.Random(seed)
@@ -105,7 +104,7 @@ def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, see
 
 
 class _Pool:
-    """Documents, tokenized when first drawn; of those not longer than `seqlen` tokens only the length is kept."""
+    """Documents that are tokenized when first drawn; only the length is kept of those not longer than `seqlen`."""
 
     def __init__(self, documents: Documents, encode: Encode, seqlen: int) -> None:
         self._documents = documents
@@ -113,18 +112,18 @@ class _Pool:
         self._seqlen = seqlen
         self._lengths: dict[int, int] = {}
         self._numbers = Numbers()
-        self._long: dict[int, range] = {}  # where the tokens of long documents are
+        self._long: dict[int, range] = {}  # document → positions of its tokens in `_numbers`, for long documents
 
     def length(self, index: int) -> int:
-        """Tokens of a document that was looked at."""
+        """Return the number of tokens of a document that was tokenized."""
         return self._lengths[index]
 
     def window(self, index: int, start: int) -> "array[int]":
-        """A window of a long document."""
+        """Return the window of a long document that begins at `start`."""
         return self._numbers.read(self._long[index][start : start + self._seqlen])
 
     def long_document(self, generator: random.Random) -> int | None:
-        """The index of a random document longer than `seqlen`, or None where there is none."""
+        """Draw the index of a document longer than `seqlen`; None if there is none."""
         last = len(self._documents) - 1
         while self._long or len(self._lengths) <= last:
             index = generator.randint(0, last) if last else 0
@@ -133,25 +132,24 @@ class _Pool:
         return None
 
     def holds(self, samples: int) -> bool:
-        """Whether the long documents hold `samples` windows that do not overlap; looks only as far as needed."""
-        found = sum(self._windows(index) for index in self._long)
+        """Check that the long documents hold `samples` windows without overlap, tokenizing only as many as needed."""
+        windows = sum(self._windows(index) for index in self._long)
         for index in range(len(self._documents)):
-            if found >= samples:
+            if windows >= samples:
                 return True
             if index not in self._lengths and self._is_long(index):
-                found += self._windows(index)
-        return found >= samples
+                windows += self._windows(index)
+        return windows >= samples
 
     def too_few(self, samples: int) -> BesaError:
-        """What the pool holds and what to do; to be called when every document was looked at."""
-        hint = "join short documents with --pack, or give a smaller --seqlen or --samples, or more text with --data"
+        """Return the error for too few long documents; call it only after all documents were tokenized."""
         longest = max(self._lengths.values())
-        of = f"of {len(self._documents)} documents {len(self._long)} are longer than --seqlen {self._seqlen} tokens"
-        holds = sum(self._windows(index) for index in self._long)
+        windows = sum(self._windows(index) for index in self._long)
         return BesaError(
-            f"too few long documents: {of} (the longest has {longest}), holding {holds} whole windows, "
-            f"fewer than --samples {samples}",
-            hint,
+            f"too few long documents: {len(self._long)} of {len(self._documents)} documents are longer than --seqlen "
+            f"{self._seqlen} tokens (the longest has {longest}) and hold {windows} whole windows, fewer than "
+            f"--samples {samples}",
+            "join short documents with --pack, or give a smaller --seqlen or --samples, or more text with --data",
         )
 
     def _is_long(self, index: int) -> bool:
@@ -169,25 +167,25 @@ class _Pool:
 
 
 def shuffled(documents: Documents, seed: int) -> Iterator[Text]:
-    """The documents in an order fixed by the seed."""
+    """Return the documents in a random order determined by the seed."""
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     return (documents[index] for index in order)
 
 
 def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int, separator: int | None) -> Windows:
-    """Join documents in the order given and cut the stream into consecutive full windows; take the first `samples`.
+    """Join documents in order and cut the tokens into consecutive full windows; return the first `samples`.
 
     Parameters
     ----------
     documents : iterable of Text
-        Read only as far as tokens are needed.
+        Read only until there are enough tokens.
     encode : callable
         Text to token ids.
     samples, seqlen : int
-        Windows to take, tokens of each.
+        Number of windows, and tokens per window.
     separator : int or None
-        The token between two documents (the tokenizer's EOS); not doubled where the tokenizer itself ends them with it.
+        The token between two documents (the tokenizer's EOS); not added if the tokenizer already appends it.
 
     Raises
     ------

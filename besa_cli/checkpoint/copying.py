@@ -1,4 +1,4 @@
-"""The small files of a model that go with it: configuration, tokenizer, licence."""
+"""Copying of a model's small files: configuration, tokenizer, chat template and licence."""
 
 import json
 import shutil
@@ -16,19 +16,19 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
 
 
 def small_files(source: Path) -> list[str]:
-    """The names of configuration, tokenizer, chat template and licence files; nothing that holds weights."""
+    """List the names of configuration, tokenizer, chat template and licence files; none of them holds weights."""
     flat = [path.name for path in sorted(source.iterdir()) if path.is_file() and _is_copied(path.name)]
     inside = [path for folder in files.FOLDERS for path in sorted((source / folder).glob("*.jinja")) if path.is_file()]
     return [*flat, *(path.relative_to(source).as_posix() for path in inside)]
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy `small_files`; nothing of besa's own.
+    """Copy the files that `small_files` lists; besa's own files are not among them.
 
     Raises
     ------
     BesaError
-        A JSON file is none, as when it was cut short.
+        A JSON file is invalid, for instance cut short.
     """
     for name in small_files(source):
         path = source / name

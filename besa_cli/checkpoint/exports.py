@@ -1,4 +1,4 @@
-"""The manifest of an export, `export.json`: what it is, what it was made from, and every file with its digest."""
+"""The manifest of an export, `export.json`: its format, its source, and every file with its digest."""
 
 from pathlib import Path
 from typing import Any, Literal, NotRequired
@@ -11,7 +11,8 @@ from besa_cli.errors import BesaError, reading
 from besa_cli.system import disk, records
 from besa_cli.system.records import strict
 
-_REMEDY = "fetch the export again, or export it anew with --restart"
+_REMEDY = "fetch the export again, or make it again with --restart"
+_FETCH = "fetch the file again, or make the export again with --restart"
 
 
 @strict
@@ -24,7 +25,7 @@ class File(TypedDict):
 
 @strict
 class ExportOptions(TypedDict):
-    """What was asked for; each format has options of its own beside it."""
+    """The options of an export; all but `format` belong to one format each."""
 
     format: str
     dtype: NotRequired[str | None]
@@ -52,7 +53,7 @@ class ExportModel(TypedDict):
 
 @strict
 class Sizes(TypedDict):
-    """Bytes of what is stored, and as dense bf16."""
+    """Bytes of the linears and of all weights, as stored and as dense bf16."""
 
     linears: Count
     linears_dense: Positive
@@ -79,64 +80,61 @@ class Manifest(TypedDict):
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished export, each field of the kind that it has to be.
+    """Read the manifest of a finished export and validate each field.
 
     Raises
     ------
     BesaError
-        There is none, it is of another format, or it is damaged (the field is named).
+        The manifest is missing, of another format, or damaged (the field is named).
     """
-    manifests.read(directory, EXPORT)  # of this format
+    manifests.read(directory, EXPORT)  # refuses other formats
     return {**records.read(Manifest, directory / EXPORT, _REMEDY)}
 
 
 def refuse_changed(directory: Path, files: dict[str, File], *, digests: bool = True) -> None:
-    """Compare files of an export with what its manifest says of them.
+    """Compare files of an export with their entries in its manifest.
 
     Parameters
     ----------
     directory : Path
-        The export's.
+        The export.
     files : dict
-        Those to look at.
+        File name → entry of the manifest, for the files to compare.
     digests : bool
-        Read them whole; else only their sizes are compared.
+        Compare sizes and digests; else only sizes.
 
     Raises
     ------
     BesaError
-        A file is missing or another (named), or its name leads out of the directory.
+        A file is missing or differs (named), or its name leads out of the directory.
     """
-    for name, told in files.items():
+    for name, entry in files.items():
         path = directory / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BesaError(f"{directory / EXPORT} names {name}, which is not in the export", _REMEDY)
-        reason = _reason(path, told, digests=digests)
-        if reason:
-            raise BesaError(f"{path} is damaged or missing: {reason}", _FETCH)
+        difference = _difference(path, entry, digests=digests)
+        if difference:
+            raise BesaError(f"{path} is damaged or missing: {difference}", _FETCH)
 
 
-def _reason(path: Path, told: File, *, digests: bool) -> str:
-    """How a file differs from what is told of it; empty where it does not."""
+def _difference(path: Path, entry: File, *, digests: bool) -> str:
+    """Describe how a file differs from its entry in the manifest; empty if it does not."""
     if not path.exists():
         return f"{EXPORT} lists it"
     disk.require_regular(path)
     size = path.stat().st_size
-    if size != told["bytes"]:
-        return f"it has {size} bytes, {EXPORT} says {told['bytes']}"
-    return f"its SHA-256 is not the one in {EXPORT}" if digests and digest(path) != told["sha256"] else ""
-
-
-_FETCH = "fetch the file again, or export it anew with --restart"
+    if size != entry["bytes"]:
+        return f"it has {size} bytes, {EXPORT} says {entry['bytes']}"
+    return f"its SHA-256 is not the one in {EXPORT}" if digests and digest(path) != entry["sha256"] else ""
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of an ordinary file.
+    """Return the SHA-256 of a regular file.
 
     Raises
     ------
     BesaError
-        It cannot be read.
+        The file cannot be read.
     """
     disk.require_regular(path)
     with reading(path, _FETCH):

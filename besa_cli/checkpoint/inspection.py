@@ -1,4 +1,4 @@
-"""What a directory is, what made it, and how sparse each linear is, counted in the tensors themselves."""
+"""Inspection of a directory: its kind, the command that made it, and the zeros of each linear, counted."""
 
 import re
 import shlex
@@ -25,14 +25,14 @@ _OPPOSITES = {"--symmetric": "--asymmetric"}
 Kind = Literal["run", "calibration", "stage", "export", "checkpoint"]
 
 _IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d{1,9})\.(?P<linear>.+)\.weight", re.ASCII)
-_ROUTERS = ("router", "gate")  # they decide between experts and are never pruned
+_ROUTERS = ("router", "gate")  # linears that choose experts; never pruned
 _KINDS = ("weight", "bias")
 _STORED_AS_IN_OUT = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # Conv1D: the weight is transposed
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCount:
-    """One linear as it is on the disk; `pruned` and `written` zeros by its report, None where there is no report."""
+    """Counts of one linear on disk; `pruned` and `written` (zeros) are from its report, None without a report."""
 
     name: str
     rows: int
@@ -49,7 +49,7 @@ class LinearCount:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCount:
-    """One block as it is on the disk, and its report where there is one."""
+    """Counts of one block on disk, with its report if there is one."""
 
     index: int
     linears: tuple[LinearCount, ...]
@@ -58,7 +58,7 @@ class BlockCount:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockMatrices:
-    """The tensors of one block's linears, by linear: weights of shape (rows, cols), and biases where there are any."""
+    """The tensors of one block's linears by name: weights of shape (rows, cols), and biases if there are any."""
 
     index: int
     weights: Mapping[str, Tensor]
@@ -67,16 +67,16 @@ class BlockMatrices:
 
 
 def kind_of(directory: Path) -> Kind:
-    """What a directory is, from what lies in it.
+    """Return the kind of a directory, judged by its files.
 
     Raises
     ------
     BesaError
-        It does not exist, or holds nothing that besa knows.
+        The directory does not exist, or holds nothing that besa knows.
     """
-    with reading(directory, "check the path and who may read it"):
-        there = directory.is_dir()
-    if not there:
+    with reading(directory, "check the path and its permissions"):
+        is_directory = directory.is_dir()
+    if not is_directory:
         state = "is not a directory" if directory.exists() else "does not exist"
         raise BesaError(f"{directory} {state}", "name a run directory, a stage or a checkpoint: besa show DIR")
     if (directory / EXPORT).exists():
@@ -96,17 +96,17 @@ def kind_of(directory: Path) -> Kind:
 
 
 def stage_directories(run: Run) -> list[Path]:
-    """Where a run's stages are, whether there or not: the newest last, each before the one that will replace it."""
+    """List the directories of a run's stages, existing or not, newest last, each before its replacement."""
     return [directory for name in STAGES for directory in (run.stage(name), run.next_stage(name))]
 
 
 def exports(run: Run) -> list[Path]:
-    """The finished exports of a run."""
+    """List the finished exports of a run."""
     return sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}") if not path.parent.name.startswith("."))
 
 
 def damage(export: Path, manifest: Mapping[str, Any]) -> str:
-    """The first file of an export that is not as its manifest says, by names and sizes alone; empty where all are."""
+    """Describe the first file of an export that contradicts the manifest by name or size; empty if none does."""
     try:
         refuse_changed(export, manifest["files"], digests=False)
     except BesaError as error:
@@ -115,12 +115,12 @@ def damage(export: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def number_of_blocks(directory: Path) -> int:
-    """How many blocks `blocks` will give for a stage or a checkpoint."""
+    """Return the number of blocks that `blocks` yields for a stage or a checkpoint."""
     return len(linear_names(directory))
 
 
 def linear_names(directory: Path) -> dict[int, list[str]]:
-    """Block → the names of its linears, of a stage (as far as it is finished) or of any checkpoint; no tensor is read.
+    """Map each block to the names of its linears, for a stage (finished blocks) or any checkpoint; reads no tensor.
 
     Raises
     ------
@@ -129,12 +129,12 @@ def linear_names(directory: Path) -> dict[int, list[str]]:
     """
     if (directory / MANIFEST).exists():
         stage = _stage(directory)
-        return {index: [each.name for each in stage.report(index).linears] for index in range(stage.finished())}
+        return {index: [linear.name for linear in stage.report(index).linears] for index in range(stage.finished())}
     return {index: list(names.values()) for index, names in _matrices(weights.Weights(directory)).items()}
 
 
 def blocks(directory: Path) -> Iterator[BlockCount]:
-    """The blocks of a stage (as far as it is finished) or of any checkpoint in safetensors, read one at a time.
+    """Count the blocks of a stage (finished blocks) or of any safetensors checkpoint, reading one at a time.
 
     Raises
     ------
@@ -162,13 +162,13 @@ def _zeros(directory: Path, name: str, weight: Tensor) -> int:
         return masks.count_zeros(weight)
     except (RuntimeError, NotImplementedError) as error:
         raise BesaError(
-            f"{name} in {directory} has the dtype {weight.dtype}, of which zeros cannot be counted",
+            f"{name} in {directory} has the dtype {weight.dtype}, whose zeros cannot be counted",
             "name a checkpoint whose weights are numbers",
         ) from error
 
 
 def matrices(directory: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[BlockMatrices]:
-    """The weights and biases of the wanted linears, by their name inside the block, one block at a time.
+    """Yield the weights and biases of the wanted linears, by their name inside the block, one block at a time.
 
     Raises
     ------
@@ -182,28 +182,30 @@ def matrices(directory: Path, wanted: Callable[[str], bool] = lambda _: True) ->
 
 
 def size(directory: Path) -> int:
-    """Bytes of all files of a stage or a checkpoint."""
+    """Return the bytes of all files of a stage or a checkpoint."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
-    """Bytes of the tensors of a finished quantized stage if its linears were stored in the bits that they need."""
+    """Return the bytes of a finished quantized stage's tensors if its linears were packed into `counts["bits"]`."""
     source, stage = weights.Weights(directory), _stage(directory)
     codes = [name for index in range(stage.blocks) for name in stage.code_names(index) if name.endswith(".codes")]
-    wide = source.nbytes(f"{name.removesuffix('.codes')}.weight" for name in codes)
-    return source.nbytes(source.names) - wide + -(-int(counts["bits"]) // 8)
+    unpacked = source.nbytes(f"{name.removesuffix('.codes')}.weight" for name in codes)
+    return source.nbytes(source.names) - unpacked + -(-int(counts["bits"]) // 8)
 
 
 def _stage(directory: Path) -> Stage:
-    """A stage as far as it is finished; by its own word finished it has to be whole, as far as names and sizes say."""
+    """Open a stage; one that its manifest calls complete must have all its shards and a matching index."""
     manifest = manifests.read(directory)
     stage = Stage(directory, int(manifest["blocks"]))
     if manifest["status"] == "complete":
         for index in range(-1, stage.blocks):
             if not stage.shard(index).exists():
-                raise BesaError(f"{stage.shard(index)} is missing", "make the stage anew with --restart, or restore it")
-        whole = weights.Weights(directory)
-        if set(whole.shards()) != {stage.shard(index) for index in range(-1, stage.blocks)}:
+                raise BesaError(
+                    f"{stage.shard(index)} is missing", "restore the file, or make the stage again with --restart"
+                )
+        source = weights.Weights(directory)
+        if set(source.shards()) != {stage.shard(index) for index in range(-1, stage.blocks)}:
             raise BesaError(
                 f"{directory / headers.INDEX} does not name the shards of {stage.blocks} blocks", "restore the file"
             )
@@ -213,25 +215,28 @@ def _stage(directory: Path) -> Stage:
 def _stored_block(stage: Stage, index: int, wanted: Callable[[str], bool]) -> BlockMatrices:
     report = stage.report(index)
     linears = {linear.name: linear for linear in report.linears if wanted(linear.name)}
-    places = {f"{name}.{kind}" for name in linears for kind in _KINDS}
+    wanted_names = {f"{name}.{kind}" for name in linears for kind in _KINDS}
 
-    def place(name: str) -> str | None:
-        """The tensor's name inside the block, if it is one of those wanted."""
+    def inner_name(name: str) -> str | None:
+        """Return the tensor's name inside the block if it is wanted."""
         words = f".{name}".split(f".{index}.")
         ends = (f".{index}.".join(words[start:]) for start in range(1, len(words)))
-        return next((end for end in ends if end in places), None)
+        return next((end for end in ends if end in wanted_names), None)
 
-    stored = stage.read_some(index, lambda name: place(name) is not None)
-    found = {str(place(name)): tensor for name, tensor in stored.items()}
+    stored = stage.read_some(index, lambda name: inner_name(name) is not None)
+    by_name = {str(inner_name(name)): tensor for name, tensor in stored.items()}
     for name, linear in linears.items():
-        tensor = found.get(f"{name}.weight")
+        tensor = by_name.get(f"{name}.weight")
         if tensor is None or tuple(tensor.shape) != (linear.rows, linear.cols):
             raise BesaError(
                 f"{stage.shard(index)} does not hold {name} ({linear.rows} x {linear.cols}) as its report says",
-                "make the stage anew with --restart",
+                "make the stage again with --restart",
             )
     tensors = {
-        f"{name}.{kind}": found[f"{name}.{kind}"] for name in linears for kind in _KINDS if f"{name}.{kind}" in found
+        f"{name}.{kind}": by_name[f"{name}.{kind}"]
+        for name in linears
+        for kind in _KINDS
+        if f"{name}.{kind}" in by_name
     }
     return _block(index, tensors, report)
 
@@ -245,20 +250,20 @@ def _block(index: int, tensors: Mapping[str, Tensor], report: BlockReport | None
 
 
 def _plain_blocks(source: weights.Weights, wanted: Callable[[str], bool]) -> Iterator[BlockMatrices]:
-    turned = disk.read_json(source.directory / "config.json").get("model_type") in _STORED_AS_IN_OUT
+    transposed = disk.read_json(source.directory / "config.json").get("model_type") in _STORED_AS_IN_OUT
     for index, names in _matrices(source).items():
-        asked = {name: linear for name, linear in names.items() if wanted(linear)}
-        places = {name: f"{linear}.weight" for name, linear in asked.items()}
-        biases = {name.removesuffix("weight") + "bias": f"{linear}.bias" for name, linear in asked.items()}
-        places |= {name: place for name, place in biases.items() if name in source}
-        tensors = {places[name]: tensor for name, tensor in source.read(list(places)).items()}
-        if turned:
+        linears = {name: linear for name, linear in names.items() if wanted(linear)}
+        inner_names = {name: f"{linear}.weight" for name, linear in linears.items()}
+        biases = {name.removesuffix("weight") + "bias": f"{linear}.bias" for name, linear in linears.items()}
+        inner_names |= {name: inner for name, inner in biases.items() if name in source}
+        tensors = {inner_names[name]: tensor for name, tensor in source.read(list(inner_names)).items()}
+        if transposed:
             tensors = {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
         yield _block(index, tensors, None)
 
 
 def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
-    """Block → tensor name → linear's name, for the largest of the checkpoint's numbered lists of modules."""
+    """Map block → tensor name → name of the linear, for the largest of the checkpoint's numbered lists of modules."""
     lists: dict[str, dict[int, dict[str, str]]] = {}
     for name in source.names:
         match = _IN_BLOCK.fullmatch(name)
@@ -271,14 +276,14 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
     def size(numbered: Mapping[int, Mapping[str, str]]) -> int:
         return sum(source.nbytes(names) for names in numbered.values())
 
-    found = sorted(max(lists.values(), key=size).items())
-    shapes = source.shapes([name for _, names in found for name in names])
+    largest = sorted(max(lists.values(), key=size).items())
+    shapes = source.shapes([name for _, names in largest for name in names])
     matrices = {name for name, shape in shapes.items() if len(shape) == 2 and all(shape)}
-    return {index: {name: names[name] for name in names if name in matrices} for index, names in found}
+    return {index: {name: names[name] for name in names if name in matrices} for index, names in largest}
 
 
 def command_line(command: str, options: Mapping[str, Any], run: Path | None = None) -> str:
-    """The command that a manifest's options were typed as, in full; with the run directory, if given."""
+    """Return the command line for a manifest's options, with ``--run`` if a run directory is given."""
     words = ["besa", command]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -300,14 +305,14 @@ def _data(source: Mapping[str, Any]) -> str:
 
 
 def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that make a stage or a calibration set again on any machine, `auto` replaced by what it stood for."""
+    """Return the options that reproduce a stage or a calibration set on any machine, with `auto` resolved."""
     options = dict(manifest.get("options", {}))
     model = manifest.get("model", {})
     options.setdefault("model", model.get("name"))
     if model.get("revision") and "@" not in str(options["model"]):
         options["model"] = f"{options['model']}@{model['revision']}"
     sources = manifest.get("calibration", {}).get("sources", manifest.get("sources", []))
-    if "data" in options and any(source["source"] == "bundled" for source in sources):  # it may stand in for another
+    if "data" in options and any(source["source"] == "bundled" for source in sources):  # it may replace c4
         options["data"] = list(dict.fromkeys(_data(source) for source in sources))
     resolved = manifest.get("compute", {})
     for name in ("device", "dtype"):
@@ -317,17 +322,17 @@ def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_files(run: Run) -> list[Path]:
-    """The files of a run's results, by name."""
+    """List the files of a run's evaluation results, sorted by name."""
     return sorted(run.evaluations.glob("*.json"))
 
 
 def evaluations(run: Run) -> dict[str, Any]:
-    """The results of a run by file name."""
+    """Read the evaluation results of a run, by file name."""
     return _results(run.evaluations)
 
 
 def simulations(run: Run) -> dict[str, Any]:
-    """The simulations of a run by file name."""
+    """Read the simulations of a run, by file name."""
     return _results(run.simulations)
 
 

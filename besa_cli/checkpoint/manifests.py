@@ -1,4 +1,4 @@
-"""The manifest of a stage or a calibration set: what it is, what made it, and whether it is finished."""
+"""The manifest of a stage or a calibration set: its kind, its options and sources, and its status."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from besa_cli.system.records import strict
 
 FORMAT = 1
 MANIFEST = disk.MANIFEST
-EXPORT = "export.json"  # the manifest of an export, written last; an export is no stage
+EXPORT = "export.json"  # the manifest of an export, written last; an export is not a stage
 _LIBRARIES = ("torch", "transformers", "safetensors")
 
 MOST_BLOCKS = 10_000
@@ -27,7 +27,7 @@ Options = dict[str, str | int | float | bool | list[str | int] | None]
 
 @strict
 class SourceRecord(TypedDict):
-    """A text or a file of token rows that calibration samples were taken from."""
+    """A text or a file of token rows that calibration samples come from."""
 
     asked: str
     source: str
@@ -37,7 +37,7 @@ class SourceRecord(TypedDict):
 
 @strict
 class Origin(TypedDict):
-    """The model that a stage was made from; `stage` where it is another stage of the run."""
+    """The model that a stage was made from; `stage` is set if it is another stage of the run."""
 
     name: str
     kind: Literal["demo", "hub", "local", "gguf"]
@@ -49,14 +49,14 @@ class Origin(TypedDict):
 
 @strict
 class Compute(TypedDict):
-    """Where and how a stage is computed: all of it changes bytes."""
+    """Settings of the computation that change the bytes of a stage."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float16", "bfloat16"]
     threads: Annotated[int, Ge(1), Le(4096)]
     batch: Positive
     kernels: str
-    processor: NotRequired[str]  # not in stages of before, whose reports have no seal either
+    processor: NotRequired[str]  # missing in old stages, whose reports have no seal either
     environment: NotRequired[dict[str, str]]
 
 
@@ -71,7 +71,7 @@ class Quantization(TypedDict):
 
 @strict
 class Calibration(TypedDict):
-    """The calibration tokens that a stage was made with; none where a method observes none."""
+    """The calibration tokens that a stage was made with; None and empty for methods that use none."""
 
     tokens_digest: Digest | None
     sources: list[SourceRecord]
@@ -79,7 +79,7 @@ class Calibration(TypedDict):
 
 @strict
 class Counts(TypedDict):
-    """What a finished stage holds, in weights of the linears inside the blocks."""
+    """Counts of a finished stage over the weights of the linears inside the blocks."""
 
     weights: Count
     pruned: Count
@@ -90,7 +90,7 @@ class Counts(TypedDict):
 
 @strict
 class StageHistory(TypedDict):
-    """An earlier stage of which this one was made."""
+    """An earlier stage that this one was made from."""
 
     stage: str
     command: str
@@ -141,7 +141,7 @@ class CalibrationManifest(TypedDict):
 
 @strict
 class _Kind(TypedDict):
-    """What every manifest says first; the format decides how the rest is read."""
+    """The fields common to all manifests; `format` decides how the others are read."""
 
     format: int
     stage: NotRequired[str]
@@ -149,22 +149,21 @@ class _Kind(TypedDict):
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-
+    """Return the versions of besa and of the libraries that the numbers depend on."""
     return {"besa": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 def read(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest of a stage or a calibration set, or, under its own name, of an export.
+    """Read the manifest of a stage or a calibration set, or with the name `EXPORT` of an export.
 
     Raises
     ------
     BesaError
-        There is none, it is of another format, or it is damaged (the field is named).
+        The manifest is missing, of another format, or damaged (the field is named).
     """
     path = directory / name
     text = disk.read_text(path)
-    kind = _known(path, text)
+    kind = _parse_kind(path, text)
     if name != MANIFEST:
         return disk.parse_json(text, path)
     if kind.get("stage") == "calibration":
@@ -178,19 +177,18 @@ def read(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
 _REMEDY = "restore the file, or make the stage again with --restart"
 
 
-def _known(path: Path, text: str) -> _Kind:
-    found = records.parse(_Kind, text, path, _REMEDY)
-    if found["format"] != FORMAT:
+def _parse_kind(path: Path, text: str) -> _Kind:
+    kind = records.parse(_Kind, text, path, _REMEDY)
+    if kind["format"] != FORMAT:
         raise BesaError(
-            f"{path} has format {found['format']}, this besa {__version__} reads {FORMAT}",
+            f"{path} has format {kind['format']}, this besa {__version__} reads {FORMAT}",
             "use the besa version that wrote it, or a newer one",
         )
-    return found
+    return kind
 
 
 def _require_finished(manifest: StageManifest, path: Path) -> None:
     """Refuse a finished stage without digest or counts, or with counts that contradict each other."""
-
     missing = [name for name in ("digest", "counts") if name not in manifest]
     if missing:
         raise BesaError(f"{path} is not what besa wrote: {missing[0]} is missing", _REMEDY)
@@ -211,7 +209,6 @@ def _require_finished(manifest: StageManifest, path: Path) -> None:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a finished stage or calibration set is there, by its manifest's own word."""
-
+    """Return True if the directory has a manifest with the status "complete"."""
     path = directory / MANIFEST
-    return path.exists() and _known(path, disk.read_text(path)).get("status") == "complete"
+    return path.exists() and _parse_kind(path, disk.read_text(path)).get("status") == "complete"

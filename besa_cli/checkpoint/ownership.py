@@ -1,8 +1,8 @@
-"""One rule for what may be replaced: a directory that besa made, as far as besa wrote the files in it.
+"""Ownership of directories: besa replaces or removes a directory only if it wrote all files in it.
 
-A directory is besa's when its manifest says so. Of what lies in it, besa's are the manifest, the files that the
-manifest lists or whose names follow from it (shards, their reports and codes, the index, the timing), and what a killed
-process left of them. Anything else stays, and so does what is read meanwhile: both are refusals that name the file.
+A directory is besa's if its manifest says so. In it, besa owns the manifest, the files that the manifest lists or whose
+names follow from it (shards, their reports and codes, the index, the timing), and partial files that a killed process
+left. A directory with any other file, or with a file that is being read, is refused, naming the file.
 """
 
 import filecmp
@@ -28,24 +28,24 @@ _SMALL = re.compile(
     r"|[^/]+\.(?:model|tiktoken|spm)|(?i:LICENSE)[^/]*"
 )
 _EXPORTED = ("README.md", "sparse.safetensors.index.json", INDEX, "model.safetensors")
-_LEFT = re.compile(r"\.(.+)\.\d+\.partial")  # see `disk.publish`
+_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")  # see `disk.publish`
 _AWAY = "move it away, or name another run directory with --run"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Owned:
-    """What besa wrote into one directory.
+    """The files in one directory that besa wrote.
 
     Attributes
     ----------
     listed : frozenset of str
-        Names that the manifest lists, below the directory, with ``/``.
+        Names that the manifest lists, relative to the directory, with ``/``.
     shards : int
-        How many files of weights its stage has; 0 where it is not a stage.
+        Number of files of weights of a stage; 0 if the directory is not a stage.
     origin : Path or None
-        Where a stage's small files were copied from.
+        The directory that a stage's small files were copied from.
     unfinished : bool
-        An export or import that was interrupted: it has no list yet.
+        An interrupted export or import, which has no list yet.
     """
 
     listed: frozenset[str] = frozenset()
@@ -54,10 +54,10 @@ class _Owned:
     unfinished: bool = False
 
     def has(self, directory: Path, name: str) -> bool:
-        """Whether besa wrote the file of this name."""
+        """Return True if besa wrote the file of this name."""
         folder, _, last = name.rpartition("/")
-        left = _LEFT.fullmatch(last)
-        name = f"{folder}/{left[1]}".lstrip("/") if left else name
+        partial = _PARTIAL.fullmatch(last)
+        name = f"{folder}/{partial[1]}".lstrip("/") if partial else name
         return (
             name in self.listed
             or self._is_shard(name)
@@ -73,12 +73,12 @@ class _Owned:
         return total == self.shards and 1 <= number <= total
 
     def _is_copy(self, directory: Path, name: str) -> bool:
-        """Whether the very file lies where the stage's small files came from: nothing is lost with this one."""
+        """Return True if the file is a copy of one in `origin`, so that nothing is lost by removing it."""
         if self.origin is None:
             return False
-        here, there = directory / name, self.origin / name
+        copy, original = directory / name, self.origin / name
         try:
-            return not here.samefile(there) and filecmp.cmp(here, there, shallow=False)
+            return not copy.samefile(original) and filecmp.cmp(copy, original, shallow=False)
         except (OSError, ValueError):
             return False
 
@@ -86,30 +86,28 @@ class _Owned:
     def _may_be_exported(name: str) -> bool:
         plain = name.removeprefix("stage/")
         known = (MANIFEST, EXPORT, TIMING, *_EXPORTED)
-        return plain in known or any(each.fullmatch(plain) for each in (_SMALL, _SHARD, _WEIGHTS))
+        return plain in known or any(pattern.fullmatch(plain) for pattern in (_SMALL, _SHARD, _WEIGHTS))
 
 
-_BEGUN = _Owned(
-    listed=frozenset({MANIFEST, EXPORT})
-)  # a directory without a manifest: a killed process began to write one
+_MANIFEST_ONLY = _Owned(listed=frozenset({MANIFEST, EXPORT}))  # without a manifest: a partial one may be besa's
 
 
 def refuse_to_replace(directory: Path, sources: Iterable[Path] = ()) -> None:
-    """Refuse to replace a directory that besa did not make, that holds anything else, or a file that is being read.
+    """Refuse to replace a directory that besa did not make, that holds other files, or a file that is being read.
 
     Parameters
     ----------
     directory : Path
-        What is to be replaced or removed; it need not exist.
+        The directory to be replaced or removed; it need not exist.
     sources : iterable of Path
-        Files and directories that are read meanwhile: none of their files may lie in `directory`, by any link.
+        Files and directories that are being read: none of their files may be in `directory`, directly or by a link.
 
     Raises
     ------
     BesaError
-        Names the file.
+        The directory must not be replaced; names the file.
     """
-    if not _there(directory):
+    if not directory.exists() and not directory.is_symlink():
         return
     if not directory.is_dir():
         raise BesaError(f"cannot make {directory}: a file is in its place", "name another directory with --run")
@@ -124,40 +122,40 @@ def refuse_to_replace(directory: Path, sources: Iterable[Path] = ()) -> None:
 
 
 def manifest_names(directory: Path) -> list[str]:
-    """The manifests that lie in a directory."""
+    """List the manifests in a directory."""
     return [name for name in (MANIFEST, EXPORT) if (directory / name).exists()]
 
 
 def strangers(directory: Path) -> list[str]:
-    """The files of a directory, below it, that besa did not write, sorted; all of them where it has no manifest.
+    """List the files below a directory that besa did not write, sorted; without a manifest these are all files.
 
     Raises
     ------
     BesaError
         A manifest cannot be read.
     """
-    owned = _owned(directory) or _BEGUN
+    owned = _owned(directory) or _MANIFEST_ONLY
     return sorted(name for name in _files(directory) if not owned.has(directory, name))
 
 
 def remove(directory: Path) -> None:
-    """Remove what besa wrote into a directory, and the folders that are empty then; of a link the link alone.
+    """Remove the files that besa wrote to a directory, and folders left empty; of a symbolic link only the link.
 
-    What besa did not write stays where it is, and so does the directory around it.
+    Files that besa did not write are kept, and so are the folders around them.
 
     Raises
     ------
     BesaError
-        It cannot be removed.
+        A file cannot be removed.
     """
     try:
         if directory.is_symlink():
             directory.unlink()
             return
-        owned = _owned(directory) or _BEGUN
-        doomed = [name for name in _files(directory) if owned.has(directory, name)]
-        last = [name for name in doomed if name in (MANIFEST, EXPORT)]  # until then it is besa's
-        for name in [*(name for name in doomed if name not in last), *last]:
+        owned = _owned(directory) or _MANIFEST_ONLY
+        names = [name for name in _files(directory) if owned.has(directory, name)]
+        last = [name for name in names if name in (MANIFEST, EXPORT)]  # they mark the directory as besa's until then
+        for name in [*(name for name in names if name not in last), *last]:
             (directory / name).unlink(missing_ok=True)
         _remove_empty(directory)
     except OSError as error:
@@ -165,21 +163,17 @@ def remove(directory: Path) -> None:
 
 
 def _remove_empty(directory: Path) -> None:
-    for place, _, _ in os.walk(directory, topdown=False):
-        if not any(Path(place).iterdir()):
-            Path(place).rmdir()
-
-
-def _there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
+    for folder, _, _ in os.walk(directory, topdown=False):
+        if not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
 
 
 def _files(directory: Path) -> Iterator[str]:
-    """Everything below a directory that is not itself a directory; links are not followed."""
-    for place, folders, files in os.walk(directory):
-        links = [name for name in folders if (Path(place) / name).is_symlink()]
+    """Yield the names of everything below a directory except folders; links are not followed."""
+    for parent, folders, files in os.walk(directory):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
         for name in (*files, *links):
-            yield (Path(place) / name).relative_to(directory).as_posix()
+            yield (Path(parent) / name).relative_to(directory).as_posix()
 
 
 def _refuse_source(directory: Path, source: Path) -> None:
@@ -188,13 +182,13 @@ def _refuse_source(directory: Path, source: Path) -> None:
     for path in (source, *inside):
         if path.resolve().is_relative_to(home):
             raise BesaError(
-                f"{directory} is not replaced: {path}, which is read, lies in it",
+                f"{directory} is not replaced: {path}, which is being read, is in it",
                 "name another run directory with --run",
             )
 
 
 def _owned(directory: Path) -> _Owned | None:
-    """What of a directory is besa's; None where no manifest says that besa made it."""
+    """Return the files of a directory that are besa's; None if no manifest says that besa made it."""
     name = next((name for name in (EXPORT, MANIFEST) if (directory / name).is_file()), None)
     if name is None:
         return None
@@ -219,7 +213,7 @@ def _of_export(manifest: Mapping[str, Any], directory: Path) -> _Owned:
 
 
 def _of_stage(manifest: Mapping[str, Any]) -> _Owned:
-    """Names that follow from a stage's manifest; `files`, which older stages lack, lists the small ones."""
+    """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     blocks, model, small = manifest.get("blocks"), manifest.get("model"), manifest.get("files", [])
     origin = model.get("directory") if isinstance(model, dict) else None
     return _Owned(

@@ -1,4 +1,4 @@
-"""What is refused before any work: writing over what is not ours, what was changed or fits no grid, a full disk."""
+"""Preflight checks: foreign directories, modified stages, weights beyond fp16 scales, free disk space."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from besa_cli.system import disk
 
 
 def refuse_foreign(directory: Path, model: Path) -> None:
-    """Refuse to write a stage over what is not a stage of besa, or over the very model that is read.
+    """Refuse to write a stage to a directory that holds other files, or to the model's own directory.
 
     Raises
     ------
@@ -20,25 +20,27 @@ def refuse_foreign(directory: Path, model: Path) -> None:
         The directory holds files but no manifest, or it is the model's.
     """
     if model.resolve() == directory.resolve():
-        raise BesaError(f"{directory} is both the model to prune and the place to write to", "name another --run")
+        raise BesaError(
+            f"{directory} is both the model and the directory to write to", "name another run directory with --run"
+        )
     if not (directory / manifests.MANIFEST).exists():
         ownership.refuse_to_replace(directory)
 
 
-def refuse_damaged(directory: Path, found: str) -> None:
-    """Refuse a finished stage whose tensors are not those that were written.
+def refuse_damaged(directory: Path, digest: str) -> None:
+    """Refuse a finished stage whose tensors differ from those that were written.
 
     Parameters
     ----------
     directory : Path
-        A model; what is no stage has no digest to compare with.
+        A model; nothing is compared if it is not a finished stage.
     found : str
-        The digest of what lies there now.
+        The digest of its present tensors.
 
     Raises
     ------
     BesaError
-        The digests differ, or a shard, a report or a file of codes is missing or that of another block.
+        The digests differ, or a shard, a report or a file of codes is missing or belongs to another block.
     """
     if not (directory / manifests.MANIFEST).exists():
         return
@@ -46,59 +48,64 @@ def refuse_damaged(directory: Path, found: str) -> None:
     if manifest["status"] != "complete":
         return
     written = manifest["digest"]
-    if written != found:
+    if written != digest:
         raise BesaError(
-            f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {found[:12]} now",
-            f"restore its files, make it anew with --restart, or name it with --model {directory} to take it as it is",
+            f"{directory} is damaged or was changed since it was made: digest {written[:12]} then, {digest[:12]} now",
+            f"restore its files, make it again with --restart, or give --model {directory} to use it unchecked",
         )
     Stage(directory, manifest["blocks"]).require_whole()
 
 
 def refuse_incomplete(directory: Path) -> None:
-    """Refuse to call a stage finished that lacks one of the small files that were copied into it.
+    """Refuse a stage that lacks one of the small files that were copied to it.
 
     Raises
     ------
     BesaError
-        The file is named.
+        A file is missing (named).
     """
-    for name in manifests.read(directory).get("files", ["config.json"]):  # older stages do not say
+    for name in manifests.read(directory).get("files", ["config.json"]):  # old stages have no list
         if not (directory / name).is_file():
-            raise BesaError(f"{directory} lacks {name}", "restore the file, or make the stage anew with --restart")
+            raise BesaError(f"{directory} lacks {name}", "restore the file, or make the stage again with --restart")
 
 
 def refuse_beyond_fp16(extremes: Mapping[str, tuple[float, float]], grid: Grid) -> None:
-    """Refuse weights whose scales would surely be no fp16 numbers, wherever the groups lie.
+    """Refuse weights whose scales overflow fp16 for any division into groups.
 
     Parameters
     ----------
     extremes : mapping
-        The least and the greatest weight of each linear.
+        Linear → its smallest and largest weight.
     grid : Grid
 
     Raises
     ------
     BesaError
-        There are such weights.
+        A scale overflows; the linear is named.
     """
     for name, (low, high) in extremes.items():
-        reach = max(-low, high) * (2 if grid.symmetric else 1)
-        if reach / grid.top > affine.LARGEST:
+        width = max(-low, high) * (2 if grid.symmetric else 1)
+        if width / grid.top > affine.LARGEST:
             raise BesaError(
-                f"{name} has weights as large as {max(-low, high):.3g}: their scale on {grid} is beyond fp16",
-                "this model cannot be quantized so; is one of its weights damaged?",
+                f"{name} has weights as large as {max(-low, high):.3g}: their scale on {grid} exceeds fp16",
+                "check the weights, which may be damaged, or give more bits",
             )
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse early what the disk cannot hold.
+    """Refuse to start if the disk has too little free space.
 
     Parameters
     ----------
     directory : Path
-        Where it is to be written; it may not exist yet.
+        The directory to write to; it need not exist.
     needed : int
-        Bytes.
+        Bytes to be written.
+
+    Raises
+    ------
+    BesaError
+        The disk has fewer bytes free.
     """
     free = disk.free(directory)
     if free < needed:

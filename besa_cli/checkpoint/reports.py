@@ -1,4 +1,4 @@
-"""What is said of a block and its linears once they are done."""
+"""Reports of a finished block and its linears."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ _Size = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearReport:
-    """What was done to one linear: `pruned` weights by the mask, `zeros` in the stored tensor."""
+    """Report of one linear: weights `pruned` by the mask, and `zeros` in the stored tensor."""
 
     name: str
     rows: _Size
@@ -22,25 +22,25 @@ class LinearReport:
 
     @property
     def sparsity(self) -> float:
-        """Pruned share of the linear's weights."""
+        """Share of the linear's weights that are pruned."""
         return self.pruned / (self.rows * self.cols)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
-    """What was done to one block.
+    """Report of one block.
 
     Attributes
     ----------
     error_before, error_after : float or None
-        Mean over the calibration tokens of ‖output − target‖² / ‖target‖²: under the uniform mask, or of clipping with
-        the nearest codes (methods that compare; over the samples compared), and as delivered.
+        Mean over the calibration tokens of ‖output − target‖² / ‖target‖². Before: with the uniform mask, or for
+        clipping with the nearest codes (only of methods that compare, over the samples compared). After: as stored.
     learned_loss : float or None
-        Mean reconstruction loss of the learning's last tenth of steps.
+        Mean reconstruction loss over the last tenth of the learning steps.
     kept_uniform : bool
-        What was learned was not better than the uniform allocation, or the nearest codes, which were kept.
+        The learned result was not better than the uniform allocation (or the nearest codes), which was kept.
     resumed : bool
-        The block was found finished on disk; `seconds` is then the time of its replay.
+        The block was already finished on disk; `seconds` is then the time of its replay.
     """
 
     index: _Count
@@ -56,7 +56,7 @@ class BlockReport:
 
     @property
     def problem(self) -> str:
-        """What contradicts itself in the report; empty where nothing does."""
+        """Description of the first contradiction in the report; empty if there is none."""
         if not 0 <= self.index < self.blocks:
             return f"block {self.index} of {self.blocks}"
         for linear in self.linears:
@@ -66,7 +66,7 @@ class BlockReport:
         return ""
 
     def record(self) -> dict[str, Any]:
-        """The part of the report that is the same whenever and however often the command is run."""
+        """Return the part of the report that does not depend on the run: all but times, memory and `resumed`."""
         fields = asdict(self)
         for name in ("resumed", "seconds", "peak_memory"):
             del fields[name]
@@ -74,6 +74,6 @@ class BlockReport:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "BlockReport":
-        """The inverse of `record`, of a block that was finished before."""
+        """Return the report of a finished block from its `record`."""
         linears = tuple(LinearReport(**linear) for linear in record["linears"])
         return cls(**{**record, "linears": linears, "resumed": True})

@@ -1,9 +1,9 @@
-"""The run directory."""
+"""The run directory and the paths in it."""
 
 from pathlib import Path
 
 from besa_cli.checkpoint import manifests, swap
-from besa_cli.checkpoint.stages import STAGES, finished
+from besa_cli.checkpoint.stages import STAGES, require_finished
 
 
 class Run:
@@ -14,63 +14,63 @@ class Run:
 
     @property
     def calibration(self) -> Path:
-        """Where the calibration set is."""
+        """Directory of the calibration set."""
         return self.path / "calibration"
 
     @property
     def evaluations(self) -> Path:
-        """Where evaluation results go, one file a result."""
+        """Directory of evaluation results, one file per result."""
         return self.path / "eval"
 
     @property
     def exports(self) -> Path:
-        """Where exports go, one directory each."""
+        """Directory of exports, one subdirectory each."""
         return self.path / "export"
 
     @property
     def simulations(self) -> Path:
-        """Where simulation results go, one file a result."""
+        """Directory of simulation results, one file per result."""
         return self.path / "simulate"
 
     def stage(self, name: str) -> Path:
-        """Where a stage is: ``pruned``, ``quantized``."""
+        """Return the directory of a stage, ``pruned`` or ``quantized``."""
         return self.path / name
 
     def stage_at(self, directory: Path) -> str | None:
-        """The name of this run's stage in a directory; None where that is none of its stages."""
+        """Return the name of the stage in a directory; None if it is not one of this run's stages."""
         return next((name for name in STAGES if self.stage(name).resolve() == directory.resolve()), None)
 
     def next_stage(self, name: str) -> Path:
-        """Where a stage is written that will take the place of a finished one."""
+        """Return the directory in which the replacement of a finished stage is written."""
         return self.path / f"{name}.next"
 
     def newest(self) -> Path | None:
-        """The newest stage, or None where there is none; not one whose parent was made anew since.
+        """Return the newest stage that is not stale, or None if there is none.
 
         Raises
         ------
         BesaError
-            It is unfinished.
+            The stage is unfinished.
         """
         for name in reversed(STAGES):
-            directory = self.whole(name)
+            directory = self.existing_stage(name)
             if (directory / manifests.MANIFEST).exists() and not self.stale(name):
-                finished(directory)
+                require_finished(directory)
                 return directory
         return None
 
-    def whole(self, name: str) -> Path:
-        """Where a stage is, also after a crash in the middle of an exchange."""
+    def existing_stage(self, name: str) -> Path:
+        """Return the directory of a stage, also if a crash interrupted its replacement."""
         directory = self.stage(name)
         if directory.exists():
             return directory
-        others = (self.next_stage(name), swap.aside(directory))
-        return next((place for place in others if manifests.is_complete(place)), directory)
+        candidates = (self.next_stage(name), swap.aside(directory))
+        return next((candidate for candidate in candidates if manifests.is_complete(candidate)), directory)
 
     def stale(self, name: str) -> bool:
-        """Whether a stage was made from another stage of this run that is not the same any more."""
-        model = manifests.read(self.whole(name)).get("model", {})
+        """Return True if a stage was made from another stage of this run that has changed since or is missing."""
+        model = manifests.read(self.existing_stage(name)).get("model", {})
         if "stage" not in model:
             return False
-        parent = self.whole(model["stage"])
+        parent = self.existing_stage(model["stage"])
         return not manifests.is_complete(parent) or manifests.read(parent)["digest"] != model["digest"]

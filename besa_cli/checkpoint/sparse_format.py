@@ -1,4 +1,4 @@
-"""How a sparse checkpoint stores a pruned weight: a mask of bits and the values that are left, back to back.
+"""Encoding of pruned weights in a sparse checkpoint: a bit mask and the remaining values, row after row.
 
 `docs/export.md` specifies the format.
 """
@@ -16,7 +16,7 @@ from besa_cli.ops.affine import Grid, Quantized
 METHOD = "besa"  # the quant_method of config.json
 FORMAT = 1
 INDEX = "sparse.safetensors.index.json"
-NEEDS_IMPORT = "import-besa_cli.hf-to-load-this.safetensors.index.json"  # no such file: see hf.py
+NEEDS_IMPORT = "import-besa_cli.hf-to-load-this.safetensors.index.json"  # never exists, see hf.py
 WEIGHT, MASK, VALUES, SHAPE = "weight", "weight_mask", "weight_values", "weight_shape"
 CODES, SCALE, ZERO, GRID = "weight_codes", "weight_scale", "weight_zero", "weight_grid"  # of quantized weights
 PARTS = (MASK, VALUES, SHAPE, CODES, SCALE, ZERO, GRID)
@@ -24,14 +24,14 @@ _NEEDED = (MASK, VALUES, SHAPE)
 
 
 def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor in as few bytes as its zeros allow, by name: the three parts of a matrix, or the tensor itself.
+    """Encode a tensor in the smaller form: the three parts of a sparse matrix, or the tensor itself; by name.
 
     Parameters
     ----------
     name : str
         The tensor's name in the checkpoint.
     tensor : Tensor
-        A matrix of shape (rows, cols) whose name ends in ``.weight`` may become parts; everything else stays.
+        Only a matrix of shape (rows, cols) whose name ends in ``.weight`` may become parts.
     """
     prefix, _, last = name.rpartition(".")
     if last != WEIGHT or tensor.dim() != 2:
@@ -48,28 +48,28 @@ def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def encoded_codes(name: str, tensor: Tensor, quantized: Quantized) -> dict[str, Tensor]:
-    """A quantized weight as its mask, the codes that do not stand for zero, and its grid; by name.
+    """Encode a quantized weight as its mask, the codes that do not stand for zero, and its grid; by name.
 
     Parameters
     ----------
     name : str
         The weight's name in the checkpoint.
     tensor : Tensor
-        What the codes stand for, in the checkpoint's dtype, of shape (rows, cols).
+        The dequantized weight, in the checkpoint's dtype, of shape (rows, cols).
     quantized : Quantized
 
     Raises
     ------
     BesaError
-        The codes stand for other weights than `tensor` holds.
+        The dequantized codes differ from `tensor`.
     """
-    found, grid, cols = affine.dequantize(quantized).to(tensor.dtype), quantized.grid, tensor.shape[1]
-    if not torch.equal(found, tensor):
-        raise BesaError(f"{name} is not what its codes stand for", "make the stage anew with --restart")
+    grid, cols = quantized.grid, tensor.shape[1]
+    if not torch.equal(affine.dequantize(quantized).to(tensor.dtype), tensor):
+        raise BesaError(f"{name} differs from its codes", "make the stage again with --restart")
     mask = quantized.codes != affine.per_column(quantized.zeros, grid, cols)
     parts = {
         MASK: packing.pack_mask(mask),
-        VALUES: torch.empty(0, dtype=tensor.dtype),  # for its dtype
+        VALUES: torch.empty(0, dtype=tensor.dtype),  # stores only the dtype
         SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
         CODES: packing.pack_codes(quantized.codes[mask].unsqueeze(0), grid.bits)[0],
         SCALE: quantized.scales,
@@ -82,47 +82,50 @@ def encoded_codes(name: str, tensor: Tensor, quantized: Quantized) -> dict[str, 
 
 
 def codes(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The codes, scales and zero points of one file, by the names that a quantized stage stores them under.
+    """Decode the codes, scales and zero points of one file, by their names in a quantized stage.
 
     Raises
     ------
     BesaError
-        Parts are missing, or do not belong together.
+        Parts are missing or inconsistent.
     """
-    found: dict[str, Tensor] = {}
+    decoded_codes: dict[str, Tensor] = {}
     for name in tensors:
         prefix, _, last = name.rpartition(".")
         if last == CODES:
-            own = {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
-            found |= affine.to_tensors(_quantized(own, f"{prefix}.{WEIGHT} in {place}"), prefix)
-    return found
+            quantized = _quantized(_parts(tensors, prefix), f"{prefix}.{WEIGHT} in {place}")
+            decoded_codes |= affine.to_tensors(quantized, prefix)
+    return decoded_codes
 
 
 def decoded(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """The inverse of `encoded`, for all tensors of one file.
+    """Decode all tensors of one file: the inverse of `encoded`.
 
     Raises
     ------
     BesaError
-        Parts are missing, or do not belong together; names the tensor and `place`, the file they are from.
+        Parts are missing or inconsistent; names the tensor and its file `place`.
     """
-    found = {}
+    dense = {}
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
         if last == MASK:
             if f"{prefix}.{WEIGHT}" in tensors:
-                raise _damaged(f"{prefix}.{WEIGHT} in {place}", "it is there both whole and in parts")
-            own = {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
-            found[f"{prefix}.{WEIGHT}"] = weight(own, f"{prefix}.{WEIGHT} in {place}")
+                raise _damaged(f"{prefix}.{WEIGHT} in {place}", "it is stored both dense and in parts")
+            dense[f"{prefix}.{WEIGHT}"] = weight(_parts(tensors, prefix), f"{prefix}.{WEIGHT} in {place}")
         elif last not in PARTS:
-            found[name] = tensor
+            dense[name] = tensor
         elif f"{prefix}.{MASK}" not in tensors:
-            raise _damaged(f"{name} in {place}", f"there is no {MASK} with it")
-    return found
+            raise _damaged(f"{name} in {place}", f"its {MASK} is missing")
+    return dense
+
+
+def _parts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {part: tensors[f"{prefix}.{part}"] for part in PARTS if f"{prefix}.{part}" in tensors}
 
 
 def dense_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that `decoded` would take, by the sizes that are stored; parts that are no sizes count for nothing."""
+    """Return the bytes of the result of `decoded`, from the stored shapes; invalid shapes count 0."""
     total = 0
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
@@ -135,12 +138,12 @@ def dense_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
-    """The matrix of shape (rows, cols) whose parts these are.
+    """Decode the parts of one weight; returns the matrix of shape (rows, cols).
 
     Raises
     ------
     BesaError
-        They do not belong together; `place` names the weight and its file.
+        The parts are inconsistent; `place` names the weight and its file.
     """
     mask = _mask(parts, place)
     values, count = parts[VALUES], int(mask.sum())
@@ -148,11 +151,11 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
         raise _damaged(place, f"{VALUES} has the dtype {values.dtype}")
     if CODES in parts:
         if values.numel():
-            raise _damaged(place, f"there are both {VALUES} and {CODES}")
+            raise _damaged(place, f"it has both {VALUES} and {CODES}")
         return affine.dequantize(_quantized(parts, place)).to(values.dtype)
     strangers = [part for part in (SCALE, ZERO, GRID) if part in parts]
     if strangers:
-        raise _damaged(place, f"there is {strangers[0]}, but no {CODES}")
+        raise _damaged(place, f"it has {strangers[0]} but no {CODES}")
     if values.shape != (count,):
         raise _damaged(place, f"{MASK} has {count} bits set, but {VALUES} has the shape {list(values.shape)}")
     if not bool(packing.stored_mask(values.unsqueeze(0)).all()) or not bool(torch.isfinite(values.float()).all()):
@@ -169,14 +172,14 @@ def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:
         raise _damaged(place, f"{SHAPE} is not two sizes")
     rows, cols = shape.tolist()
     if bits.dtype != torch.uint8 or tuple(bits.shape) != (rows, -(-cols // 8)):
-        raise _damaged(place, f"{MASK} has not a bit for each of {rows} x {cols} weights")
+        raise _damaged(place, f"{MASK} does not have one bit for each of {rows} x {cols} weights")
     if cols % 8 and bool((bits[:, -1] >> (cols % 8)).any()):
         raise _damaged(place, f"{MASK} has bits set beyond the last of {cols} columns")
     return packing.unpack_mask(bits, cols)
 
 
 def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
-    """The codes whose parts these are; every code that is not stored stands for zero."""
+    """Decode the parts of a quantized weight; codes that are not stored are those of zero."""
     mask = _mask(parts, place)
     missing = [part for part in (SCALE, GRID) if part not in parts]
     if missing:
@@ -188,36 +191,36 @@ def _quantized(parts: Mapping[str, Tensor], place: str) -> Quantized:
         raise _damaged(place, f"{MASK} has {count} bits set, but {CODES} has the shape {list(data.shape)}")
     if count * bits % 8 and int(data[-1]) >> count * bits % 8:
         raise _damaged(place, f"{CODES} has bits set beyond the last of {count} codes")
-    nothing = affine.per_column(zeros, grid, cols)
-    codes = nothing.clone()
+    zero_codes = affine.per_column(zeros, grid, cols)
+    codes = zero_codes.clone()
     codes[mask] = packing.unpack_codes(data.unsqueeze(0), bits, count)[0]
-    if bool((codes == nothing)[mask].any()):
+    if bool((codes == zero_codes)[mask].any()):
         raise _damaged(place, f"{CODES} holds codes that stand for zero")
     return Quantized(codes=codes, scales=scales, zeros=zeros, grid=grid)
 
 
 def _grid(stored: Tensor, cols: int, place: str, *, symmetric: bool) -> Grid:
-    whole = stored.dtype == torch.int64 and stored.shape == (2,)
-    bits, width = stored.tolist() if whole else (0, 0)
+    well_formed = stored.dtype == torch.int64 and stored.shape == (2,)
+    bits, width = stored.tolist() if well_formed else (0, 0)
     if bits not in affine.BITS or not 1 <= width <= cols:
-        raise _damaged(place, f"{GRID} is not bits and columns of a group")
+        raise _damaged(place, f"{GRID} is not the bits and the columns per group")
     return Grid(bits=bits, group_size=width, symmetric=symmetric)
 
 
 def _scales(parts: Mapping[str, Tensor], grid: Grid, shape: tuple[int, ...], place: str) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, of shape (rows, groups)."""
+    """Return scales and zero points, both of shape (rows, groups)."""
     rows, cols = shape
     groups = (rows, grid.groups(cols))
     scales = parts[SCALE]
     zeros = parts.get(ZERO, torch.full(groups, grid.middle, dtype=torch.uint8))
     if tuple(scales.shape) != groups or tuple(zeros.shape) != groups:
-        raise _damaged(place, f"{SCALE} has not a number for each of {groups[0]} x {groups[1]} groups")
+        raise _damaged(place, f"{SCALE} does not have one number for each of {groups[0]} x {groups[1]} groups")
     if scales.dtype != torch.float16 or not bool((scales.isfinite() & (scales > 0)).all()):
-        raise _damaged(place, f"{SCALE} holds what are no scales")
+        raise _damaged(place, f"{SCALE} holds numbers that are not positive fp16 scales")
     if zeros.dtype != torch.uint8 or bool((zeros > grid.top).any()):
-        raise _damaged(place, f"{ZERO} holds what are no codes of {grid.bits} bits")
+        raise _damaged(place, f"{ZERO} holds numbers that are not codes of {grid.bits} bits")
     return scales, zeros
 
 
 def _damaged(place: str, reason: str) -> BesaError:
-    return BesaError(f"{place} is damaged: {reason}", "fetch the checkpoint again, or export it anew")
+    return BesaError(f"{place} is damaged: {reason}", "fetch the checkpoint again, or make the export again")

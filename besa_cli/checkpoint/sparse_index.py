@@ -1,4 +1,4 @@
-"""The index of a sparse checkpoint: which file holds which part, and each file's digest; read without believing it."""
+"""The index of a sparse checkpoint: the file of each part, and each file's digest; every entry is validated."""
 
 import re
 from collections import defaultdict
@@ -16,7 +16,7 @@ from besa_cli.errors import BesaError, reading
 from besa_cli.system import disk, records
 
 _FILE = re.compile(r"sparse-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?", re.ASCII)
-_FETCH = "fetch the file again, or export it anew"
+_FETCH = "fetch the file again, or make the export again"
 
 
 class _Metadata(TypedDict):
@@ -31,17 +31,17 @@ class _SparseIndex(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """A sparse checkpoint's files of weights.
+    """The files of weights of a sparse checkpoint.
 
     Attributes
     ----------
     directory : Path
     digests : mapping
-        File → SHA-256 in hexadecimal; each name is that of a file in `directory`.
+        Name of a file in `directory` → its SHA-256 in hexadecimal.
     names : mapping
         File → the names of the tensors in it.
     total : int
-        Bytes of all tensors as they are stored, decompressed.
+        Bytes of all tensors as stored, decompressed.
     """
 
     directory: Path
@@ -50,12 +50,12 @@ class Index:
     total: int
 
     def check(self, file: str) -> Path:
-        """Compare a file with its digest; returns its path.
+        """Compare a file with its digest and return its path.
 
         Raises
         ------
         BesaError
-            It is missing, not an ordinary file, longer than all tensors together, or another.
+            The file is missing, not a regular file, longer than all tensors together, or has another digest.
         """
         path = self.directory / file
         if not path.exists():
@@ -65,52 +65,52 @@ class Index:
             size = path.stat().st_size
             if size > self.total + zstd.LONGEST_HEADER:
                 raise BesaError(f"{path} is damaged: it has {size} bytes, {INDEX} has {self.total} in all", _FETCH)
-            found = disk.sha256_file(path)
-        if found != self.digests.get(file):
+            digest = disk.sha256_file(path)
+        if digest != self.digests.get(file):
             raise BesaError(f"{path} is damaged: its SHA-256 is not the one in {INDEX}", _FETCH)
         return path
 
     def expand(self, path: Path, directory: Path) -> Path:
-        """Write what a compressed file holds into a directory; returns the file there.
+        """Decompress a file into a directory and return the new file.
 
         Raises
         ------
         BesaError
-            It is damaged, or holds more than the index has in all.
+            The file is damaged, or holds more bytes than the index has in all.
         """
-        promised = zstd.promised(path)
-        if promised > self.total + zstd.LONGEST_HEADER:
-            raise BesaError(f"{path} is damaged: it holds {promised} bytes, {INDEX} has {self.total} in all", _FETCH)
-        return zstd.expand(path, directory, promised)
+        size = zstd.declared_size(path)
+        if size > self.total + zstd.LONGEST_HEADER:
+            raise BesaError(f"{path} is damaged: it holds {size} bytes, {INDEX} has {self.total} in all", _FETCH)
+        return zstd.expand(path, directory, size)
 
     def require_names(self, path: Path, file: str) -> None:
-        """Compare the names of the tensors that a plain file holds with those that the index lists for `file`.
+        """Compare the names of the tensors in an uncompressed file with those that the index lists for `file`.
 
         Raises
         ------
         BesaError
-            They are others; one of them is named.
+            The names differ; one of them is given.
         """
-        odd = set(weights.header(path)) ^ self.names.get(file, frozenset())
-        if odd:
-            raise BesaError(f"{self.directory / file} and {INDEX} differ about {min(odd)}", _FETCH)
+        differing = set(weights.tensor_sizes(path)) ^ self.names.get(file, frozenset())
+        if differing:
+            raise BesaError(f"{self.directory / file} and {INDEX} differ about {min(differing)}", _FETCH)
 
 
 def read(directory: Path) -> Index:
-    """The index of a sparse checkpoint.
+    """Read the index of a sparse checkpoint.
 
     Raises
     ------
     BesaError
-        It cannot be read; or it names a file outside the directory, one without a digest, or one twice.
+        The index cannot be read, or it names a file outside the directory, one without a digest, or one twice.
     """
     path = directory / INDEX
-    disk.read_json(path, unique=True)  # a name that is given twice is refused
-    found = records.read(_SparseIndex, path, _FETCH)
-    digests, table = found["metadata"]["sha256"], found["weight_map"]
+    disk.read_json(path, unique=True)  # refuses duplicate names
+    index = records.read(_SparseIndex, path, _FETCH)
+    digests, table = index["metadata"]["sha256"], index["weight_map"]
     for file in (*digests, *table.values()):
         if not _FILE.fullmatch(file):
-            raise BesaError(f"{path} names a file {file!r}, which no sparse checkpoint has", _FETCH)
+            raise BesaError(f"{path} names a file {file!r}, which is not a file of a sparse checkpoint", _FETCH)
         if file not in digests:
             raise BesaError(f"{path} has no SHA-256 for {file}", _FETCH)
     plain = [file.removesuffix(zstd.SUFFIX) for file in digests]
@@ -123,6 +123,6 @@ def read(directory: Path) -> Index:
     return Index(
         directory=directory,
         digests=digests,
-        names={file: frozenset(own) for file, own in names.items()},
-        total=found["metadata"]["total_size"],
+        names={file: frozenset(tensors) for file, tensors in names.items()},
+        total=index["metadata"]["total_size"],
     )

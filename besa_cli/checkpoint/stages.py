@@ -1,4 +1,4 @@
-"""A stage: a complete Hugging Face checkpoint, one shard a block, while it is written or read."""
+"""Stages: complete Hugging Face checkpoints with one shard per block, written and read block by block."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ from besa_cli.system import disk, records
 
 TIMING = "timing.jsonl"
 STAGES = ("pruned", "quantized")  # in the order in which they are made
-_CODES = "codes"  # the folder of a quantized stage that holds what its weights were made from
+_CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
 class Stage:
-    """One stage directory while it is written or read, a shard a block.
+    """A stage directory that is written and read with one shard per block.
 
-    A block counts as finished when its shard is there under its own name; the block's report lies beside it and is
+    A block is finished when its shard exists under its final name; the block's report is a file beside it and is
     written first.
 
     Parameters
@@ -40,116 +40,117 @@ class Stage:
     def __init__(self, directory: Path, blocks: int) -> None:
         self.directory = directory
         self.blocks = blocks
-        self._seen: set[int] = set()  # blocks that were written or read whole in this process
+        self._verified: set[int] = set()  # blocks that this process wrote, or read and compared with their digests
 
     def shard(self, index: int) -> Path:
-        """The shard of block `index`; −1 is what belongs to no block."""
+        """Return the path of the shard of block `index`; −1 is the shard of tensors outside the blocks."""
         return self.directory / f"model-{index + 2:05d}-of-{self.blocks + 1:05d}.safetensors"
 
     def finished(self) -> int:
-        """How many blocks are on disk, from the first on without a gap."""
+        """Return the number of finished blocks, counted from the first up to the first gap."""
         return next((index for index in range(self.blocks) if not self.shard(index).exists()), self.blocks)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, by checkpoint name; its codes are looked at, too.
+        """Read the tensors of a finished block, by checkpoint name, and verify them and the block's codes.
 
         Raises
         ------
         BesaError
-            They are not those that were written, or the codes are not or are missing.
+            Tensors or codes differ from those that were written, or are missing.
         """
         tensors = self._checked(self.shard(index), index, "digest")
         self._require_counts(index, tensors)
         self.codes(index)
-        self._seen.add(index)
+        self._verified.add(index)
         return tensors
 
     def read_some(self, index: int, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Those tensors of a finished block whose names are wanted, not compared with what was written."""
+        """Read the tensors of a finished block whose names are wanted, without verifying them."""
         return weights.read_file(self.shard(index), wanted)
 
     def _checked(self, path: Path, index: int, key: Literal["digest", "codes_digest"]) -> dict[str, Tensor]:
-        """What a file holds, compared with the digest in the report of its block."""
+        """Read a file and compare its tensors with the digest in the block's report."""
         tensors = weights.read_file(path)
         if getattr(self._record(index), key) != weights.digest(tensors):
             raise _damaged(path, self.shard(index))
         return tensors
 
     def _record(self, index: int) -> "_Record":
-        """The report of a block as it lies on the disk, which has to be that of this block and as it was written."""
+        """Read the report of a block from disk; refuse that of another block, and one that was changed."""
         path = self._report(index)
         text = disk.read_text(path)
-        record = records.parse(_Record, text, path, _made_anew(self.shard(index)))
+        record = records.parse(_Record, text, path, _remedy(self.shard(index)))
         problem = record.problem or (f"block {record.index}" if record.index != index else "")
         if not problem and record.blocks != self.blocks:
             problem = f"{record.blocks} blocks"
         if problem:
-            where = f"block {index} of {self.blocks}"
-            raise BesaError(f"{path}, the report of {where}, tells of {problem}", _made_anew(self.shard(index)))
+            raise BesaError(
+                f"{path}, the report of block {index} of {self.blocks}, describes {problem}", _remedy(self.shard(index))
+            )
         unsealed = record.seal is None and not self._sealed
         if not unsealed and record.seal != _seal(disk.parse_json(text, path)):
-            raise BesaError(f"{path} was changed since it was written", _made_anew(self.shard(index)))
+            raise BesaError(f"{path} was changed since it was written", _remedy(self.shard(index)))
         return record
 
     @cached_property
     def _sealed(self) -> bool:
-        """Whether reports have a seal: those of stages of before, which do not name their processor, have none."""
+        """True if the reports have a seal; those of old stages, whose manifest names no processor, have none."""
         return "processor" in manifests.read(self.directory)["compute"]
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
 
     def codes(self, index: int) -> dict[str, Tensor]:
-        """Codes, scales and zero points of a finished block, see `affine.tensors`; none where it is not quantized.
+        """Read codes, scales and zero points of a finished block (`affine.to_tensors`); empty if it is not quantized.
 
         Raises
         ------
         BesaError
-            They are missing, or not those that were written.
+            They are missing, or differ from those that were written.
         """
         return self._checked(self._codes(index), index, "codes_digest") if self._has_codes(index) else {}
 
     def _require_counts(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Compare the zeros of each linear, counted, with those that the block's report tells of."""
+        """Compare the zeros counted in each linear with those in the block's report."""
         for linear in self._record(index).linears:
             ending = f".{linear.name}.weight"
-            found = [tensor for name, tensor in tensors.items() if f".{name}".endswith(ending)]
-            if len(found) != 1:  # the checkpoint calls it otherwise than the model
+            matching = [tensor for name, tensor in tensors.items() if f".{name}".endswith(ending)]
+            if len(matching) != 1:  # checkpoint and model use different names
                 continue
-            counted, shape = masks.count_zeros(found[0]), tuple(found[0].shape)
-            if (counted, shape) != (linear.zeros, (linear.rows, linear.cols)):
+            zeros, shape = masks.count_zeros(matching[0]), tuple(matching[0].shape)
+            if (zeros, shape) != (linear.zeros, (linear.rows, linear.cols)):
                 raise BesaError(
-                    f"{self._report(index)} tells of {linear.zeros} zeros in {linear.name} ({linear.rows} x "
-                    f"{linear.cols}), its shard holds {counted} in {' x '.join(map(str, shape))}",
-                    _made_anew(self.shard(index)),
+                    f"{self._report(index)} states {linear.zeros} zeros in {linear.name} ({linear.rows} x "
+                    f"{linear.cols}), its shard holds {zeros} in {' x '.join(map(str, shape))}",
+                    _remedy(self.shard(index)),
                 )
 
     def code_names(self, index: int) -> list[str]:
-        """The names of the tensors that `codes` reads."""
-        return list(weights.header(self._codes(index))) if self._has_codes(index) else []
+        """List the names of the tensors that `codes` reads."""
+        return list(weights.tensor_sizes(self._codes(index))) if self._has_codes(index) else []
 
     def _codes(self, index: int) -> Path:
         return self.directory / _CODES / self.shard(index).name
 
     def _has_codes(self, index: int) -> bool:
-        """Whether the block has codes, which then have to be there; codes that no report knows are not ours."""
-        path, told = self._codes(index), self._record(index).codes_digest is not None
-        if told and not path.exists():
-            raise BesaError(f"{path} is missing", _made_anew(self.shard(index)))
-        return told
+        """Return True if the block's report lists codes, whose file must then exist; other codes are ignored."""
+        path, has_codes = self._codes(index), self._record(index).codes_digest is not None
+        if has_codes and not path.exists():
+            raise BesaError(f"{path} is missing", _remedy(self.shard(index)))
+        return has_codes
 
     def report(self, index: int) -> BlockReport:
-        """The report of a finished block."""
-        found = self._record(index)
-        told = {each.name: getattr(found, each.name) for each in fields(BlockReport)}
-        return BlockReport(**told | {"resumed": True})
+        """Read the report of a finished block."""
+        record = self._record(index)
+        values = {field.name: getattr(record, field.name) for field in fields(BlockReport)}
+        return BlockReport(**values | {"resumed": True})
 
     def reports(self) -> Iterator[BlockReport]:
-        """The reports of all finished blocks."""
+        """Read the reports of all finished blocks."""
         return (self.report(index) for index in range(self.finished()))
 
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Put a block's report, codes and tensors on disk, the shard last."""
+        """Write a block's report, codes and tensors, the shard last."""
         digests = {"digest": weights.digest(tensors)} | ({"codes_digest": weights.digest(codes)} if codes else {})
         record = {**report.record(), **digests}
         disk.write_json(self._report(report.index), {**record, "seal": _seal(record)})
@@ -157,19 +158,19 @@ class Stage:
             self._codes(report.index).parent.mkdir(exist_ok=True)
             self._save(self._codes(report.index), codes)
         self._save(self.shard(report.index), tensors)
-        self._seen.add(report.index)
+        self._verified.add(report.index)
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put the tensors that belong to no block on disk."""
+        """Write the tensors that belong to no block."""
         self._save(self.shard(-1), tensors)
 
     def check_rest(self, digest: str) -> None:
-        """Compare the tensors that belong to no block, which are on disk, with the digest of the model's.
+        """Compare the stored tensors that belong to no block with the digest of the model's.
 
         Raises
         ------
         BesaError
-            They are others.
+            The digests differ.
         """
         if weights.digest(weights.read_file(self.shard(-1))) != digest:
             raise _damaged(self.shard(-1), self.shard(-1))
@@ -178,50 +179,50 @@ class Stage:
         disk.publish(path, lambda temporary: disk.save_tensors(temporary, tensors))
 
     def require_whole(self) -> None:
-        """Refuse a finished stage whose shards hold other tensors than its index lists, or whose reports are changed.
+        """Refuse a finished stage whose shards hold other tensors than its index lists, or whose reports were changed.
 
-        The tensors themselves are compared by the digest in the manifest, see `refusals.refuse_damaged`.
+        The values of the tensors are compared by the digest in the manifest, see `preflight.refuse_damaged`.
 
         Raises
         ------
         BesaError
-            A shard, a report or a file of codes is missing, or is that of another block.
+            A shard, a report or a file of codes is missing, or belongs to another block.
         """
         table = weights.listed(self.directory)
         for index in range(-1, self.blocks):
             shard = self.shard(index)
             expected = {name for name, file in table.items() if file == shard.name}
-            if weights.header(shard).keys() != expected:
-                raise BesaError(f"{shard} holds other tensors than {headers.INDEX} lists", _made_anew(shard))
+            if weights.tensor_sizes(shard).keys() != expected:
+                raise BesaError(f"{shard} holds other tensors than {headers.INDEX} lists", _remedy(shard))
             if index >= 0:
                 self.codes(index)
 
     def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
-        """Make the directory: the manifest that says whose it is, configuration and tokenizer files of the source."""
+        """Create the directory with its manifest, and copy the configuration and tokenizer files of the source."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or error
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
-        begun = {**manifest, "blocks": self.blocks, "files": small_files(source)}
-        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "beginning"})
+        manifest = {**manifest, "blocks": self.blocks, "files": small_files(source)}
+        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "beginning"})
         copy_small_files(source, self.directory)
-        disk.write_json(self.directory / manifests.MANIFEST, {**begun, "status": "running"})
+        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running"})
 
     def finish(self) -> dict[str, Any]:
-        """Write the index, then the manifest with what was reached; returns the manifest.
+        """Write the index, then the manifest with counts and digest; returns the manifest.
 
         Raises
         ------
         BesaError
-            A block that another process wrote is not what it was.
+            A block that another process wrote has changed since.
         """
-        for index in set(range(self.blocks)) - self._seen:
+        for index in set(range(self.blocks)) - self._verified:
             self.read(index)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)
-            for name, size in weights.header(shard).items():
+            for name, size in weights.tensor_sizes(shard).items():
                 table[name] = shard.name
                 total += size
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
@@ -246,7 +247,7 @@ class Stage:
 @records.strict
 @dataclass(frozen=True, kw_only=True)
 class _Record(BlockReport):
-    """A block's report on the disk: digests of the block's tensors and codes, and a digest of all that it says."""
+    """A block's report on disk: with the digests of the block's tensors and codes, and a digest of the report."""
 
     digest: manifests.Digest
     codes_digest: manifests.Digest | None = None
@@ -254,23 +255,26 @@ class _Record(BlockReport):
 
 
 def _seal(record: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a report says, but for its seal: block, counts and digests belong together."""
-    told = {name: value for name, value in record.items() if name != "seal"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of a report without its seal; it ties block, counts and digests together."""
+    sealed = {name: value for name, value in record.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: Path, shard: Path) -> BesaError:
-    return BesaError(f"{path} is damaged: it does not hold what was written", _made_anew(shard))
+    return BesaError(f"{path} is damaged: it does not hold what was written", _remedy(shard))
 
 
-def _made_anew(shard: Path) -> str:
-    return f"delete {shard}; in an unfinished stage the same command makes it anew, else give --restart"
+def _remedy(shard: Path) -> str:
+    return f"delete {shard}; in an unfinished stage the same command makes it again, else give --restart"
 
 
 def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float]:
-    """What a grid adds to a stage's counts."""
+    """Return the additional counts of a quantized stage."""
     weights = sum(linear.rows * linear.cols for linear in linears)
-    needed = sum(affine.bits_needed(each.rows, each.cols, each.rows * each.cols - each.zeros, grid) for each in linears)
+    needed = sum(
+        affine.bits_needed(linear.rows, linear.cols, linear.rows * linear.cols - linear.zeros, grid)
+        for linear in linears
+    )
     return {
         "rounded_to_zero": sum(linear.zeros - linear.pruned for linear in linears),
         "groups": sum(linear.rows * grid.groups(linear.cols) for linear in linears),
@@ -279,13 +283,13 @@ def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float
     }
 
 
-def finished(directory: Path) -> dict[str, Any]:
-    """The manifest of a finished stage.
+def require_finished(directory: Path) -> dict[str, Any]:
+    """Read the manifest of a stage, which must be finished.
 
     Raises
     ------
     BesaError
-        The stage is unfinished; the hint names the command that continues it.
+        The stage is unfinished; the hint names the command that resumes it.
     """
     manifest = manifests.read(directory)
     if manifest.get("status") != "complete":
@@ -298,7 +302,7 @@ def finished(directory: Path) -> dict[str, Any]:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a killed process left of files that it had not finished."""
+    """Remove the partial files that a killed process left."""
     for pattern in (".*.partial", f"{_CODES}/.*.partial"):
-        for left in directory.glob(pattern):
-            left.unlink(missing_ok=True)
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)

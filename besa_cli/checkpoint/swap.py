@@ -1,4 +1,4 @@
-"""One stage takes the place of another, and a stage is removed: a crash in between is made good."""
+"""Replacement and removal of stages, with recovery after a crash in between."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,12 +8,12 @@ from besa_cli.system import disk
 
 
 def replace_stage(old: Path, new: Path) -> None:
-    """Let the finished stage `new` take the place of `old`; a crash in between is made good by `recover`.
+    """Replace the stage `old` by the finished stage `new`; after a crash in between, `recover` completes it.
 
     Raises
     ------
     BesaError
-        `old` holds something that besa did not write (named): nothing is changed.
+        `old` holds a file that besa did not write (named); nothing is changed.
     """
     if old.exists():
         _put_aside(old, old)
@@ -23,7 +23,7 @@ def replace_stage(old: Path, new: Path) -> None:
 
 
 def recover(old: Path, new: Path) -> None:
-    """Finish an exchange or a removal of stages that a crash interrupted; the only copy of a stage is put back."""
+    """Finish a replacement or removal that a crash interrupted; the only copy of a stage is put back."""
     if manifests.is_complete(new):
         replace_stage(old, new)
     elif not old.exists() and manifests.is_complete(aside(old)):
@@ -33,12 +33,12 @@ def recover(old: Path, new: Path) -> None:
 
 
 def discard(stage: Path, final: Path, sources: Iterable[Path] = ()) -> None:
-    """Remove a stage whose final place is `final`; half removed, it is nowhere that it could be taken for a stage.
+    """Remove a stage whose final path is `final`; it is renamed first, so that a crash leaves no half stage.
 
     Raises
     ------
     BesaError
-        It holds something that besa did not write, or a file that is read (named): nothing is changed.
+        The stage holds a file that besa did not write, or one that is being read (named); nothing is changed.
     """
     if stage.exists():
         _put_aside(stage, final, sources)
@@ -46,13 +46,13 @@ def discard(stage: Path, final: Path, sources: Iterable[Path] = ()) -> None:
 
 
 def aside(final: Path) -> Path:
-    """Where a stage is until another has taken its place."""
+    """Return the path at which a stage is kept while it is being replaced."""
     return final.with_name(f".{final.name}.replaced")
 
 
 def _put_aside(stage: Path, final: Path, sources: Iterable[Path] = ()) -> None:
-    for place in (stage, aside(final)):
-        ownership.refuse_to_replace(place, sources)
+    for directory in (stage, aside(final)):
+        ownership.refuse_to_replace(directory, sources)
     _remove_aside(final)
     stage.rename(aside(final))
 

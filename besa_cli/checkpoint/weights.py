@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint, read a few at a time: no file stays open or mapped between two reads."""
+"""Reading of a safetensors checkpoint, a few tensors at a time; no file stays open or mapped between reads."""
 
 import copy
 import hashlib
@@ -17,24 +17,25 @@ from besa_cli.models import headers
 from besa_cli.models.headers import INDEX, SINGLE, entries
 from besa_cli.system import compute
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 _REMEDY = "fetch or copy the file again"
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Weights:
-    """Where every tensor of a checkpoint directory lies; tensors are read on demand.
+    """The tensors of a checkpoint directory, located by name and read on demand.
 
     Parameters
     ----------
     directory : Path
-        Holds ``model.safetensors`` or shards with ``model.safetensors.index.json``.
+        Directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
 
     Raises
     ------
     BesaError
-        A file is missing, cut short or not safetensors; a tensor is in two shards, or in none though the index has it.
+        A file is missing, cut short or not safetensors; a tensor is in two shards, or in none although the index lists
+        it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,29 +63,29 @@ class Weights:
         return name in self._file
 
     def file(self, name: str) -> Path:
-        """The file that a tensor is in."""
+        """Return the file that holds a tensor."""
         return self._file[name]
 
     def shards(self) -> dict[Path, list[str]]:
-        """The checkpoint's files, sorted, each with the names of its tensors."""
-        found: dict[Path, list[str]] = defaultdict(list)
+        """Map each file of the checkpoint, sorted, to the names of its tensors."""
+        names: dict[Path, list[str]] = defaultdict(list)
         for name in self.names:
-            found[self._file[name]].append(name)
-        return dict(sorted(found.items()))
+            names[self._file[name]].append(name)
+        return dict(sorted(names.items()))
 
     def only(self, files: Iterable[Path]) -> "Weights":
-        """The same checkpoint as if it had no other files."""
-        found, wanted = copy.copy(self), set(files)
-        found._file = {name: path for name, path in self._file.items() if path in wanted}
-        return found
+        """Return a copy restricted to some of the checkpoint's files."""
+        restricted, wanted = copy.copy(self), set(files)
+        restricted._file = {name: path for name, path in self._file.items() if path in wanted}
+        return restricted
 
     def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes that these tensors take on disk."""
+        """Return the bytes of some tensors on disk."""
         offsets = (self._entry[name]["data_offsets"] for name in names)
         return sum(stop - start for start, stop in offsets)
 
     def refuse_change(self, other: "Weights") -> None:
-        """Refuse files that were written after `other` looked at the same directory.
+        """Refuse files that were written after `other` opened the same directory.
 
         Raises
         ------
@@ -98,69 +99,69 @@ class Weights:
         if path.exists() and _stamp(path) != stamp:
             raise BesaError(
                 f"{path} was written to while it was in use",
-                "let nothing change a model that is read; put it back as it was, and run the same command again",
+                "restore the file, let nothing change a model in use, and run the same command again",
             )
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read tensors into memory of their own; the files are closed again.
+        """Read tensors into memory of their own and close the files.
 
         Raises
         ------
         BesaError
             A file has changed or cannot be read.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path, wanted in self._by_file(names).items():
-            found |= _opened(path, wanted, lambda file, name: file.get_tensor(name).clone())
-        return {name: found[name] for name in names}
+            tensors |= _read(path, wanted, lambda file, name: file.get_tensor(name).clone())
+        return {name: tensors[name] for name in names}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, as its file's header says."""
+        """Return the shape of a tensor, from its file's header."""
         return tuple(self._entry[name]["shape"])
 
-    def kind(self, name: str) -> str:
-        """The dtype of a tensor, as its file's header calls it, for instance ``BF16``."""
+    def dtype_name(self, name: str) -> str:
+        """Return the dtype of a tensor by its name in the file's header, for instance ``BF16``."""
         return self._entry[name]["dtype"]
 
     def require_floats(self, names: Iterable[str]) -> None:
-        """Refuse tensors that are not numbers of 16 bits or more.
+        """Refuse tensors that are not floating-point numbers of 16 bits or more.
 
         Raises
         ------
         BesaError
-            There is one.
+            A tensor has another dtype (named).
         """
         for name in names:
-            if self.kind(name) not in _FLOATS:
+            if self.dtype_name(name) not in _FLOATS:
                 raise BesaError(
-                    f"{name} in {self.directory} is stored as {self.kind(name)}: the model is already compressed",
-                    "name the dense model that it was made from, or save this one in bfloat16",
+                    f"{name} in {self.directory} is stored as {self.dtype_name(name)}: the model is already compressed",
+                    "use the dense model that it was made from, or save this one in bfloat16",
                 )
 
     def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """The shapes of tensors, without reading them."""
-        self._by_file(names)  # refuses files that have changed since
+        """Return the shapes of tensors from the headers, after checking that the files have not changed."""
+        self._by_file(names)
         return {name: self.shape(name) for name in names}
 
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers; a few rows at a time are in memory."""
-        if self.shape(one) != self.shape(other):
+    def equal(self, first: str, second: str) -> bool:
+        """Compare the values of two tensors, with a few rows at a time in memory."""
+        if self.shape(first) != self.shape(second):
             return False
-        if not self.shape(one) or not self.nbytes([one]):
-            found = self.read([one, other])
-            return torch.equal(found[one], found[other])
-        rows = self.shape(one)[0]
-        step = max(rows * _PORTION // self.nbytes([one]), 1)
+        if not self.shape(first) or not self.nbytes([first]):
+            tensors = self.read([first, second])
+            return torch.equal(tensors[first], tensors[second])
+        rows = self.shape(first)[0]
+        step = max(rows * _PORTION // self.nbytes([first]), 1)
         return all(
-            torch.equal(self._rows(one, start, start + step), self._rows(other, start, start + step))
+            torch.equal(self._rows(first, start, start + step), self._rows(second, start, start + step))
             for start in range(0, rows, step)
         )
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, as fp32 or wider."""
+        """Read some rows of a tensor, floating-point numbers as fp32 or wider."""
         (path,) = self._by_file([name])
-        found: Tensor = _opened(path, [name], lambda file, name: file.get_slice(name)[start:stop].clone())[name]
-        return found if found.dtype.itemsize > 4 or not found.is_floating_point() else found.float()
+        rows: Tensor = _read(path, [name], lambda file, name: file.get_slice(name)[start:stop].clone())[name]
+        return rows if rows.dtype.itemsize > 4 or not rows.is_floating_point() else rows.float()
 
     def _by_file(self, names: Sequence[str]) -> dict[Path, list[str]]:
         by_file: dict[Path, list[str]] = defaultdict(list)
@@ -172,13 +173,13 @@ class Weights:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    """Return size, modification time and inode, which change when a file is written or replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def listed(directory: Path) -> dict[str, str]:
-    """The file of every tensor by the checkpoint's index; empty where a single file holds all.
+    """Read the checkpoint's index: tensor → file; empty if a single file holds all tensors.
 
     Raises
     ------
@@ -190,37 +191,37 @@ def listed(directory: Path) -> dict[str, str]:
     return headers.weight_map(directory / INDEX)
 
 
-def header(path: Path) -> dict[str, int]:
-    """Bytes of each tensor in one file; see `besa_cli.models.headers.entries`."""
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Return the bytes of each tensor in one file, from its header."""
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries(path).items()}
 
 
 def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
-    """The tensors of one safetensors file whose names are wanted, in memory of their own; the file is closed again."""
-    names = sorted(name for name in header(path) if wanted(name))
-    return _opened(path, names, lambda file, name: file.get_tensor(name).clone())
+    """Read the tensors of one safetensors file whose names are wanted into memory of their own."""
+    names = sorted(name for name in tensor_sizes(path) if wanted(name))
+    return _read(path, names, lambda file, name: file.get_tensor(name).clone())
 
 
-def _opened(path: Path, names: Sequence[str], take: Callable[[Any, str], Found]) -> dict[str, Found]:
-    """What `take` finds for each name in an open file."""
+def _read(path: Path, names: Sequence[str], get: Callable[[Any, str], Result]) -> dict[str, Result]:
+    """Open a file and call `get(file, name)` for each name."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: take(file, name) for name in names}
+            return {name: get(file, name) for name in names}
     except (SafetensorError, OSError) as error:
         raise BesaError(f"cannot read {names[0]} from {path}: {error}", _REMEDY) from error
 
 
 def check(weights: Weights, extremes: dict[str, tuple[float, float]] | None = None) -> str:
-    """Read every tensor once: refuse NaN and infinity by name, and return the digest of the whole content.
+    """Read every tensor once, refuse NaN and infinity by name, and return the digest of all tensors.
 
-    The digest does not depend on how tensors are spread over files: SHA-256 over name, dtype, shape and bytes of each
-    tensor, in the order of the names.
+    The digest does not depend on the division into files: SHA-256 over name, dtype, shape and bytes of each tensor, in
+    the order of the names.
 
     Parameters
     ----------
     weights : Weights
     extremes : dict, optional
-        Filled with the least and the greatest number of every tensor that has any.
+        Filled with the minimum and maximum of every floating-point tensor with values.
 
     Raises
     ------
@@ -230,46 +231,46 @@ def check(weights: Weights, extremes: dict[str, tuple[float, float]] | None = No
     digest = hashlib.sha256()
     for names in _portions(weights):
         for name, tensor in weights.read(names).items():
-            found = _extremes(tensor)
-            if not all(map(math.isfinite, found)):
-                bad = int((~_known(tensor).isfinite()).sum())
+            low_high = _extremes(tensor)
+            if not all(map(math.isfinite, low_high)):
+                bad = int((~_comparable(tensor).isfinite()).sum())
                 raise BesaError(
                     f"{name} in {weights.directory} holds {bad} values that are NaN or infinite",
-                    "fetch the model again, or use another one: nothing can be made of these weights",
+                    "fetch the model again, or use another one: these weights cannot be used",
                 )
             _add(digest, name, tensor)
-            if extremes is not None and found:
-                extremes[name] = found
+            if extremes is not None and low_high:
+                extremes[name] = low_high
         del tensor
         compute.give_back_memory()
     return digest.hexdigest()
 
 
-_NO_SPECIAL = {torch.float4_e2m1fn_x2}  # every value is a number
+_NO_SPECIAL = {torch.float4_e2m1fn_x2}  # dtypes without NaN and infinity
 
 
 def _extremes(tensor: Tensor) -> tuple[float, float] | tuple[()]:
-    """The least and the greatest number; NaN if one is among them, which `isfinite` takes thirty times as long to say.
+    """Return minimum and maximum, NaN if any value is NaN (30x faster than `isfinite`).
 
-    Nothing of a tensor that holds no numbers of that kind.
+    Empty for a tensor without values, and for dtypes without NaN and infinity.
     """
     if not tensor.is_floating_point() or not tensor.numel() or tensor.dtype in _NO_SPECIAL:
         return ()
-    low, high = _known(tensor).aminmax()
+    low, high = _comparable(tensor).aminmax()
     return float(low), float(high)
 
 
-def _known(tensor: Tensor) -> Tensor:
-    """The same numbers in a dtype that torch can compare."""
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return the values in a dtype that torch can compare."""
     return tensor if tensor.dtype.itemsize > 1 else tensor.float()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The digest of these tensors, as `check` gives it for a checkpoint that holds them and no others."""
-    found = hashlib.sha256()
+    """Return the digest that `check` computes for a checkpoint of exactly these tensors."""
+    sha256 = hashlib.sha256()
     for name in sorted(tensors):
-        _add(found, name, tensors[name])
-    return found.hexdigest()
+        _add(sha256, name, tensors[name])
+    return sha256.hexdigest()
 
 
 def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:

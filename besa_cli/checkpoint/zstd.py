@@ -1,7 +1,7 @@
-"""Files made smaller for downloads: one zstd stream a file, written and read a piece at a time.
+"""Compression of files for downloads: one zstd stream per file, written and read piece by piece.
 
-A compressed file is the file's name with ``.zst``; ``zstd -d`` gives it back as well. What is compressed are
-safetensors files, which say at their beginning how long they are: no more than that is ever expanded.
+The compressed file has the suffix ``.zst``; ``zstd -d`` decompresses it as well. Only safetensors files are compressed:
+their header states their length, and no more bytes than that are ever decompressed.
 """
 
 import shutil
@@ -14,18 +14,18 @@ from besa_cli.errors import BesaError, reason_of
 from besa_cli.system import disk
 
 SUFFIX = ".zst"
-LONGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no longer one
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _PIECE = 1 << 20  # bytes in memory
 _AGAIN = "fetch or copy the file again"
 
 
 def compress(path: Path) -> Path:
-    """Replace a file by its compressed form; returns that.
+    """Replace a file by its compressed form and return the new path.
 
     Raises
     ------
     BesaError
-        It cannot be written; the file is still there.
+        The compressed file cannot be written; the original is kept.
     """
     target = path.with_name(path.name + SUFFIX)
     disk.publish(target, lambda temporary: _write(path, temporary))
@@ -33,13 +33,13 @@ def compress(path: Path) -> Path:
     return target
 
 
-def promised(path: Path) -> int:
-    """The bytes that a compressed safetensors file has by its own header; no more than the header is expanded.
+def declared_size(path: Path) -> int:
+    """Return the decompressed bytes of a safetensors file by its header; only the header is decompressed.
 
     Raises
     ------
     BesaError
-        It is missing, not an ordinary file, damaged, or holds no safetensors file.
+        The file is missing, not a regular file, damaged, or does not hold a safetensors file.
     """
     start = _head(path, 8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -48,12 +48,12 @@ def promised(path: Path) -> int:
     header = disk.parse_json(_head(path, 8 + length)[8:], f"the header in {path}")
     ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
     if any(end is None for end in ends):
-        raise BesaError(f"{path} is damaged: its header does not say where its tensors end", _AGAIN)
+        raise BesaError(f"{path} is damaged: its header lacks the offsets of its tensors", _AGAIN)
     return 8 + length + max((end for end in ends if end is not None), default=0)
 
 
 def _end(entry: Any) -> int | None:
-    """Where a tensor of a header ends; None where that is not said."""
+    """Return the end offset in a tensor's header entry; None if the entry is invalid."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or type(offsets[1]) is not int:
         return None
@@ -61,18 +61,18 @@ def _end(entry: Any) -> int | None:
 
 
 def expand(path: Path, directory: Path, largest: int) -> Path:
-    """Write what a compressed file holds into a directory; returns the file there. The compressed one stays.
+    """Decompress a file into a directory and return the new file; the compressed one is kept.
 
     Parameters
     ----------
     path, directory : Path
     largest : int
-        Bytes that it holds at most: with the first one beyond them expanding ends.
+        Limit of the decompressed bytes; decompression stops with an error beyond it.
 
     Raises
     ------
     BesaError
-        It is missing, cut short or damaged, holds more, or the disk is too small.
+        The file is missing, cut short or damaged, or holds more bytes, or the disk is too small.
     """
     target = directory / path.name.removesuffix(SUFFIX)
     free = disk.free(directory)
@@ -83,12 +83,14 @@ def expand(path: Path, directory: Path, largest: int) -> Path:
         )
 
     def write(temporary: Path) -> None:
-        left = largest
+        remaining = largest
         with temporary.open("wb") as file:
             for piece in _pieces(path):
-                left -= len(piece)
-                if left < 0:
-                    raise BesaError(f"{path} is damaged: it holds more than the {largest} bytes it promises", _AGAIN)
+                remaining -= len(piece)
+                if remaining < 0:
+                    raise BesaError(
+                        f"{path} is damaged: it holds more than the {largest} bytes that its header states", _AGAIN
+                    )
                 file.write(piece)
 
     disk.publish(target, write)
@@ -103,17 +105,17 @@ def _write(source: Path, target: Path) -> None:
 
 
 def _head(path: Path, count: int) -> bytes:
-    """The first `count` bytes of what a compressed file holds, or fewer where there are no more."""
-    found = bytearray()
+    """Return the first `count` decompressed bytes of a file, or all if there are fewer."""
+    start = bytearray()
     for piece in _pieces(path):
-        found += piece
-        if len(found) >= count:
+        start += piece
+        if len(start) >= count:
             break
-    return bytes(found[:count])
+    return bytes(start[:count])
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """What a compressed file holds, a piece at a time."""
+    """Yield the decompressed bytes of a file, piece by piece."""
     import pyarrow
 
     if not path.exists():
@@ -121,7 +123,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
     disk.require_regular(path)
     try:
         if path.stat().st_size == 0:
-            raise OSError("it is empty")  # which pyarrow takes for a stream of nothing
+            raise OSError("it is empty")  # pyarrow accepts it as an empty stream
         with path.open("rb") as file, pyarrow.input_stream(file, compression="zstd") as stream:
             while piece := stream.read(_PIECE):
                 yield piece

@@ -79,7 +79,7 @@ def ppl(
     if dry_run:
         started = compute.age()
         both = [each for each in (subject, subject.parent) if each is not None]
-        found = forecast.combined([_forecast(each, wanted, settings) for each in both])
+        found = forecast.combine([_forecast(each, wanted, settings) for each in both])
         forecast_view.show(replace(found, seconds=started + found.seconds), console)
         return
     measured = _measure(subject, wanted, settings, console)
@@ -142,7 +142,7 @@ def _walk(
 ) -> "list[Perplexity]":
     from besa_cli.evaluation.perplexity import PerplexityRun
 
-    known = [results.known(job) if results else [] for job in jobs]
+    known = [results.load_losses(job) if results else [] for job in jobs]
     for job, losses in zip(jobs, known, strict=True):
         if losses:
             console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
@@ -156,7 +156,7 @@ def _walk(
                 progress.advance(step.index, step.seconds, step.phase)
                 if results:
                     for number in step.measured:
-                        results.keep(jobs[number], walk.losses[number])
+                        results.save_losses(jobs[number], walk.losses[number])
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_way_on(results, jobs)) from interrupt
     made = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
@@ -170,7 +170,7 @@ def _way_on(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") 
     """What is true of an interrupted evaluation."""
     if results is None:
         return "nothing was kept; with --run DIR what is measured goes there, and the same command goes on from it"
-    count = sum(len(results.known(job)) for job in jobs)
+    count = sum(len(results.load_losses(job)) for job in jobs)
     return f"{count} windows are measured and kept; run the same command again to go on from there"
 
 
@@ -242,7 +242,7 @@ def sample(
     both = [each for each in (subject.parent, subject) if each is not None]
     tokenizers = [subjects.tokenizer(each, console.note) for each in both]
     prompts = [
-        continuations.prompted(each.directory, tokenizer, prompt, tokens)
+        continuations.encode_prompt(each.directory, tokenizer, prompt, tokens)
         for each, tokenizer in zip(both, tokenizers, strict=True)
     ]
     subjects.digest(subject)  # refuses what is not as it was written

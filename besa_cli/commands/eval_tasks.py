@@ -104,7 +104,7 @@ def tasks(
         num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved,
         streamed=bool(streamed),
     )  # fmt: skip
-    with harness.prepared(
+    with harness.prepare(
         wanted, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
     ) as ready:
         measured = subject.find(model, run, console, baseline=baseline)
@@ -168,7 +168,7 @@ def _begun(
     """The measurement of a model after all checks of it, and every task's result where it is there."""
     digest = str(measured.digest) if parent else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
-    found = {name: job.stored(name, kept) if kept and not restart else None for name in ready.names}
+    found = {name: job.load(name, kept) if kept and not restart else None for name in ready.names}
     if parent and not all(found.values()):
         subject.refuse_changed(measured)
     return job, found

@@ -77,7 +77,7 @@ def export(
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
-    with lock.free(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
+    with lock.hold_existing(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
         job = ExportJob(Run(run), exporter, restart=restart)
         if dry_run:
             forecast_view.job(job, console)

@@ -130,13 +130,13 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
 
     if model is not None:
         return models.resolve(model, notify=console.note)
-    stage = run.whole("pruned")
+    stage = run.existing_stage("pruned")
     if not (stage / manifests.MANIFEST).exists():
         raise BesaError(
             f"{run.path} has no pruned stage",
             f"make one (besa prune --run {run.path}), or quantize a dense model: besa quantize --model MODEL",
         )
-    stages.finished(stage)
+    stages.require_finished(stage)
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 

@@ -1,4 +1,4 @@
-"""Where the blocks and linears of a decoder are, found by looking; what cannot be handled is refused by name."""
+"""Detection of a decoder's blocks and linears in its module tree; unsupported models are refused by name."""
 
 import logging
 from pathlib import Path
@@ -22,13 +22,13 @@ _ROUTERS = ("router", "gate")
 
 
 def config_of(directory: Path) -> "PretrainedConfig":
-    """The configuration of a checkpoint directory, refused where it is no dense decoder that stock transformers knows.
+    """Return the configuration of a checkpoint directory that must hold a dense decoder known to stock transformers.
 
     Raises
     ------
     BesaError
-        A file that cannot be read or asks for code of its own, an unknown model type, an encoder-decoder, no causal
-        language model, or a quantized checkpoint.
+        A file cannot be read or requires custom code, or the model is of an unknown type, an encoder, an
+        encoder-decoder, not a causal language model, or quantized.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
@@ -38,25 +38,25 @@ def config_of(directory: Path) -> "PretrainedConfig":
     if getattr(config, "is_encoder_decoder", False):
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
     if kind in ENCODERS and not getattr(config, "is_decoder", False):
-        raise BesaError(f"{directory} is an encoder ({kind}): its tokens see those after them", _SUITED)
+        raise BesaError(f"{directory} is an encoder ({kind}): each token attends to later tokens", _SUITED)
     if kind not in DECODERS:
         raise BesaError(
             f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED
         )
     if getattr(config, "quantization_config", None):
         raise BesaError(
-            f"{directory} is quantized ({kind} with a quantization_config)", "give the dense model it was made from"
+            f"{directory} is quantized ({kind} with a quantization_config)", "use the dense model it was made from"
         )
     return config
 
 
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    """The stock transformers model without weights: every tensor on the meta device.
+    """Build the stock transformers model without weights: every tensor is on the meta device.
 
     Raises
     ------
     BesaError
-        The configuration holds values that no model can be built with.
+        transformers cannot build a model from the configuration.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,13 +67,13 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel
     return model
 
 
-def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The stock transformers model with all its weights in memory; no code that the directory brings along runs.
+def load_stock(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load the stock transformers model with all its weights; code in the directory is never run.
 
     Raises
     ------
     BesaError
-        The model cannot be handled, or transformers cannot load it.
+        The model is not supported, or transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,44 +91,45 @@ def whole(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks and its name, e.g. ``model.layers``.
+    """Find the list of decoder blocks and its name, e.g. ``model.layers``.
 
-    It is a list of modules that all hold linears: below the model's own decoder where that holds any, never in a tower
-    that reads images or sounds, with as many modules as the configuration says, else the longest; the outermost of
-    equals.
+    Candidates are the module lists whose modules all hold matrices. Those below the model's own decoder are preferred;
+    lists in image or audio towers are used only if there are no others. Of the remaining lists, the first whose length
+    is the configured number of layers is returned, else the longest; the outermost list wins a tie.
 
     Raises
     ------
     BesaError
-        There is no such list, or its modules hold weights in a form that cannot be pruned.
+        There is no such list, or a block holds weights in a form that cannot be pruned.
     """
     lists = _block_lists(model)
     decoder = model.get_decoder()
     below = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    inside = [each for each in lists if each[1] in below] or lists
+    candidates = [(name, modules) for name, modules in lists if modules in below] or lists
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    as_deep = [each for each in inside if len(each[1]) == depth]
-    found = max(as_deep or inside, key=lambda each: len(each[1]), default=None)  # the first of equals
-    if found is None:
+    of_depth = [(name, modules) for name, modules in candidates if len(modules) == depth]
+    chosen = max(of_depth or candidates, key=lambda candidate: len(candidate[1]), default=None)  # the first of a tie
+    if chosen is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
-    for index, block in enumerate(found[1]):
-        _refuse_unsuited(type(model).__name__, f"{found[0]}.{index}", block)
-    return found
+    prefix, blocks = chosen
+    for index, block in enumerate(blocks):
+        _refuse_unsupported(type(model).__name__, f"{prefix}.{index}", block)
+    return prefix, blocks
 
 
 def _block_lists(model: "PreTrainedModel") -> list[tuple[str, nn.ModuleList]]:
-    """All lists of modules that all hold matrices, the outermost first; those in towers where there are no others."""
+    """List the module lists whose modules all hold matrices, outermost first; those in towers only if no others."""
     towers = tuple(f"{name}." for name, module in model.named_modules() if name and not _reads_text(module, model))
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(_matrices(block) for block in module)
     ]
-    return [each for each in lists if not each[0].startswith(towers)] or lists
+    return [(name, modules) for name, modules in lists if not name.startswith(towers)] or lists
 
 
 def _reads_text(module: nn.Module, model: "PreTrainedModel") -> bool:
-    """Whether a part of a model can be what reads its text: no model of its own that is made for anything else."""
+    """Return False if a submodule is a complete model for other inputs than the text, as an image tower."""
     from transformers import PreTrainedModel
 
     if not isinstance(module, PreTrainedModel):
@@ -141,7 +142,7 @@ def _matrices(block: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in block.parameters())
 
 
-def _refuse_unsuited(model: str, where: str, block: nn.Module) -> None:
+def _refuse_unsupported(model: str, where: str, block: nn.Module) -> None:
     linears = {name for name, module in block.named_modules() if type(module) is nn.Linear}
     for name, module in block.named_modules():
         place = f"{where}.{name} of {model}"
@@ -158,31 +159,31 @@ def _refuse_unsuited(model: str, where: str, block: nn.Module) -> None:
 
 
 def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear]:
-    """The linears of one block by their name inside it; routers of expert models are left out."""
+    """Return the linears of one block by their name inside it, without the routers of expert models."""
     text = config.get_text_config()
     experts = {getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
-    found = {}
+    by_name = {}
     for name, module in block.named_modules():
         if type(module) is not nn.Linear:
             continue
         if module.out_features in experts and name.rsplit(".", 1)[-1] in _ROUTERS:
             continue
-        found[name] = module
-    return found
+        by_name[name] = module
+    return by_name
 
 
 def maximum_length(config: "PretrainedConfig") -> int | None:
-    """The longest sequence the model was made for, in tokens; None where its configuration does not say."""
+    """Return the longest sequence that the model supports, in tokens; None if its configuration does not say."""
     value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
 
 
 def special_tokens(config: "PretrainedConfig") -> list[int]:
-    """The ids that a model's code may treat in a way of its own: those its configuration names, and the first three."""
+    """Return the ids that the model's code may treat specially: those in its configuration, and 0, 1 and 2; sorted."""
     text = config.get_text_config()
     kinds = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
-    named: list[Any] = [getattr(each, f"{kind}_token_id", None) for each in (config, text) for kind in kinds]
+    values: list[Any] = [getattr(source, f"{kind}_token_id", None) for source in (config, text) for kind in kinds]
     ids = [0, 1, 2]
-    for each in named:
-        ids += each if isinstance(each, list) else [each]
-    return sorted({each for each in ids if isinstance(each, int) and 0 <= each < text.vocab_size})
+    for value in values:
+        ids += value if isinstance(value, list) else [value]
+    return sorted({token for token in ids if isinstance(token, int) and 0 <= token < text.vocab_size})

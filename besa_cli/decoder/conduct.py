@@ -1,4 +1,4 @@
-"""What a model has to do so that it can be followed block by block, and the refusals of one that does otherwise."""
+"""Checks that a model can be run block by block (causal, finite), and the errors if it cannot."""
 
 import contextlib
 import math
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.system import compute
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}  # what rounding may do
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}  # of rounding
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖, of the same shape."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return ‖actual − expected‖ / ‖expected‖ of two tensors of the same shape, computed in fp32."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
 
 
 def not_causal(model: nn.Module) -> BesaError:
-    """The refusal of a model whose tokens see those after them."""
+    """Return the error for a model in which a token attends to later tokens."""
     return BesaError(
-        f"{type(model).__name__} is not causal: a token changes what the model makes of those before it",
-        "besa prunes and measures models that predict each token from those before it",
+        f"{type(model).__name__} is not causal: a token changes the hidden states of earlier tokens",
+        "use a causal model, in which each token is predicted from earlier tokens alone",
     )
 
 
 @contextlib.contextmanager
 def following(model: nn.Module) -> Iterator[None]:
-    """Turn whatever the model's own code raises into one line that names the model.
+    """Convert exceptions of the model's own code to a `BesaError` that names the model.
 
     Raises
     ------
     BesaError
-        It raised anything but a `BesaError` or out of memory.
+        The code raised any exception except a `BesaError` or an out-of-memory error, which pass unchanged.
     """
     try:
         yield
@@ -43,60 +43,60 @@ def following(model: nn.Module) -> Iterator[None]:
         narrow = next(model.parameters()).dtype != torch.float32
         raise BesaError(
             f"{type(model).__name__} cannot be run block by block: {type(error).__name__}: {reason_of(error)}",
-            ("its code may need --dtype float32; else " if narrow else "")
-            + "besa passes hidden states from block to block, and this decoder cannot be followed that way",
+            ("try --dtype float32, which its code may need; else " if narrow else "")
+            + "use another model: besa passes hidden states from block to block, which this decoder does not support",
         ) from error
 
 
 def require_finite(states: Tensor, source: str) -> None:
-    """Refuse hidden states that the dtype could not hold.
+    """Refuse hidden states that overflowed their dtype.
 
     Parameters
     ----------
     states : Tensor
     source : str
-        What gave them.
+        The model or directory that computed them, named in the error.
 
     Raises
     ------
     BesaError
-        There is a NaN or an infinity.
+        A value is NaN or infinite.
     """
     if not bool(states.isfinite().all()):
         raise overflow(f"{source} gives hidden states that are NaN or infinite", states.dtype)
 
 
 def require_logits(logits: Tensor, source: str) -> None:
-    """Refuse logits of which no probabilities can be made.
+    """Refuse logits whose softmax is not defined.
 
     Parameters
     ----------
     logits : Tensor
-        −inf is one of them, for what is no token.
+        −inf is allowed: some models give it to ids that are not tokens.
     source : str
-        What gave them.
+        The model or directory that computed them, named in the error.
 
     Raises
     ------
     BesaError
-        There is a NaN or a positive infinity, or nothing else than −inf.
+        A value is NaN or +inf, or all are −inf.
     """
     if not math.isfinite(float(logits.amax())):
         raise overflow(f"{source} gives logits that are NaN or infinite", logits.dtype)
 
 
-def overflow(what: str, dtype: torch.dtype) -> BesaError:
-    """The error for NaN or infinity, with the remedy where the dtype may be the cause.
+def overflow(problem: str, dtype: torch.dtype) -> BesaError:
+    """Return the error for NaN or infinity, with the remedy that the dtype suggests.
 
     Parameters
     ----------
-    what : str
-        What gives it, in words that ``in float16`` can follow.
+    problem : str
+        The start of the message, to which ``in float16`` is added.
     dtype : torch.dtype
-        That was computed in.
+        The dtype of the computation.
     """
-    damaged = "the model's own numbers overflow: fetch it again, or use another one"
+    overflows = "the model overflows even in float32: fetch it again, or use another one"
     return BesaError(
-        f"{what} in {compute.name_of(dtype)}",
-        damaged if dtype == torch.float32 else "compute with --dtype float32",
+        f"{problem} in {compute.name_of(dtype)}",
+        overflows if dtype == torch.float32 else "compute with --dtype float32",
     )

@@ -1,7 +1,7 @@
-"""A decoder run block by block.
+"""A decoder that runs block by block.
 
-The real model's own code runs everywhere: its embedding and masks before the first block, its norm and head after the
-last, and each block with the very keyword arguments that the model hands to it.
+Only the model's own code computes: its embedding and masks before the first block, its norm and head after the last,
+and each block with exactly the keyword arguments that the model passes to it.
 """
 
 import contextlib
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 Keywords = Mapping[str, Any]
 
-_TRIED = 4  # tokens in the trial of the first block
+_TRIAL_TOKENS = 4  # length of the sample on which the first block is tried
+_NOT_SUPPORTED = "use another model: this decoder cannot be pruned block by block"
 
 
 class Caught(Exception):
-    """The hidden states that entered the first block, or that a module inside a block was given or gave."""
+    """Exception that ends a forward pass early and carries the hidden states caught there."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -35,52 +36,54 @@ class Caught(Exception):
 
 
 class Decoder(PartialModel):
-    """A partial model that runs: from tokens to hidden states, through loaded blocks, to logits; see `PartialModel`.
+    """A partial model that computes: tokens to hidden states, through loaded blocks, to logits.
 
     Parameters
     ----------
+    directory, device, dtype
+        The parameters of `PartialModel`.
     quick : bool
-        Compute causal attention on a CPU with `besa_cli.ops.attention`, whose scores are rounded to the dtype. By
-        default everything is computed as stock transformers does.
+        Compute causal attention on a CPU with `besa_cli.ops.attention`, which rounds scores to the dtype. By default
+        everything is computed as in stock transformers.
     """
 
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> None:
         super().__init__(directory, device, dtype)
         self._body = _body(self.model, self.blocks)
         if quick and device.type == "cpu":
-            attention.in_chunks(self.model)
+            attention.use_chunked_attention(self.model)
         self._keywords: dict[tuple[int, int], list[tuple[tuple[Any, ...], Keywords]]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._outputs = 0  # how many values a block returns in a tuple; 0 where it returns the hidden states alone
+        self._outputs = 0  # length of the tuple that a block returns; 0 if it returns the hidden states alone
         self._try_first_block()
 
     def keywords(self, index: int, tokens: Tensor) -> tuple[tuple[Any, ...], Keywords]:
-        """The positional (after the hidden states) and keyword arguments that the model hands to block `index`.
+        """Return the positional (after the hidden states) and keyword arguments that the model passes to block `index`.
 
-        They are recorded once for every shape of `tokens` (samples, seqlen) by running the real model over blocks that
-        only note what they are given and pass the hidden states on; these are zeros where the embedding was dropped.
+        They are recorded once for each shape of `tokens` (samples, seqlen): the model runs over stand-ins for its
+        blocks, which record their arguments and return the hidden states unchanged (zeros if the embedding was
+        dropped).
 
         Raises
         ------
         BesaError
-            They depend on which tokens there are, or the model skips or repeats blocks.
+            The arguments depend on the values of the tokens, or the model skips or repeats blocks.
         """
         shape = (tokens.shape[0], tokens.shape[1])
         if shape not in self._keywords:
             records = self._recorded(tokens)
             if not self._keywords:
                 for others in (tokens.flip(1), self.with_special_tokens(tokens)):
-                    if not _alike(records, self._recorded(others)):
+                    if not _same_tensors(records, self._recorded(others)):
                         raise BesaError(
-                            f"{type(self.model).__name__} hands its blocks arguments that depend on the tokens "
-                            "themselves",
-                            "besa passes hidden states from block to block; this decoder cannot be followed that way",
+                            f"{type(self.model).__name__} passes its blocks arguments that depend on the tokens",
+                            _NOT_SUPPORTED,
                         )
             self._keywords[shape] = records
         return self._keywords[shape][index]
 
     def with_special_tokens(self, tokens: Tensor) -> Tensor:
-        """The same with a special token of the model (padding, begin, end, ...) in the place of every other one.
+        """Return a copy of the tokens in which every second one is a special token (padding, begin, end, ...).
 
         Parameters
         ----------
@@ -93,19 +96,19 @@ class Decoder(PartialModel):
         return changed
 
     def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], Keywords]]:
-        """What every block is given besides the hidden states."""
+        """Run the model over stand-ins and return the arguments of each block other than the hidden states."""
         records: list[tuple[tuple[Any, ...], Keywords]] = []
 
         def note(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             records.append((args, _without_cache(kwargs)))
             return self._as_block_output(hidden)
 
-        with _blank(self.embedding):
+        with _zero_embedding(self.embedding):
             self._run(tokens, note)
         if len(records) != len(self):
             raise BesaError(
-                f"{type(self.model).__name__} calls {len(records)} blocks where it has {len(self)}",
-                "a decoder that skips or repeats blocks cannot be pruned block by block",
+                f"{type(self.model).__name__} calls {len(records)} blocks but has {len(self)}",
+                "use another model: a decoder that skips or repeats blocks cannot be pruned block by block",
             )
         return records
 
@@ -113,7 +116,7 @@ class Decoder(PartialModel):
         return hidden if not self._outputs else (hidden, *[None] * (self._outputs - 1))
 
     def _try_first_block(self) -> None:
-        """Find out from the real first block whether blocks return a tuple; refuse one that looks ahead."""
+        """Run the first block to see if it returns a tuple, and refuse one in which tokens attend to later tokens."""
         call: list[tuple[tuple[Any, ...], Keywords]] = []
 
         def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +124,7 @@ class Decoder(PartialModel):
             raise Caught(hidden)
 
         with following(self.model):
-            hidden = self._entering(torch.arange(_TRIED)[None] % self.vocabulary, catch)
+            hidden = self._first_inputs(torch.arange(_TRIAL_TOKENS)[None] % self.vocabulary, catch)
             self.load(0)
             with torch.no_grad():
                 output = self.blocks[0](hidden, *call[0][0], **call[0][1])
@@ -131,30 +134,28 @@ class Decoder(PartialModel):
             self.drop(0)
             self._outputs = len(output) if isinstance(output, tuple) else 0
             change = relative_error(states_of(changed)[:, :-1], states_of(output)[:, :-1])
-        if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding hardly differs
+        if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding differs little
             raise not_causal(self.model)
 
-    def _entering(self, tokens: Tensor, catch: Callable[..., Any]) -> Tensor:
-        """The hidden states that enter the first block, where `catch` stands in for all and raises `Caught`."""
+    def _first_inputs(self, tokens: Tensor, catch: Callable[..., Any]) -> Tensor:
+        """Return the inputs of the first block; `catch` replaces every block's forward and raises `Caught`."""
         try:
             self._run(tokens, catch)
         except Caught as caught:
             return caught.hidden
-        raise BesaError(
-            f"{type(self.model).__name__} did not call its blocks", "this decoder cannot be pruned block by block"
-        )
+        raise BesaError(f"{type(self.model).__name__} did not call its blocks", _NOT_SUPPORTED)
 
     def _run(self, tokens: Tensor, stand_in: Callable[..., Any], *, whole: bool = False, **options: Any) -> Any:
-        """Run the real model with `stand_in(number, hidden, ...)` in place of every block."""
+        """Run the model with `stand_in(number, hidden, ...)` in place of each block's forward."""
         with contextlib.ExitStack() as stack, torch.no_grad():
             for number, block in enumerate(self.blocks):
                 stack.enter_context(_replaced_forward(block, number, stand_in))
             return self._ready(whole=whole)(input_ids=tokens.to(self.device), use_cache=False, **options)
 
     def _ready(self, *, whole: bool) -> nn.Module:
-        """The whole model or the part of it that gives hidden states, with values in every tensor outside the blocks.
+        """Return the whole model, or its part without the head, after checking that all tensors it uses have values.
 
-        Some of torch's products give garbage, and no error, for a tensor on the meta device.
+        The check is needed since some of torch's products return garbage, not an error, for tensors on the meta device.
         """
         model = self.model if whole else self._body
         if model is self.model:
@@ -162,25 +163,25 @@ class Decoder(PartialModel):
             self.load_head()
         inside = set(model.modules())
         for module in self._outside:
-            used = module in inside and "forward" not in vars(module)  # an embedding that gives zeros
+            used = module in inside and "forward" not in vars(module)  # `_zero_embedding` replaces it
             if used and any(tensor.is_meta for _, tensor in tensors_of(module)):
                 raise BesaError(
-                    f"{type(self.model).__name__} computes with a {type(module).__name__} whose values are nowhere",
-                    "this decoder cannot be pruned block by block",
+                    f"{type(self.model).__name__} uses a {type(module).__name__} whose tensors have no values",
+                    _NOT_SUPPORTED,
                 )
         return model
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states that enter the first block, of shape (samples, seqlen, hidden)."""
+        """Return the hidden states that enter the first block, of shape (samples, seqlen, hidden)."""
 
         def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             raise Caught(hidden)
 
         self.load_embedding()
-        return self._entering(tokens, catch)
+        return self._first_inputs(tokens, catch)
 
     def _injecting(self, hidden: Tensor) -> Callable[..., Any]:
-        """A stand-in for the blocks of which the last gives `hidden`."""
+        """Return a stand-in for the blocks: the last returns `hidden`, the others their inputs."""
         last = len(self) - 1
 
         def inject(number: int, states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -188,27 +189,27 @@ class Decoder(PartialModel):
 
         return inject
 
-    def whole(self, tokens: Tensor) -> Tensor:
-        """What the model itself gives to its head, by its own calls of its blocks: (samples, seqlen, hidden)."""
+    def head_inputs(self, tokens: Tensor) -> Tensor:
+        """Run the whole model and return the inputs of its head, of shape (samples, seqlen, hidden)."""
         self.load_embedding()
         states: Tensor = self._ready(whole=False)(input_ids=tokens.to(self.device), use_cache=False)[0]
         return states
 
-    def normed(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """What the head is given for the hidden states that left the last block: (samples, seqlen, hidden) as well."""
+    def head_inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the inputs of the head for outputs of the last block; both have shape (samples, seqlen, hidden)."""
         self.load_embedding()
         states: Tensor = self._run(tokens, self._injecting(hidden))[0]
         return states
 
     def finish(self, hidden: Tensor, tokens: Tensor, part: slice | None = None) -> Tensor:
-        """Logits from the hidden states that left the last block.
+        """Compute the logits from the outputs of the last block.
 
         Parameters
         ----------
         hidden : Tensor of shape (samples, seqlen, hidden)
         tokens : Tensor of shape (samples, seqlen)
         part : slice, optional
-            Positions to give logits for; all by default.
+            Positions to compute logits for; all by default.
 
         Returns
         -------
@@ -227,7 +228,7 @@ class Decoder(PartialModel):
     def forward(
         self, index: int, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The output of the (loaded) block `index` for hidden states of shape (samples, seqlen, hidden).
+        """Run the loaded block `index` on hidden states and return its output, both (samples, seqlen, hidden).
 
         Parameters
         ----------
@@ -239,7 +240,7 @@ class Decoder(PartialModel):
         args, kwargs = self.keywords(index, tokens)
         block = self.blocks[index]
         if next(block.parameters()).is_meta:
-            raise RuntimeError(f"block {index} is computed before its weights are loaded")
+            raise RuntimeError(f"block {index} is run before its weights are loaded")
         if weights is None:
             output = block(hidden, *args, **kwargs)
         else:
@@ -248,7 +249,7 @@ class Decoder(PartialModel):
 
 
 def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
-    """The part of a model that gives hidden states, without the head: the model itself where it has no such part."""
+    """Return the part of a model without the head; the model itself if it has no such part."""
     from transformers import PreTrainedModel
 
     base: nn.Module = model.base_model
@@ -259,32 +260,32 @@ def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
 
 
 def states_of(output: Any) -> Tensor:
-    """The hidden states in what a block or one of its modules returns."""
+    """Return the hidden states in the output of a block or of one of its modules."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Whether arguments hold the same tensors; what is neither tensor nor container counts as the same."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_alike(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(_alike(*pair) for pair in zip(one, other, strict=True))
-    return isinstance(one, Tensor) == isinstance(other, Tensor)
+def _same_tensors(first: Any, second: Any) -> bool:
+    """Check that nested arguments hold equal tensors; other values than tensors and containers are not compared."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same_tensors(first[name], second[name]) for name in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(_same_tensors(*pair) for pair in zip(first, second, strict=True))
+    return isinstance(first, Tensor) == isinstance(second, Tensor)
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded arguments with no cache among them: blocks see whole sequences."""
+    """Return the arguments without the key-value cache, which whole sequences do not need."""
     return {
         name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")
     }
 
 
 @contextlib.contextmanager
-def _blank(embedding: nn.Embedding | None) -> Iterator[None]:
-    """Within, an embedding that was dropped gives zeros."""
+def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
+    """Make a dropped embedding return zeros within the context."""
     if embedding is None or not embedding.weight.is_meta:
         yield
         return
@@ -303,6 +304,8 @@ def _blank(embedding: nn.Embedding | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced_forward(block: nn.Module, number: int, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Replace a block's forward by `stand_in(number, hidden, ...)` within the context."""
+
     def forward(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         states = hidden if hidden is not None else kwargs.pop("hidden_states")
         return stand_in(number, states, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A stock transformers decoder of which only the parts in use have weights."""
+"""A stock transformers decoder in which only the parts in use have their weights in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.decoder import architecture
 from besa_cli.decoder.prefetch import Prefetcher
-from besa_cli.decoder.tensor_names import Names, fit
+from besa_cli.decoder.tensor_names import Names, reconcile
 from besa_cli.errors import BesaError
 from besa_cli.system import compute
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class PartialModel:
-    """The model of a checkpoint directory, its blocks loaded one at a time.
+    """The model of a checkpoint directory, with blocks loaded one at a time.
 
     Parameters
     ----------
     directory : Path
         A Hugging Face checkpoint with safetensors.
     device, dtype : torch.device, torch.dtype
-        Where and in which dtype to compute.
+        Device and dtype of the computation.
 
     Attributes
     ----------
     notes : list of str
-        What the user should know of how the checkpoint fits the model, see `besa_cli.decoder.tensor_names.fit`.
+        Notes for the user on tensors that are untied or not used, from `besa_cli.decoder.tensor_names.reconcile`.
 
     Raises
     ------
@@ -51,9 +51,9 @@ class PartialModel:
         self._buffered = _buffered(self.model)
         self._above = [module for module in self._outside if self.blocks in set(module.modules())]
         self._names = Names(self.model, self.weights.names)
-        self.notes = fit(self.model, self._names, self.weights)
+        self.notes = reconcile(self.model, self._names, self.weights)
         self._ahead = Prefetcher(
-            lambda index: self.weights.read(self.source_names(index)), pinned=device.type == "cuda"
+            lambda index: self.weights.read(self.stored_names(index)), pinned=device.type == "cuda"
         )
         for index in range(len(self.blocks)):
             self._require(self.block_names(index), f"block {index}")
@@ -64,30 +64,30 @@ class PartialModel:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """Size of the vocabulary: rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of block `index` by their name inside it."""
+        """Return the linears of block `index` by their name inside it."""
         return architecture.linears(self.blocks[index], self.config)
 
     def block_names(self, index: int) -> dict[str, str]:
-        """State-dict name inside block `index` → name of the tensor in the checkpoint."""
+        """Map each state-dict name inside block `index` to the tensor's name in the checkpoint."""
         names = self.blocks[index].state_dict().keys()
         return {name: self._names.origin(f"{self.prefix}.{index}.{name}") for name in names}
 
     def linear_tensors(self) -> list[str]:
-        """The names in the checkpoint of the weights of all linears."""
-        places = [(self.block_names(index), name) for index in range(len(self)) for name in self.linears(index)]
-        return [origins[f"{name}.weight"] for origins, name in places]
+        """List the checkpoint names of the weights of all linears."""
+        linears = [(self.block_names(index), name) for index in range(len(self)) for name in self.linears(index)]
+        return [origins[f"{name}.weight"] for origins, name in linears]
 
-    def source_names(self, index: int) -> list[str]:
-        """All tensors of the checkpoint that belong to block `index`, also those the model does not use."""
+    def stored_names(self, index: int) -> list[str]:
+        """List the checkpoint names of all tensors of block `index`, including those that the model does not use."""
         return self._names.below(f"{self.prefix}.{index}.")
 
     def rest_names(self) -> list[str]:
-        """All tensors of the checkpoint that belong to no block."""
-        inside = {name for index in range(len(self)) for name in self.source_names(index)}
+        """List the checkpoint names of all tensors that belong to no block."""
+        inside = {name for index in range(len(self)) for name in self.stored_names(index)}
         return [name for name in self.weights.names if name not in inside]
 
     def _require(self, names: Mapping[str, str], place: str) -> None:
@@ -99,17 +99,17 @@ class PartialModel:
                 )
 
     def prefetch(self, index: int) -> None:
-        """Begin to read block `index`, which will be loaded soon; that takes as much memory as it has on disk."""
+        """Start to read block `index` in the background; it occupies its size on disk in memory until it is loaded."""
         self._ahead.prefetch(index)
 
     def load(self, index: int, source: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Give block `index` its weights and return all its tensors in their own dtype, by checkpoint name.
+        """Load the weights of block `index` and return all its tensors in their stored dtype, by checkpoint name.
 
         Parameters
         ----------
         index : int
         source : mapping of checkpoint name to Tensor, optional
-            Take the tensors from here instead of from the checkpoint.
+            Tensors to use instead of those in the checkpoint.
         """
         block = self.blocks[index]
         tensors = dict(source) if source is not None else self._ahead.take(index)
@@ -148,12 +148,12 @@ class PartialModel:
         self._embedding = self._belonging(now, self.embedding)
 
     def _belonging(self, origins: Mapping[str, str], owner: nn.Module | None) -> dict[str, str]:
-        """Those of the tensors that are the own ones of a module."""
+        """Select the tensors that belong directly to the module `owner`."""
         own = {name for name, module in self.model.named_modules() if module is owner}
         return {name: origin for name, origin in origins.items() if name.rpartition(".")[0] in own}
 
     def _fill_outside(self, modules: Sequence[nn.Module], origins: Mapping[str, str]) -> None:
-        """Give modules outside the blocks their weights and buffers, and those that are tied to them theirs."""
+        """Load the weights and buffers of modules outside the blocks, and tie the weights tied to them."""
         tensors = self.weights.read(list(origins.values()))
         for module in modules:
             _to_empty(module, self.device)
@@ -164,17 +164,17 @@ class PartialModel:
 
     @property
     def embedding(self) -> nn.Embedding | None:
-        """The module that gives each token its hidden state; None where the model makes them in another way."""
-        found = self.model.get_input_embeddings()
-        return found if isinstance(found, nn.Embedding) else None
+        """The token embedding; None if the model computes its inputs in another way."""
+        module = self.model.get_input_embeddings()
+        return module if isinstance(module, nn.Embedding) else None
 
     def embedding_bytes(self) -> int:
-        """Bytes of the token embedding, which `drop_embedding` would free; 0 where it is not held."""
-        held = self.embedding is not None and not self.embedding.weight.is_meta
-        return sum(self.model.get_parameter(name).nbytes for name in self._embedding) if held else 0
+        """Return the bytes that `drop_embedding` would free; 0 if the embedding is not loaded."""
+        loaded = self.embedding is not None and not self.embedding.weight.is_meta
+        return sum(self.model.get_parameter(name).nbytes for name in self._embedding) if loaded else 0
 
     def drop_embedding(self) -> None:
-        """Free the token embedding, and a head's weight that is tied to it; whatever needs it next reads it again."""
+        """Free the token embedding and a head's weight tied to it; they are read again when needed."""
         if self.embedding is None or not self._embedding:
             return
         weight = self.embedding.weight
@@ -184,45 +184,45 @@ class PartialModel:
         compute.give_back_memory()
 
     def load_embedding(self) -> None:
-        """Read the token embedding where it was dropped."""
+        """Read the token embedding again if it was dropped."""
         if self.embedding is not None and self.embedding.weight.is_meta:
             self._fill_outside([self.embedding], self._embedding)
 
     def head_bytes(self) -> int:
-        """Bytes that the head will take in memory, where it has weights of its own that are not loaded yet."""
+        """Return the bytes that the head's own weights will occupy in memory; 0 if they are loaded already."""
         return sum(self.model.get_parameter(name).numel() * self.dtype.itemsize for name in self._head)
 
     def load_head(self) -> None:
-        """Give the head its weights, where it has any of its own; only logits need them.
+        """Load the head's own weights, if any; only logits need them.
 
-        A weight that is tied to the embedding stays as it is: a bias alone may be the head's own.
+        A weight tied to the embedding is not touched: the head's own may be only a bias.
         """
         if not self._head:
             return
         for name in self._head:
-            owner, _, own = name.rpartition(".")
-            _empty(self.model.get_submodule(owner), own, self.device)
+            owner, _, last = name.rpartition(".")
+            _empty(self.model.get_submodule(owner), last, self.device)
         self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
         self._head = {}
 
     def drop_head(self) -> None:
-        """Free what `load_head` has read; it is read again when logits are wanted."""
+        """Free the weights that `load_head` has read; they are read again when logits are needed."""
         for name in self._own_head:
-            owner, _, own = name.rpartition(".")
-            _empty(self.model.get_submodule(owner), own, torch.device("meta"))
+            owner, _, last = name.rpartition(".")
+            _empty(self.model.get_submodule(owner), last, torch.device("meta"))
         self._head = self._own_head
         compute.give_back_memory()
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights in the dtype of computation and as they are stored: what loading them may take."""
+        """Return the peak bytes of loading the whole model: all weights in the computation dtype and as stored."""
         loaded = sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
         return loaded + self.weights.nbytes(self.weights.names)
 
     def _restore_buffers(self, modules: Sequence[nn.Module]) -> None:
-        """Compute the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does.
+        """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales), as transformers does.
 
-        Its own initialization does it, which asks the model that each module belongs to, and after the modules
-        inside those around them, which may compute buffers of theirs. Weights count as initialized, and stay.
+        transformers' own `initialize_weights` computes them: it uses the model that each module belongs to, and visits
+        inner modules before outer ones, which may overwrite their buffers. Weights are marked as initialized and kept.
         """
         chosen = self._buffered.intersection(modules)
         if not chosen:
@@ -239,8 +239,8 @@ def _require_sizes(config: "PretrainedConfig", directory: Path) -> None:
     for name in ("hidden_size", "vocab_size"):
         if not isinstance(getattr(text, name, None), int):
             raise BesaError(
-                f"{directory / 'config.json'} gives no {name} of the decoder ({config.model_type})",
-                "besa passes hidden states of one width from block to block; this model has no such width",
+                f"{directory / 'config.json'} has no {name} for the decoder ({config.model_type})",
+                "use another model: besa needs a decoder with one vocabulary and one hidden width",
             )
 
 
@@ -250,27 +250,27 @@ def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:
 
 
 def _buffered(model: nn.Module) -> set[nn.Module]:
-    """The modules that hold a buffer that no checkpoint holds, or have one inside."""
+    """Return the modules with a buffer that no checkpoint stores, in themselves or in a submodule."""
     return {
         module for module in model.modules() if any(inner._non_persistent_buffers_set for inner in module.modules())
     }
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers by their name in it."""
+    """Yield a module's own parameters and buffers, with their names in the module."""
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             yield name, tensor
 
 
 def _to_empty(module: nn.Module, device: torch.device) -> None:
-    """`Module.to_empty` for one module's own tensors."""
+    """Apply `Module.to_empty` to a module's own tensors, without its submodules."""
     for name, _ in tensors_of(module):
         _empty(module, name, device)
 
 
 def _empty(module: nn.Module, name: str, device: torch.device) -> None:
-    """Put a tensor without values in the place of one of a module's own tensors."""
+    """Replace one of a module's own tensors by an uninitialized one on the device."""
     parameter = module._parameters.get(name)
     if parameter is not None:
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)

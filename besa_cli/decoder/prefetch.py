@@ -1,4 +1,4 @@
-"""The tensors of a block that is wanted soon, read while another one is computed."""
+"""Reading of the next block's tensors while another block is computed."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,12 +6,14 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-Given = ParamSpec("Given")
-Found = TypeVar("Found")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def begun(function: Callable[Given, Found], *args: Given.args, **kwargs: Given.kwargs) -> "Future[Found]":
-    """Call a function in a thread of its own, which ends with it; the process does not end before."""
+def start_in_thread(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> "Future[Result]":
+    """Call a function in a new thread and return its future; the process does not exit before the call has ended."""
     thread = ThreadPoolExecutor(max_workers=1)
     future = thread.submit(function, *args, **kwargs)
     thread.shutdown(wait=False)
@@ -19,13 +21,14 @@ def begun(function: Callable[Given, Found], *args: Given.args, **kwargs: Given.k
 
 
 class Prefetcher:
-    """Reads blocks before they are wanted.
+    """Reader of blocks that reads the next block in the background.
 
     Parameters
     ----------
-    read : function of a block's number to its tensors
+    read : callable
+        Block index → the block's tensors by name.
     pinned : bool
-        Put what is read ahead into page-locked memory, which a GPU copies from at once.
+        Copy prefetched tensors to page-locked memory, from which a GPU copies faster.
     """
 
     def __init__(self, read: Callable[[int], Mapping[str, Tensor]], *, pinned: bool) -> None:
@@ -33,12 +36,12 @@ class Prefetcher:
         self._begun: dict[int, Future[dict[str, Tensor]]] = {}
 
     def prefetch(self, index: int) -> None:
-        """Begin to read a block."""
+        """Start to read a block, unless it is being read already."""
         if index not in self._begun:
-            self._begun[index] = begun(self._fetch, index)
+            self._begun[index] = start_in_thread(self._fetch, index)
 
     def take(self, index: int) -> dict[str, Tensor]:
-        """A block's tensors, read now unless they were expected; what went wrong meanwhile is raised here."""
+        """Return a block's tensors, reading them now if they were not prefetched; errors of prefetching raise here."""
         future = self._begun.pop(index, None)
         return future.result() if future else dict(self._read(index))
 

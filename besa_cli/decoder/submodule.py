@@ -1,4 +1,4 @@
-"""A part of a block alone: what it is given and what it gives, with nothing computed after it."""
+"""Inputs and outputs of one submodule of a block, without computing the rest of the block."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from besa_cli.decoder.decoder import Caught, Decoder, states_of
 from besa_cli.errors import BesaError
 
+_REMEDY = "give --window block, which reconstructs whole blocks"
+
 
 def forward_to(
     decoder: Decoder, index: int, part: str, hidden: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """The output of the module `part` of block `index` for what enters the block; nothing after it is computed.
+    """Run block `index` up to the submodule `part` and return its output; nothing after it is computed.
 
-    `hidden`, `tokens` and `weights` are as for `Decoder.forward`.
+    `hidden`, `tokens` and `weights` are the parameters of `Decoder.forward`.
     """
 
     def catch(_module: nn.Module, _args: object, output: Any) -> None:
@@ -25,22 +27,23 @@ def forward_to(
 
 
 def inputs_of(decoder: Decoder, index: int, part: str, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """What the module `part` of block `index` is given for what enters the block.
+    """Run block `index` up to the submodule `part` and return the submodule's input.
+
+    `hidden` and `tokens` are the parameters of `Decoder.forward`.
 
     Raises
     ------
     BesaError
-        The module is given more than one tensor.
+        The submodule receives anything else than one tensor.
     """
 
     def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        if len(given) != 1 or not isinstance(given[0], Tensor):
+        inputs = [*args, *kwargs.values()]
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise BesaError(
-                f"{type(decoder.model).__name__} hands more than hidden states to {part} of block {index}",
-                "--window block reconstructs the whole block",
+                f"{type(decoder.model).__name__} passes more than hidden states to {part} of block {index}", _REMEDY
             )
-        raise Caught(given[0])
+        raise Caught(inputs[0])
 
     return _caught(decoder, index, part, hidden, tokens, None, "register_forward_pre_hook", catch, with_kwargs=True)
 
@@ -54,30 +57,31 @@ def _caught(
     weights: Mapping[str, Tensor] | None,
     register: str,
     catch: Callable[..., None],
-    **how: bool,
+    **options: bool,
 ) -> Tensor:
-    handle = getattr(decoder.blocks[index].get_submodule(part), register)(catch, **how)
+    """Run block `index` with the hook `catch` on its submodule `part`, and return the tensor that the hook raises."""
+    handle = getattr(decoder.blocks[index].get_submodule(part), register)(catch, **options)
     try:
         decoder.forward(index, hidden, tokens, weights)
     except Caught as caught:
         return caught.hidden
     finally:
         handle.remove()
-    raise BesaError(f"block {index} does not call its {part}", "--window block reconstructs the whole block")
+    raise BesaError(f"block {index} does not call its {part}", _REMEDY)
 
 
 def forward_part(
     decoder: Decoder, index: int, part: str, inputs: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """The output of the module `part` of block `index` alone, for its own inputs.
+    """Run the submodule `part` of block `index` alone and return its output.
 
     Parameters
     ----------
     inputs : Tensor of shape (samples, seqlen, hidden)
-        As from `inputs_of`.
+        The submodule's inputs, as returned by `inputs_of`.
     weights : mapping, optional
-        As for `Decoder.forward`, by name inside the block.
+        Weights to use instead of the submodule's own, by name inside the block.
     """
     module = decoder.blocks[index].get_submodule(part)
-    named = {name.removeprefix(f"{part}."): weight for name, weight in (weights or {}).items()}
-    return states_of(torch.func.functional_call(module, named, (inputs,)) if named else module(inputs))
+    own = {name.removeprefix(f"{part}."): weight for name, weight in (weights or {}).items()}
+    return states_of(torch.func.functional_call(module, own, (inputs,)) if own else module(inputs))

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint goes where in the model; what does not fit is refused, what is left over is named."""
+"""Mapping of a checkpoint's tensors to the model's; mismatches are refused, unused tensors are named."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ _SHOWN = 3  # names in a note
 
 
 class Names:
-    """Which tensor of a checkpoint goes where in the model, by the rules of transformers' own loading.
+    """Mapping between the names of a checkpoint's tensors and the model's, by transformers' own loading rules.
 
-    Some architectures were renamed since their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on
-    disk), and a base model alone is stored without the prefix that it has in the whole model: name by name, the prefix
-    is added or taken away where the model then has such a tensor.
+    Some architectures were renamed after their checkpoints were written (GPT-NeoX calls its head ``embed_out`` on
+    disk), and a base model alone is stored without the prefix that it has in the whole model: for each name, the prefix
+    is added or removed if the model then has such a tensor.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Names:
     Raises
     ------
     BesaError
-        Two tensors of the checkpoint stand for the same one of the model.
+        Two tensors of the checkpoint map to the same tensor of the model.
     """
 
     def __init__(self, model: "PreTrainedModel", stored: Sequence[str]) -> None:
@@ -54,46 +54,45 @@ class Names:
         for name, place in self._place.items():
             other = self._origin.setdefault(place, name)
             if other != name and place in own:
-                raise BesaError(f"the checkpoint holds {place} of the model twice, as {other} and as {name}", _REMEDY)
+                raise BesaError(f"the checkpoint stores {place} of the model twice, as {other} and as {name}", _REMEDY)
 
     def origin(self, name: str) -> str:
-        """The checkpoint's name of the model's tensor `name`; `name` itself where the checkpoint lacks it."""
+        """Return the checkpoint name of the model's tensor `name`; `name` itself if the checkpoint lacks it."""
         return self._origin.get(name, name)
 
     def holds(self, name: str) -> bool:
-        """Whether the checkpoint has the model's tensor `name`, or another one that takes its place."""
+        """Return True if the checkpoint has the model's tensor `name` or a substitute set by `substitute`."""
         return name in self._origin
 
-    def take_for(self, name: str, other: str) -> None:
-        """Let the checkpoint's tensor for `other` be the one for `name`, too."""
+    def substitute(self, name: str, other: str) -> None:
+        """Use the checkpoint's tensor for `other` also for `name`."""
         self._origin[name] = self._origin[other]
 
     def below(self, prefix: str) -> list[str]:
-        """The checkpoint's names of all tensors whose name in the model begins with `prefix`, sorted."""
+        """Return the sorted checkpoint names of all tensors whose name in the model starts with `prefix`."""
         return sorted(name for name, place in self._place.items() if place.startswith(prefix))
 
     def places(self) -> Iterator[tuple[str, str]]:
-        """The checkpoint's names, each with the one that the tensor would have in the model."""
+        """Yield each checkpoint name with the tensor's name in the model."""
         yield from self._place.items()
 
 
-def fit(model: "PreTrainedModel", names: Names, weights: Weights) -> list[str]:
-    """Make model and checkpoint agree as transformers does when it loads one into the other.
+def reconcile(model: "PreTrainedModel", names: Names, weights: Weights) -> list[str]:
+    """Match model and checkpoint as transformers does during loading: check shapes and resolve tied tensors.
 
-    A tied tensor of which the checkpoint holds another one is not tied; where only one of two tied tensors is there, it
-    is the one for both.
+    Tied tensors are untied if the checkpoint stores two different ones; if it stores only one, both use that one.
 
     Returns
     -------
     list of str
-        What the user should know: tensors that are not tied, or not used.
+        Notes for the user: tensors that were untied, and tensors that are not used.
 
     Raises
     ------
     BesaError
-        A tensor has another shape than the configuration says, or is one of a quantized model.
+        A tensor's shape differs from the configuration, or the checkpoint is quantized.
     """
-    _refuse_codes(model, names, weights)
+    _refuse_quantized(model, names, weights)
     for place, tensor in model.state_dict().items():
         if names.holds(place):
             stored = weights.shape(names.origin(place))
@@ -103,58 +102,58 @@ def fit(model: "PreTrainedModel", names: Names, weights: Weights) -> list[str]:
                     f"its {type(model).__name__} needs {list(tensor.shape)}",
                     _REMEDY,
                 )
-    return [*_settle_ties(model, names, weights), *_unused(model, names, weights)]
+    return [*_resolve_ties(model, names, weights), *_unused(model, names, weights)]
 
 
-def _settle_ties(model: "PreTrainedModel", names: Names, weights: Weights) -> Iterator[str]:
+def _resolve_ties(model: "PreTrainedModel", names: Names, weights: Weights) -> Iterator[str]:
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in list(ties.items()):
         if not names.holds(target):
             continue
         if not names.holds(source):
-            names.take_for(source, target)
+            names.substitute(source, target)
         elif not weights.equal(names.origin(target), names.origin(source)):
             del ties[target]
             _untie(model, target)
             yield (
-                f"config.json ties {target} to {source}, but the checkpoint holds two different tensors: they are not "
-                "tied, as in transformers (tie_word_embeddings: false would say so)"
+                f"config.json ties {target} to {source}, but the checkpoint stores two different tensors: they are not "
+                "tied, as in transformers (set tie_word_embeddings: false to make it explicit)"
             )
 
 
 def _untie(model: nn.Module, name: str) -> None:
-    parent, _, own = name.rpartition(".")
+    parent, _, last = name.rpartition(".")
     owner = model.get_submodule(parent)
-    tied = owner.get_parameter(own)
-    owner.register_parameter(own, nn.Parameter(torch.empty_like(tied), requires_grad=False))
+    tied = owner.get_parameter(last)
+    owner.register_parameter(last, nn.Parameter(torch.empty_like(tied), requires_grad=False))
 
 
-def _refuse_codes(model: "PreTrainedModel", names: Names, weights: Weights) -> None:
-    """Refuse scales and codes beside a module's weight: read without them, it is another weight."""
+def _refuse_quantized(model: "PreTrainedModel", names: Names, weights: Weights) -> None:
+    """Refuse scales and codes stored beside a module's weight: without them the weight has other values."""
     own = model.state_dict().keys()
-    weighed = {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
+    modules = {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
     for name, place in names.places():
         parts = place.split(".")
-        cuts = (cut for cut in range(1, len(parts)) if ".".join(parts[:cut]) in weighed)
+        cuts = (cut for cut in range(1, len(parts)) if ".".join(parts[:cut]) in modules)
         if place not in own and any(_CODED.search(".".join(parts[cut:])) for cut in cuts):
             raise BesaError(
-                f"{weights.directory} is already compressed: it holds {name} beside the weights",
-                "name the dense model that it was made from",
+                f"{weights.directory} is already compressed: it stores {name} beside the weights",
+                "use the dense model that it was made from",
             )
 
 
 def _unused(model: "PreTrainedModel", names: Names, weights: Weights) -> Iterator[str]:
-    """The note that tensors are not used, but for those that transformers passes over in silence, too."""
+    """Yield the note that tensors are not used, except those that transformers ignores silently."""
     silent = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
     own = model.state_dict().keys() | {name for name, _ in model.named_buffers()}
-    left = sorted(
+    unused = sorted(
         name
         for name, place in names.places()
         if place not in own and not any(re.search(pattern, place) for pattern in silent)
     )
-    if left:
-        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    if unused:
+        more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
         yield (
-            f"{type(model).__name__} does not use {len(left)} of the {len(weights.names)} tensors in "
-            f"{weights.directory}: {', '.join(left[:_SHOWN])}{more}"
+            f"{type(model).__name__} does not use {len(unused)} of the {len(weights.names)} tensors in "
+            f"{weights.directory}: {', '.join(unused[:_SHOWN])}{more}"
         )

@@ -1,4 +1,4 @@
-"""Whether a decoder gives the same block by block as whole, and as stock transformers makes it."""
+"""Check that a decoder computes the same block by block as the whole model and as stock transformers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,41 +13,40 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
 
 _CHECK_TOKENS = 32  # length of the samples on which stream and whole model are compared
-SMALL = 64 << 20  # bytes of a model that is compared with stock's in any case
+SMALL = 64 << 20  # bytes of weights up to which a model is always compared with stock transformers
 
 
 def verify(decoder: Decoder, tokens: Tensor, *, room: int = SMALL) -> None:
     """Compare stream and whole model on three short samples; the whole model's blocks are loaded as they are called.
 
-    The first is one of `tokens`; the second holds every special token, which a model's code may treat in another way;
-    the third has another last token than the first, which must change nothing before it. Where there is room for all
-    weights at a time, the model that stock transformers loads is compared, too, logits included.
+    The first sample is the start of `tokens`; the second contains the special tokens, which the model's code may treat
+    specially; the third differs from the first in the last token, which must not change earlier hidden states. If all
+    weights fit in `room`, the logits are also compared with those of the model loaded by stock transformers.
 
     Parameters
     ----------
     tokens : Tensor of shape (samples, seqlen)
     room : int
-        Bytes that may be taken.
+        Bytes of memory available.
 
     Raises
     ------
     BesaError
-        They differ: the blocks depend on more than the hidden states before them, or the model calls them in another
-        order, or its names, tied weights or buffers are not those that stock transformers makes of the checkpoint.
-        Or tokens see those after them, or the dtype does not hold the hidden states.
+        The results differ: blocks depend on more than their input, are called in another order, or names, tied weights
+        or buffers differ from stock transformers'. Or the model is not causal, or the hidden states overflow the dtype.
     """
     rows = _rows(decoder, tokens)
     stream = _Stream(decoder, rows)
     model = type(decoder.model).__name__
     with following(decoder.model), torch.no_grad(), stream.beside_the_model():
-        expected = decoder.whole(rows)
+        expected = decoder.head_inputs(rows)
     require_finite(expected, model)
     require_finite(stream.hidden, model)
-    error = relative_error(decoder.normed(stream.hidden, rows), expected)
+    error = relative_error(decoder.head_inputs_from(stream.hidden, rows), expected)
     if stream.passed != list(range(len(decoder))) or not error < 1e-3:
         raise BesaError(
-            f"{model} gives other hidden states block by block than as a whole ({error:.2g})",
-            "its blocks depend on each other in a way that besa cannot follow",
+            f"{model} gives other hidden states block by block than as a whole (relative error {error:.2g})",
+            "use another model: the blocks of this one depend on more than their input, which besa does not support",
         )
     if relative_error(expected[2, :-1], expected[0, :-1]) > TOLERANCE[decoder.dtype]:
         raise not_causal(decoder.model)
@@ -56,7 +55,7 @@ def verify(decoder: Decoder, tokens: Tensor, *, room: int = SMALL) -> None:
 
 
 def _rows(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """The samples of the comparison: (3, seqlen)."""
+    """Return the samples of the comparison, of shape (3, seqlen)."""
     sample = tokens[:1, :_CHECK_TOKENS]
     changed = sample.clone()
     changed[0, -1] = (sample[0, -1] + 1) % decoder.vocabulary
@@ -64,47 +63,47 @@ def _rows(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 def _compare_with_stock(decoder: Decoder, hidden: Tensor, rows: Tensor) -> None:
-    """Refuse other logits than those of the model that transformers loads by itself.
+    """Refuse logits that differ from those of the model loaded by stock transformers.
 
     Parameters
     ----------
     hidden : Tensor of shape (samples, seqlen, hidden)
-        What left the last block.
+        Outputs of the last block.
     rows : Tensor of shape (samples, seqlen)
     """
     expected = _stock_logits(decoder, rows)
-    found = decoder.finish(hidden, rows)
+    logits = decoder.finish(hidden, rows)
     decoder.drop_head()
-    known = expected.isfinite() & found.isfinite()  # some models give -inf to what is no token
-    error = relative_error(found[known], expected[known])
-    if bool(found.isnan().any()) or not error < TOLERANCE[decoder.dtype]:
+    finite = expected.isfinite() & logits.isfinite()  # some models give -inf to ids that are not tokens
+    error = relative_error(logits[finite], expected[finite])
+    if bool(logits.isnan().any()) or not error < TOLERANCE[decoder.dtype]:
         raise BesaError(
-            f"{type(decoder.model).__name__} gives other logits than stock transformers ({error:.2g}) "
+            f"{type(decoder.model).__name__} gives other logits than stock transformers (relative error {error:.2g}) "
             f"for {decoder.weights.directory}",
-            "besa reads this checkpoint in another way than transformers does: nothing made of it could be trusted",
+            "use another model: besa reads this checkpoint differently from transformers",
         )
 
 
 def _stock_logits(decoder: Decoder, rows: Tensor) -> Tensor:
-    """Logits of the whole model as transformers loads it, of shape (samples, seqlen, vocabulary)."""
+    """Return the logits of the model loaded by stock transformers, of shape (samples, seqlen, vocabulary)."""
     from transformers.utils import logging
 
-    directory, said = decoder.weights.directory, logging.get_verbosity()
+    directory, verbosity = decoder.weights.directory, logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        stock: Any = architecture.whole(directory, decoder.dtype)
+        stock: Any = architecture.load_stock(directory, decoder.dtype)
     finally:
-        logging.set_verbosity(said)
+        logging.set_verbosity(verbosity)
     with following(decoder.model), torch.no_grad():
         logits: Tensor = stock.to(decoder.device)(input_ids=rows.to(decoder.device), use_cache=False).logits
     return logits
 
 
 class _Stream:
-    """A sample's hidden states, passed through each block while the whole model has it loaded: each is read once.
+    """Hidden states of samples that pass through each block while the whole model has it loaded, so it is read once.
 
-    `passed` are the blocks in the order in which the model called them.
+    `passed` lists the indices of the blocks in the order in which the model called them.
     """
 
     def __init__(self, decoder: Decoder, sample: Tensor) -> None:
@@ -115,7 +114,7 @@ class _Stream:
 
     @contextlib.contextmanager
     def beside_the_model(self) -> Iterator[None]:
-        """Within, a call of the model loads block after block, and drops it when the stream has passed it, too."""
+        """Make a call of the model load each block, pass the stream through it, and drop it again."""
         handles = []
         for number, block in enumerate(self._decoder.blocks):
             handles.append(block.register_forward_pre_hook(lambda *_, number=number: self._load(number)))

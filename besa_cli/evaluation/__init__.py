@@ -1,1 +1,1 @@
-"""Measurements of a model: perplexity, zero-shot tasks, continuations, and comparisons of runs."""
+"""Evaluation of a model: perplexity, zero-shot tasks, continuations of a prompt, and comparison of runs."""

@@ -1,4 +1,4 @@
-"""What a model says next: the prompt, checked before anything is loaded, and its greedy continuation."""
+"""Greedy continuation of a prompt, which is checked before the model is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,36 +15,37 @@ from besa_cli.evaluation.measurement import require_known
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-_LONGEST = 32_768  # tokens of a prompt and its continuation, where the model sets no limit of its own
+_LONGEST = 32_768  # maximum tokens of prompt and continuation for models without a limit of their own
 
 
-def prompted(directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int) -> "BatchEncoding":
-    """A prompt as the model is given it, with room for `tokens` more.
+def encode_prompt(directory: Path, tokenizer: "PreTrainedTokenizerBase", prompt: str, tokens: int) -> "BatchEncoding":
+    """Tokenize a prompt, checking that `tokens` more tokens fit into the model's context.
 
     Raises
     ------
     UsageError
-        The prompt is not UTF-8 or has no tokens, or the model does not take so many.
+        The prompt is not valid UTF-8, has no tokens, or is too long.
     BesaError
-        The tokenizer gives ids that the model does not know.
+        The tokenizer yields ids beyond the model's vocabulary.
     """
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"PROMPT is not UTF-8 from its character {error.start + 1} on", "give text in the encoding UTF-8"
+            f"PROMPT is not valid UTF-8 from character {error.start + 1} on", "give text encoded in UTF-8"
         ) from error
     config = architecture.config_of(directory)
     with reading(f"PROMPT with the tokenizer in {directory}", "give other words, or fetch the tokenizer again"):
         inputs: BatchEncoding = tokenizer(prompt, return_tensors="pt", verbose=False)
     ids = inputs["input_ids"]
     if not ids.numel():
-        raise UsageError("PROMPT is empty: there is nothing to go on from", "give a few words")
+        raise UsageError("PROMPT is empty: there is nothing to continue", "give a few words")
     require_known(ids, config.get_text_config().vocab_size)
     longest = architecture.maximum_length(config) or _LONGEST
     if ids.shape[1] + tokens > longest:
         raise UsageError(
-            f"PROMPT has {ids.shape[1]} tokens, with --tokens {tokens} more than the {longest} that {directory} takes",
+            f"PROMPT has {ids.shape[1]} tokens, with --tokens {tokens} more than the {longest} "
+            f"that {directory} supports",
             f"give --tokens {longest - ids.shape[1]} or less" if ids.shape[1] < longest else "give a shorter prompt",
         )
     return inputs
@@ -58,37 +59,37 @@ def continuation(
     dtype: torch.dtype,
     on_token: Callable[[int], None] = lambda done: None,
 ) -> str:
-    """What the model most likely says next: greedy, `tokens` tokens at most, without the prompt.
+    """Return the model's greedy continuation, of at most `tokens` tokens, without the prompt.
 
-    Whatever the checkpoint's ``generation_config.json`` asks for (beams, penalties, sampling), only the tokens that end
-    a text are taken from it.
+    Of the checkpoint's ``generation_config.json`` only the end-of-text tokens are used; beams, penalties and sampling
+    are ignored.
 
     Parameters
     ----------
     inputs : BatchEncoding
-        As from `prompted`.
-    on_token : function of the tokens chosen so far
+        Prompt, from `encode_prompt`.
+    on_token : function of the number of tokens generated so far
 
     Raises
     ------
     BesaError
-        The model gives NaN.
+        The model's scores are NaN.
     """
     from transformers import GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model: Any = architecture.whole(directory, dtype)
+    model: Any = architecture.load_stock(directory, dtype)
     prompt = inputs["input_ids"].shape[1]
 
     def watch(ids: Tensor, scores: Tensor) -> Tensor:
         if bool(scores.isnan().any()):
-            raise overflow(f"{directory} gives the next token scores that are NaN", dtype)
+            raise overflow(f"{directory} gives NaN scores for the next token", dtype)
         on_token(ids.shape[1] - prompt)
         return scores
 
     config: Any = GenerationConfig
-    model.generation_config = config(  # what is not said here would be taken from the model's own
+    model.generation_config = config(  # settings not given here would come from the model's own configuration
         max_new_tokens=tokens,
         do_sample=False,
         num_beams=1,

@@ -1,4 +1,4 @@
-"""What is measured: settings, windows of a text, losses of tokens, the record of a perplexity."""
+"""Perplexity measurement of one text: settings, windows of the text, token losses, and the result."""
 
 import hashlib
 import json
@@ -24,26 +24,26 @@ from besa_cli.text.tokenizing import Encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Loss = tuple[float, int]  # of a window: the sum of −log p over its counted tokens, and how many they are
+Loss = tuple[float, int]  # of a window: sum of −log p over its counted tokens, and their number
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexitySettings:
-    """How perplexity is measured.
+    """Settings of a perplexity measurement.
 
     Attributes
     ----------
     seqlen : int
-        Tokens of a window (the context length).
+        Tokens in a window (the context length).
     stride : int, optional
         Tokens between the starts of two windows; by default windows do not overlap. With overlap only the last `stride`
-        tokens of a window count (all of the first).
+        tokens of each window count (of the first window all do).
     limit : int, optional
-        Windows to measure, from the start of the text.
+        Number of windows to measure, from the start of the text.
     batch_size : int
         Windows in a pass.
     device, dtype : str
-        As on the command line.
+        Values of the command-line options; may be ``auto``.
     """
 
     seqlen: int = 2048
@@ -65,7 +65,7 @@ class PerplexitySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """One measured perplexity with all that made it; the last six fields say where the text is from."""
+    """Perplexity of a model on a text, with all that determines it; the last six fields give the text's source."""
 
     dataset: str
     split: str | None
@@ -90,14 +90,14 @@ class Perplexity:
 
 
 def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
-    """The text's token ids, shape (tokens,): tokenized once, a BOS only where the tokenizer adds one at the start.
+    """Tokenize the whole text, cut to `text.longest` tokens if set, and return its ids, of shape (tokens,).
 
-    A text that has a length to be cut to is cut.
+    There is one BOS, at the start, if the tokenizer adds any.
 
     Raises
     ------
     BesaError
-        The tokenizer gives ids that the model does not know.
+        The tokenizer yields ids beyond the model's vocabulary.
     """
     ids = _to_tensor(islice(Encoder(tokenizer)(text.text), text.longest))
     require_known(ids, vocabulary)
@@ -105,7 +105,7 @@ def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabul
 
 
 def _to_tensor(ids: Iterable[int]) -> Tensor:
-    """Token ids as a tensor; many of them stay in a temporary file."""
+    """Collect token ids in a tensor, which is memory-mapped from a temporary file if it is large."""
     numbers = Numbers()
     if not numbers.add(ids):
         return torch.empty(0, dtype=torch.long)
@@ -113,7 +113,9 @@ def _to_tensor(ids: Iterable[int]) -> Tensor:
 
 
 def windows(ids: Tensor, settings: PerplexitySettings, name: str) -> tuple[Tensor, int]:
-    """The windows of a text, shape (windows, seqlen), the last partial one dropped, and how many the whole text has.
+    """Cut a text into windows, of shape (windows, seqlen), without the partial last one; also return their number.
+
+    The number counts the windows of the whole text, regardless of `settings.limit`.
 
     Raises
     ------
@@ -131,32 +133,34 @@ def windows(ids: Tensor, settings: PerplexitySettings, name: str) -> tuple[Tenso
 
 
 class PerplexityMeasurement:
-    """One text to be measured on one checkpoint.
+    """Perplexity measurement of one text with one checkpoint.
 
     Parameters
     ----------
     directory : Path
-        The checkpoint.
+        Directory of the checkpoint.
     digest : str
-        Its content digest.
+        Content digest of the checkpoint.
     text : EvaluationText
     tokenizer, tokenizer_digest
-        Those of the model.
-    settings : Settings
+        Tokenizer of the model and its digest.
+    settings : PerplexitySettings
 
     Attributes
     ----------
     directory, settings
-        As given.
+        The parameters of the same names.
     windows : Tensor of shape (windows, seqlen)
-        The token ids to measure on.
+        Token ids to measure.
     device, dtype : torch.device, torch.dtype
-        Where and in what to compute.
+        Device and dtype to compute in.
 
     Raises
     ------
+    UsageError
+        A window is longer than the model supports.
     BesaError
-        The text is too short, or the window longer than the model takes.
+        The text is shorter than one window.
     """
 
     def __init__(
@@ -174,7 +178,7 @@ class PerplexityMeasurement:
         longest = architecture.maximum_length(config)
         if longest is not None and settings.seqlen > longest:
             raise UsageError(
-                f"--seqlen {settings.seqlen} is more than the {longest} tokens that {directory} takes",
+                f"--seqlen {settings.seqlen} is more than the {longest} tokens that {directory} supports",
                 f"give --seqlen {longest} or less",
             )
         self.directory, self.settings = directory, settings
@@ -202,40 +206,40 @@ class PerplexityMeasurement:
 
     @property
     def dataset(self) -> str:
-        """The name of the text."""
+        """Name of the text."""
         return str(self._facts["dataset"])
 
     @property
     def file(self) -> str:
-        """A name for the result that differs wherever anything that made it does."""
+        """File name of the result, with a digest of everything that determines it."""
         key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
         return f"ppl-{disk.safe_name(self.dataset)}-{key}.json"
 
-    def made(self, result: Perplexity) -> bool:
-        """Whether a result is of this very measurement, and its perplexity that of its mean loss."""
+    def matches(self, result: Perplexity) -> bool:
+        """Return whether a result is of this measurement and its perplexity is consistent with its mean loss."""
         alike = all(getattr(result, name) == value for name, value in self._facts.items())
         return alike and result.perplexity == _perplexity(result.nll)
 
-    def counted(self, number: int) -> int:
-        """How many of the last tokens of a window count: those that no window before it has predicted."""
+    def counted_tokens(self, number: int) -> int:
+        """Return the number of last tokens of window `number` that count: those that no earlier window predicts."""
         seqlen, stride = self.settings.seqlen, self.settings.stride
         return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
 
-    def require_number(self, loss: float) -> None:
-        """Refuse a loss that no perplexity can be made of.
+    def require_finite(self, loss: float) -> None:
+        """Check that a loss is finite.
 
         Raises
         ------
         BesaError
-            It is NaN or infinite.
+            The loss is NaN or infinite.
         """
         if not math.isfinite(loss):
-            raise overflow(f"{self.directory} gives tokens of {self.dataset} the loss {loss}", self.dtype)
+            raise overflow(f"{self.directory} gives a loss of {loss} for tokens of {self.dataset}", self.dtype)
 
     def result(self, losses: Sequence[Loss]) -> Perplexity:
-        """The perplexity, from the losses of all windows.
+        """Return the perplexity, exp of the mean −log p over all counted tokens, from the losses of all windows.
 
-        The mean −log p is taken over tokens, which for windows of equal length is the authors' mean over windows.
+        For windows of equal length this mean equals the mean over windows in the BESA authors' code.
 
         Raises
         ------
@@ -243,7 +247,7 @@ class PerplexityMeasurement:
             A loss is NaN or infinite.
         """
         for total, _ in losses:
-            self.require_number(total)
+            self.require_finite(total)
         nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
         return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
 
@@ -253,12 +257,12 @@ def _perplexity(nll: float) -> float:
 
 
 def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """−log p of every token but the first, fp32.
+    """Return −log p of every token but the first, fp32.
 
     Parameters
     ----------
     hidden : Tensor of shape (samples, seqlen, hidden)
-        What left the last block.
+        Output of the last block.
     tokens : Tensor of shape (samples, seqlen)
 
     Returns
@@ -272,20 +276,20 @@ def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
         targets = tokens[:, start + 1 : stop + 1].to(logits.device)
         flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        parts.append(flat.view(targets.shape))  # flat, because classes in the middle would be copied to the end
+        parts.append(flat.view(targets.shape))  # flattened first, because torch would copy logits to move their classes
     return torch.cat(parts, dim=1)
 
 
 def require_known(ids: Tensor, vocabulary: int) -> None:
-    """Refuse token ids that the model does not know; `vocabulary` is how many it knows.
+    """Check that all token ids are below `vocabulary`, the size of the model's vocabulary.
 
     Raises
     ------
     BesaError
-        There is one.
+        A token id is too large.
     """
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise BesaError(
-            f"the tokenizer gives token id {int(ids.max())}, the model knows {vocabulary} tokens",
+            f"the tokenizer yields token id {int(ids.max())}, outside the model's vocabulary of {vocabulary}",
             "the tokenizer in the model's directory belongs to another model",
         )

@@ -1,4 +1,4 @@
-"""Perplexity over the block stream, of several texts at once: a model larger than memory can be measured."""
+"""Perplexity by the block stream: several texts at once, with a model that may be larger than memory."""
 
 import math
 import time
@@ -16,23 +16,24 @@ from besa_cli.stream.forecast import Forecast
 from besa_cli.stream.windows import BLOCK, segments
 from besa_cli.system import compute, disk
 
-_BYTES = 1 << 30  # of hidden states that are held at a time
-_CPU_TOKENS = 32_768  # that a CPU takes through the model at a time
+_BYTES = 1 << 30  # bytes of hidden states that a portion may always have
+_CPU_TOKENS = 32_768  # maximum tokens of a portion on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityStep:
-    """A block, or at the end the head, that a portion of the windows went through.
+    """Progress of a `PerplexityRun`: one portion has passed one block or the head.
 
     Attributes
     ----------
     index, steps : int
-        The step, from 0, and how many the whole walk has.
+        Number of the step, from 0, and number of steps in all.
     phase : str
-        Where the walk is, in words.
+        Description of the step, e.g. ``block 3/32 of pass 1/2``.
     seconds : float
+        Duration of the step.
     measured : tuple of int
-        The texts some of whose windows are measured now; none but after the head.
+        Numbers of the texts that got new losses; empty except after the head.
     """
 
     index: int
@@ -44,7 +45,7 @@ class PerplexityStep:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowRange:
-    """Consecutive windows of one text, from `start` to before `stop`."""
+    """Consecutive windows of one text, from `start` up to and excluding `stop`."""
 
     text: int
     start: int
@@ -52,29 +53,31 @@ class WindowRange:
 
 
 class PerplexityRun:
-    """Take the windows of several texts through one model, portion by portion; iterate over it to do so.
+    """Measurement of several texts with one checkpoint, portion by portion; iterating over it does the work.
 
-    A portion goes through all blocks, each loaded once for it, and through the head; then its windows are measured.
-    How many windows a portion has, `windows_at_once` says. A text's windows are batched from its own start, so that its
-    losses are, to the bit, those of the text alone, however the windows are spread over portions.
+    A portion of the windows, of the size given by `windows_at_once`, passes all blocks, each loaded once, and then the
+    head, which gives its losses. Batches are counted from the start of each text, so that the losses of a text are
+    bit-identical to those of the text measured alone, regardless of the portions.
 
     Parameters
     ----------
-    jobs : sequence of Measurement
+    jobs : sequence of PerplexityMeasurement
         Texts for the same checkpoint with the same settings.
     known : sequence of sequences of Loss, optional
-        For each text, the losses of its first windows, where they were measured before.
+        For each text, losses of its first windows that were measured before.
 
     Attributes
     ----------
     losses : list of lists of Loss
-        For each text, those of its first windows, as far as they are measured.
+        For each text, the losses of its first windows measured so far.
+    portions : list of lists of WindowRange
+        Windows of each portion that are left to measure.
     """
 
     def __init__(self, jobs: Sequence[PerplexityMeasurement], known: Sequence[Sequence[Loss]] | None = None) -> None:
         self._jobs = jobs
         self._batch = jobs[0].settings.batch_size
-        self.losses: list[list[Loss]] = [list(takewhile(_is_number, each)) for each in known or [()] * len(jobs)]
+        self.losses: list[list[Loss]] = [list(takewhile(_is_finite, losses)) for losses in known or [()] * len(jobs)]
         self._decoder = Decoder(jobs[0].directory, jobs[0].device, jobs[0].dtype, quick=True)
         left = [(len(losses), len(job.windows)) for job, losses in zip(jobs, self.losses, strict=True)]
         self.portions = split_passes(
@@ -83,17 +86,17 @@ class PerplexityRun:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how the checkpoint fits the model."""
+        """Notes for the user on mismatches between checkpoint and model."""
         return self._decoder.notes
 
     @property
     def steps(self) -> int:
-        """How often `Step` will be yielded."""
+        """Number of steps that iterating yields."""
         return len(self.portions) * (len(self._decoder) + 1)
 
     @property
     def work(self) -> list[float]:
-        """Multiplications of each step, but those of attention."""
+        """Relative work of each step: its windows × its parameters, without attention."""
         config = self._decoder.config.get_text_config()
         blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in self._decoder.blocks]
         head = int(config.vocab_size) * int(config.hidden_size)
@@ -103,25 +106,25 @@ class PerplexityRun:
     def __iter__(self) -> Iterator[PerplexityStep]:
         blocks, index = len(self._decoder), 0
         for number, portion in enumerate(self.portions, 1):
-            place = f" of pass {number}/{len(self.portions)}" if len(self.portions) > 1 else ""
+            suffix = f" of pass {number}/{len(self.portions)}" if len(self.portions) > 1 else ""
             start = time.perf_counter()
             states = [propagation.embed(self._decoder, self._tokens(part), self._batch) for part in portion]
             for block in range(blocks):
                 self._pass(block, portion, states)
-                yield self._step(index, f"block {block + 1}/{blocks}{place}", start)
+                yield self._step(index, f"block {block + 1}/{blocks}{suffix}", start)
                 start, index = time.perf_counter(), index + 1
             for part, hidden in zip(portion, states, strict=True):
                 self.losses[part.text] += list(self._window_losses(part, hidden))
-            yield self._step(index, f"head{place}", start, *(part.text for part in portion))
+            yield self._step(index, f"head{suffix}", start, *(part.text for part in portion))
             index += 1
 
-    def forecast(self, place: Path) -> Forecast:
-        """What the walk will take, from the model of memory and a trial of the first windows; nothing is measured.
+    def forecast(self, directory: Path) -> Forecast:
+        """Forecast memory and time, from the memory model and a trial on the first batch; no losses are kept.
 
         Parameters
         ----------
-        place : Path
-            Where results go.
+        directory : Path
+            Directory of the results, whose free disk space is reported.
         """
         seqlen, blocks = self._jobs[0].settings.seqlen, len(self._decoder)
         sizes = [sum(part.stop - part.start for part in portion) for portion in self.portions]
@@ -149,15 +152,15 @@ class PerplexityRun:
         self._decoder.load_head()
         ready = time.perf_counter()
         _ = list(self._window_losses(part, hidden))
-        each = (embedded - began) + blocks * (passed - loaded) + (time.perf_counter() - ready)
-        seconds = each * sum(sizes) / (part.stop - part.start) + blocks * len(sizes) * (loaded - embedded)
+        batch_seconds = (embedded - began) + blocks * (passed - loaded) + (time.perf_counter() - ready)
+        seconds = batch_seconds * sum(sizes) / (part.stop - part.start) + blocks * len(sizes) * (loaded - embedded)
         return Forecast(
             memory=max(memory, compute.peak_resident()),
             phase=demand.phase,
             in_files=False,
             batch=self._batch,
             disk=0,
-            free=disk.free(place),
+            free=disk.free(directory),
             seconds=seconds,
             blocks=blocks,
             left=blocks,
@@ -179,55 +182,56 @@ class PerplexityRun:
     def _window_losses(self, part: WindowRange, hidden: Tensor) -> Iterator[Loss]:
         job, tokens = self._jobs[part.text], self._tokens(part)
         for row in range(len(tokens)):
-            counted = job.counted(part.start + row)
+            counted = job.counted_tokens(part.start + row)
             losses = token_losses(self._decoder, hidden[row : row + 1], tokens[row : row + 1])[0]
             total = float(losses[len(losses) - counted :].double().sum())
-            job.require_number(total)
+            job.require_finite(total)
             yield total, counted
 
 
-def _is_number(loss: Loss) -> bool:
+def _is_finite(loss: Loss) -> bool:
     return math.isfinite(loss[0])
 
 
 def windows_at_once(decoder: Decoder, seqlen: int, batch: int) -> int:
-    """How many windows go through the model together, in whole batches, at least one.
+    """Return the number of windows in a portion: a multiple of `batch`, at least one batch.
 
-    Their hidden states take no more memory than two blocks, or 1 GiB where that is more; so memory does not grow with
-    the texts, and reading the blocks again for the next windows stays small beside computing on these. On a CPU, where
-    it is small anyway, they are 32,768 tokens at most (or one batch): an interruption loses no more than their work.
+    Their hidden states take at most the memory of two blocks, or 1 GiB if that is more. So memory does not grow with
+    the texts, and the time to read the blocks again for each portion is small beside the computation. On a CPU, where
+    reading is cheap compared to computing, a portion has at most 32,768 tokens (or one batch), which limits the work
+    lost by an interruption.
     """
     size = int(decoder.config.get_text_config().hidden_size) * decoder.dtype.itemsize
-    block = max(sum(parameter.numel() for parameter in each.parameters()) for each in decoder.blocks)
-    most = max(2 * block * decoder.dtype.itemsize, _BYTES) // (seqlen * size)
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks)
+    most = max(2 * largest * decoder.dtype.itemsize, _BYTES) // (seqlen * size)
     if decoder.device.type == "cpu":
         most = min(most, _CPU_TOKENS // seqlen)
     return max(most // batch, 1) * batch
 
 
 def split_passes(left: Sequence[tuple[int, int]], batch: int, most: int) -> list[list[WindowRange]]:
-    """The windows that are left of each text, from … to before …, in portions of at most `most` windows.
+    """Split the remaining windows of each text, given as (start, stop), into portions of at most `most` windows.
 
-    No batch is torn: batches are counted from the first window of each text that is left, as if it were alone.
+    No batch is split; batches are counted from the first remaining window of each text.
     """
-    made: list[list[WindowRange]] = []
+    portions: list[list[WindowRange]] = []
     room = 0
     for text, (start, stop) in enumerate(left):
         for part in propagation.batches(stop - start, batch):
             size = part.stop - part.start
             if size > room:
-                made.append([])
+                portions.append([])
                 room = most
-            begun = made[-1].pop() if made[-1] and made[-1][-1].text == text else None
-            first = begun.start if begun else start + part.start
-            made[-1].append(WindowRange(text=text, start=first, stop=start + part.stop))
+            previous = portions[-1].pop() if portions[-1] and portions[-1][-1].text == text else None
+            first = previous.start if previous else start + part.start
+            portions[-1].append(WindowRange(text=text, start=first, stop=start + part.stop))
             room -= size
-    return made
+    return portions
 
 
 def measure(jobs: Sequence[PerplexityMeasurement]) -> list[Perplexity]:
-    """The perplexities of several texts on one checkpoint, in one walk."""
-    walk = PerplexityRun(jobs)
-    for _ in walk:
+    """Measure the perplexities of several texts with one checkpoint, in one run."""
+    run = PerplexityRun(jobs)
+    for _ in run:
         pass
-    return [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
+    return [job.result(losses) for job, losses in zip(jobs, run.losses, strict=True)]

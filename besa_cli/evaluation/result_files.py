@@ -1,4 +1,4 @@
-"""One file a result: what was measured, with the versions that it depends on."""
+"""Result files: one JSON file per result, with the versions of the programs that it depends on."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,31 +19,31 @@ Result = TypeVar("Result", bound="DataclassInstance")
 def save(
     result: "DataclassInstance", file: Path, kind: str, model: Mapping[str, Any], versions: Mapping[str, str]
 ) -> None:
-    """Write one result with what it belongs to, while nobody else does; what killed processes left of it goes."""
-    made = {"format": manifests.FORMAT, "kind": kind, "model": dict(model), **asdict(result)}
+    """Write a result with its model; the caller holds the lock. Temporary files of killed processes are deleted."""
+    record = {"format": manifests.FORMAT, "kind": kind, "model": dict(model), **asdict(result)}
     disk.sweep(file)
-    disk.write_json(file, {**made, "versions": versions})
+    disk.write_json(file, {**record, "versions": versions})
 
 
 def load(kind: type[Result], file: Path, versions: Mapping[str, str]) -> Result | None:
-    """A result that was saved, or None where there is none of the same versions.
+    """Load a result, or return None if there is no file or it was made by other versions.
 
     Raises
     ------
     BesaError
-        The file is damaged (the field is named).
+        The file is damaged; the message names the field.
     """
     if not file.exists():
         return None
-    text, remedy = disk.read_text(file), f"delete {file}: it is measured again then"
-    if records.parse(_Made, text, file, remedy)["versions"] != versions:
+    text, remedy = disk.read_text(file), f"delete {file}; it will be measured again"
+    if records.parse(_Header, text, file, remedy)["versions"] != versions:
         return None
     return records.parse(kind, text, file, remedy)
 
 
 @records.strict
-class _Made(TypedDict):
-    """What every result says of how it was made."""
+class _Header(TypedDict):
+    """Fields of every result that say how it was made."""
 
     format: int
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""Where a run keeps its perplexities: one file a result; while one is measured, the losses of its windows so far."""
+"""Perplexity results of a run: one file per result and, while measuring, one with the losses of its windows so far."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from besa_cli.system import disk, lock, records
 @records.strict
 @dataclass(frozen=True, kw_only=True)
 class _Windows:
-    """The losses of the first windows of a measurement: sums of −log p, and of how many tokens."""
+    """Losses of the first windows of a measurement: the sum of −log p and the number of tokens of each."""
 
     batch_size: int
     versions: dict[str, str]
@@ -25,7 +25,7 @@ class _Windows:
 
 
 class Results:
-    """The results of one run directory, which is locked for every write, and only then.
+    """Perplexity results of one run directory, which is locked during each write only.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Results:
     Raises
     ------
     BesaError
-        Nothing can be written there; found out now, not after measuring.
+        The directory is not writable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,36 +43,42 @@ class Results:
         lock.require_writable(directory.parent)
 
     def file(self, job: PerplexityMeasurement) -> Path:
-        """Where a result is, or will be."""
+        """Return the path of a result, which need not exist."""
         return self._directory / job.file
 
     def _windows_file(self, job: PerplexityMeasurement) -> Path:
         return self.file(job).with_suffix(".windows")
 
     def load(self, job: PerplexityMeasurement) -> Perplexity | None:
-        """The result of the same measurement, or None where there is none."""
-        found = load(self.file(job))
-        if found and not job.made(found):
-            raise BesaError(
-                f"{self.file(job)} holds another measurement than its name says",
-                f"delete {self.file(job)}: it is measured again then",
-            )
-        if found and self._windows_file(job).exists():  # killed between the two steps of `save`
-            with lock.moment(self._directory.parent):
-                self._windows_file(job).unlink(missing_ok=True)
-        return found
+        """Load the result of a measurement, or return None if there is none.
 
-    def known(self, job: PerplexityMeasurement) -> list[Loss]:
-        """The losses of the first windows, as far as an interrupted measurement came; with the same batches only."""
+        Raises
+        ------
+        BesaError
+            The file is damaged or belongs to a different measurement.
+        """
+        result = load(self.file(job))
+        if result and not job.matches(result):
+            raise BesaError(
+                f"{self.file(job)} contains a different measurement than its name says",
+                f"delete {self.file(job)}; it will be measured again",
+            )
+        if result and self._windows_file(job).exists():  # killed between the two steps of `save`
+            with lock.hold_results(self._directory.parent):
+                self._windows_file(job).unlink(missing_ok=True)
+        return result
+
+    def load_losses(self, job: PerplexityMeasurement) -> list[Loss]:
+        """Load the window losses of an interrupted measurement; empty if its batch size or versions were different."""
         file = self._windows_file(job)
         if not file.exists():
             return []
-        record = records.read(_Windows, file, f"delete {file}: its windows are measured again then")
+        record = records.read(_Windows, file, f"delete {file}; its windows will be measured again")
         same = record.versions == manifests.versions() and record.batch_size == job.settings.batch_size
         return list(record.losses) if same else []
 
-    def keep(self, job: PerplexityMeasurement, losses: Sequence[Loss]) -> None:
-        """Put the losses of the first windows on disk."""
+    def save_losses(self, job: PerplexityMeasurement, losses: Sequence[Loss]) -> None:
+        """Write the losses of the windows measured so far."""
         record = {
             "format": manifests.FORMAT,
             "kind": "windows",
@@ -80,24 +86,24 @@ class Results:
             "versions": manifests.versions(),
             "losses": losses,
         }
-        with lock.moment(self._directory.parent):
+        with lock.hold_results(self._directory.parent):
             disk.sweep(self._windows_file(job))
             disk.write_json(self._windows_file(job), record)
 
     def save(self, job: PerplexityMeasurement, result: Perplexity, model: Mapping[str, Any]) -> None:
-        """Put a result on disk, with what it belongs to; the losses of its windows are not needed any more."""
-        with lock.moment(self._directory.parent):
+        """Write a result with its model, and delete the losses of its windows."""
+        with lock.hold_results(self._directory.parent):
             disk.sweep(self._windows_file(job))
             save(result, self.file(job), model)
             self._windows_file(job).unlink(missing_ok=True)
 
 
 def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
-    """Write one result with what it belongs to."""
+    """Write a result with its model."""
     result_files.save(result, file, "perplexity", model, manifests.versions())
 
 
 def load(file: Path) -> Perplexity | None:
-    """A result that was saved, or None where there is none of the same versions; one that is no number is none."""
-    found = result_files.load(Perplexity, file, manifests.versions())
-    return found if found and math.isfinite(found.nll) else None
+    """Load a result, or return None if there is none, other versions made it, or its loss is not finite."""
+    result = result_files.load(Perplexity, file, manifests.versions())
+    return result if result and math.isfinite(result.nll) else None

@@ -1,7 +1,7 @@
 """Export formats: one file (or folder) each, with `Options` and the functions `pieces`, `write` and `loading`.
 
-`write` fills a directory and yields each finished piece, of which `pieces` tells the number beforehand; `loading` gives
-the text of the model card on how to load the export.
+`write` writes the export to a directory and yields each finished piece; `pieces` returns their number beforehand, and
+`loading` the text of the model card on loading the export.
 """
 
 import importlib
@@ -25,16 +25,16 @@ EXPORTERS = {
 
 
 class FormatModule(Protocol):
-    """Module of a format."""
+    """Protocol of the module of a format."""
 
     def pieces(self, source: "StageSource", options: Any) -> int:
-        """Return how many pieces `write` yields; refuse a stage that the format cannot hold."""
+        """Return the number of pieces that `write` yields; refuse a stage that the format does not support."""
 
     def write(self, source: "StageSource", target: Path, options: Any) -> "Iterator[Piece]":
-        """Fill the directory, piece by piece."""
+        """Write the export to the directory, piece by piece."""
 
     def loading(self, options: Any) -> str:
-        """Return Markdown that says how the export is loaded."""
+        """Return instructions for loading the export, in Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Exporter:
     options : dataclass
         The format's ``Options``.
     given : mapping
-        Those that were given.
+        The options that were given explicitly.
     module : FormatModule
     """
 
@@ -68,7 +68,7 @@ def load(name: str, given: Mapping[str, Any] | None = None) -> Exporter:
     Raises
     ------
     UsageError
-        The format is unknown, it lacks one of the options, or a value is invalid.
+        The format is unknown, it does not have one of the options, or a value is invalid.
     """
     if name not in EXPORTERS:
         raise unknown("format", name, EXPORTERS)

@@ -1,8 +1,8 @@
 """`compressed-tensors`: the codes of a quantized stage in the format pack-quantized, for transformers and vLLM.
 
-Weights of 4 or 8 bits on a symmetric grid, activations as they are (W4A16): a code is stored as it is, which is
-q + 2^(bits − 1), in words of 32 bits, the first code in the lowest bits. Scales are stored in fp32: their products with
-the codes are then rounded once, to the model's dtype, as in the stage.
+Weights have 4 or 8 bits on a symmetric grid, activations are not quantized (W4A16). Codes q + 2^(bits − 1) are packed
+into words of 32 bits, the first code in the lowest bits. Scales are stored in fp32: their products with the codes are
+then rounded once, to the model's dtype, as in the stage.
 """
 
 from collections.abc import Iterator
@@ -25,41 +25,42 @@ from besa_cli.system import disk
 
 _BITS = (4, 8)
 _WORD = 4  # bytes
-_ELSEWISE = "quantize with --bits 4 --symmetric, or export as sparse"
+_REMEDY = "quantize with --bits 4 --symmetric, or export as sparse"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensorsOptions:
-    """Nothing may be chosen."""
+    """Options of a compressed-tensors export: none."""
 
 
 Options = CompressedTensorsOptions
 
 
 def pieces(source: StageSource, options: CompressedTensorsOptions) -> int:
-    """How many pieces `write` yields.
+    """Return the number of pieces that `write` yields.
 
     Raises
     ------
     BesaError
-        The stage is not on a grid that the format has.
+        The format does not support the grid of the stage.
     """
     if source.grid is None:
-        raise BesaError(f"{source.directory} is not quantized", "quantize it: besa quantize")
+        raise BesaError(f"{source.directory} is not quantized", "quantize it first with: besa quantize")
     if not source.grid["symmetric"] or source.grid["bits"] not in _BITS:
         kind = "symmetric" if source.grid["symmetric"] else "asymmetric"
         raise BesaError(
-            f"{source.directory} has {source.grid['bits']} bits on {kind} grids; pack-quantized is written for 4 and 8 "
-            "on symmetric ones",
-            _ELSEWISE,
+            f"{source.directory} has {source.grid['bits']} bits on {kind} grids; pack-quantized is written only for 4 "
+            "and 8 bits on symmetric grids",
+            _REMEDY,
         )
     return len(source.weights.shards())
 
 
 def group_size(source: StageSource) -> int | None:
-    """The columns that share a scale in every linear; None where each row has one scale.
+    """Return the columns that share a scale in all linears; None if each row has one scale.
 
-    transformers reads groups of one size that divides the columns: where the stage's do not, their scales are repeated.
+    transformers supports only one group size, which must divide the columns of every linear: if the stage's does not, a
+    smaller one is used and scales are repeated.
     """
     size = source.grid["group_size"] if source.grid else None
     columns = [source.shape(name)[1] for name in source.linears]
@@ -69,19 +70,19 @@ def group_size(source: StageSource) -> int | None:
 
 
 def write(source: StageSource, target: Path, options: CompressedTensorsOptions) -> Iterator[Piece]:
-    """Fill the directory; a piece is a file of weights, one a block."""
+    """Write the export to the directory; a piece is a file of weights, one per block."""
     copying.copy_small_files(source.directory, target)
     disk.write_json(target / "config.json", {**source.config, "quantization_config": _configuration(source)})
     table: dict[str, str] = {}
     total = 0
     for path, names in source.weights.shards().items():
         coded, tensors, linear_bytes = source.coded(names), source.weights.read(names), 0
-        for name, own in coded.items():
-            parts = packed(own, group_size(source) or own.codes.shape[1])
+        for name, quantized in coded.items():
+            parts = packed(quantized, group_size(source) or quantized.codes.shape[1])
             linear_bytes += sum(part.nbytes for part in parts.values())
             tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
             del tensors[name]
-        disk.publish(target / path.name, lambda place, whole=tensors: disk.save_tensors(place, whole))  # type: ignore[misc]
+        disk.publish(target / path.name, lambda file, tensors=tensors: disk.save_tensors(file, tensors))  # type: ignore[misc]
         table |= dict.fromkeys(tensors, path.name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         linear_bytes += sum(tensors[name].nbytes for name in names if name in source.linears and name not in coded)
@@ -91,7 +92,7 @@ def write(source: StageSource, target: Path, options: CompressedTensorsOptions) 
 
 
 def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
-    """A weight's `packed` codes (rows, words), `scale` (rows, groups of `width` columns) and `shape`."""
+    """Return a weight's `packed` codes (rows, words), `scale` (rows, groups of `width` columns) and `shape`."""
     rows, cols = quantized.codes.shape
     data = packing.pack_codes(quantized.codes, quantized.grid.bits)
     words = torch.zeros(rows, -(-data.shape[1] // _WORD) * _WORD, dtype=torch.uint8)
@@ -119,12 +120,12 @@ def _configuration(source: StageSource) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": _others(source),
+        "ignore": _unquantized(source),
     }
 
 
-def _others(source: StageSource) -> list[str]:
-    """The linears that are not quantized, by their names in the model: the head, and routers."""
+def _unquantized(source: StageSource) -> list[str]:
+    """List the linears that are not quantized (head, routers), by their names in the model."""
     config = architecture.config_of(source.directory)
     model = architecture.skeleton(config, torch.bfloat16)
     prefix, blocks = architecture.block_list(model)
@@ -135,7 +136,7 @@ def _others(source: StageSource) -> list[str]:
 
 
 def loading(options: CompressedTensorsOptions) -> str:
-    """How to load it, in Markdown."""
+    """Return instructions for loading the export, in Markdown."""
     return """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig  # pip install compressed-tensors

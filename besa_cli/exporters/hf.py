@@ -17,14 +17,14 @@ from besa_cli.system.compute import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class HfOptions:
-    """What may be chosen of a dense export.
+    """Options of a dense export.
 
     Attributes
     ----------
     dtype : str, optional
-        What the weights are stored in; as in the stage by default.
+        Dtype of the stored weights; that of the stage by default.
     shard_size : int
-        Bytes that a file may have.
+        Largest size of a file in bytes.
     """
 
     dtype: str | None = None
@@ -37,32 +37,32 @@ class HfOptions:
 Options = HfOptions
 
 
-_PIECES = 20  # of progress
+_PIECES = 20  # steps of the progress bar
 
 
 def pieces(source: StageSource, options: HfOptions) -> int:
-    """How many pieces `write` yields."""
+    """Return the number of pieces that `write` yields."""
     return min(_PIECES, len(source.names))
 
 
 def write(source: StageSource, target: Path, options: HfOptions) -> Iterator[Piece]:
-    """Fill the directory; a piece is one of some equal parts of the tensors."""
+    """Write the export to the directory; a piece is one of `pieces` equal parts of the tensors."""
     wanted = None if options.dtype is None else DTYPES[options.dtype]
 
     def dtype(name: str) -> torch.dtype:
         stored = shards.DTYPES[source.dtype(name)]
         return wanted if wanted is not None and stored.is_floating_point else stored
 
-    size = lost = 0
+    size = rounded = 0
 
     def read(name: str) -> Tensor:
-        nonlocal size, lost
+        nonlocal size, rounded
         tensor = source.read(name)
-        found = narrowed(name, tensor, dtype(name))
+        stored = narrowed(name, tensor, dtype(name))
         if name in source.linears:
-            size += found.nbytes
-            lost += int(((tensor != 0) & (found == 0)).sum())
-        return found
+            size += stored.nbytes
+            rounded += int(((tensor != 0) & (stored == 0)).sum())
+        return stored
 
     copying.copy_small_files(source.directory, target)
     if wanted is not None:
@@ -71,18 +71,18 @@ def write(source: StageSource, target: Path, options: HfOptions) -> Iterator[Pie
     number = pieces(source, options)
     for done, _ in enumerate(shards.write_all(target, layout, options.shard_size, read), 1):
         if done * number // len(layout) > (done - 1) * number // len(layout):
-            yield Piece(linear_bytes=size, rounded_to_zero=lost)
-            size = lost = 0
+            yield Piece(linear_bytes=size, rounded_to_zero=rounded)
+            size = rounded = 0
 
 
 def with_dtype(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
-    """A configuration that names another dtype, under the key that it has."""
+    """Return a copy of the configuration with another dtype, under the key that it uses."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, key: str(dtype).removeprefix("torch.")}
 
 
 def loading(options: HfOptions) -> str:
-    """How to load it, in Markdown."""
+    """Return instructions for loading the export, in Markdown."""
     return """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,6 +1,6 @@
-"""A safetensors file written tensor by tensor: memory holds one tensor, however large the file.
+"""Writer of safetensors files that holds one tensor in memory at a time.
 
-(The library's own writer takes all tensors of a file at once.)
+(The safetensors library's own writer needs all tensors of a file at once.)
 """
 
 import json
@@ -24,12 +24,12 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes of a tensor."""
+    """Return the bytes of a tensor."""
     return int(torch.Size(shape).numel()) * dtype.itemsize
 
 
 def split(layout: Layout, limit: int) -> list[list[str]]:
-    """The names, in their order, in as few files as hold `limit` bytes each; a larger tensor has a file to itself."""
+    """Divide the names, in order, into files of at most `limit` bytes; a larger tensor gets its own file."""
     files: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in layout.items():
@@ -42,7 +42,7 @@ def split(layout: Layout, limit: int) -> list[list[str]]:
 
 
 def write(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> Iterator[str]:
-    """Write one file; yields the name of each tensor that is in it.
+    """Write one file; yields the name of each tensor after writing it.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def write(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> Iterator
     layout : mapping
         Name → dtype and shape of every tensor.
     read : callable
-        Gives each tensor, when it is its turn.
+        Name → tensor; called once for each tensor, in the order of writing.
     """
-    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # so every tensor lies aligned
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))  # aligns every tensor
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -66,7 +66,7 @@ def write(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> Iterator
         for name in names:
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {layout[name]}")
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but its layout is {layout[name]}")
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             yield name
         file.flush()
@@ -74,7 +74,7 @@ def write(path: Path, layout: Layout, read: Callable[[str], Tensor]) -> Iterator
 
 
 def write_all(directory: Path, layout: Layout, limit: int, read: Callable[[str], Tensor]) -> Iterator[str]:
-    """Write a checkpoint's files of at most `limit` bytes, and the index where there are several."""
+    """Write a checkpoint as files of at most `limit` bytes, with an index if there are several."""
     files = split(layout, limit)
     if len(files) == 1:
         yield from write(directory / SINGLE, layout, read)

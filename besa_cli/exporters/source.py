@@ -1,4 +1,4 @@
-"""The stage that is exported: its tensors, read a few at a time, and which of them are pruned linears."""
+"""The stage to be exported: its tensors, read a few at a time, and the names of its pruned linears."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,21 +21,22 @@ from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.system import disk
 
-CODES = "codes"  # the directory of a quantized stage that holds the codes its weights were made from
-STAGE_FILES = "stage"  # the directory of a sparse export in which the stage's own small files lie
-DENSE_BITS = 16  # of a weight in the dense model that sizes are compared with
+CODES = "codes"  # directory of a quantized stage with the codes of its weights
+STAGE_FILES = "stage"  # directory of a sparse export with the small files of the stage
+DENSE_BITS = 16  # bits of a weight of the dense model that sizes are compared with
+_REMEDY = "make the stage again with --restart"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What one step of an export has written.
+    """Counts of what one step of an export has written.
 
     Attributes
     ----------
     linear_bytes : int
-        Bytes that the linears among it take.
+        Bytes of the linears written.
     rounded_to_zero : int
-        Weights of linears that were not zero in the stage and are in the export.
+        Weights of linears that are zero in the export but not in the stage.
     """
 
     linear_bytes: int = 0
@@ -57,7 +58,7 @@ class StageSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.manifest = stages.finished(directory)
+        self.manifest = stages.require_finished(directory)
         self.weights = Weights(directory)
         self.stage = Stage(directory, int(self.manifest["blocks"]))
         self._require_shards()
@@ -71,31 +72,31 @@ class StageSource:
         refuse_other_counts(directory, self.manifest["counts"], self.stage.reports())
 
     def _require_shards(self) -> None:
-        """The index names a shard a block and one of the rest, no others."""
+        """Check that the index names exactly the shards of the blocks and the shard of the other tensors."""
         files, blocks = set(self.weights.shards()), self.stage.blocks
         expected = {self.stage.shard(index) for index in range(-1, blocks)} if len(files) == blocks + 1 else set()
         if files != expected:
             raise BesaError(
                 f"{self.directory / INDEX} does not name the shards of {blocks} blocks, as {MANIFEST} says",
-                "make the stage anew with --restart",
+                _REMEDY,
             )
 
     def refuse_misfit(self) -> None:
-        """Refuse a configuration that describes another model than the tensors are of: nothing would load the export.
+        """Refuse a configuration that does not match the tensors, since no program could load the export.
 
         Raises
         ------
         BesaError
-            It cannot be read, or gives another number of blocks or another shape.
+            The configuration cannot be read, or describes another number of blocks or other shapes.
         """
         model = architecture.skeleton(architecture.config_of(self.directory), torch.bfloat16)
         _, blocks = architecture.block_list(model)
         if len(blocks) != self.stage.blocks:
             raise BesaError(
                 f"{self.directory / 'config.json'} describes {len(blocks)} blocks, the stage has {self.stage.blocks}",
-                "restore the file, or make the stage anew with --restart",
+                "restore the file, or make the stage again with --restart",
             )
-        tensor_names.fit(model, tensor_names.Names(model, self.weights.names), self.weights)
+        tensor_names.reconcile(model, tensor_names.Names(model, self.weights.names), self.weights)
 
     def _find_linears(self) -> Iterator[str]:
         for report in self.stage.reports():
@@ -106,41 +107,41 @@ class StageSource:
                 if name is None or stored[name]["shape"] != [linear.rows, linear.cols]:
                     raise BesaError(
                         f"{self.stage.shard(report.index)} does not hold {linear.name} as its report says",
-                        "make the stage anew with --restart",
+                        _REMEDY,
                     )
                 yield name
 
     @property
     def names(self) -> list[str]:
-        """All tensors, in the order of the stage's shards: what belongs to no block first, then block after block."""
-        return [name for held in self.weights.shards().values() for name in held]
+        """Names of all tensors in the order of the stage's shards: those outside the blocks first, then by block."""
+        return [name for names in self.weights.shards().values() for name in names]
 
     def only(self, files: Iterable[Path]) -> "StageSource":
-        """The same stage as if it had no other files of weights."""
-        found = copy.copy(self)
-        found.weights = self.weights.only(files)
-        return found
+        """Return a copy restricted to some of the stage's files of weights."""
+        restricted = copy.copy(self)
+        restricted.weights = self.weights.only(files)
+        return restricted
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor into memory of its own."""
         return self.weights.read([name])[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._shape[name]
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor in the words of safetensors: ``BF16``."""
+        """Return the dtype of a tensor by its name in safetensors, for instance ``BF16``."""
         return self._dtype[name]
 
     @property
     def grid(self) -> dict[str, Any] | None:
-        """Of a quantized stage `bits`, `group_size` (None: all columns) and `symmetric`; else None."""
-        found: dict[str, Any] | None = self.manifest.get("quantization")
-        return found
+        """`bits`, `group_size` (None: all columns) and `symmetric` of a quantized stage; else None."""
+        grid: dict[str, Any] | None = self.manifest.get("quantization")
+        return grid
 
     def coded(self, names: Sequence[str]) -> dict[str, Quantized]:
-        """The codes of those among `names`, tensors of one file, that were quantized."""
+        """Read the codes of the quantized tensors among `names`, which are all in one file."""
         blocks = {self.stage.shard(index): index for index in range(self.stage.blocks)}
         block = blocks.get(self.weights.file(names[0]))
         if self.grid is None or block is None:
@@ -156,12 +157,12 @@ class StageSource:
 
     @property
     def linear_weights(self) -> int:
-        """How many weights the linears have."""
+        """Number of weights of all linears."""
         return sum(self._size(name) for name in self.linears)
 
     @property
     def dense_bytes(self) -> tuple[int, int]:
-        """What the linears, and all tensors, take as bf16 without any packing."""
+        """Bytes of the linears, and of all tensors, stored densely in bf16."""
         total = sum(self._size(name) for name in self._shape)
         return self.linear_weights * DENSE_BITS // 8, total * DENSE_BITS // 8
 
@@ -170,43 +171,42 @@ class StageSource:
 
 
 def refuse_other_counts(directory: Path, counts: Mapping[str, Any], reports: Iterable[BlockReport]) -> None:
-    """Refuse a stage whose manifest counts other weights than the reports of its blocks together.
+    """Refuse a stage whose manifest has other counts than the sum of its blocks' reports.
 
     Parameters
     ----------
     directory : Path
-        The stage's.
+        The stage.
     counts : mapping
-        Of its manifest.
+        Counts in the manifest.
     reports : iterable of BlockReport
-        Of all its blocks.
+        Reports of all blocks.
 
     Raises
     ------
     BesaError
-        They differ.
+        A count differs.
     """
     linears = [linear for report in reports for linear in report.linears]
-    found = {
+    sums = {
         "weights": sum(linear.rows * linear.cols for linear in linears),
         "pruned": sum(linear.pruned for linear in linears),
         "zeros": sum(linear.zeros for linear in linears),
     }
-    for name, number in found.items():
+    for name, number in sums.items():
         if counts[name] != number:
             raise BesaError(
-                f"{directory / MANIFEST} counts {counts[name]} {name}, the reports of its blocks {number}",
-                "make the stage anew with --restart",
+                f"{directory / MANIFEST} counts {counts[name]} {name}, the reports of its blocks {number}", _REMEDY
             )
 
 
 def private(export: Path) -> Path:
-    """Where those small files of a stage are kept, beside a sparse export of it, that name paths on this machine."""
+    """Return the directory beside a sparse export that keeps the stage's small files with paths of this machine."""
     return export.with_name(f".{export.name}.private")
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating tensor in another dtype; any other as it is.
+    """Convert a floating-point tensor to another dtype; other tensors are returned unchanged.
 
     Raises
     ------
@@ -215,10 +215,10 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if not tensor.is_floating_point():
         return tensor
-    found = tensor.to(dtype)
-    if not bool(found.isfinite().all()):
+    converted = tensor.to(dtype)
+    if not bool(converted.isfinite().all()):
         raise BesaError(
             f"{name} holds {float(tensor.abs().max()):g}, too large for {str(dtype).removeprefix('torch.')}",
             "export in bfloat16 or float32",
         )
-    return found
+    return converted

@@ -1,4 +1,4 @@
-"""`sparse`: a bit for each weight and the weights that are left; `besa import` gives the stage back, byte for byte."""
+"""`sparse`: one mask bit per weight and the remaining weights; `besa import` restores the stage byte for byte."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from besa_cli.system import disk
 
 @dataclass(frozen=True, kw_only=True)
 class SparseOptions:
-    """What may be chosen of a sparse export.
+    """Options of a sparse export.
 
     Attributes
     ----------
     compress : str, optional
-        How every file of weights is compressed, for downloads.
+        Compression of every file of weights, for downloads; none by default.
     """
 
     compress: Literal["zstd"] | None = None
@@ -29,12 +29,12 @@ Options = SparseOptions
 
 
 def pieces(source: StageSource, options: SparseOptions) -> int:
-    """How many pieces `write` yields."""
+    """Return the number of pieces that `write` yields."""
     return len(source.weights.shards())
 
 
 def write(source: StageSource, target: Path, options: SparseOptions) -> Iterator[Piece]:
-    """Fill the directory; a piece is a file of weights, one a block."""
+    """Write the export to the directory; a piece is a file of weights, one per block."""
     copying.copy_small_files(source.directory, target)
     quantization = {"quant_method": METHOD, "format": sparse_format.FORMAT, "index": INDEX}
     config = {**source.config, "quantization_config": quantization, "transformers_weights": NEEDS_IMPORT}
@@ -53,9 +53,9 @@ def write(source: StageSource, target: Path, options: SparseOptions) -> Iterator
             for name in names
             if name in source.linears
         }
-        stored = tensors | {part: value for own in parts.values() for part, value in own.items()}
+        stored = tensors | {part: value for linear in parts.values() for part, value in linear.items()}
         disk.publish(file, lambda temporary, stored=stored: disk.save_tensors(temporary, stored))  # type: ignore[misc]
-        linear_bytes = sum(value.nbytes for own in parts.values() for value in own.values())
+        linear_bytes = sum(value.nbytes for linear in parts.values() for value in linear.values())
         if options.compress:
             file = zstd.compress(file)
             linear_bytes = file.stat().st_size if parts else 0
@@ -68,14 +68,14 @@ def write(source: StageSource, target: Path, options: SparseOptions) -> Iterator
 
 
 def shard_name(stage_shard: str) -> str:
-    """The sparse file made from a stage's shard: `model-00002-of-00031` is `sparse-00002-of-00031`."""
+    """Return the name of the export's file for a stage's shard: ``model-…`` becomes ``sparse-…``."""
     return "sparse-" + stage_shard.removeprefix("model-")
 
 
 def copy_stage_files(source: Path, target: Path) -> None:
-    """Copy what a stage holds beside its weights and its timing: manifest, reports, configuration, tokenizer.
+    """Copy a stage's manifest, reports, configuration and tokenizer, without weights and timing.
 
-    Files that besa did not write there stay where they are.
+    Files that besa did not write are not copied.
     """
     target.mkdir(parents=True)
     strangers = ownership.strangers(source)
@@ -88,7 +88,7 @@ def copy_stage_files(source: Path, target: Path) -> None:
 
 
 def loading(options: SparseOptions) -> str:
-    """How to load it, in Markdown."""
+    """Return instructions for loading the export, in Markdown."""
     meanwhile = ", decompressed into the directory for temporary files" if options.compress else ""
     return f"""\
 ```python

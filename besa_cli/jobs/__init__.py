@@ -1,1 +1,1 @@
-"""One command from what is asked to a finished stage."""
+"""Jobs: each takes a checked request to a finished stage, export or repository."""

@@ -1,4 +1,4 @@
-"""One export from a finished stage to a finished directory: whole under its own name, or not there."""
+"""Exports of a finished stage: a directory that is complete under its own name, or absent."""
 
 import os
 import tempfile
@@ -27,7 +27,7 @@ def directory_name(exporter: Exporter) -> str:
 
 
 class ExportJob:
-    """One export command on one run directory: everything is checked when it is made, `pieces` does the work.
+    """One export of a run directory; making the job only checks, `pieces` does the work.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class ExportJob:
             preflight.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
 
     def _refuse_other(self) -> None:
-        """The export that is there was asked for in the same words, made from the same stage, and is whole."""
+        """Refuse to reuse an export that was made with other options or from another stage, or is damaged."""
         if not (self.directory / EXPORT).exists():
             raise BesaError(f"{self.directory} was not made by besa", "move it away, or name another --run")
         there = exports.read(self.directory)
@@ -75,18 +75,18 @@ class ExportJob:
             if before != now:
                 raise BesaError(
                     f"{self.directory} was made with other options: {name} {before}, now {now}",
-                    "--restart makes it anew",
+                    "replace it with --restart",
                 )
 
     @property
     def title(self) -> str:
-        """What is about to be done, in one line."""
+        """One line that says what is about to be done."""
         return f"exporting {self.source.directory} as {self._exporter.name} to {self.directory}"
 
     def forecast(self) -> Forecast:
-        """What the command will take, from a trial: what belongs to no block and the largest block are exported.
+        """Forecast memory, disk and time by exporting the largest block and what belongs to no block.
 
-        The trial's files lie in the system's directory for temporary files until it is over.
+        The files of the trial lie in the system's temporary directory, and are removed.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class ExportJob:
         )
 
     def _trial(self, *files: Path) -> tuple[float, int]:
-        """Seconds and bytes that an export of these files alone takes, their digests included."""
+        """Return seconds and bytes that an export of these files alone takes, digests included."""
         began = time.perf_counter()
         compute.map_large_tensors()
         with tempfile.TemporaryDirectory(prefix="besa-") as name:
@@ -121,7 +121,7 @@ class ExportJob:
             return time.perf_counter() - began, sum(path.stat().st_size for path in made)
 
     def pieces(self) -> Generator[Piece, None, None]:
-        """Write the export beside its final place, piece after piece."""
+        """Write the export beside its final place, piece by piece."""
         if self.done:
             return
         self._begin()
@@ -135,7 +135,7 @@ class ExportJob:
         self._finish(linear_bytes, rounded)
 
     def _begin(self) -> None:
-        """Make the directory that is written, and say in it whose it is: a killed process leaves it to the next one."""
+        """Make the partial directory and mark it as besa's, so that the next command may remove it after a kill."""
         ownership.remove(self._partial)
         try:
             self._partial.mkdir(parents=True)
@@ -181,7 +181,7 @@ class ExportJob:
         swap.replace_stage(self.directory, self._partial)
 
     def _keep_private(self) -> None:
-        """Take paths on this machine out of the files; the stage's own are kept beside the export, for its import."""
+        """Remove paths of this machine from the files; the originals are kept beside the export, for its import."""
         place = private(self.directory)
         ownership.refuse_to_replace(place)
         ownership.remove(place)
@@ -190,7 +190,7 @@ class ExportJob:
                 disk.publish(place / path.name, lambda kept, before=before: _write(kept, before))  # type: ignore[misc]
 
     def finish(self) -> dict[str, Any]:
-        """The manifest of the finished export."""
+        """Return the manifest of the finished export."""
         return exports.read(self.directory)
 
 
@@ -203,7 +203,7 @@ def _sizes(directory: Path, *endings: str) -> int:
 
 
 def _flushed(path: Path) -> dict[str, Any]:
-    """A file's bytes and digest, once it is on the disk: a power cut must not leave an export without its content."""
+    """Return a file's size and digest after flushing it, so that a power cut leaves no export without its content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": disk.sha256_file(path)}

@@ -1,4 +1,4 @@
-"""From a sparse export back to the stage that it was made from, byte for byte."""
+"""Imports: the stage that a sparse export was made from, restored byte for byte."""
 
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ _ROOM = 1 << 20  # bytes beside the weights, a block: headers, reports
 
 
 class ImportJob:
-    """One import: everything is checked when it is made, `shards` does the work.
+    """One import of a sparse export; making the job only checks, `shards` does the work.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ class ImportJob:
         self.number_of_shards = len(self._opened.files)
 
     def _refuse_other(self) -> None:
-        """The stage that is there is the one in the export, and whole."""
+        """Refuse to reuse a stage that is not the one in the export, or is damaged."""
         if not (self.directory / MANIFEST).exists():
             raise BesaError(
                 f"{self.directory} was not made by besa: it has no {MANIFEST}",
                 "move it away, or name another run directory with --run",
             )
-        there = manifests.is_complete(self.directory) and stages.finished(self.directory)["digest"]
+        there = manifests.is_complete(self.directory) and stages.require_finished(self.directory)["digest"]
         if there != self._manifest["digest"]:
             raise BesaError(
                 f"{self.directory} is another stage than the one in {self._opened.directory}",
@@ -71,7 +71,7 @@ class ImportJob:
         self._check_blocks(self.directory)
 
     def shards(self) -> Generator[str, None, None]:
-        """Expand file after file beside the final place; yields the name of each."""
+        """Expand file by file beside the final place; yield the name of each."""
         if self.done:
             return
         ownership.remove(self._partial)
@@ -103,11 +103,11 @@ class ImportJob:
         if dense > self._opened.total:
             raise BesaError(
                 f"{source} is damaged: its weights are {dense} bytes, those of the stage {self._opened.total} in all",
-                "export it anew",
+                "export it again",
             )
         codes = sparse_format.codes(stored, str(source))
         if codes and "quantization" not in self._manifest:
-            raise BesaError(f"{source} holds codes, but its stage is not quantized", "export it anew")
+            raise BesaError(f"{source} holds codes, but its stage is not quantized", "export it again")
         if codes:
             disk.publish(target.parent / CODES / target.name, lambda temporary: disk.save_tensors(temporary, codes))
         tensors = sparse_format.decoded(stored, str(source))
@@ -120,11 +120,11 @@ class ImportJob:
             raise BesaError(
                 f"{self._opened.directory / self._opened.files[shard]} does not hold what the stage's own index says: "
                 f"they differ about {min(odd)}",
-                "export it anew",
+                "export it again",
             )
 
     def _read(self, file: str) -> dict[str, Tensor]:
-        """The parts in one file of the export, after all that can be known of them without expanding any."""
+        """Return the parts in one file of the export, checked as far as possible without expanding any."""
         source = self._opened.index.check(file)
         if source.suffix != zstd.SUFFIX:
             self._opened.index.require_names(source, file)
@@ -137,13 +137,13 @@ class ImportJob:
             plain.unlink()
 
     def _require_stage(self) -> None:
-        """What was expanded is the stage, whole and block by block."""
+        """Check that the expanded files are the stage, as a whole and block by block."""
         found = weights.check(weights.Weights(self._partial))
         if found != self._manifest["digest"]:
             raise BesaError(
                 f"{self._opened.directory} does not give its stage back: content digest {found[:12]}, "
                 f"not {self._manifest['digest'][:12]}",
-                "export it anew",
+                "export it again",
             )
         self._check_blocks(self._partial)
 
@@ -155,8 +155,8 @@ class ImportJob:
         StageSource(directory)  # its linears are where the reports say, and as many as the manifest counts
 
     def finish(self) -> dict[str, Any]:
-        """The manifest of the stage."""
-        return stages.finished(self.directory)
+        """Return the manifest of the stage."""
+        return stages.require_finished(self.directory)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The model card of an export: what was done to the model, what it cost, how to load it."""
+"""Model cards of exports: method, sparsity, perplexities, sizes, and how to load the model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ FILE = "README.md"
 
 
 class CardResult(TypedDict):
-    """What the card tells of a perplexity."""
+    """Perplexity as the card quotes it."""
 
     model_digest: str
     dataset: str
@@ -27,7 +27,7 @@ class CardResult(TypedDict):
 
 
 def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, CardResult]]:
-    """The perplexities that the run keeps of the stage and of the model it was made from, each under a name.
+    """Return the perplexities of the stage and of its source model that the run keeps, by a display name.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, CardResu
 
 
 def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, CardResult]], loading: str) -> str:
-    """The whole card, in Markdown with the hub's front matter.
+    """Return the card in Markdown, with the hub's front matter.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _windows(result: CardResult) -> str:
 
 
 def _plain(value: object) -> str:
-    """A value on one line as others may read it: of a path on this machine only the last part."""
+    """Return a value on one line; a path on this machine is cut down to its last part."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f`<>]+", " ", redaction.text(value)).strip()
 
 

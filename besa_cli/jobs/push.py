@@ -1,4 +1,4 @@
-"""A finished export → a repository on the Hugging Face hub. Nothing else needs the hub's write access."""
+"""Uploads of finished exports to the Hugging Face hub; nothing else needs write access there."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def check(repo: str) -> None:
-    """Refuse, before any work, a name that cannot be one, and a machine that is not logged in.
+    """Refuse an invalid repository name, or a machine that is not logged in, before any work.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def check(repo: str) -> None:
     from huggingface_hub import constants, get_token
 
     if not _NAME.fullmatch(repo):
-        raise UsageError(f"--push-to '{repo}' cannot be the name of a repository", "write org/name")
+        raise UsageError(f"--push-to '{repo}' is not a valid repository name", "write org/name")
     if constants.HF_HUB_OFFLINE:
         raise BesaError("HF_HUB_OFFLINE forbids the network that --push-to needs", "unset HF_HUB_OFFLINE")
     if get_token() is None:
@@ -38,7 +38,7 @@ def check(repo: str) -> None:
 
 
 def push(directory: Path, repo: str, *, private: bool) -> str:
-    """Make the repository if it is not there, and upload every file as one commit; returns the repository's address.
+    """Create the repository if it does not exist, upload every file as one commit, and return its address.
 
     Raises
     ------
@@ -59,13 +59,13 @@ def push(directory: Path, repo: str, *, private: bool) -> str:
             lambda: api.upload_folder(repo_id=repo, folder_path=directory, commit_message=message),
         )
     except BesaError as error:
-        hint = "check the network, then type the same command again" if hub_errors.is_passing(error) else error.hint
+        hint = "check the network, then type the same command again" if hub_errors.is_transient(error) else error.hint
         raise BesaError(f"{directory} was not pushed: {error.message}", hint) from error
     return str(address)
 
 
 def _within(seconds: float, repo: str, ask: Callable[[], Found]) -> Found:
-    """What the hub answers, in time: in a thread, since a name look-up and a slow answer know no limit of their own.
+    """Call the hub in a thread and give up after a time limit; name look-ups and slow answers have none of their own.
 
     Raises
     ------

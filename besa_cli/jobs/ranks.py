@@ -1,4 +1,4 @@
-"""How the ranks of a job come together: the first one makes the stage, the others do their part of the work."""
+"""Ranks of one job: the main rank makes the stage, the workers compute their share of the samples."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,13 +59,13 @@ def run_main(
     files: Path | None,
     world: Ranks,
     *,
-    ahead: bool,
+    prefetch: bool,
 ) -> None:
-    """Tell the other ranks, by the first one, what `follow` needs to know.
+    """Send the worker ranks what `run_worker` needs; called by the main rank.
 
     Parameters
     ----------
-    request : Request
+    request : StageRequest
     digest : str
         The model's.
     tokens : Tensor of shape (samples, seqlen)
@@ -73,23 +73,23 @@ def run_main(
         ``compute`` of the job's manifest.
     files : Path, optional
         Where the hidden states lie in files.
-    ahead : bool
+    prefetch : bool
         Read blocks before they are wanted.
     """
     world.broadcast_json(
-        {"settings": settings, "files": None if files is None else str(files.resolve()), "ahead": ahead}
+        {"settings": settings, "files": None if files is None else str(files.resolve()), "prefetch": prefetch}
     )
     world.require_equal(_facts(request, digest))
     world.broadcast_tensors({"tokens": tokens})
 
 
 def stop_workers(world: Ranks) -> None:
-    """Tell the other ranks, by the first one, that there is nothing to do."""
+    """Tell the worker ranks that there is nothing to do; called by the main rank."""
     world.broadcast_json(None)
 
 
 def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
-    """Do the part of a rank that is not the first; nothing of it is written.
+    """Do the work of a worker rank, which writes nothing.
 
     Raises
     ------
@@ -115,11 +115,11 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         ActivationStore(files),
         lambda done, total, phase: None,
         batch=told["settings"]["batch"],
-        ahead=told["ahead"],
+        prefetch=told["prefetch"],
     ):
         pass
 
 
 def _facts(request: StageRequest, digest: str) -> dict[str, Any]:
-    """What has to be the same on all ranks."""
+    """Return what must be equal on all ranks."""
     return {**request.to_manifest(), "model digest": digest, **manifests.versions()}

@@ -1,4 +1,4 @@
-"""Requests for a stage: the method with its options, and where and how it is computed."""
+"""Requests for a stage: the method with its options, and how it is computed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ _DOING = {"prune": "pruning", "quantize": "quantizing"}
 
 
 class Placement(TypedDict, total=False):
-    """Attributes of a `StageRequest` that every command has, by keyword."""
+    """Keyword arguments that the requests of all commands share: attributes of `StageRequest`."""
 
     device: str
     dtype: str
@@ -77,11 +77,11 @@ class StageRequest:
 
     @property
     def uses_calibration(self) -> bool:
-        """Whether calibration samples pass through the model."""
+        """True if calibration samples pass through the model."""
         return self.method.options.uses_calibration
 
     def describe(self, model: str) -> str:
-        """Say in a few words what is done to a model of this name."""
+        """Return a few words that say what is done to a model of this name."""
         grid = f" to {self.grid}" if self.grid else ""
         return f"{_DOING[self.command]} {model} with {self.method.name}{grid}"
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
 from besa_cli.system import compute, disk
+from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
-
-Notify = Callable[[str], None]
 
 
 def recover(run: Run, stage: str) -> None:
@@ -125,12 +124,12 @@ class StageJob:
 
     @property
     def done(self) -> bool:
-        """Whether the stage was finished before."""
+        """True if the stage was already finished."""
         return bool(self.manifest["status"] == "complete")
 
     @property
     def _is_new(self) -> bool:
-        """Whether no block of the stage was begun before."""
+        """True if the stage has not been begun."""
         return bool(self.manifest["status"] == "new")
 
     def _plan_work(self, extremes: Mapping[str, tuple[float, float]]) -> _WorkPlan:
@@ -237,11 +236,11 @@ class StageJob:
         files = self._directory if memory.in_files else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            ahead=memory.overlapping,
+            prefetch=memory.overlapping,
         )  # fmt: skip
         with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
             for report in self._plan.worker.reports(
-                store, ActivationStore(files), on_step, batch=memory.batch, ahead=memory.overlapping
+                store, ActivationStore(files), on_step, batch=memory.batch, prefetch=memory.overlapping
             ):
                 self._note_time(report)
                 yield report

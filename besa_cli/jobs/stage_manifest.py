@@ -1,4 +1,4 @@
-"""Where a job begins: the manifest of what is asked, and what is there already, compared with it."""
+"""Manifests of requested stages, and their comparison with what the run directory already holds."""
 
 import os
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ _PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what 
 def new_manifest(
     run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: StageRequest, ranks: int = 1
 ) -> dict[str, Any]:
-    """The manifest of what is asked, before anything of it is done; `digest` is the model's.
+    """Return the manifest of a request, before any work; `digest` is that of the model's weights.
 
-    Nothing in it depends on the number of `ranks`, as long as they have the same number of threads together.
+    It does not depend on the number of `ranks`, as long as their threads add up to the same number.
     """
     device = compute.device(request.device)
     dtype = compute.dtype(request.dtype, device)
@@ -68,7 +68,7 @@ def new_manifest(
 
 
 def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> dict[str, Any]:
-    """The options that say where the calibration samples come from; none where none are observed."""
+    """Return the options that say where the calibration samples come from; empty if the method uses none."""
     if not request.uses_calibration:
         return {}
     options = calibration_set.manifest["options"]
@@ -80,9 +80,9 @@ def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> 
 
 
 def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> tuple[Path, dict[str, Any]]:
-    """The stage made or begun with what is asked, and its manifest; a new one where there is none.
+    """Return the directory and manifest of the stage that was begun with the same options, or of a new one.
 
-    With `restart` only a stage that an interrupted ``--restart`` has begun counts.
+    With `restart`, only a stage that an interrupted ``--restart`` began is resumed.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> t
     Raises
     ------
     BesaError
-        A stage is there that was made with other options.
+        A stage made with other options exists.
     """
     found = {place: manifests.read(place) for place in (final, beside) if (place / manifests.MANIFEST).exists()}
     there = {place: old for place, old in found.items() if old["status"] != "beginning"}
@@ -114,7 +114,7 @@ def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> t
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What would change the result, with both values; `auto` agrees with whatever it was resolved to."""
+    """Return the options that would change the result, with both values; `auto` equals what it was resolved to."""
     mine, asked = (
         {
             "command": each["command"],
@@ -142,12 +142,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _processor(device: torch.device) -> str:
-    """What decides which of a library's kernels run: the instructions of a CPU, or the GPU."""
+    """Return what decides which kernels of a library run: the instruction set of the CPU, or the GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse to go on with a stage where its other blocks would be computed otherwise.
+    """Refuse to resume a stage whose remaining blocks would be computed differently.
 
     Parameters
     ----------
@@ -171,9 +171,8 @@ def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[s
     ]
     if different:
         raise BesaError(
-            f"{place} was begun in another environment, in which its blocks would have other bytes: "
-            f"{'; '.join(different)}",
-            "go on in the same environment, or give --restart to begin again",
+            f"{place} was begun in another environment, where its blocks have other bytes: {'; '.join(different)}",
+            "resume in the same environment, or start over with --restart",
         )
 
 
@@ -188,9 +187,9 @@ def _short(value: object) -> str:
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    """The stages before, where the model is itself a stage."""
+    """Return the earlier stages, if the model is itself a stage."""
     if not (directory / manifests.MANIFEST).exists():
         return []
-    parent = stages.finished(directory)
+    parent = stages.require_finished(directory)
     own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
     return [*parent.get("history", []), own]

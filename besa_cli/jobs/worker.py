@@ -1,4 +1,4 @@
-"""What every rank of a job does: the model's windows one after the other, on the samples that are its own."""
+"""Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,17 +19,17 @@ from besa_cli.system.ranks import Ranks
 
 
 class StageWorker:
-    """The model and its windows, and the loop over them.
+    """A model cut into windows, and the loop over them.
 
     Parameters
     ----------
     directory : Path
         The model's checkpoint.
-    request : Request
+    request : StageRequest
     settings : mapping
         ``compute`` of the job's manifest; its threads are those of all ranks together.
     tokens : Tensor of shape (samples, seqlen)
-        Those of all ranks.
+        Token ids of all ranks' samples.
     world : Ranks
     """
 
@@ -47,7 +47,7 @@ class StageWorker:
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
     def demand(self, batch: int) -> memory_model.Demand:
-        """What the rank with most samples holds, with `batch` samples in a pass without gradients."""
+        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         return memory_model.prune_demand(
@@ -59,21 +59,28 @@ class StageWorker:
         )
 
     def reports(
-        self, store: Store | None, shelf: ActivationStore, on_step: OnStep, *, batch: int, ahead: bool
+        self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
     ) -> Iterator[BlockReport]:
-        """Do block after block, the next ones read `ahead`; of several ranks the first has the store."""
+        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store."""
         plan, world = self._prune_plan(batch), self._world
         return walk.compress(
-            self.decoder, store, self._tokens, plan, on_step=on_step, shelf=shelf, ahead=ahead, world=world
+            self.decoder,
+            store,
+            self._tokens,
+            plan,
+            on_step=on_step,
+            activations=activations,
+            prefetch=prefetch,
+            world=world,
         )
 
     def seconds(self, finished: int, batch: int) -> float:
-        """How long it will take where `finished` blocks are done, from a trial of the first window."""
+        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
         return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
 
     def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(
-            change=self._request.method.decide,
+            decide=self._request.method.decide,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.method.options.learning_target(),

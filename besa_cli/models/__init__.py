@@ -1,18 +1,17 @@
-"""Where a model comes from: a name becomes a complete local Hugging Face checkpoint directory.
+"""Model resolution: turn the name of a model into a complete local Hugging Face checkpoint directory.
 
-| what the name is                         | file     |
+| name                                     | module   |
 |------------------------------------------|----------|
 | the demo model                           | demo.py  |
 | a directory                              | local.py |
-| a GGUF file                              | gguf.py  |
+| a GGUF file                              | gguf/    |
 | ``org/name`` or ``org/name@revision``    | hub.py   |
 
-What has to be converted is converted once, into the user's cache (cache.py).
+A model that has to be converted is converted once, into the user's cache (cache.py).
 """
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +20,7 @@ from besa_cli.errors import BesaError, unknown
 from besa_cli.models import demo, hub, local
 from besa_cli.models.gguf import convert
 from besa_cli.system.disk import require_regular
+from besa_cli.system.notes import Notify
 
 DEMO = demo.NAME
 
@@ -34,14 +34,14 @@ class Model:
     Parameters
     ----------
     name : str
-        The name as the user gave it.
+        Name as given by the user.
     kind : {"demo", "hub", "local", "gguf"}
-        Where it came from.
+        Source of the model.
     directory : Path
-        A complete Hugging Face checkpoint: ``config.json``, one or many ``*.safetensors`` (with their index), and the
-        tokenizer's files as far as the source has them.
+        A complete Hugging Face checkpoint: ``config.json``, one or more ``*.safetensors`` (with their index), and the
+        tokenizer files that the source has.
     revision : str or None
-        The hub's commit, for a model from the hub.
+        The commit, for a model from the hub.
     """
 
     name: str
@@ -50,32 +50,32 @@ class Model:
     revision: str | None
 
 
-def resolve(name: str, *, notify: Callable[[str], None]) -> Model:
-    """Find, fetch or convert the model that `name` stands for.
+def resolve(name: str, *, notify: Notify) -> Model:
+    """Find, fetch or convert the model that `name` names.
 
     Parameters
     ----------
     name : str
         The demo model's name, a directory, a GGUF file, or a hub name (``org/name``, ``org/name@revision``).
-        What exists as a path is taken as a path.
+        An existing path takes precedence over a hub name.
     notify : callable
-        Takes one-line notes, for instance that a download has begun.
+        Called with one-line notes, for instance that a download has begun.
 
     Raises
     ------
     BesaError
-        The model is missing, unreachable, damaged or of a kind that cannot be used.
+        The model is missing, unreachable, damaged or of an unsupported kind.
     """
     try:
         return _resolve(name, notify)
     except OSError as error:
         place = error.filename or name
         raise BesaError(
-            f"cannot read {place}: {error.strerror or error}", "check the path and who may read it"
+            f"cannot read {place}: {error.strerror or error}", "check the path and its permissions"
         ) from error
 
 
-def _resolve(name: str, notify: Callable[[str], None]) -> Model:
+def _resolve(name: str, notify: Notify) -> Model:
     if name == DEMO:
         return Model(name=name, kind="demo", directory=demo.directory(notify=notify), revision=None)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails for unknown users)

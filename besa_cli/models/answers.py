@@ -1,7 +1,8 @@
-"""What a hub answers, bounded in bytes and checked before any of it becomes a path on this machine.
+"""Checked answers of the hub: bounded in bytes and validated before any part becomes a local path.
 
-A hub is whatever `HF_ENDPOINT` names. Commits and tags are digests, 40 or 64 hexadecimal digits; names of files lie
-below the repository; a file has the bytes that were declared, and the digest that its tag is.
+The hub is the server that `HF_ENDPOINT` names, so its answers are not trusted. Commits and ETags must be digests of 40
+or 64 hexadecimal digits, file names must lie below the repository, and a file must have its declared size and the
+digest in its ETag.
 """
 
 import re
@@ -22,7 +23,7 @@ ANSWER_SECONDS = 8.0
 _LARGEST_LISTING = 100_000_000
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _FILE = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
-DISTRUST = "check HF_ENDPOINT: what answers there does not answer as the hub does"
+CHECK_ENDPOINT = "check HF_ENDPOINT: the server there does not answer like the Hugging Face hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,9 @@ class Listing:
     ----------
     commit : str
     sizes : dict
-        The length in bytes of every file, 0 where the hub does not say.
+        Size of every file in bytes; 0 if the hub does not state it.
     digests : dict
-        The SHA-256 of the large files.
+        SHA-256 of the large (LFS) files.
     """
 
     commit: str
@@ -44,22 +45,22 @@ class Listing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileFacts:
-    """What the hub says of one file: its tag, the digest of its content, and its bytes, None where it does not say."""
+class FileMetadata:
+    """Metadata of one file on the hub: its ETag (the digest of its content) and its size in bytes, None if unknown."""
 
     tag: str
     size: int | None
 
 
 def listing(repo: str, revision: str | None) -> Listing:
-    """Ask for the files of a model's revision.
+    """List the files of a model at a revision.
 
     Raises
     ------
     BesaError
-        The answer is not a listing, names a commit or files that can be none, or is too long.
+        The answer is not a listing, names an invalid commit or file, or is too long.
     Exception
-        What the hub's library raises where the hub refuses, see `hub_errors.kinds`.
+        Raised by the hub's library when the hub refuses; see `hub_errors.kinds`.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
@@ -68,26 +69,31 @@ def listing(repo: str, revision: str | None) -> Listing:
     url = f"{constants.ENDPOINT}/api/models/{repo}"
     url += f"/revision/{quote(revision, safe='')}" if revision is not None else ""
     body = bytearray()
-    with asked(f"{url}?blobs=true") as response:
+    with open_response(f"{url}?blobs=true") as response:
         for chunk in response.iter_raw():
             body += chunk
             if len(body) > _LARGEST_LISTING:
-                raise BesaError(f"the listing of {repo} at {constants.ENDPOINT} does not end", DISTRUST)
-    return _listing(parse_json(bytes(body), f"the answer of {url}"), repo)
+                raise BesaError(
+                    f"the listing of {repo} at {constants.ENDPOINT} is larger than {_LARGEST_LISTING} bytes",
+                    CHECK_ENDPOINT,
+                )
+    return _listing(parse_json(bytes(body), f"the answer from {url}"), repo)
 
 
-def _listing(found: dict[str, Any], repo: str) -> Listing:
-    commit = digest(found.get("sha"), f"the commit of {repo}")
-    siblings = found.get("siblings") or []
+def _listing(answer: dict[str, Any], repo: str) -> Listing:
+    commit = digest(answer.get("sha"), f"the commit of {repo}")
+    siblings = answer.get("siblings") or []
     sizes, digests = dict[str, int](), dict[str, str]()
-    if not isinstance(siblings, list) or not all(isinstance(each, dict) for each in siblings):
-        raise BesaError(f"the listing of {repo} names no files", DISTRUST)
-    for each in siblings:
-        name, size, large = each.get("rfilename"), each.get("size") or 0, each.get("lfs") or {}
+    if not isinstance(siblings, list) or not all(isinstance(entry, dict) for entry in siblings):
+        raise BesaError(f"the listing of {repo} has no list of files", CHECK_ENDPOINT)
+    for entry in siblings:
+        name, size, large = entry.get("rfilename"), entry.get("size") or 0, entry.get("lfs") or {}
         if not _is_below(name):
-            raise BesaError(f"the listing of {repo} names a file {str(name)[:80]!r}", DISTRUST)
+            raise BesaError(f"the listing of {repo} has an invalid file name {str(name)[:80]!r}", CHECK_ENDPOINT)
         if type(size) is not int or size < 0 or not isinstance(large, dict):
-            raise BesaError(f"the listing of {repo} says of {name} that it has {str(size)[:80]} bytes", DISTRUST)
+            raise BesaError(
+                f"the listing of {repo} states an invalid size for {name}: {str(size)[:80]}", CHECK_ENDPOINT
+            )
         sizes[name] = size
         if large.get("sha256") is not None:
             digests[name] = digest(large["sha256"], f"the digest of {name}")
@@ -95,47 +101,49 @@ def _listing(found: dict[str, Any], repo: str) -> Listing:
 
 
 def _is_below(name: object) -> bool:
-    """Whether a name is that of a file below the repository."""
+    """Check that a name is that of a file below the repository."""
     return isinstance(name, str) and all(_FILE.fullmatch(part) and part not in (".", "..") for part in name.split("/"))
 
 
-def digest(value: object, what: str) -> str:
-    """The value, which is 40 or 64 hexadecimal digits: nothing else becomes a part of a path.
+def digest(value: object, subject: str) -> str:
+    """Return `value` after checking that it is a digest of 40 or 64 hexadecimal digits and so safe as part of a path.
 
     Raises
     ------
     BesaError
-        It is anything else.
+        The value is not a digest.
     """
     if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise BesaError(f"{what}, says the hub, is {str(value)[:80]!r}, which is not a digest", DISTRUST)
+        raise BesaError(f"the hub states {subject} as {str(value)[:80]!r}, which is not a digest", CHECK_ENDPOINT)
     return value
 
 
-def facts(known: "HfFileMetadata", name: str, commit: str) -> FileFacts:
-    """What the header of a file's answer says, checked against the commit that was asked for.
+def file_metadata(header: "HfFileMetadata", name: str, commit: str) -> FileMetadata:
+    """Extract a file's metadata from the header of its answer, checked against the requested commit.
 
     Raises
     ------
     BesaError
-        Tag or commit are no digests, or the commit is another.
+        The ETag or the commit is not a digest, the commit differs from the requested one, or the size is negative.
     """
-    tag = digest(known.etag, f"the tag of {name}")
-    if digest(known.commit_hash, f"the commit of {name}") != commit:
-        raise BesaError(f"{name} is of the commit {known.commit_hash}, not of {commit}, says the hub", DISTRUST)
-    if known.size is not None and known.size < 0:
-        raise BesaError(f"{name} has {known.size} bytes, says the hub", DISTRUST)
-    return FileFacts(tag=tag, size=known.size)
+    tag = digest(header.etag, f"the tag of {name}")
+    if digest(header.commit_hash, f"the commit of {name}") != commit:
+        raise BesaError(f"the hub states the commit {header.commit_hash} for {name}, not {commit}", CHECK_ENDPOINT)
+    if header.size is not None and header.size < 0:
+        raise BesaError(f"the hub states an invalid size for {name}: {header.size} bytes", CHECK_ENDPOINT)
+    return FileMetadata(tag=tag, size=header.size)
 
 
 @contextmanager
-def asked(url: str, start: int = 0) -> Iterator[Any]:  # a response of httpx, under whatever name that goes this year
-    """The hub's answer, as it comes and not unpacked; from byte `start` on where it can.
+def open_response(url: str, start: int = 0) -> Iterator[Any]:  # a response of httpx
+    """Open the hub's answer to a GET request, streamed and not decompressed.
+
+    It begins at byte `start` if the server supports that.
 
     Raises
     ------
     Exception
-        What the hub's library raises for a refusal; whatever stands below its header is not read.
+        Raised by the hub's library for a refusal; the body of the answer is not read.
     """
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented
@@ -145,34 +153,34 @@ def asked(url: str, start: int = 0) -> Iterator[Any]:  # a response of httpx, un
         headers["Range"] = f"bytes={start}-"
     with get_session().stream("GET", url, headers=headers, timeout=ANSWER_SECONDS) as response:
         if response.status_code >= 400:
-            told = {
+            details = {
                 name: response.headers[name] for name in ("X-Error-Code", "X-Error-Message") if name in response.headers
             }
-            hf_raise_for_status(type(response)(response.status_code, headers=told, request=response.request))
+            hf_raise_for_status(type(response)(response.status_code, headers=details, request=response.request))
         yield response
 
 
 @contextmanager
 def guarded(tag: str | None = None, commit: str | None = None) -> Iterator[None]:
-    """Let the hub's library, or one that uses it, fetch what is within; an answer that is not a hub's ends it.
+    """Check every answer that the hub's library receives in this context.
 
     Parameters
     ----------
     tag, commit : str, optional
-        Those that every answer has to have; any digest will do if not given.
+        Required ETag and commit of every answer; any digest is accepted if not given.
     """
     from huggingface_hub import get_session
 
     hooks, seconds = get_session().event_hooks, get_session().timeout
 
     def check(response: Any) -> None:
-        said = response.headers.get("X-Repo-Commit")
-        if said is None:
+        answered = response.headers.get("X-Repo-Commit")
+        if answered is None:
             return
-        _same(said, commit, "commit")
-        tagged = response.headers.get("X-Linked-Etag") or response.headers.get("ETag")
-        if tagged is not None and response.request.method == "HEAD":
-            _same(tagged.removeprefix("W/").strip('"'), tag, "tag")
+        _require_match(answered, commit, "commit")
+        etag = response.headers.get("X-Linked-Etag") or response.headers.get("ETag")
+        if etag is not None and response.request.method == "HEAD":
+            _require_match(etag.removeprefix("W/").strip('"'), tag, "tag")
 
     set_clients({**hooks, "response": [*hooks.get("response", []), check]}, seconds)
     try:
@@ -182,9 +190,16 @@ def guarded(tag: str | None = None, commit: str | None = None) -> Iterator[None]
 
 
 def set_clients(hooks: Any, seconds: Any) -> None:
-    """Give every client that the hub's library makes from here on these hooks and seconds to wait for the next bytes.
+    """Set the event hooks and the read timeout of every client that the hub's library makes from now on.
 
-    It makes another one whenever a connection fails.
+    The library makes a new client whenever a connection fails.
+
+    Parameters
+    ----------
+    hooks : dict
+        Event hooks of httpx.
+    seconds : float or httpx.Timeout
+        Longest wait for the next bytes.
     """
     from huggingface_hub import get_session, set_client_factory
 
@@ -192,7 +207,7 @@ def set_clients(hooks: Any, seconds: Any) -> None:
     set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
 
 
-def _same(said: str, expected: str | None, what: str) -> None:
-    """Refuse a commit or tag that is not a digest, or another than before."""
-    if digest(said, f"the {what}") != (expected or said):
-        raise BesaError(f"the {what}, says the hub, is {said}, where it said {expected} before", DISTRUST)
+def _require_match(value: str, expected: str | None, subject: str) -> None:
+    """Refuse a commit or ETag that is not a digest or differs from the expected one."""
+    if digest(value, f"the {subject}") != (expected or value):
+        raise BesaError(f"the hub states the {subject} {value}, but stated {expected} before", CHECK_ENDPOINT)

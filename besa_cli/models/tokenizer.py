@@ -1,16 +1,16 @@
-"""A model's own tokenizer, as its files say it."""
+"""A model's own tokenizer, as its files define it."""
 
 import hashlib
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import Model
-from besa_cli.models.config_json import code_refused
+from besa_cli.models.config_json import custom_code_error
 from besa_cli.system.disk import read_json, require_regular, sha256_file
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,27 +27,27 @@ _FILES = (
     "vocab.txt",
 )
 _VOCABULARIES = ("merges.txt", "spiece.model", "tokenizer.json", "tokenizer.model", "vocab.txt")
-_WRITTEN, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_AGAIN = "fetch the model's files again"
+_DEFINITION, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_FETCH_AGAIN = "fetch the model's files again"
 _PROTOBUF = b"\n"  # the first byte of a sentencepiece model
-_DECIDING = ("normalizer", "pre_tokenizer", "decoder")  # of a tokenizer beside its vocabulary
+_DECIDING = ("normalizer", "pre_tokenizer", "decoder")  # parts that decide the tokenization beside the vocabulary
 
 
-def tokenizer_of(model: Model, notify: Callable[[str], None] = lambda _: None) -> "PreTrainedTokenizerBase":
-    """The model's own tokenizer; no code that the model brings along runs.
+def tokenizer_of(model: Model, notify: Notify = lambda _: None) -> "PreTrainedTokenizerBase":
+    """Load the model's own tokenizer, without running any code from the model.
 
-    Where transformers builds it from a class that splits text otherwise than ``tokenizer.json`` says, the file counts.
+    If transformers builds it from a class that splits text differently from ``tokenizer.json``, follow the file.
 
     Parameters
     ----------
     model : Model
     notify : callable
-        Takes a one-line note where the file counts.
+        Called with a one-line note if the file is followed.
 
     Raises
     ------
     BesaError
-        The model's directory has none, or one that cannot be read or needs code of its own.
+        The model's directory has no tokenizer, or it cannot be read or needs custom code.
     """
     from transformers import AutoTokenizer
 
@@ -60,123 +60,138 @@ def tokenizer_of(model: Model, notify: Callable[[str], None] = lambda _: None) -
     settings = _settings(directory)
     _require_sentencepiece(directory)
     try:
-        with reading(f"the tokenizer in {directory}", _AGAIN):
+        with reading(f"the tokenizer in {directory}", _FETCH_AGAIN):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
     except BesaError as error:
         if settings.get("auto_map") and "custom code" in error.message:
-            raise code_refused(directory / _SETTINGS, settings["auto_map"]) from error
+            raise custom_code_error(directory / _SETTINGS, settings["auto_map"]) from error
         raise
-    if (directory / _WRITTEN).is_file() and _follow(tokenizer, directory / _WRITTEN):
+    if (directory / _DEFINITION).is_file() and _follow_file(tokenizer, directory / _DEFINITION):
         notify(
-            f"{directory / _SETTINGS} names {settings.get('tokenizer_class')}, of which transformers makes another "
-            f"tokenizer than {_WRITTEN} describes: {_WRITTEN} is followed"
+            f"transformers builds {settings.get('tokenizer_class')}, named in {directory / _SETTINGS}, with another "
+            f"word splitting than {_DEFINITION} describes: {_DEFINITION} is followed"
         )
     return tokenizer
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """What ``tokenizer_config.json`` says, after the tokenizer's files were found to be files that can be read."""
+    """Read ``tokenizer_config.json``, after checking that all tokenizer files are readable."""
     for name in _FILES:
         if (directory / name).exists():
             require_regular(directory / name)
             if name.endswith(".json"):
-                read_json(directory / name)  # the tokenizers library says what is wrong without the file's name
+                read_json(directory / name)  # the tokenizers library does not name the file in its errors
     settings = read_json(directory / _SETTINGS) if (directory / _SETTINGS).exists() else {}
-    named = settings.get("tokenizer_class")
-    if named is not None and not isinstance(named, str):
-        raise BesaError(f"{directory / _SETTINGS} says tokenizer_class: {str(named)[:80]}, which is not a name", _AGAIN)
+    class_name = settings.get("tokenizer_class")
+    if class_name is not None and not isinstance(class_name, str):
+        raise BesaError(
+            f"{directory / _SETTINGS} has the tokenizer_class {str(class_name)[:80]}, which is not a name", _FETCH_AGAIN
+        )
     return settings
 
 
 def _require_sentencepiece(directory: Path) -> None:
-    """Refuse a sentencepiece model alone where nothing here can read it: transformers would ask for something else."""
-    if (directory / _WRITTEN).is_file():
+    """Refuse a sentencepiece model without a tokenizer.json if the packages that read it are missing.
+
+    Without this check transformers would ask for an unrelated package.
+    """
+    if (directory / _DEFINITION).is_file():
         return
     for name in ("tokenizer.model", "spiece.model"):
         path = directory / name
-        lacking = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
-        if lacking and path.is_file() and _begins(path, _PROTOBUF):
+        missing = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+        if missing and path.is_file() and _starts_with(path, _PROTOBUF):
             raise BesaError(
-                f"{path} needs the package {lacking[0]}, which is not installed",
+                f"{path} needs the package {missing[0]}, which is not installed",
                 "pip install sentencepiece protobuf, or save the tokenizer as tokenizer.json",
             )
 
 
-def _begins(path: Path, start: bytes) -> bool:
-    with reading(path, _AGAIN), path.open("rb") as file:
+def _starts_with(path: Path, start: bytes) -> bool:
+    with reading(path, _FETCH_AGAIN), path.open("rb") as file:
         return file.read(len(start)) == start
 
 
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-def _follow(tokenizer: Any, path: Path) -> bool:
-    """Let a tokenizer split text as ``tokenizer.json`` says; whether it did otherwise before.
+def _follow_file(tokenizer: Any, path: Path) -> bool:
+    """Make a tokenizer split text as ``tokenizer.json`` defines; return whether it did otherwise before.
 
-    Whether a text begins with a space is left as transformers chooses it: ``tokenizer_config.json`` may say so.
+    A space before the text is left as transformers chooses it: ``tokenizer_config.json`` may ask for it.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if type(tokenizer) is PreTrainedTokenizerFast:  # which reads the file as it is
+    if type(tokenizer) is PreTrainedTokenizerFast:  # this class reads the file unchanged
         return False
-    made = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(made, Tokenizer):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
         return False
-    told = read_json(path)
-    with reading(path, _AGAIN):
-        if _splits_alike(made, Tokenizer.from_str(json.dumps(_without_vocabulary(told)))):
+    definition = read_json(path)
+    with reading(path, _FETCH_AGAIN):
+        if _splits_alike(backend, Tokenizer.from_str(json.dumps(_without_vocabulary(definition)))):
             return False
-        written = Tokenizer.from_file(str(path))
+        from_file = Tokenizer.from_file(str(path))
     for part in _DECIDING:
-        setattr(made, part, getattr(written, part))
-    if made.get_vocab(with_added_tokens=False) == written.get_vocab(with_added_tokens=False):
-        made.model = written.model
+        setattr(backend, part, getattr(from_file, part))
+    if backend.get_vocab(with_added_tokens=False) == from_file.get_vocab(with_added_tokens=False):
+        backend.model = from_file.model
     return True
 
 
-def _without_vocabulary(told: dict[str, Any]) -> dict[str, Any]:
-    """What describes a tokenizer that splits text in the same way, and is made in no time; old files stay whole."""
-    model = dict(told["model"])
+def _without_vocabulary(definition: dict[str, Any]) -> dict[str, Any]:
+    """Strip the vocabulary from a tokenizer's definition, so that a tokenizer with the same word splitting is built
+    quickly.
+
+    An old file, without the type of its model, is returned unchanged.
+    """
+    model = dict(definition["model"])
     if "type" not in model:
-        return told
+        return definition
     if model["type"] == "Unigram":
         model |= {"vocab": model["vocab"][:1], "unk_id": None}
     else:
         model["vocab"] = {}
     if "merges" in model:
         model["merges"] = []
-    return {**told, "model": model, "added_tokens": [], "post_processor": None}
+    return {**definition, "model": model, "added_tokens": [], "post_processor": None}
 
 
-def _splits_alike(made: Any, written: Any) -> bool:
-    """Whether two tokenizers split text in the same way, but for their vocabularies and a first space."""
-    told = json.loads(written.to_str())
+def _splits_alike(tokenizer: Any, other: Any) -> bool:
+    """Check that two tokenizers split text in the same way, apart from their vocabularies and a first space."""
+    definition = json.loads(other.to_str())
     for part in ("normalizer", "pre_tokenizer"):
-        own = getattr(made, part)
-        if _plain(None if own is None else json.loads(own.__getstate__())) != _plain(told[part]):
+        component = getattr(tokenizer, part)
+        if _without_spaces(None if component is None else json.loads(component.__getstate__())) != _without_spaces(
+            definition[part]
+        ):
             return False
-    model = told["model"]
+    model = definition["model"]
     options = {name: value for name, value in model.items() if name not in ("type", "vocab", "merges", "unk_id")}
-    return type(made.model).__name__ == model["type"] and all(
-        (getattr(made.model, name, value) or None) == (value or None) for name, value in options.items()
+    return type(tokenizer.model).__name__ == model["type"] and all(
+        (getattr(tokenizer.model, name, value) or None) == (value or None) for name, value in options.items()
     )
 
 
-def _plain(part: Any) -> Any:
+def _without_spaces(part: Any) -> Any:
     if isinstance(part, dict):
-        return {name: _plain(value) for name, value in part.items() if name not in ("add_prefix_space", "trim_offsets")}
-    return [_plain(value) for value in part] if isinstance(part, list) else part
+        return {
+            name: _without_spaces(value)
+            for name, value in part.items()
+            if name not in ("add_prefix_space", "trim_offsets")
+        }
+    return [_without_spaces(value) for value in part] if isinstance(part, list) else part
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """SHA-256 over the names and bytes of a checkpoint's tokenizer files, sorted by name."""
+    """Compute the SHA-256 over the names and bytes of a checkpoint's tokenizer files, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(_FILES):
         if (directory / name).is_file():

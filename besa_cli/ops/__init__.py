@@ -1,1 +1,1 @@
-"""Pure tensor functions: the mathematics of pruning, without models, files or consoles."""
+"""Pure tensor functions: the mathematics of pruning and quantization, without models, files or consoles."""

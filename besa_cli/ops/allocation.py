@@ -1,8 +1,8 @@
 """BESA's learned allocation: mixtures over candidate sparsities, pruning probability, straight-through gradient.
 
-Letters as in the paper (arXiv 2402.16880, section 3.2): candidates p_d, mixture β = softmax(θ), sparsity α = Σ β_d p_d.
-A *group* is `size` consecutive rows that share one mixture: a row alone (row-wise), all rows of a linear (layer-wise),
-or some; the last group of a linear may be smaller.
+Symbols as in the paper (arXiv 2402.16880, section 3.2): candidates p_d, mixture β = softmax(θ), sparsity α = Σ β_d p_d.
+A *group* is `size` consecutive rows that share one mixture: a single row (row-wise), all rows of a linear (layer-wise),
+or any number; the last group of a linear may be smaller.
 """
 
 import torch
@@ -11,64 +11,68 @@ from torch import Tensor
 
 from besa_cli.ops import kernels
 
-SPREAD = 0.1  # standard deviation of the mixtures at the start, where the ends do not cut them off
-_STEPS = 200  # far more than Newton needs, and enough for halving alone
-_FLAT = 1e-9  # the slope of mixtures that have all but run into one candidate each
+SPREAD = 0.1  # standard deviation of the initial mixtures, unless truncated at the ends
+_STEPS = 200  # far more than Newton's method needs, and enough for bisection alone
+_FLAT = 1e-9  # slope of mixtures that have nearly collapsed to one candidate each
 
 
 def candidates(count: int) -> Float[Tensor, " candidates"]:
-    """p_d = d/D for d = 0 … D with D = `count`: D + 1 sparsities from 0 to 1."""
+    """Return the D + 1 candidate sparsities p_d = d/D for d = 0 … D, with D = `count`."""
     return torch.arange(count + 1, dtype=torch.float32) / count
 
 
 def initial_logits(
     groups: int, candidates: Float[Tensor, " candidates"], target: float, spread: float = SPREAD
 ) -> Float[Tensor, "groups candidates"]:
-    """θ of a mixture around `target`: of greatest entropy with that mean and its own variance, θ_d = t·p_d − p_d²/2σ².
+    """Compute logits θ_d = t·p_d − p_d²/2σ² of the mixture of greatest entropy with mean `target` and its own variance.
 
-    The straight-through gradient of a candidate takes all ranks between it and the mask for linear: near the target
-    that holds. A mixture that is spread over all candidates learns from what lies far from any mask it will have.
+    The straight-through gradient of a candidate treats all ranks between it and the mask as linear, which holds near
+    the target. A mixture spread over all candidates would learn from ranks far from any mask that it will have.
 
     Parameters
     ----------
     groups : int
-        Rows of the result, all alike.
+        Number of rows of the result, all equal.
+    candidates : Tensor of shape (candidates,)
     target : float
         Expected sparsity, strictly between 0 and 1.
     spread : float
         σ, in sparsity.
     """
-    around = (-(candidates.double() - target).square() / (2 * spread**2)).unsqueeze(0)
-    tilt = _solve_tilt(around, torch.ones_like(around[:, 0]), candidates.double(), target)
-    return (around + tilt * candidates).float().repeat(groups, 1)
+    gaussian = (-(candidates.double() - target).square() / (2 * spread**2)).unsqueeze(0)
+    tilt = _solve_tilt(gaussian, torch.ones_like(gaussian[:, 0]), candidates.double(), target)
+    return (gaussian + tilt * candidates).float().repeat(groups, 1)
 
 
 def mixture(logits: Float[Tensor, "groups candidates"]) -> Float[Tensor, "groups candidates"]:
-    """β = softmax(θ); every sparsity between the least and the greatest candidate can be reached."""
+    """Compute the mixture β = softmax(θ).
+
+    Its sparsity can reach every value between the smallest and the largest candidate.
+    """
     return logits.softmax(dim=1)
 
 
 def smoothed_range(count: int) -> tuple[float, float]:
-    """The least and the greatest α of softmax(sigmoid(θ)) over the candidates 0, 1/D … 1, D = `count`.
+    """Return the smallest and largest α of softmax(sigmoid(θ)) over the candidates 0, 1/D … 1, with D = `count`.
 
-    No logit of the softmax is further than 1 from another, so no candidate weighs more than e times another; the
-    greatest α gives that weight to all candidates from some one on.
+    Logits of the softmax differ by at most 1, so the weights of candidates differ by at most a factor e; the largest α
+    gives the larger weight to all candidates from some index on.
     """
     p = candidates(count).double()
     upper = [torch.where(p >= start, torch.e, 1.0).double() for start in p]
-    greatest = max(float(weights @ p / weights.sum()) for weights in upper)
-    return 1 - greatest, greatest
+    largest = max(float(weights @ p / weights.sum()) for weights in upper)
+    return 1 - largest, largest
 
 
 def expected_sparsity(
     mixture: Float[Tensor, "groups candidates"], candidates: Float[Tensor, " candidates"]
 ) -> Float[Tensor, " groups"]:
-    """α = Σ_d β_d p_d (BESA Eq. 3)."""
+    """Compute α = Σ_d β_d p_d (BESA Eq. 3)."""
     return mixture @ candidates
 
 
 def sum_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "groups ..."]:
-    """Sums over each group of `size` rows."""
+    """Sum rows over each group of `size` rows."""
     if size == 1:
         return rows
     short = -len(rows) % size
@@ -77,12 +81,12 @@ def sum_groups(rows: Float[Tensor, "rows ..."], size: int) -> Float[Tensor, "gro
 
 
 def repeat_rows(groups: Real[Tensor, " groups"], size: int, rows: int) -> Real[Tensor, " rows"]:
-    """Each group's value for each of its rows."""
+    """Repeat each group's value for each of its rows."""
     return groups if size == 1 else groups.repeat_interleave(size)[:rows]
 
 
 class _StraightThrough(torch.autograd.Function):
-    """W, its lowest ranks zeroed; the gradient goes to the mixture as if each were W·(1 − P), to W where kept."""
+    """Weight W with its lowest ranks zeroed; the backward pass treats it as W·(1 − P), and as W where kept."""
 
     @staticmethod
     def forward(
@@ -105,12 +109,12 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, ranks, counts = ctx.saved_tensors  # type: ignore[attr-defined]
         count, floored = ctx.count, ctx.floored  # type: ignore[attr-defined]
-        sums = kernels.candidate_sums(gradient, weight, ranks, count, floored=floored)
-        of_weight = None
+        mixture_gradient = kernels.candidate_sums(gradient, weight, ranks, count, floored=floored)
+        weight_gradient = None
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             rows = repeat_rows(counts, ctx.size, len(weight))  # type: ignore[attr-defined]
-            of_weight = kernels.mask(gradient, ranks, rows, torch.empty_like(gradient))
-        return sum_groups(sums, ctx.size), of_weight, None, None, None, None, None  # type: ignore[attr-defined]
+            weight_gradient = kernels.mask(gradient, ranks, rows, torch.empty_like(gradient))
+        return sum_groups(mixture_gradient, ctx.size), weight_gradient, None, None, None, None, None  # type: ignore[attr-defined]
 
 
 def straight_through(
@@ -123,24 +127,24 @@ def straight_through(
     *,
     floored: bool = False,
 ) -> Float[Tensor, "rows cols"]:
-    """Ŵ: the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P (Eq. 6).
+    """Compute Ŵ, the weight without the `counts[g]` lowest ranks of each row of group g; its gradient goes to 1 − P.
 
-    dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)∘W in rank order. No probability matrix is formed. A weight that is
-    learned itself (its grid, say) gets the gradient of what is kept of it.
+    By BESA Eq. 6, dL/dβ_d = − Σ_{j < p_d·C} g_j with g = (∂L/∂Ŵ)∘W in rank order. No probability matrix is formed. If
+    the weight itself is learned (for example through its grid), its gradient is that of the kept weights.
 
     Parameters
     ----------
     mixture : Tensor of shape (groups, candidates)
     weight, ranks : Tensors of shape (rows, cols)
-        `ranks` as from `besa_cli.ops.kernels.ranks`.
+        `ranks` as returned by `besa_cli.ops.kernels.ranks`.
     counts : integer Tensor of shape (groups,)
-        Weights pruned in each row of a group: α·C as a whole number.
+        Number of weights pruned in each row of a group: α·C as an integer.
     size : int
-        Rows in a group.
+        Number of rows in a group.
     out : Tensor of shape (rows, cols), optional
-        Written and returned; its dtype is the result's. It must not be needed by a backward pass that is still to come.
+        Written and returned; its dtype is the result's. No pending backward pass may need it.
     floored : bool
-        The gradient sums over j < ⌊p_d·C⌋, by default over j < p_d·C.
+        Sum gradients over j < ⌊p_d·C⌋ instead of j < p_d·C.
     """
     buffer = torch.empty_like(weight) if out is None else out.detach()
     result: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
@@ -155,15 +159,15 @@ def project(
     candidates: Float[Tensor, " candidates"],
     target: float,
 ) -> Float[Tensor, " groups"]:
-    """The groups' sparsities after one common tilt θ_d + t·p_d that brings their weighted mean to `target`.
+    """Compute the groups' sparsities after a common tilt θ_d + t·p_d that brings their weighted mean to `target`.
 
     Parameters
     ----------
     logits : Tensor of shape (groups, candidates)
     weights : Tensor of shape (groups,)
-        Weights (numbers in the linear) in each group.
+        Number of the linear's weights in each group.
     target : float
-        Asked sparsity of the window, strictly between 0 and 1.
+        Target sparsity of the window, strictly between 0 and 1.
 
     Returns
     -------
@@ -179,16 +183,16 @@ def mean_and_slope(
     weights: Float[Tensor, " groups"],
     candidates: Float[Tensor, " candidates"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The groups' mean sparsity, and how fast it rises with a common tilt t of θ_d + t·p_d: the mean of Var_β(p)."""
+    """Compute the groups' mean sparsity, and its derivative in a common tilt t of θ_d + t·p_d: the mean of Var_β(p)."""
     shares = weights / weights.sum()
-    first, variance = _moments(mixture, candidates)
-    return shares @ first, shares @ variance
+    sparsity, variance = _moments(mixture, candidates)
+    return shares @ sparsity, shares @ variance
 
 
 def _moments(mixture: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of p under each group's mixture."""
-    first = expected_sparsity(mixture, candidates)
-    return first, mixture @ candidates.square() - first.square()
+    """Compute mean and variance of p under each group's mixture."""
+    mean = expected_sparsity(mixture, candidates)
+    return mean, mixture @ candidates.square() - mean.square()
 
 
 def newton_tilt(
@@ -197,13 +201,13 @@ def newton_tilt(
     candidates: Float[Tensor, " candidates"],
     target: float,
 ) -> Float[Tensor, ""]:
-    """The t of θ_d + t·p_d that one step of Newton's method gives for what a step of learning has lost of the target.
+    """Compute the tilt t of θ_d + t·p_d by which one step of Newton's method restores the target after a learning step.
 
-    Where it ends is the tilt of `project`.
+    The iteration converges to the tilt of `project`.
     """
     mean, slope = mean_and_slope(mixture(logits), weights, candidates)
-    steepest = float(len(candidates))  # a tilt that makes one candidate e times as likely as the one before it
-    return ((target - mean) / slope.clamp_min(_FLAT)).clamp(-steepest, steepest)
+    limit = float(len(candidates))  # this tilt makes each candidate e times as likely as the previous one
+    return ((target - mean) / slope.clamp_min(_FLAT)).clamp(-limit, limit)
 
 
 def project_gradient(
@@ -212,37 +216,38 @@ def project_gradient(
     weights: Float[Tensor, " groups"],
     candidates: Float[Tensor, " candidates"],
 ) -> Float[Tensor, "groups candidates"]:
-    """∂L/∂θ where a common tilt follows every change of θ so that the mean sparsity s stays.
+    """Project ∂L/∂θ so that the mean sparsity s stays constant, since a common tilt follows every change of θ.
 
-    That is G − μ·∂s/∂θ with the Lagrange multiplier μ = Σ G_gd·p_d ÷ the slope of `mean_and_slope`, and ∂s/∂θ_gd = the
-    group's share of the weights · β_d·(p_d − α).
+    The result is G − μ·∂s/∂θ with the Lagrange multiplier μ = Σ G_gd·p_d ÷ the slope of `mean_and_slope`, and ∂s/∂θ_gd
+    = (the group's share of the weights) · β_d·(p_d − α).
 
     Parameters
     ----------
     gradient : Tensor of shape (groups, candidates)
-        G = ∂L/∂θ with nothing that holds the sparsity.
+        G = ∂L/∂θ without any constraint on the sparsity.
     mixture : Tensor of shape (groups, candidates)
         β = softmax(θ).
     weights : Tensor of shape (groups,)
-        Weights (numbers in the linear) in each group.
+        Number of the linear's weights in each group.
     """
     shares = weights / weights.sum()
     sparsity, variance = _moments(mixture, candidates)
     multiplier = (gradient @ candidates).sum() / (shares @ variance).clamp_min(_FLAT)
-    risen = candidates - sparsity.unsqueeze(1)
-    risen *= (multiplier * shares).unsqueeze(1)
-    return torch.addcmul(gradient, mixture, risen, value=-1, out=risen)  # one matrix of this size, not five
+    direction = candidates - sparsity.unsqueeze(1)
+    direction *= (multiplier * shares).unsqueeze(1)
+    # in place: one matrix of this size, not five
+    return torch.addcmul(gradient, mixture, direction, value=-1, out=direction)
 
 
 def _solve_tilt(theta: Tensor, weights: Tensor, p: Tensor, target: float) -> float:
-    """Newton's method on the mean sparsity, which rises with the tilt; halving wherever a step leaves the bracket."""
+    """Solve for the tilt by Newton's method on the mean sparsity, with bisection if a step leaves the bracket."""
     low, high, tilt = -1e6, 1e6, 0.0
     for _ in range(_STEPS):
         mean, slope = map(float, mean_and_slope(mixture(theta + tilt * p), weights, p))
         low, high = (tilt, high) if mean < target else (low, tilt)
-        step = tilt + (target - mean) / slope if slope > 0 else low
-        following = step if low < step < high else (low + high) / 2
-        if abs(mean - target) < 1e-13 or following in (low, high):
+        proposal = tilt + (target - mean) / slope if slope > 0 else low
+        next_tilt = proposal if low < proposal < high else (low + high) / 2
+        if abs(mean - target) < 1e-13 or next_tilt in (low, high):
             break
-        tilt = following
+        tilt = next_tilt
     return tilt

@@ -1,4 +1,4 @@
-"""Exact counts: what each window, linear and row prunes so that the whole is the asked sparsity to the weight."""
+"""Exact counts: the number of weights that each window, linear and row prunes to meet the target sparsity exactly."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,33 +9,33 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_TIE = 1e-6  # remainders closer than this (in weights) count as equal
+_TIE = 1e-6  # in weights; remainders closer than this count as equal
 
 
 def window_counts(sparsity: float, sizes: Sequence[int]) -> list[int]:
-    """Weights that each window prunes: round(s·N_1…i) − round(s·N_1…i−1), N the windows' sizes in weights.
+    """Compute the weights that each window prunes: round(s·N_1…i) − round(s·N_1…i−1), N the windows' sizes in weights.
 
-    The sparsity is taken as the decimal number that was typed, so that 0.1 is one tenth.
+    The sparsity is parsed as a decimal number, so that 0.1 is exactly one tenth.
     """
-    share = Fraction(str(sparsity))
-    counts, before, done = [], 0, 0
+    ratio = Fraction(str(sparsity))
+    counts, total, pruned = [], 0, 0
     for size in sizes:
-        before += size
-        target = round(share * before)
-        counts.append(target - done)
-        done = target
+        total += size
+        target = round(ratio * total)
+        counts.append(target - pruned)
+        pruned = target
     return counts
 
 
 def fill(shares: Floats, total: float, lower: Floats, upper: Floats) -> Floats:
-    """Shift all shares by one number, kept between their bounds, so that they sum to `total`.
+    """Shift all shares by one number, clamped to their bounds, so that they sum to `total`.
 
     Parameters
     ----------
     shares, lower, upper : arrays of shape (n,)
-        Wished real counts and the least and most that each place can take.
+        Desired real counts, and the lower and upper bound of each.
     total : float
-        Sum to reach; beyond what the bounds allow the bounds themselves are returned.
+        Sum to reach; outside the range of the bounds, the bounds themselves are returned.
     """
     if total <= lower.sum():
         return lower.copy()
@@ -54,18 +54,18 @@ def fill(shares: Floats, total: float, lower: Floats, upper: Floats) -> Floats:
 
 
 def round_to_total(shares: Floats, total: int, lower: Integers, upper: Integers, tie: Floats | None = None) -> Integers:
-    """Whole counts that sum to `total`: each share's floor, the rest by largest remainder, smallest tie, index.
+    """Round shares to integers that sum to `total`: floors first, the rest by largest remainder, smallest tie, index.
 
     Parameters
     ----------
     shares : array of shape (n,)
-        Wished real counts.
+        Desired real counts.
     total : int
-        Sum to reach. Below the sum of `lower` the lower bounds are returned, above that of `upper` the upper ones.
+        Sum to reach. Below the sum of `lower`, the lower bounds are returned; above that of `upper`, the upper bounds.
     lower, upper : integer arrays of shape (n,)
-        Bounds of each count, e.g. the zeros a row has already and its number of columns.
+        Bounds of each count, e.g. a row's number of existing zeros and of columns.
     tie : array of shape (n,), optional
-        Decides between equal remainders, smallest first (the score of the next weight to go).
+        Order of equal remainders, smallest first (the score of the next weight to be pruned).
 
     Returns
     -------
@@ -81,8 +81,8 @@ def round_to_total(shares: Floats, total: int, lower: Integers, upper: Integers,
     missing = int(min(max(total, lower.sum()), upper.sum()) - counts.sum())
     for step, places in ((1, order), (-1, order[::-1])):
         while missing * step > 0:
-            room = counts < upper if step > 0 else counts > lower
-            chosen = places[room[places]][: abs(missing)]
+            has_room = counts < upper if step > 0 else counts > lower
+            chosen = places[has_room[places]][: abs(missing)]
             counts[chosen] += step
             missing -= step * len(chosen)
     return counts

@@ -1,11 +1,11 @@
-"""Learned clipping: how far towards its extreme weights the grid of a group reaches (BESA Eq. 7; OmniQuant's LWC).
+"""Learned clipping: the range of each group's grid relative to its extreme weights (BESA Eq. 7; OmniQuant's LWC).
 
-γ0, γ1 = sigmoid of learned numbers, one pair a group, one number where the grid is symmetric:
+γ0, γ1 = sigmoid of learned logits, one pair per group, or one logit if the grid is symmetric:
 
     h = (γ1·max(W) − γ0·min(W)) / (2^N − 1)      z = −round(γ0·min(W)/h)
 
-Every rounding is straight-through: of a weight inside the grid the gradient goes to h, of a clipped one to the end at
-which it was clipped.
+All roundings are straight-through: the gradient of a weight inside the grid goes to h, that of a clipped one to the end
+at which it was clipped.
 """
 
 import torch
@@ -19,13 +19,13 @@ _WIDEST, _NARROWEST, _STEP = 4.0, -2.0, 0.25  # sigmoid(4) = 0.982, sigmoid(-1.7
 
 
 def widest(weight: Float[Tensor, "rows cols"], grid: Grid) -> Float[Tensor, "rows groups ends"]:
-    """Logits of a grid that reaches nearly to the extremes; `ends` is 1 on a symmetric grid, else 2."""
+    """Return logits of a grid that nearly reaches the extremes; `ends` is 1 on a symmetric grid, else 2."""
     rows, cols = weight.shape
     return torch.full((rows, grid.groups(cols), 1 if grid.symmetric else 2), _WIDEST, device=weight.device)
 
 
 class _RoundHalf(torch.autograd.Function):
-    """To the nearest fp16 number above zero, straight-through."""
+    """Rounding to the nearest positive fp16 number, straight-through."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _RoundHalf(torch.autograd.Function):
 
 
 class _Round(torch.autograd.Function):
-    """To the nearest code, straight-through."""
+    """Rounding to the nearest code, straight-through."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, top: int) -> Tensor:
@@ -49,7 +49,7 @@ class _Round(torch.autograd.Function):
 
 
 class _OnGrid(torch.autograd.Function):
-    """(clamp(round(W/h) + z) − z)·h; gradients to h and z."""
+    """Weights on a grid, (clamp(round(W/h) + z) − z)·h, with gradients for h and z."""
 
     @staticmethod
     def forward(
@@ -70,7 +70,7 @@ class _OnGrid(torch.autograd.Function):
 
 
 class Clipped:
-    """One linear whose grid is learned.
+    """One linear with a learned grid.
 
     Parameters
     ----------
@@ -83,40 +83,40 @@ class Clipped:
         self.low, self.high = affine.extremes(weight, grid)
 
     def bounds(self, logits: Float[Tensor, "rows groups ends"]) -> tuple[Tensor, Tensor]:
-        """Where the grid of each group begins and ends: γ0·min(W) and γ1·max(W), of shape (rows, groups)."""
+        """Compute the ends of each group's grid, γ0·min(W) and γ1·max(W), each of shape (rows, groups)."""
         strengths = logits.sigmoid()
         return strengths[..., 0] * self.low, strengths[..., -1] * self.high
 
     def weights(self, logits: Float[Tensor, "rows groups ends"]) -> Float[Tensor, "rows cols"]:
-        """Ŵ, differentiable in the logits; the same numbers as those of `quantized`."""
+        """Compute Ŵ, differentiable with respect to the logits and equal to the weights of `quantized`."""
         low, high = self.bounds(logits)
         scales = _RoundHalf.apply((high - low) / self.grid.top)  # type: ignore[no-untyped-call]
         if self.grid.symmetric:
             zeros = torch.full_like(scales, float(self.grid.middle))
         else:
             zeros = _Round.apply(-low / scales, self.grid.top)  # type: ignore[no-untyped-call]
-        found: Tensor = _OnGrid.apply(self.weight, scales, zeros, self.grid)  # type: ignore[no-untyped-call]
-        return found
+        result: Tensor = _OnGrid.apply(self.weight, scales, zeros, self.grid)  # type: ignore[no-untyped-call]
+        return result
 
     def searched(self, sums: Float[Tensor, " cols"]) -> Float[Tensor, "rows groups ends"]:
-        """The logits, of 24 and alike at both ends, that make Σ_c ‖X_:,c‖²·(ŵ − w)² of each group least.
+        """Search 24 logits, equal for both ends, for the smallest Σ_c ‖X_:,c‖²·(ŵ − w)² of each group.
 
         Parameters
         ----------
         sums : Tensor of shape (cols,)
-            ‖X_:,c‖² of the linear's inputs: `besa_cli.ops.importance.squared_sums`.
+            ‖X_:,c‖² of the linear's inputs, from `besa_cli.ops.importance.squared_sums`.
         """
-        found = widest(self.weight, self.grid)
-        least = torch.full(found.shape[:2], torch.inf, device=found.device)
+        best = widest(self.weight, self.grid)
+        least = torch.full(best.shape[:2], torch.inf, device=best.device)
         for logit in torch.arange(_WIDEST, _NARROWEST, -_STEP).tolist():
-            differences = self.weights(torch.full_like(found, logit)) - self.weight.float()
+            differences = self.weights(torch.full_like(best, logit)) - self.weight.float()
             error = affine.grouped(differences.square() * sums, self.grid).sum(2)
-            found[error < least] = logit
+            best[error < least] = logit
             least = torch.minimum(least, error)
-        return found
+        return best
 
     def quantized(self, logits: Float[Tensor, "rows groups ends"]) -> Quantized:
-        """The codes at these logits."""
+        """Quantize with these logits."""
         scales, zeros = affine.scales_and_zeros(*self.bounds(logits), self.grid)
         codes = affine.encode(self.weight, scales, zeros, self.grid)
         return Quantized(codes=codes, scales=scales, zeros=zeros, grid=self.grid)

@@ -1,7 +1,7 @@
-"""What learning minimises: how far the output is from its target, and the sparsity from the asked one.
+"""Learning losses: the distance of the output from its target, and of the sparsity from the target sparsity.
 
-Where a step's samples are spread over several processes, each gives its part of a loss and the parts add up to the loss
-of all samples: `total` replaces a sum over a part's tokens by the sum over all.
+If a step's samples are spread over several ranks, each computes its part of a loss, and the parts add up to the loss of
+all samples: `total` turns a sum over one rank's tokens into the sum over all ranks.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ _SMALL = 1e-20
 Total = Callable[[Tensor], Tensor]
 
 
-def _alone(part: Tensor) -> Tensor:
+def _identity(part: Tensor) -> Tensor:
     return part
 
 
 def token(
-    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _alone
+    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _identity
 ) -> Float[Tensor, ""]:
-    """Mean over tokens of ‖output − target‖² / ‖target‖²: each token by its own norm, as the next block sees it.
+    """Compute the mean over tokens of ‖output − target‖² / ‖target‖²; like the next block's norm, it scales each token.
 
-    A few tokens of many models carry activations a thousand times larger than all others; under one common norm
-    (`frobenius`) nothing else would be learned from.
+    In many models a few tokens have activations a thousand times larger than all others; under one common norm
+    (`frobenius`), only these would be learned from.
     """
     error = (output.float() - target.float()).square().sum(-1)
     relative = error / target.float().square().sum(-1).clamp_min(_SMALL)
@@ -33,22 +33,22 @@ def token(
 
 
 def frobenius(
-    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _alone
+    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _identity
 ) -> Float[Tensor, ""]:
-    """‖output − target‖²_F / ‖target‖²_F: BESA Eq. 1, made free of the activations' scale."""
+    """Compute ‖output − target‖²_F / ‖target‖²_F: BESA Eq. 1, independent of the activations' scale."""
     error = (output.float() - target.float()).square().sum()
     return error / total(target.float().square().sum()).clamp_min(_SMALL)
 
 
 def channel(
-    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _alone
+    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _identity
 ) -> Float[Tensor, ""]:
-    """Mean over channels of Σ error² / Σ target²: each channel by its own norm (the released program's form)."""
+    """Compute the mean over channels of Σ error² / Σ target², normalized per channel (the released program's form)."""
     hidden = target.shape[-1]
     error = (output.float() - target.float()).reshape(-1, hidden).square().sum(0)
     return (error / total(target.float().reshape(-1, hidden).square().sum(0)).clamp_min(_SMALL)).mean()
 
 
 def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
-    """((s − ŝ)/ŝ)²: the pull towards the asked sparsity (BESA Eq. 1, in the released program's relative form)."""
+    """Compute ((s − ŝ)/ŝ)², the penalty on missing ŝ (BESA Eq. 1 in the released program's relative form)."""
     return ((sparsity - target) / target).square()

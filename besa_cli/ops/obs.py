@@ -1,4 +1,4 @@
-"""Optimal brain surgeon in columns: SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, Algorithm 1)."""
+"""Optimal brain surgeon by columns: SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774, Algorithm 1)."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,12 +9,14 @@ from besa_cli.ops import masks
 
 
 def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, "cols cols"]:
-    """The upper Cholesky factor of (XᵀX + damping·mean(diag)·I)⁻¹; columns without any input get the diagonal 1.
+    """Compute the upper Cholesky factor of (XᵀX + damping·mean(diag)·I)⁻¹.
+
+    Columns without any input get the diagonal 1.
 
     Raises
     ------
     BesaError
-        The matrix stays indefinite even with a hundred times the damping.
+        The matrix is not positive definite even with 100 times the damping.
     """
     cols = gram.shape[0]
     hessian = gram.clone()
@@ -37,7 +39,7 @@ def inverse_factor(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Te
 
 
 def inverse_diagonal(gram: Float[Tensor, "cols cols"], damping: float) -> Float[Tensor, " cols"]:
-    """The diagonal of the inverse that `inverse_factor` factors; infinite for columns without any input."""
+    """Compute the diagonal of the inverse that `inverse_factor` factors; infinite for columns without any input."""
     inverse = inverse_factor(gram, damping).square().sum(0)
     return inverse.masked_fill(gram.diagonal() == 0, torch.inf)
 
@@ -51,7 +53,7 @@ def prune(
     width: int = 128,
     damping: float = 0.01,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
-    """Prune column by column and let the remaining columns make up for the error of each.
+    """Prune column by column; the remaining columns compensate for the error of each.
 
     Parameters
     ----------
@@ -59,25 +61,28 @@ def prune(
     gram : Tensor of shape (cols, cols)
         XᵀX of the linear's inputs.
     total : int
-        Weights to prune; every group of `width` columns gets its share, scores compared over the whole group.
-        Not used with `n_of_m`.
+        Number of weights to prune. Every group of `width` columns prunes its share, comparing scores over the whole
+        group. Not used with `n_of_m`.
     n_of_m : (n, m), optional
         Prune n of every m consecutive columns instead; a ragged tail stays dense.
     width : int
-        Columns whose mask is chosen together.
+        Number of columns whose mask is chosen together.
     damping : float
-        Share of the mean diagonal of XᵀX added to it.
+        Share of the mean diagonal of XᵀX that is added to the diagonal.
 
     Returns
     -------
-    updated weight, fp32, of shape (rows, cols), and the mask (True = keep)
+    Tensor of shape (rows, cols), fp32
+        The updated weight.
+    boolean Tensor of shape (rows, cols)
+        The mask, True = keep.
     """
     updated = weight.float().clone()
     keep = torch.ones_like(updated, dtype=torch.bool)
     zero, dead = weight == 0, gram.diagonal() == 0
     zeros = zero.sum(0)
     factor = inverse_factor(gram, damping)
-    cols, left = updated.shape[1], total
+    cols, remaining = updated.shape[1], total
     if n_of_m:
         width = max(width // n_of_m[1], 1) * n_of_m[1]
     for start in range(0, cols, width):
@@ -87,17 +92,17 @@ def prune(
         if n_of_m:
             keep[:, part] = masks.n_of_m(scores, *n_of_m)
         else:
-            share = round(left * (part.stop - part.start) / (cols - start))
-            reserved = int(zeros[part.stop :].sum())  # existing zeros further right are pruned in any case
-            keep[:, part] = _lowest(scores, min(share, left - reserved))
-            left -= int((~keep[:, part]).sum())
+            share = round(remaining * (part.stop - part.start) / (cols - start))
+            reserved = int(zeros[part.stop :].sum())  # existing zeros further right, always pruned
+            keep[:, part] = _lowest(scores, min(share, remaining - reserved))
+            remaining -= int((~keep[:, part]).sum())
         errors = _sweep(updated[:, part], keep[:, part], factor[part, part])
         updated[:, part.stop :] -= errors @ factor[part, part.stop :]
     return updated.masked_fill(~keep, 0.0), keep
 
 
 def _lowest(scores: Float[Tensor, "rows part"], count: int) -> Bool[Tensor, "rows part"]:
-    """Keep all but the `count` lowest scores of the whole matrix; existing zeros (below 0) go in any case."""
+    """Keep all but the `count` lowest scores of the whole matrix; existing zeros (below 0) are always pruned."""
     flat = scores.flatten()
     count = min(max(count, int((flat < 0).sum())), flat.numel())
     keep = torch.ones_like(flat, dtype=torch.bool)
@@ -108,7 +113,7 @@ def _lowest(scores: Float[Tensor, "rows part"], count: int) -> Bool[Tensor, "row
 def _sweep(
     columns: Float[Tensor, "rows part"], keep: Bool[Tensor, "rows part"], factor: Float[Tensor, "part part"]
 ) -> Float[Tensor, "rows part"]:
-    """Zero pruned weights in place, column by column; each error is spread to the right and returned."""
+    """Zero pruned weights in place, column by column, spreading errors to the right; return the errors."""
     errors = torch.zeros_like(columns)
     for index in range(columns.shape[1]):
         column = columns[:, index]

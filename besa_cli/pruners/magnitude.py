@@ -1,4 +1,4 @@
-"""Magnitude: |W|, compared within each row. No calibration is used but for reporting the error."""
+"""Magnitude pruning: |W|, compared within each row; calibration serves only to report the error."""
 
 from dataclasses import dataclass
 

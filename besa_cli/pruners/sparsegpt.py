@@ -40,7 +40,7 @@ Options = SparseGptOptions
 
 
 def prune(block: Block, options: SparseGptOptions) -> Decision:
-    """Prune every linear of the block on the statistics of the block's compressed inputs."""
+    """Prune every linear of the block, using second-order statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
     counts = uniform.linear_counts(block)
     kept, updated = {}, {}

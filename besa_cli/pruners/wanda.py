@@ -33,11 +33,11 @@ Options = WandaOptions
 
 
 def prune(block: Block, options: WandaOptions) -> Decision:
-    """Prune the weights of each row whose size times the norm of their input is smallest."""
+    """Prune the weights of each row with the smallest |W| · ‖X‖₂."""
     return Decision(masks=uniform.uniform_masks(block, scores(block), options.nm))
 
 
 def scores(block: Block) -> dict[str, Tensor]:
-    """δ = |W| · ‖X_:,c‖₂ of every linear, over the block's calibration inputs."""
+    """Return the scores δ = |W| · ‖X_:,c‖₂ of every linear, over the block's calibration inputs."""
     columns = uniform.input_norms(block)
     return {name: importance.wanda(weight, columns[name]) for name, weight in block.weights.items()}

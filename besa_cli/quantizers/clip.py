@@ -1,4 +1,4 @@
-"""Learned clipping: how far each group's grid reaches, so that the block keeps its output (OmniQuant's LWC)."""
+"""Learned clipping (OmniQuant's LWC): learn the range of each group's grid so that the block keeps its output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class ClipOptions(MethodOptions):
     Attributes
     ----------
     target : {"block", "stream"}
-        What the block should keep: its own output on the compressed inputs, or the uncompressed model's hidden states.
+        Output to reproduce: the block's own on the compressed inputs, or the uncompressed model's hidden states.
     epochs, batch_size : int
         Passes over the calibration samples, and samples in one step.
     lr : float
@@ -60,7 +60,7 @@ Options = ClipOptions
 
 
 def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
-    """Learn the block's grids; round to nearest is kept where learning did not beat it on the same samples."""
+    """Learn the block's grids; keep round to nearest if learning did not beat it on the same samples."""
     nearest = rtn.nearest(block, grid)
     learned, loss = _learn(block, grid, options)
     before, after = (_errors(block, each, options.loss) for each in (nearest, learned))
@@ -76,7 +76,7 @@ def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
 
 
 def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Quantized], float]:
-    """Minimise the reconstruction error; the codes, and the mean loss of the last tenth of steps."""
+    """Minimise the reconstruction error; return the codes, and the mean loss of the last tenth of the steps."""
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
@@ -103,7 +103,7 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
 
 
 def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:
-    """The mean loss and the mean relative error of each token on these grids."""
+    """Return the mean loss and the mean relative error per token on these grids."""
     dtype = next(iter(block.linears.values())).weight.dtype
     return learning.compare_errors(
         block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss

@@ -42,7 +42,7 @@ Options = GptqOptions
 
 
 def quantize(block: Block, grid: Grid, options: GptqOptions) -> Decision:
-    """Quantize every linear of the block on the statistics of the block's compressed inputs."""
+    """Quantize every linear of the block, using second-order statistics of the block's compressed inputs."""
     grams = block.observe(importance.gram)
     factors: dict[int, Tensor] = {}
     quantized = {}

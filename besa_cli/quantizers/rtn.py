@@ -1,4 +1,4 @@
-"""Round to nearest: every weight to its nearest code, the grid between the extremes of each group."""
+"""Round to nearest: every weight to its nearest code on a grid between the extremes of its group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ def quantize(block: Block, grid: Grid, options: RtnOptions) -> Decision:
 
 
 def nearest(block: Block, grid: Grid) -> dict[str, Quantized]:
-    """Every linear of the block, rounded to nearest."""
+    """Return every linear of the block, rounded to nearest."""
     return {name: affine.nearest(weight, grid) for name, weight in block.weights.items()}
 
 
 def decided(block: Block, quantized: Mapping[str, Quantized], **facts: Any) -> Decision:
-    """The linears on their grid; what was zero counts as pruned. `facts` are further fields of `Decision`."""
+    """Return the decision for linears on their grid; zeros count as pruned. `facts` are more fields of `Decision`."""
     return Decision(
         masks={name: weight != 0 for name, weight in block.weights.items()},
         weights={name: affine.dequantize(each) for name, each in quantized.items()},

@@ -1,4 +1,4 @@
-"""What a simulation is asked for, and what it comes to."""
+"""Settings and results of a simulation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +10,18 @@ Bound = Literal["compute", "memory"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
-    """What is left open by mask and machine.
+    """Settings of a simulation beside the mask and the accelerator.
 
     Attributes
     ----------
     threshold : float
         A column is denser if it keeps more than this share of its rows.
     search : bool
-        Move the threshold as the released program does (`search`); that formula always does.
+        Search the threshold as the released program does (`columns.searched`); ``vitcod-released`` always does.
     batch : int
-        Input vectors that go through the linear together.
+        Input vectors that the linear processes together.
     weight_bits : int or None
-        Bits of a stored weight; None leaves it to the accelerator.
+        Bits of a stored weight; None uses the accelerator's.
     """
 
     threshold: float = 0.5
@@ -32,28 +32,28 @@ class SimulationSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UsageError(
-                f"--threshold {self.threshold} is no share of the rows", "give a number from 0 to 1, as 0.5"
+                f"--threshold {self.threshold} is not a share of the rows", "give a number from 0 to 1, as 0.5"
             )
         if self.batch < 1:
-            raise UsageError(f"--batch {self.batch} is no number of inputs", "give 1 or more")
+            raise UsageError(f"--batch {self.batch} is not a number of inputs", "give 1 or more")
         if self.weight_bits is not None and not 1 <= self.weight_bits <= 64:
-            raise UsageError(f"--word-bits {self.weight_bits} is no width of a weight", "give 4, 8, 16 or 32")
+            raise UsageError(f"--word-bits {self.weight_bits} is not a width of a weight", "give 4, 8, 16 or 32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How ViTCoD divides a linear between its two engines.
+    """Division of a linear between ViTCoD's two engines.
 
     Attributes
     ----------
     columns : int
-        Denser columns.
+        Number of denser columns.
     kept : int
-        Kept weights in them.
+        Kept weights in the denser columns.
     lanes : tuple of int
-        Lanes of the denser engine; one number for each patch that the linear is cut into.
+        Lanes of the denser engine, one number for each patch that the linear is cut into.
     denser_cycles, sparser_cycles : int
-        What each engine takes; summed over patches.
+        Cycles of each engine, summed over patches.
     """
 
     columns: int
@@ -64,24 +64,24 @@ class Split:
 
     @property
     def slower(self) -> int:
-        """Cycles of the slower engine, of a linear in one patch."""
+        """Cycles of the slower engine, for a linear in one patch."""
         return max(self.denser_cycles, self.sparser_cycles)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roof:
-    """The two bounds of a roofline, and the bytes behind the second.
+    """The compute and memory bounds of a roofline, and the bytes that the memory transfers.
 
     Attributes
     ----------
     compute_cycles, memory_cycles : int
-        What the array and the memory take; the larger one is the cost.
+        Cycles of the array and of the memory; the larger one is the cost.
     value_bytes, mask_bytes, scale_bytes : int
-        The stored weights, as often as they are read.
+        Bytes of the stored weights, counted for every read.
     input_bytes, output_bytes : int
-        Activations, inputs as often as they are read.
+        Bytes of the activations; inputs counted for every read.
     dense_bytes : int
-        All bytes of the dense linear.
+        All bytes that the dense linear transfers.
     """
 
     compute_cycles: int
@@ -95,28 +95,31 @@ class Roof:
 
     @property
     def bytes(self) -> int:
-        """All bytes over the memory's bus."""
+        """All bytes over the memory bus."""
         return self.value_bytes + self.mask_bytes + self.scale_bytes + self.input_bytes + self.output_bytes
 
     @property
     def bound(self) -> Bound:
-        """Which of the two holds."""
+        """The larger bound: "memory" or "compute"."""
         return "memory" if self.memory_cycles > self.compute_cycles else "compute"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one linear costs on one machine.
+    """Cost of one linear on one accelerator.
 
     Attributes
     ----------
     dense_cycles : int
-        What it would take if no weight were zero.
+        Cycles of the dense linear, with no weight zero.
     cycles : int
+        Cycles of the pruned linear.
     useful : int
-        Multiplications with weights that are not zero.
+        Multiplications by nonzero weights.
     pes : int
-        Processing elements of the machine.
+        Processing elements of the accelerator.
+    split, roof : Split or None, Roof or None
+        Details of the ViTCoD dataflows and of the roofline.
     """
 
     dense_cycles: int
@@ -128,10 +131,10 @@ class Cost:
 
     @property
     def speedup(self) -> float:
-        """Dense cycles by cycles; infinite where nothing is left to do."""
+        """`dense_cycles` / `cycles`; infinite if `cycles` is 0."""
         return self.dense_cycles / self.cycles if self.cycles else float("inf")
 
     @property
     def utilisation(self) -> float:
-        """Share of the array's cycles that multiply with a weight that is not zero; 0 where nothing is left to do."""
+        """Share of the array's multiplications that use a nonzero weight; 0 if `cycles` is 0."""
         return self.useful / (self.cycles * self.pes) if self.cycles else 0.0

@@ -1,8 +1,8 @@
-"""Dead neurons: what can be removed from an MLP for free.
+"""Dead neurons: neurons of an MLP that can be removed without changing its output.
 
-Neuron i of an MLP is row i of gate and of up, and column i of down. It gives nothing to the block's output if its
-column of down is wholly zero, or if its row of gate or up is and has no bias (activations are zero at zero).
-Removing it then changes no output, and needs no sparse format.
+Neuron i of an MLP is row i of gate and up, and column i of down. It does not contribute to the output if its column of
+down is all zeros, or if its row of gate or up is all zeros and has no bias (the activation of zero is zero). Its
+removal needs no sparse format.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from besa_cli.sim.workload import Mask
 
 @dataclass(frozen=True, kw_only=True)
 class DeadNeurons:
-    """The dead neurons of one MLP.
+    """Counts of the dead neurons of one MLP.
 
     Attributes
     ----------
     neurons, dead : int
-        How many there are, and how many of them are dead.
+        Number of neurons, and of dead ones.
     weights : int
-        Weights, zero or not, that go with the dead ones.
+        Weights of the dead neurons, zero or not.
     kept : int
-        Those of them that are not zero: they are stored and computed with for nothing.
+        Nonzero weights of the dead neurons, which are stored and multiplied without effect.
     """
 
     neurons: int
@@ -34,14 +34,15 @@ class DeadNeurons:
 
 
 def find(rows: Sequence[tuple[Mask, Mask | None]], down: Mask) -> Mask:
-    """Which neurons are dead; boolean of shape (neurons,).
+    """Find the dead neurons of an MLP; returns a boolean array of shape (neurons,).
 
     Parameters
     ----------
     rows : sequence of (mask, bias)
-        For each of gate and up (or up alone) the mask of shape (neurons, cols), and which biases are not zero, of
-        shape (neurons,); None where it has no bias.
+        For gate and up (or up alone): the mask of shape (neurons, cols), and a boolean array of the nonzero biases of
+        shape (neurons,), or None without a bias.
     down : boolean array of shape (rows, neurons)
+        The mask of down.
     """
     dead: Mask = np.count_nonzero(down, axis=0) == 0
     for mask, bias in rows:
@@ -51,19 +52,19 @@ def find(rows: Sequence[tuple[Mask, Mask | None]], down: Mask) -> Mask:
 
 
 def without(masks: Mapping[str, Mask], dead: Mask) -> dict[str, Mask]:
-    """The masks of an MLP by role (``gate``, ``up``, ``gate_up``, ``down``) with its dead neurons removed."""
+    """Return the masks of an MLP by role (``gate``, ``up``, ``gate_up``, ``down``) without its dead neurons."""
     alive = ~dead
     return {role: _cut(role, mask, alive) for role, mask in masks.items()}
 
 
 def count(masks: Mapping[str, Mask], dead: Mask) -> DeadNeurons:
-    """What goes with the dead neurons of an MLP whose masks are given by role."""
-    left = without(masks, dead)
+    """Count the dead neurons of an MLP, and their weights, from its masks by role."""
+    alive = without(masks, dead)
     return DeadNeurons(
         neurons=len(dead),
         dead=int(dead.sum()),
-        weights=sum(masks[role].size - left[role].size for role in masks),
-        kept=sum(int(np.count_nonzero(masks[role]) - np.count_nonzero(left[role])) for role in masks),
+        weights=sum(masks[role].size - alive[role].size for role in masks),
+        kept=sum(int(np.count_nonzero(masks[role]) - np.count_nonzero(alive[role])) for role in masks),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a linear is for, from its name, across architectures."""
+"""Roles of linears (q, k, v, o, gate, up, down) from their names, across architectures."""
 
 from typing import Literal
 
@@ -33,9 +33,9 @@ _PLACES: dict[Group, tuple[str, ...]] = {"attn": ("att",), "mlp": ("mlp", "ffn",
 
 
 def role(linear: str) -> str | None:
-    """The role of a linear by its name inside the block; None where the name says nothing.
+    """Return the role of a linear by its name inside the block; None if the name is not known.
 
-    Names that mean one thing in attention and another in the MLP (``c_proj``, ``dense``) go by the module they lie in.
+    Names used in both attention and MLP (``c_proj``, ``dense``) are resolved by the name of the parent module.
     """
     last = linear.rpartition(".")[2].lower()
     place = _place(linear)
@@ -45,9 +45,9 @@ def role(linear: str) -> str | None:
 
 
 def group(linear: str) -> Group | None:
-    """Whether a linear belongs to attention or to the MLP: by its role, else by the module it lies in."""
-    found = role(linear)
-    return ROLES[found] if found else _place(linear)
+    """Return "attn" or "mlp" for a linear by its role, else by its parent module; None if neither is known."""
+    known_role = role(linear)
+    return ROLES[known_role] if known_role else _place(linear)
 
 
 def _place(linear: str) -> Group | None:

@@ -1,12 +1,12 @@
-"""A roofline: what the array computes with rows in lock step, and what the memory must deliver. The larger one counts.
+"""Roofline: the larger of compute time, with rows in lock step, and memory time.
 
-*Compute.* A tile of as many rows as there are lanes is worked on at a time, a row in each lane, as many kept weights
-a cycle as the lane has processing elements. Zeros are skipped; lanes that are done wait for the longest row of the
-tile. Each input vector of the batch takes its own turn.
+*Compute.* The array processes tiles of as many rows as it has lanes, one row per lane; a lane multiplies as many kept
+weights per cycle as it has processing elements. Zeros are skipped; lanes that finish early wait for the longest row of
+the tile. The input vectors of the batch are processed one after the other.
 
-*Memory.* Weights are stored as the kept values and one bit a weight that says which these are, or densely where that
-is smaller, with a scale for every group of columns where they have fewer than 16 bits. Inputs and outputs go over the
-bus as well. Where a batch does not fit in the buffers, weights or inputs are read again, whichever is less.
+*Memory.* Weights are stored as the kept values and a mask of one bit per weight, or densely if that is smaller, with a
+scale for every group of columns if they have fewer than 16 bits. Inputs and outputs are transferred as well. If a batch
+does not fit in the buffers, either weights or inputs are read several times, whichever is fewer bytes.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from besa_cli.sim.workload import Counts, Workload
 
 
 def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
-    """Cycles under the bound that holds, beside those of the dense linear under its own."""
+    """Return the cost under the larger bound; the dense cycles are those of the dense linear's larger bound."""
     sparse = _roof(workload, accelerator, settings)
     rows, cols = workload.rows, workload.cols
     full = Workload(kept_by_row=np.full(rows, cols), kept_by_column=np.full(cols, rows), role=workload.role)
@@ -34,12 +34,12 @@ def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationS
 
 
 def compute_cycles(kept_by_row: Counts, accelerator: Accelerator) -> int:
-    """Σ over tiles of rows of the longest row's ⌈kept / PEs of a lane⌉, for one input vector."""
+    """Return the cycles of one input vector: ⌈kept / PEs per lane⌉ of the longest row, summed over tiles of rows."""
     if not len(kept_by_row):
         return 0
-    turns = -(-kept_by_row // accelerator.pes_per_lane)
-    tiles = np.arange(0, len(turns), accelerator.lanes)
-    return int(np.maximum.reduceat(turns, tiles).sum())
+    row_cycles = -(-kept_by_row // accelerator.pes_per_lane)
+    tiles = np.arange(0, len(row_cycles), accelerator.lanes)
+    return int(np.maximum.reduceat(row_cycles, tiles).sum())
 
 
 def _roof(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Roof:
@@ -54,8 +54,8 @@ def _roof(workload: Workload, accelerator: Accelerator, settings: SimulationSett
     def total(reads: tuple[int, int]) -> int:
         return reads[0] * (values + mask + scales) + reads[1] * settings.batch * vector + outputs
 
-    ways = _ways(workload.rows, vector, accelerator, settings.batch)
-    weight_reads, input_reads = min(ways, key=total)
+    schedules = _schedules(workload.rows, vector, accelerator, settings.batch)
+    weight_reads, input_reads = min(schedules, key=total)
     return Roof(
         compute_cycles=settings.batch * compute_cycles(workload.kept_by_row, accelerator),
         memory_cycles=accelerator.transfer_cycles(total((weight_reads, input_reads))),
@@ -68,17 +68,18 @@ def _roof(workload: Workload, accelerator: Accelerator, settings: SimulationSett
 
 
 def _stored(workload: Workload, bits: int) -> tuple[int, int]:
-    """Bytes of the values and of the mask, in the smaller of the two forms."""
+    """Return the bytes of values and mask in the smaller of the sparse and the dense form (mask 0)."""
     values, mask = _bytes(workload.kept * bits), _bytes(workload.weights)
     dense = _bytes(workload.weights * bits)
     return (values, mask) if values + mask < dense else (dense, 0)
 
 
-def _ways(rows: int, vector: int, accelerator: Accelerator, batch: int) -> list[tuple[int, int]]:
-    """How often the weights and how often each input is read: by the inputs that stay on the chip, or by the weights.
+def _schedules(rows: int, vector: int, accelerator: Accelerator, batch: int) -> list[tuple[int, int]]:
+    """Return (reads of the weights, reads of each input) for the two schedules.
 
-    Inputs stay, as many as fit, and all weights pass by; or the weights of a tile of rows stay, and all inputs pass
-    by, once for every tile. Either way there are no more inputs at a time than there is room for their sums.
+    Either the weights of a tile of rows stay on the chip, and all inputs are read once for every tile; or as many
+    inputs as fit stay, and all weights are read for every such group. In both, the inputs processed together are
+    limited by the buffer for their partial sums.
 
     Parameters
     ----------
@@ -87,10 +88,10 @@ def _ways(rows: int, vector: int, accelerator: Accelerator, batch: int) -> list[
     """
     sums = max(1, accelerator.output_bytes // (accelerator.lanes * _bytes(accelerator.sum_bits)))
     fitting = accelerator.input_bytes // vector if vector else batch
-    ways = [(-(-batch // sums), -(-rows // accelerator.lanes))]
+    schedules = [(-(-batch // sums), -(-rows // accelerator.lanes))]
     if fitting:
-        ways.append((-(-batch // min(fitting, sums)), 1))
-    return ways
+        schedules.append((-(-batch // min(fitting, sums)), 1))
+    return schedules
 
 
 def _bytes(bits: int) -> int:

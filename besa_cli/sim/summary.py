@@ -1,4 +1,4 @@
-"""Several linears in one figure: sums within a block, means over blocks, as the paper's Table 4 averages."""
+"""Summary of several linears: sums within a block, means over blocks, as in the paper's Table 4."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from besa_cli.sim.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What several linears come to under one dataflow.
+    """Summary of several linears under one dataflow.
 
     Attributes
     ----------
     linears, blocks : int
-        How many there are, and in how many blocks.
+        Number of linears, and of blocks that hold them.
     sparsity : float
-        Zeros by weights, over all of them.
+        Share of zeros over all linears.
     dense_cycles, cycles : float
-        Means over the blocks of the sums within each.
+        Cycles summed within each block, mean over blocks.
     speedup : float
-        One by the other; infinite where nothing is left to do.
+        `dense_cycles` / `cycles`; infinite if `cycles` is 0.
     utilisation : float
-        Multiplications with weights that are not zero, by all that the array could do in that time.
+        Share of the array's multiplications that use a nonzero weight; 0 if `cycles` is 0.
     denser_columns, denser_kept : float or None
-        Share of the columns that are denser, and of the kept weights that lie in them (ViTCoD).
+        Share of denser columns, and share of the kept weights in them (ViTCoD).
     memory_bound : int or None
-        Linears whose time the memory sets (roofline).
+        Number of linears bound by memory (roofline).
     dense_bytes, bytes : float or None
-        As the cycles (roofline).
+        Bytes summed within each block, mean over blocks (roofline).
     """
 
     linears: int
@@ -46,18 +46,18 @@ class Summary:
 
 
 def summarize(linears: Sequence[tuple[Workload, Cost]], blocks: int) -> Summary:
-    """The summary of at least one linear, all under one dataflow.
+    """Summarize at least one linear, all under one dataflow.
 
     Parameters
     ----------
     linears : sequence of (workload, cost)
     blocks : int
-        Number of blocks they come from.
+        Number of blocks that hold the linears.
     """
-    workloads, costs = [each for each, _ in linears], [cost for _, cost in linears]
-    dense, taken = sum(cost.dense_cycles for cost in costs), sum(cost.cycles for cost in costs)
+    workloads, costs = [workload for workload, _ in linears], [cost for _, cost in linears]
+    dense, cycles = sum(cost.dense_cycles for cost in costs), sum(cost.cycles for cost in costs)
     useful, pes = sum(cost.useful for cost in costs), costs[0].pes
-    weights, kept = sum(each.weights for each in workloads), sum(each.kept for each in workloads)
+    weights, kept = sum(workload.weights for workload in workloads), sum(workload.kept for workload in workloads)
     splits = [cost.split for cost in costs if cost.split]
     roofs = [cost.roof for cost in costs if cost.roof]
     return Summary(
@@ -65,10 +65,10 @@ def summarize(linears: Sequence[tuple[Workload, Cost]], blocks: int) -> Summary:
         blocks=blocks,
         sparsity=1 - kept / weights if weights else 0.0,
         dense_cycles=dense / blocks,
-        cycles=taken / blocks,
-        speedup=dense / taken if taken else float("inf"),
-        utilisation=useful / (taken * pes) if taken else 0.0,
-        denser_columns=sum(split.columns for split in splits) / sum(each.cols for each in workloads)
+        cycles=cycles / blocks,
+        speedup=dense / cycles if cycles else float("inf"),
+        utilisation=useful / (cycles * pes) if cycles else 0.0,
+        denser_columns=sum(split.columns for split in splits) / sum(workload.cols for workload in workloads)
         if splits
         else None,
         denser_kept=sum(split.kept for split in splits) / kept if splits and kept else None,

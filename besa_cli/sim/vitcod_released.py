@@ -1,9 +1,9 @@
-"""The formula of BESA's released program, for comparison with the paper's Table 4. It is wrong in known ways.
+"""ViTCoD by the formula of BESA's released program, for comparison with the paper's Table 4, with its known mistakes.
 
-The dense part is counted as cols · G in place of rows · G, which is right for square linears only; it costs nothing
-where its lanes round down to none. `down` is cut into patches of as many columns as it has rows, one after the other.
-The threshold is searched for (`search`). Left out is the program's relabelling, which merges column 200 with another.
-See docs/simulate.md.
+The denser part is counted as cols · G instead of rows · G, which is correct only for square linears; it costs nothing
+if its lanes round down to 0. `down` is cut into patches of as many columns as it has rows, processed one after the
+other. The threshold is always searched (`columns.searched`). The program's relabelling, which merges column 200 with
+another one, is not reproduced. See docs/simulate.md.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from besa_cli.sim.workload import Counts, Workload
 
 
 def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> Cost:
-    """The released program's cycles; `dense_cycles` are those that the paper prints (see `dense_cycles`)."""
+    """Return the released program's cost; its dense cycles are those printed in the paper (`dense_cycles`)."""
     size = workload.rows if workload.role == "down" and workload.cols > workload.rows else max(workload.cols, 1)
     patches = [workload.kept_by_column[start : start + size] for start in range(0, workload.cols, size)]
     splits = [
@@ -41,16 +41,16 @@ def simulate(workload: Workload, accelerator: Accelerator, settings: SimulationS
 
 
 def dense_cycles(workload: Workload, accelerator: Accelerator, settings: SimulationSettings) -> int:
-    """The dense row of the paper's Table 4: ⌈cols² · batch / PEs⌉, in patches for `down` and for rows > cols.
+    """Return the dense cycles of the paper's Table 4: ⌈cols² · batch / PEs⌉, in patches for `down` and for rows > cols.
 
-    4,096 for the square linears of LLaMA-7B, 4096 + 4096 + 1936 = 10,128 for the others, where 11,008 is right. The
-    program reaches 10,128 by cutting `down` into patches; for gate and up it has no path that gives the paper's
-    10,128 (it gives 4,096): they are counted here as if they were transposed.
+    For LLaMA-7B that is 4,096 for the square linears and 4096 + 4096 + 1936 = 10,128 for the others, where 11,008 is
+    correct. The program computes 10,128 by cutting `down` into patches; for gate and up it computes 4,096, not the
+    paper's 10,128: here they are counted as if transposed.
     """
     rows, cols = workload.rows, workload.cols
     patched = rows > cols or (workload.role == "down" and cols > rows)
-    size, whole = (min(rows, cols), max(rows, cols)) if patched else (cols, cols)
-    widths = [min(size, whole - start) for start in range(0, whole, size)] if size else []
+    size, length = (min(rows, cols), max(rows, cols)) if patched else (cols, cols)
+    widths = [min(size, length - start) for start in range(0, length, size)] if size else []
     return sum(cycles(width * width * settings.batch, accelerator.pes) for width in widths)
 
 
@@ -61,11 +61,11 @@ def _split(kept_by_column: Counts, rows: int, accelerator: Accelerator, batch: i
     share = work / (kept - inside + work) if kept - inside + work else 0.0
     lanes = int(accelerator.lanes * share)
     height = accelerator.pes_per_lane
-    left = accelerator.lanes - lanes
+    others = accelerator.lanes - lanes
     return Split(
         columns=columns,
         kept=inside,
         lanes=(lanes,),
         denser_cycles=cycles(len(kept_by_column) * columns * batch, lanes * height) if lanes else 0,
-        sparser_cycles=cycles((kept - inside) * batch, left * height) if left else (kept - inside) * batch,
+        sparser_cycles=cycles((kept - inside) * batch, others * height) if others else (kept - inside) * batch,
     )

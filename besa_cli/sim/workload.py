@@ -1,7 +1,7 @@
-"""One linear as a simulator sees it: its shape, and how many weights each row and each column keeps.
+"""Workload of a simulator: the shape of one linear, and the number of weights kept in each row and each column.
 
-No dataflow here asks *which* weights of a row are kept, so nothing depends on the order of rows or columns but the
-tiles that rows are taken in. One pass over the mask gives all there is to know.
+No dataflow depends on *which* weights of a row are kept. The order of rows matters only for the tiles of the roofline,
+the order of columns only for the patches of ``vitcod-released``. One pass over the mask computes all counts.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Workload:
-    """A linear's mask, counted.
+    """Counts of a linear's mask.
 
     Attributes
     ----------
     kept_by_row : int array of shape (rows,)
-        Weights that are not zero in each row (output feature).
+        Nonzero weights in each row (output feature).
     kept_by_column : int array of shape (cols,)
-        The same in each column (input feature).
+        Nonzero weights in each column (input feature).
     role : str or None
-        What the linear is for (`roles.role`); the released program treats ``down`` in its own way.
+        The role of the linear (`roles.role`); the released program treats ``down`` differently.
     """
 
     kept_by_row: Counts
@@ -33,22 +33,22 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Output features."""
+        """Number of output features."""
         return len(self.kept_by_row)
 
     @property
     def cols(self) -> int:
-        """Input features."""
+        """Number of input features."""
         return len(self.kept_by_column)
 
     @property
     def weights(self) -> int:
-        """Weights, zero or not."""
+        """Number of weights, zero or not."""
         return self.rows * self.cols
 
     @property
     def kept(self) -> int:
-        """Weights that are not zero."""
+        """Number of nonzero weights."""
         return int(self.kept_by_row.sum())
 
     @property
@@ -58,7 +58,7 @@ class Workload:
 
 
 def of_mask(mask: Mask, role: str | None = None) -> Workload:
-    """The workload of a mask of shape (rows, cols), true = kept."""
+    """Count a mask of shape (rows, cols), True = kept."""
     return Workload(
         kept_by_row=np.count_nonzero(mask, axis=1).astype(np.int64),
         kept_by_column=np.count_nonzero(mask, axis=0).astype(np.int64),

@@ -1,6 +1,6 @@
-"""One picture of a simulation: cycles and speed-up by linear and block, and the columns of one linear, reordered.
+"""Figure of a simulation: cycles and speed-up by linear and block, and the reordered columns of one linear.
 
-matplotlib is optional: the extra `plot`.
+matplotlib is optional (extra `plot`).
 """
 
 from collections.abc import Sequence
@@ -20,32 +20,34 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-_FAR = 30  # the highest bar by the lowest, from where on only logarithms show both
-_MOST_LINES = 10  # colours that can be told apart
+_FAR = 30  # ratio of the highest to the lowest bar above which the axis is logarithmic
+_MOST_LINES = 10  # number of distinguishable colours
 
 
 def require(file: Path) -> None:
-    """Find out before any work whether a picture can be drawn.
+    """Check before any work that the figure can be drawn and written.
 
     Raises
     ------
     UsageError
-        The file's name says no kind of picture.
+        The suffix of the file is not in `SUFFIXES`.
     BesaError
-        matplotlib is not installed.
+        The directory does not exist, or matplotlib is not installed.
     """
     if file.suffix not in SUFFIXES:
-        raise UsageError(f"--plot {file} is no picture", f"give a name that ends in {', '.join(SUFFIXES)}")
+        raise UsageError(f"--plot {file} is not a picture file", f"give a name that ends in {', '.join(SUFFIXES)}")
     if not file.parent.is_dir():
-        raise BesaError(f"cannot write {file}: there is no directory {file.parent}", "make it, or name another place")
+        raise BesaError(
+            f"cannot write {file}: the directory {file.parent} does not exist", "create it, or name another file"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise BesaError("--plot needs matplotlib, which is not installed", "pip install 'besa-cli[plot]'") from error
 
 
-def draw(found: Sequence[BlockCost], request: SimulationRequest, file: Path, *, title: str) -> None:
-    """Draw a simulation of at least one linear into a file."""
+def draw(block_costs: Sequence[BlockCost], request: SimulationRequest, file: Path, *, title: str) -> None:
+    """Draw a simulation of at least one linear to a file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -53,42 +55,42 @@ def draw(found: Sequence[BlockCost], request: SimulationRequest, file: Path, *, 
         f"{title}: --func {request.func} on the {request.accelerator.title}, batch {request.settings.batch}"
     )
     axes = figure.subplots(2, 2)
-    draw_means(axes[0, 0], found, request)
-    draw_blocks(axes[0, 1], found, request, "cycles")
-    draw_blocks(axes[1, 0], found, request, "speedup")
-    linears = [linear for block in found for linear in block.linears]
+    draw_means(axes[0, 0], block_costs, request)
+    draw_blocks(axes[0, 1], block_costs, request, "cycles")
+    draw_blocks(axes[1, 0], block_costs, request, "speedup")
+    linears = [linear for block in block_costs for linear in block.linears]
     draw_columns(axes[1, 1], linears[len(linears) // 2], request)
     disk.publish(file, lambda temporary: _save(figure, temporary, file.suffix))
 
 
-def _save(figure: "Figure", place: Path, suffix: str) -> None:
-    figure.savefig(place, format=suffix.removeprefix("."), dpi=150)
+def _save(figure: "Figure", path: Path, suffix: str) -> None:
+    figure.savefig(path, format=suffix.removeprefix("."), dpi=150)
 
 
-def draw_means(axes: "Axes", found: Sequence[BlockCost], request: SimulationRequest) -> None:
-    """Mean cycles by linear: a bar for the dense linear and one for the pruned one under each dataflow."""
+def draw_means(axes: "Axes", block_costs: Sequence[BlockCost], request: SimulationRequest) -> None:
+    """Draw the mean cycles by label: for each dataflow a bar for the dense linear and one for the pruned linear."""
     width = 0.8 / (2 * len(request.dataflows))
     heights: list[float] = []
     for number, name in enumerate(request.dataflows):
-        means = {label: one for label, one in summaries(found, name).items() if label != "all"}
-        places = np.arange(len(means)) + 2 * number * width
-        dense, sparse = [one.dense_cycles for one in means.values()], [one.cycles for one in means.values()]
-        axes.bar(places, dense, width, label=f"{name}, dense", alpha=0.5)
-        axes.bar(places + width, sparse, width, label=name)
+        means = {label: mean for label, mean in summaries(block_costs, name).items() if label != "all"}
+        positions = np.arange(len(means)) + 2 * number * width
+        dense, sparse = [mean.dense_cycles for mean in means.values()], [mean.cycles for mean in means.values()]
+        axes.bar(positions, dense, width, label=f"{name}, dense", alpha=0.5)
+        axes.bar(positions + width, sparse, width, label=name)
         heights += [height for height in (*dense, *sparse) if height]
         axes.set_xticks(np.arange(len(means)) + 0.4 - width / 2, list(means))
     axes.set_ylabel("cycles, mean over blocks")
     if heights and max(heights) > _FAR * min(heights):
-        axes.set_yscale("log")  # otherwise from 0, so that a bar twice as high is twice as much
+        axes.set_yscale("log")  # else linear from 0, so that heights are proportional to cycles
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(len(request.dataflows), 4))
 
 
-def draw_blocks(axes: "Axes", found: Sequence[BlockCost], request: SimulationRequest, figure: str) -> None:
-    """Cycles or speed-up by block under the first dataflow, a line a linear."""
-    labels = ordered({linear.label for block in found for linear in block.linears})[:_MOST_LINES]
+def draw_blocks(axes: "Axes", block_costs: Sequence[BlockCost], request: SimulationRequest, figure: str) -> None:
+    """Draw the `figure` ("cycles" or "speedup") by block under the first dataflow, one line per label."""
+    labels = ordered({linear.label for block in block_costs for linear in block.linears})[:_MOST_LINES]
     for label in labels:
         points = []
-        for block in found:
+        for block in block_costs:
             costs = [linear.costs[request.dataflows[0]] for linear in block.linears if linear.label == label]
             dense, cycles = sum(cost.dense_cycles for cost in costs), sum(cost.cycles for cost in costs)
             if costs:
@@ -100,11 +102,11 @@ def draw_blocks(axes: "Axes", found: Sequence[BlockCost], request: SimulationReq
 
 
 def draw_columns(axes: "Axes", linear: LinearCost, request: SimulationRequest) -> None:
-    """The share of kept weights in each column of one linear, denser columns first as the relabelling has them."""
-    counted, threshold = linear.workload, request.settings.threshold
-    order = relabelling(counted.kept_by_column, counted.rows, threshold)
-    share = counted.kept_by_column[order] / max(counted.rows, 1)
-    front = int(denser(counted.kept_by_column, counted.rows, threshold).sum())
+    """Draw the share of kept weights in each column of one linear, denser columns first (`columns.relabelling`)."""
+    workload, threshold = linear.workload, request.settings.threshold
+    order = relabelling(workload.kept_by_column, workload.rows, threshold)
+    share = workload.kept_by_column[order] / max(workload.rows, 1)
+    front = int(denser(workload.kept_by_column, workload.rows, threshold).sum())
     axes.fill_between(np.arange(front), share[:front], step="mid", label=f"{front} denser")
     axes.fill_between(np.arange(front, len(share)), share[front:], step="mid", label=f"{len(share) - front} sparser")
     axes.axhline(threshold, color="black", linewidth=0.8, label="threshold")

@@ -1,4 +1,4 @@
-"""A simulation as plain data: one JSON object with all that made it, rows for CSV, and the file that keeps it."""
+"""Results of a simulation as plain data: a JSON object with all settings, rows for CSV, and the file in the run."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ _ROOF = ("bound", "compute_cycles", "memory_cycles", "value_bytes", "mask_bytes"
          "output_bytes", "bytes", "dense_bytes")  # fmt: skip
 
 
-def record(found: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any]:
-    """Everything that was found, and what it was asked for with; numbers that JSON lacks are None."""
+def record(block_costs: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any]:
+    """Return the results and the settings of a simulation as JSON data; infinite numbers become None."""
     return {
         "func": request.func,
         "settings": asdict(request.settings),
         "accelerator": asdict(request.accelerator),
         "mean": {
-            name: {label: _finite(asdict(one)) for label, one in summaries(found, name).items()}
+            name: {label: _finite(asdict(mean)) for label, mean in summaries(block_costs, name).items()}
             for name in request.dataflows
         },
-        "dead_neurons": dead_neurons(found, request),
-        "linears": [_linear(linear) for block in found for linear in block.linears],
+        "dead_neurons": dead_neurons(block_costs, request),
+        "linears": [_linear(linear) for block in block_costs for linear in block.linears],
     }
 
 
-def dead_neurons(found: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any] | None:
-    """The dead neurons of all MLPs, what goes with them, and where they are; None where no whole MLP was simulated."""
-    mlps = [mlp for block in found for mlp in block.mlps]
+def dead_neurons(block_costs: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any] | None:
+    """Return the dead neurons of all MLPs, their weights, cycles and places; None if no whole MLP was simulated."""
+    mlps = [mlp for block in block_costs for mlp in block.mlps]
     if not mlps:
         return None
     return {
@@ -57,26 +57,26 @@ def _mlp(mlp: MlpCost) -> dict[str, Any]:
 def _linear(linear: LinearCost) -> dict[str, Any]:
     costs = {name: {key: value for key, value in _cost(cost).items() if value is not None}
              for name, cost in linear.costs.items()}  # fmt: skip
-    return {**_facts(linear), "costs": costs}
+    return {**_counts(linear), "costs": costs}
 
 
-def _facts(linear: LinearCost) -> dict[str, Any]:
-    counted = linear.workload
+def _counts(linear: LinearCost) -> dict[str, Any]:
+    workload = linear.workload
     return {
         "block": linear.block,
         "name": linear.name,
         "label": linear.label,
-        "rows": counted.rows,
-        "cols": counted.cols,
-        "kept": counted.kept,
-        "sparsity": counted.sparsity,
-        "empty_rows": int((counted.kept_by_row == 0).sum()),
-        "empty_columns": int((counted.kept_by_column == 0).sum()),
+        "rows": workload.rows,
+        "cols": workload.cols,
+        "kept": workload.kept,
+        "sparsity": workload.sparsity,
+        "empty_rows": int((workload.kept_by_row == 0).sum()),
+        "empty_columns": int((workload.kept_by_column == 0).sum()),
     }
 
 
 def _cost(cost: Cost) -> dict[str, Any]:
-    """A cost by the names of `_COST`, `_SPLIT` and `_ROOF`; None for what the dataflow does not have."""
+    """Return a cost by the names of `_COST`, `_SPLIT` and `_ROOF`; None for values that the dataflow lacks."""
     split, roof = cost.split, cost.roof
     flat: dict[str, Any] = {name: getattr(cost, name) for name in _COST}
     flat |= dict.fromkeys((*_SPLIT, *_ROOF))
@@ -99,15 +99,15 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def rows(found: Sequence[BlockCost]) -> tuple[list[str], list[list[str]]]:
-    """The header, and a line for every linear under every dataflow; empty where there is no value."""
+def rows(block_costs: Sequence[BlockCost]) -> tuple[list[str], list[list[str]]]:
+    """Return the CSV header and one row for each linear and dataflow; missing values are empty strings."""
     header = [*_LINEAR, "dataflow", *_COST, *_SPLIT, *_ROOF]
-    lines = []
-    for linear in (each for block in found for each in block.linears):
+    table = []
+    for linear in (linear for block in block_costs for linear in block.linears):
         for name, cost in linear.costs.items():
-            values = [*_facts(linear).values(), name, *_cost(cost).values()]
-            lines.append([_plain(value) for value in values])
-    return header, lines
+            values = [*_counts(linear).values(), name, *_cost(cost).values()]
+            table.append([_plain(value) for value in values])
+    return header, table
 
 
 def _plain(value: object) -> str:
@@ -116,36 +116,37 @@ def _plain(value: object) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def save(found: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: str) -> Path:
-    """Write one simulation of a run's stage into ``simulate/``, and say where; the same simulation has the same name.
+def save(simulation: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: str) -> Path:
+    """Write a simulation of a run's stage to ``simulate/`` and return the file; equal settings give the same name.
 
     Parameters
     ----------
-    found : mapping
-        As from `record`.
+    simulation : mapping
+        The result of `record`.
+    run : Run
     model : mapping
-        What the file says of the model.
+        The description of the model to write to the file.
     digest : str
-        Of the checkpoint's content.
+        Digest of the checkpoint's content.
 
     Raises
     ------
     BesaError
-        It cannot be written.
+        The file cannot be written.
     """
-    made = {"model_digest": digest, **{name: found[name] for name in ("func", "settings", "accelerator")}}
-    made["dataflows"] = list(found["mean"])
-    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
-    file = run.simulations / f"simulate-{disk.safe_name(found['func'])}-{digest[:8]}-{key}.json"
-    kept = {
+    made_with = {"model_digest": digest, **{name: simulation[name] for name in ("func", "settings", "accelerator")}}
+    made_with["dataflows"] = list(simulation["mean"])
+    key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
+    file = run.simulations / f"simulate-{disk.safe_name(simulation['func'])}-{digest[:8]}-{key}.json"
+    content = {
         "format": manifests.FORMAT,
         "kind": "simulation",
         "model": dict(model),
         "model_digest": digest,
-        **found,
+        **simulation,
         "versions": {**manifests.versions(), "numpy": version("numpy")},
     }
-    with lock.moment(run.path):
+    with lock.hold_results(run.path):
         disk.sweep(file)
-        disk.write_json(file, kept)
+        disk.write_json(file, content)
     return file

@@ -1,1 +1,1 @@
-"""The one loop over the model: load a block, change it, store it, pass the activations on, drop it."""
+"""Block stream: load a block, compress it, store it, propagate the activations through it, drop it."""

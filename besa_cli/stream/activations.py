@@ -1,4 +1,4 @@
-"""Where hidden states of the calibration samples lie between blocks: in memory, or in files that are mapped into it."""
+"""Storage of the calibration samples' hidden states between blocks: in memory or in memory-mapped files."""
 
 import mmap
 import os
@@ -14,13 +14,13 @@ from besa_cli.errors import BesaError
 
 
 class ActivationStore:
-    """Makes the tensors that hold one number for every calibration token and channel; always on the CPU.
+    """Allocator of CPU tensors that hold one value per calibration token and channel.
 
     Parameters
     ----------
     directory : Path, optional
-        Keep them in files there. The files have no names: they are gone with the process, however it ends.
-        Without it they are kept in memory.
+        Keep the tensors in unnamed temporary files in this directory, which the system deletes when the process ends.
+        By default they are kept in memory.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -28,12 +28,12 @@ class ActivationStore:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # a mapping lives as long as its tensor
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of this shape whose values are not set.
+        """Allocate an uninitialized tensor.
 
         Raises
         ------
         BesaError
-            The disk has no room for it.
+            The disk is too full for the tensor.
         """
         if self._directory is None:
             return torch.empty(*shape, dtype=dtype)
@@ -52,13 +52,13 @@ class ActivationStore:
         return torch.frombuffer(mapped, dtype=dtype).view(*shape)
 
     def release(self) -> None:
-        """Let the system take back the memory of what was read and written; the files keep it."""
+        """Let the system reclaim the memory of mapped pages; their content stays in the files."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _reserve(file: int, size: int) -> None:
-    """Make a file this long, its room on the disk taken now where the system can do that."""
+    """Set the length of a file to `size` bytes, allocating the disk space now where the system supports it."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:

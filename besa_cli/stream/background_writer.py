@@ -1,4 +1,4 @@
-"""A store that is written to while the next block is computed."""
+"""Write a finished block in a background thread while the next block is computed."""
 
 import contextlib
 from collections.abc import Mapping
@@ -6,21 +6,18 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from torch import Tensor
+from typing_extensions import override
 
 from besa_cli.checkpoint.reports import BlockReport
-from besa_cli.decoder.prefetch import begun
+from besa_cli.decoder.prefetch import start_in_thread
 from besa_cli.stream.rank_share import Store
 
 
-class BackgroundWriter:
-    """Hands one block at a time to a thread that writes it; used as a context, it ends when all is on disk.
+class BackgroundWriter(Store):
+    """Context manager around a `Store` that writes one block at a time in a background thread.
 
-    What goes wrong is raised when the next block is handed over, or at the end. Nothing else is done to the store
-    meanwhile.
-
-    Parameters
-    ----------
-    store : Store
+    Every method first waits for the pending write, so errors of a write are raised by the next call or on exit. On exit
+    all blocks are on disk.
     """
 
     def __init__(self, store: Store) -> None:
@@ -33,30 +30,30 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to show
-            self._settle()
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # keep the original error
+            self._wait()
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
+    @override
     def finished(self) -> int:
-        """See `Store`."""
-        self._settle()
+        self._wait()
         return self._store.finished()
 
+    @override
     def read(self, index: int) -> dict[str, Tensor]:
-        """See `Store`."""
-        self._settle()
+        self._wait()
         return self._store.read(index)
 
+    @override
     def report(self, index: int) -> BlockReport:
-        """See `Store`."""
-        self._settle()
+        self._wait()
         return self._store.report(index)
 
+    @override
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Begin to put a block on disk, when the one before is there."""
-        self._settle()
-        self._writing = begun(self._store.write, report, tensors, codes)
+        self._wait()
+        self._writing = start_in_thread(self._store.write, report, tensors, codes)

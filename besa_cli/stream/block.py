@@ -1,4 +1,4 @@
-"""A loaded block with its calibration activations, and what a pruner or a quantizer decides for it."""
+"""Interface between the stream and the methods: a loaded block with its activations, and a method's decision for it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,15 +19,25 @@ OnStep = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a pruner or a quantizer decided for one block.
+    """Decision of a pruner or a quantizer for one window.
 
     Attributes
     ----------
-    masks : one boolean Tensor of shape (rows, cols) a linear, True = keep
-    weights : the linears whose surviving weights were changed, fp32; the others keep the source's bits
-    quantized : the linears on a grid, as de-quantized in `weights`
-    error_before, error_after : mean relative error of each token under the uniform masks and under `masks`, on the same
-        samples; where a method does not compare, the latter is measured over all samples
+    masks : mapping of linear name to boolean Tensor of shape (rows, cols)
+        True = keep.
+    weights : mapping of linear name to Tensor of shape (rows, cols), fp32
+        Only linears whose kept weights were changed; the others keep the source's bits.
+    quantized : mapping of linear name to Quantized
+        Codes and scales of quantized linears; `weights` holds their dequantized weights.
+    error_before, error_after : float, optional
+        Mean relative error per token under the uniform masks and under `masks`, on the same samples. Where a method
+        gives no `error_after`, the stream measures it over all samples.
+    learned_loss : float, optional
+        Mean loss of the last learning steps.
+    kept_uniform : bool
+        True if the learned masks were no better than the uniform ones, which were kept.
+    exact : bool
+        False if the method may prune a number of weights other than the budget.
     """
 
     masks: Mapping[str, Tensor]
@@ -41,24 +51,28 @@ class Decision:
 
 
 class Block:
-    """A loaded block with its calibration activations, as a pruner sees it; with `--window`, what is pruned together.
+    """Loaded window (by default one block) with its calibration activations, passed to a pruner or quantizer.
 
     Attributes
     ----------
     index : int
-        The (first) block's number.
+        Number of the window's first block.
     linears : dict of name to nn.Linear, weights in the compute dtype
-    weights : dict of name to Tensor of shape (rows, cols), in the source's own dtype
+    weights : dict of name to Tensor of shape (rows, cols), in the source's dtype
     budget : int
-        Weights to prune here (see `besa_cli.ops.budget.window_counts`); 0 where a pattern N:M decides.
-    exact : bool
-        Whether the budget is to be met.
+        Number of weights to prune (see `besa_cli.ops.budget.window_counts`); 0 where an N:M pattern decides.
+    must_meet_budget : bool
+        True if exactly `budget` weights must be pruned.
     inputs : Tensor of shape (samples, seqlen, hidden)
-        What enters the block in the model as compressed so far; of several ranks each holds its own samples.
-    share : Share
-        Which samples those are, of how many, and the other ranks.
+        Input of the window in the compressed stream; only this rank's samples.
+    tokens : Tensor of shape (samples, seqlen)
+        Token ids of these samples.
+    batch : int
+        Samples in a pass without gradients.
+    share : RankShare
+        The samples that this rank holds, their total number, and the other ranks.
     seed : int
-        From the command's seed and the block's index.
+        Derived from the command's seed and `index`.
     """
 
     def __init__(
@@ -73,10 +87,10 @@ class Block:
         target: Tensor | None = None,
         seed: int = 0,
         on_step: OnStep = lambda done, total, phase: None,
-        shelf: ActivationStore | None = None,
+        activations: ActivationStore | None = None,
         rank_share: RankShare | None = None,
     ) -> None:
-        self._shelf = shelf or ActivationStore()
+        self._activations = activations or ActivationStore()
         self.share = rank_share or RankShare(len(inputs))
         self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
         self.must_meet_budget = budget is not None
@@ -89,34 +103,34 @@ class Block:
         self._target = target
 
     def on_step(self, done: int, total: int, phase: str) -> None:
-        """Say how far the work on this block is; to be called after every batch."""
-        self._shelf.release()
+        """Report progress within this window; must be called after every batch."""
+        self._activations.release()
         self._on_step(done, total, phase)
 
     def step_batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and target of this rank's part of the samples of a step, both of shape (samples, seqlen, hidden).
+        """Return inputs and target of this rank's part of a learning step, both of shape (samples, seqlen, hidden).
 
         Parameters
         ----------
         chosen : integer Tensor of shape (samples in the step,)
-            Numbers from 0 to `share.samples`; the same on all ranks.
+            Sample numbers from 0 to `share.samples` − 1; the same on all ranks.
         """
         inputs, target = self.share.fetch(chosen, self.inputs, self.target)
         return inputs, target
 
     def batches(self, batch: int | None = None) -> Iterator[slice]:
-        """This rank's samples in batches of `batch`, by default the batches that all passes without gradients use."""
+        """Yield slices of this rank's samples, of at most `batch` samples each, by default `self.batch`."""
         return batches(len(self.inputs), batch or self.batch)
 
     def forward(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output for hidden states of shape (samples, seqlen, hidden).
+        """Return the window's output, of the same shape as its inputs `hidden`.
 
         Parameters
         ----------
         hidden : Tensor of shape (samples, seqlen, hidden)
-            Where there are no samples, there is nothing to compute.
-        weights : one Tensor of shape (rows, cols) a linear, optional
-            Used instead of the linears' own; gradients reach them.
+            May have no samples.
+        weights : mapping of linear name to Tensor of shape (rows, cols), optional
+            Used instead of the linears' own weights; gradients flow to them.
         """
         device = next(iter(self.linears.values())).weight.device
         if not len(hidden):
@@ -124,14 +138,14 @@ class Block:
         return self._window.forward(hidden.to(device), self.tokens[: len(hidden)], weights)
 
     def observe(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Sum a statistic of each linear's inputs over all calibration samples, the block's weights untouched.
+        """Sum a statistic of each linear's inputs over all calibration samples of all ranks, with unchanged weights.
 
-        Linears that are given the very same tensor (q, k and v; gate and up) share one statistic. The pass also gives
-        the target where that is the block's own output.
+        Linears that receive the same tensor object (q, k and v; gate and up) share one statistic. The pass also
+        computes `target` where that is the window's own output.
 
         Parameters
         ----------
-        statistic : function of the inputs, of shape (samples, seqlen, cols), to a Tensor to be summed
+        statistic : function of a linear's inputs, of shape (samples, seqlen, cols), returning a Tensor to sum
 
         Returns
         -------
@@ -162,19 +176,20 @@ class Block:
         if unused:
             raise BesaError(
                 f"{unused[0]} of block {self.index} is never called in a forward pass",
-                "besa finds a linear's importance from its inputs; this model cannot be pruned",
+                "besa computes importance from a linear's inputs; this model cannot be pruned",
             )
         self.share.world.all_reduce_list_(list(sums.values()))
         return {name: sums[leaders[name]] for name in self.linears}
 
     def _pass(self, after_batch: Callable[[], None], phase: str) -> None:
-        keep = self._target is None
-        target = self._shelf.empty(self.inputs.shape, self.inputs.dtype) if keep else self._target
+        """Run the unchanged window over all samples of this rank; store its output as the target if there is none."""
+        new = self._target is None
+        target = self._activations.empty(self.inputs.shape, self.inputs.dtype) if new else self._target
         total = len(self.inputs)
         with torch.no_grad(), compute.repeated_passes():
             for part in self.batches():
                 output = self.forward(self.inputs[part])
-                if keep and target is not None:
+                if new and target is not None:
                     target[part] = output
                 after_batch()
                 self.on_step(part.stop, total, phase)
@@ -182,9 +197,9 @@ class Block:
 
     @property
     def target(self) -> Tensor:
-        """What the block should give: Tensor of shape (samples, seqlen, hidden)."""
+        """Output that the compressed window should reproduce: Tensor of shape (samples, seqlen, hidden)."""
         if self._target is None:
             self._pass(lambda: None, "target")
         if self._target is None:
-            raise RuntimeError("the pass over the block left no target")
+            raise RuntimeError("the pass over the block stored no target")
         return self._target

@@ -1,4 +1,4 @@
-"""What a command will take, before it does any work: memory, disk, and time from a short trial of one block."""
+"""Forecast of a command's peak memory, disk use and run time, the latter from a short trial on the first window."""
 
 import time
 from collections import defaultdict
@@ -12,32 +12,32 @@ from besa_cli.stream import propagation, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.walk import BlockWalk, PrunePlan
 
-_FIXED = ("update",)  # phases whose length does not depend on the number of samples
-_BATCHES = 2  # that the trial passes through the block
+_FIXED = ("update",)  # phases whose duration does not depend on the number of samples
+_BATCHES = 2  # batches that the trial passes through the window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a command will take.
+    """Memory, disk space and time that a command requires.
 
     Attributes
     ----------
     memory : int
         Peak resident bytes of the process.
     phase : str
-        Where that peak is.
+        Phase in which the peak occurs.
     in_files : bool, optional
-        Whether the hidden states lie in files; None where there are none.
+        True if the hidden states are kept in files; None if there are no hidden states.
     batch : int, optional
         Samples in a pass without gradients.
     disk : int
-        Bytes that it writes, files of hidden states included.
+        Bytes written, including the files of hidden states.
     free : int
-        Bytes that the disk has.
+        Free bytes on the disk.
     seconds : float
-        For what is left to do.
+        Duration of the remaining work.
     blocks, left : int
-        Blocks of the model, and those that are not done yet.
+        Blocks of the model, and blocks that are not finished yet.
     """
 
     memory: int
@@ -52,7 +52,7 @@ class Forecast:
 
 
 class Meter:
-    """Listens to the steps of a window's work and says how long it would take with more samples."""
+    """Stopwatch for the phases of a window, used to extrapolate their duration to more samples."""
 
     def __init__(self) -> None:
         self._phase, self._done, self._last = "", 0, 0.0
@@ -61,7 +61,7 @@ class Meter:
         self._total: dict[str, int] = defaultdict(int)
 
     def step(self, done: int, total: int, phase: str) -> None:
-        """See `besa_cli.stream.block.OnStep`; the first step of a phase only starts its clock."""
+        """Record one step, as `besa_cli.stream.block.OnStep`; the first step of a phase only starts its clock."""
         now = time.perf_counter()
         if phase == self._phase and done > self._done:
             self._seconds[phase] += now - self._last
@@ -70,13 +70,13 @@ class Meter:
             self._total[phase] += total
         self._phase, self._done, self._last = phase, done, now
 
-    def extrapolated(self, seconds: float, factor: float) -> float:
-        """What took `seconds` in the trial, with `factor` times as many samples."""
+    def extrapolate(self, seconds: float, factor: float) -> float:
+        """Return the duration, in seconds, of a trial of `seconds` if it had `factor` times as many samples."""
         more = sum(self._rate(phase) * total for phase, total in self._total.items() if phase not in _FIXED)
         return seconds + (factor - 1) * more
 
-    def replayed(self, factor: float) -> float:
-        """The time of one pass over all samples."""
+    def replay_seconds(self, factor: float) -> float:
+        """Return the duration, in seconds, of one pass over `factor` times as many samples as the trial had."""
         return factor * self._rate("propagation") * self._total.get("propagation", 0)
 
     def _rate(self, phase: str) -> float:
@@ -84,37 +84,41 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, assignment: PrunePlan, finished: int) -> float:
-    """Seconds that `stream.walk.compress` will need for an assignment, from a trial of its first windows.
+def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int) -> float:
+    """Estimate the seconds that `stream.walk.compress` will take, from a trial on the first segment.
 
-    The trial passes two batches through them, learning included, and keeps nothing.
+    The trial passes two batches through the segment, learning included, and stores nothing.
 
     Parameters
     ----------
     finished : int
-        Blocks that are done; they are only replayed.
+        Number of finished blocks, which are only replayed.
     """
-    batch, budgets = assignment.batch, assignment.budgets
+    batch, budgets = plan.batch, plan.budgets
     few = tokens[: _BATCHES * batch]
     factor = len(tokens) / max(len(few), 1)
-    first, meter = assignment.segments[0], Meter()
+    first, meter = plan.segments[0], Meter()
     began = time.perf_counter()
     propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
     began = time.perf_counter()
     trial = BlockWalk(
-        decoder, lambda report, tensors, codes: None, few, assignment, on_step=meter.step, shelf=ActivationStore()
+        decoder, lambda report, tensors, codes: None, few, plan, on_step=meter.step, activations=ActivationStore()
     )
     trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
     for index in first.blocks:
         decoder.drop(index)
-    of_first = meter.extrapolated(time.perf_counter() - began, factor)
-    sizes = [sum(windows.sizes([segment])) for segment in assignment.segments]
-    left = sum(size for size, segment in zip(sizes, assignment.segments, strict=True) if segment.blocks.stop > finished)
-    return embedding + of_first * left / sizes[0] + finished * meter.replayed(factor)
+    first_seconds = meter.extrapolate(time.perf_counter() - began, factor)
+    sizes = [sum(windows.sizes([segment])) for segment in plan.segments]
+    left = sum(size for size, segment in zip(sizes, plan.segments, strict=True) if segment.blocks.stop > finished)
+    return embedding + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor)
 
 
-def combined(forecasts: Sequence[Forecast]) -> Forecast:
-    """Several commands one after the other in one process."""
-    highest = max(forecasts, key=lambda each: each.memory)
-    return replace(highest, disk=sum(each.disk for each in forecasts), seconds=sum(each.seconds for each in forecasts))
+def combine(forecasts: Sequence[Forecast]) -> Forecast:
+    """Return the forecast of several commands that run one after the other in one process."""
+    highest = max(forecasts, key=lambda forecast: forecast.memory)
+    return replace(
+        highest,
+        disk=sum(forecast.disk for forecast in forecasts),
+        seconds=sum(forecast.seconds for forecast in forecasts),
+    )

@@ -1,7 +1,7 @@
-"""The one model of memory: what is held at a time while a window is compressed or a text measured, in bytes.
+"""Memory model: peak bytes held while a window is compressed or the perplexity of a text is measured.
 
-`besa prune --dry-run` shows what it says, and a real run refuses by it what cannot fit. `docs/scale.md` has the same in
-words, beside measured points.
+`--dry-run` prints its estimates, and `--max-memory` is enforced with them. `docs/scale.md` explains the model and
+compares it with measurements.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,37 +15,37 @@ from besa_cli.ops import attention
 from besa_cli.stream import windows
 from besa_cli.stream.windows import Segment
 
-_NARROW, _WIDE = 8, 4  # tensors of the hidden width, and of the widest linear, that a pass over a block holds
-_KEPT = 2.5  # times as many are held for the backward pass
-_MIXTURES = 7  # tensors of one number a candidate and group: logits, gradient, two moments, and three that come and go
-_SCRATCH = 12  # bytes for each weight of the linear in work: scores, ranks, their order
-_SHORT = 1 << 15  # columns up to which a rank takes two bytes
-HEAD_TOKENS = 512  # positions whose logits exist at a time
-_ROOM = 80 << 20  # the allocator's holes, buffers of the matrix products, what libraries load on first use
+_NARROW, _WIDE = 8, 4  # tensors of the hidden width, and of the widest linear, held during a pass over a block
+_KEPT = 2.5  # factor by which the backward pass holds more activations
+_MIXTURES = 7  # fp32 tensors with one value per candidate and row: logits, gradient, two moments, three temporaries
+_SCRATCH = 12  # bytes per weight of the linear being processed: scores, ranks, their order
+_SHORT = 1 << 15  # with fewer columns a rank takes two bytes
+HEAD_TOKENS = 512  # positions whose logits are computed at a time
+_ROOM = 80 << 20  # allocator fragmentation, matrix-product buffers, lazily loaded libraries
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """What a method holds beside the block and its source. Every method says it of its options: `memory_use(options)`.
+    """Extra memory of a method, beside the block and its source, as returned by its `memory_use(options)`.
 
     Attributes
     ----------
     state : float
-        Bytes for each weight of a window when it has decided, whatever the dtype of computation.
+        Bytes per weight of the window at the end of its decision, independent of the compute dtype.
     learned : float, optional
-        The same while it learns; None where it passes no gradients through the block.
+        Bytes per weight while learning; None if no gradients pass through the block.
     batch : int
         Samples in a learning step.
     ranks : bool
-        Whether it holds the order of every row's weights.
+        True if it holds the rank of every weight within its row.
     candidates : int
-        Candidate sparsities of the mixtures that it learns, as many mixtures as rows at most.
+        Candidate sparsities per learned mixture; there is at most one mixture per row.
     grams : bool
-        Whether it holds the second-order statistics of every input.
+        True if it holds the Gram matrix of every linear's inputs.
     changes : bool
-        Whether it changes weights: they are held in fp32 until they are stored.
+        True if it changes weights, which are then held in fp32 until they are stored.
     codes : bool
-        Whether it puts weights on a grid: a byte each until they are stored.
+        True if it quantizes weights: one byte each until they are stored.
     """
 
     state: float
@@ -60,33 +60,34 @@ class MemoryUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What memory depends on, of a model's largest window.
+    """Dimensions of a model's largest window on which memory use depends.
 
     Attributes
     ----------
     blocks : int
-        Blocks that the window lies in.
+        Blocks in which the window lies.
     loaded : int
-        Their parameters.
+        Number of parameters of these blocks.
     weights : int
-        Weights of its linears.
+        Number of weights of the window's linears.
     largest : int
-        Weights of the largest linear.
+        Number of weights of the largest linear.
     rows, columns : tuple of int
-        Of each linear.
+        Rows and columns of each linear.
     hidden, widest : int
         Width of the hidden states, and of the widest input or output of a linear.
     source : float
-        Bytes that a parameter takes on disk.
+        Bytes per parameter on disk.
     rest : int
-        Bytes on disk of what belongs to no block.
+        Bytes on disk of all tensors outside the blocks.
     embedding : int
-        Bytes in memory of the token embedding, held until all samples have passed it.
+        Bytes in memory of the token embedding, held until all samples are embedded.
     vocabulary : int
+        Size of the vocabulary.
     dtype : torch.dtype
-        Of computation.
+        Compute dtype.
     streams : int
-        Tensors of hidden states of all samples.
+        Number of hidden-state tensors that cover all samples.
     """
 
     blocks: int
@@ -107,16 +108,17 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """Bytes beside what the process holds already.
+    """Bytes required in addition to those that the process already holds.
 
     Attributes
     ----------
     phases : mapping of name to bytes
-        What each phase holds; no two of them hold it at the same time.
+        Bytes of each phase; phases follow one another.
     hidden : int
-        Hidden states of all samples, in memory or in files.
+        Bytes of the hidden states of all samples, in memory or in files.
     beside : int
-        The next block, read ahead, and the last one, still being written; given up where there is no room for them.
+        Bytes of the prefetched next block and of the previous block that is still being written. Both are given up if
+        memory is short.
     """
 
     phases: Mapping[str, int]
@@ -125,23 +127,23 @@ class Demand:
 
     @property
     def phase(self) -> str:
-        """The phase that holds most."""
+        """Phase with the highest demand."""
         return max(self.phases, key=lambda name: self.phases[name])
 
     def peak(self, *, in_files: bool = False, overlapping: bool = False) -> int:
-        """The most that is held at a time."""
+        """Return the peak in bytes; `overlapping` adds prefetching and background writing."""
         beside = self.beside if overlapping else 0
         return self.phases[self.phase] + _ROOM + beside + (0 if in_files else self.hidden)
 
 
 def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
-    """The sizes of the window with most weights, of a decoder whose blocks are not loaded."""
+    """Return the dimensions of the window with the most weights, of a decoder whose blocks need not be loaded."""
     sized = [(segment, window) for segment in segments for window in segment.windows]
     counts = list(windows.sizes(segments))
     segment, window = sized[counts.index(max(counts))]
-    linears = [(int(each.out_features), int(each.in_features)) for each in window.linears.values()]
+    linears = [(int(linear.out_features), int(linear.in_features)) for linear in window.linears.values()]
     loaded = sum(parameter.numel() for index in segment.blocks for parameter in decoder.blocks[index].parameters())
-    stored = sum(decoder.weights.nbytes(decoder.source_names(index)) for index in segment.blocks)
+    stored = sum(decoder.weights.nbytes(decoder.stored_names(index)) for index in segment.blocks)
     text = decoder.config.get_text_config()
     return Shape(
         blocks=len(segment.blocks),
@@ -151,7 +153,7 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
         rows=tuple(rows for rows, _ in linears),
         columns=tuple(cols for _, cols in linears),
         hidden=int(text.hidden_size),
-        widest=max(max(each) for each in linears),
+        widest=max(max(rows, cols) for rows, cols in linears),
         source=stored / loaded,
         rest=decoder.weights.nbytes(decoder.rest_names()),
         embedding=decoder.embedding_bytes(),
@@ -161,40 +163,40 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     )
 
 
-def prune_demand(shape: Shape, held: MemoryUse, *, tokens: int, passing: int, learning: int = 0) -> Demand:
-    """What a prune or quantize command holds.
+def prune_demand(shape: Shape, use: MemoryUse, *, tokens: int, passing: int, learning: int = 0) -> Demand:
+    """Return the memory demand of a prune or quantize command.
 
     Parameters
     ----------
     shape : Shape
-    held : MemoryUse
-        By the method.
+    use : MemoryUse
+        Extra memory of the method.
     tokens : int
-        Of all calibration samples.
+        Tokens of all calibration samples.
     passing, learning : int
         Tokens in a pass without gradients, and in a learning step.
     """
     compute = shape.dtype.itemsize
     block = round(shape.loaded * (compute + shape.source))
-    state, learned = round(shape.weights * held.state), round(shape.weights * (held.learned or 0))
-    stored = round(shape.weights * (shape.source + 1))  # as they will be stored, and the masks
-    if held.ranks:
+    state, learned = round(shape.weights * use.state), round(shape.weights * (use.learned or 0))
+    stored = round(shape.weights * (shape.source + 1))  # weights in the stored dtype, and boolean masks
+    if use.ranks:
         ranks = sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
-        state, learned = state + ranks, learned + ranks + _MIXTURES * 4 * held.candidates * sum(shape.rows)
-    grams = 4 * sum(cols * cols for cols in _inputs(shape)) if held.grams else 0
-    factors = 4 * 4 * max(shape.columns) ** 2 if held.grams else 0
+        state, learned = state + ranks, learned + ranks + _MIXTURES * 4 * use.candidates * sum(shape.rows)
+    grams = 4 * sum(cols * cols for cols in _inputs(shape)) if use.grams else 0
+    factors = 4 * 4 * max(shape.columns) ** 2 if use.grams else 0
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
     passes = passing * widths * compute + passing * shape.widest * 4
-    changed = shape.weights * (4 * held.changes + held.codes)
+    changed = shape.weights * (4 * use.changes + use.codes)
     phases = {
-        "embeddings": max(shape.rest, block),  # one block after the other is loaded beside it, to verify the model
+        "embeddings": max(shape.rest, block),  # blocks are loaded one by one beside the embedding, to verify the model
         "statistics": block + grams + passes,
         "deciding": block + grams + state + factors + _SCRATCH * shape.largest,
         "propagation": block + stored + changed + passes,
     }
-    if held.learned is not None:
-        kept = round(windows.kept(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
-        scores = windows.kept(shape.blocks) * attention.KEPT
+    if use.learned is not None:
+        kept = round(windows.kept_blocks(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
+        scores = windows.kept_blocks(shape.blocks) * attention.KEPT
         phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
     freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
     phases = {name: max(needed - freed[name], 0) for name, needed in phases.items()}
@@ -203,9 +205,19 @@ def prune_demand(shape: Shape, held: MemoryUse, *, tokens: int, passing: int, le
 
 
 def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
-    """What `eval ppl` holds for portions of `tokens` tokens, `passing` of them in a pass, in windows of `seqlen`.
+    """Return the memory demand of `eval ppl`.
 
-    A head of `head` bytes that is not loaded yet is, once the first portion has passed all blocks.
+    Parameters
+    ----------
+    shape : Shape
+    tokens, passing : int
+        Tokens in a portion, and in one pass.
+    seqlen : int
+        Tokens in a window of the text.
+    head : int
+        Bytes of the head if it is not loaded yet; it is loaded after the first portion has passed all blocks.
+    portions : int
+        Number of portions.
     """
     compute = shape.dtype.itemsize
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
@@ -223,20 +235,20 @@ def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: i
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """How a command keeps within `--max-memory`.
+    """Settings with which a command stays within `--max-memory`.
 
     Attributes
     ----------
     batch : int
         Samples in a pass without gradients.
     in_files : bool
-        Whether the hidden states lie in files.
+        True if the hidden states are kept in files.
     peak : int
-        Bytes that the process will hold.
+        Estimated peak bytes of the process.
     phase : str
-        Where it holds most.
+        Phase in which the peak occurs.
     overlapping : bool
-        Whether the next block is read, and the last one written, while one is computed.
+        True if the next block is read, and the previous one written, while a block is computed.
     """
 
     batch: int
@@ -255,37 +267,37 @@ def plan(
     fixed: bool = False,
     overlapping: bool = False,
 ) -> MemoryPlan:
-    """The first way that fits: as it is, without overlapping, the hidden states in files, fewer samples in a pass.
+    """Choose the first settings that fit: unchanged, without overlapping, hidden states in files, smaller batches.
 
     Parameters
     ----------
     limit : int, optional
-        Bytes that the process is to stay within.
+        Maximum bytes of the process.
     resident : int
-        Bytes that it holds already.
+        Bytes that the process already holds.
     batch : int
-        Samples in a pass, the most.
-    demand : function of a batch to a Demand
+        Maximum samples in a pass.
+    demand : function of a batch size returning a Demand
     fixed : bool
-        The batch has to stay as it is: it decides in which order sums are taken.
+        True if the batch must not change, because it determines the order of summation.
     overlapping : bool
-        Whether reading and writing beside the computing is worth its memory.
+        True if prefetching and background writing are worth their memory.
 
     Raises
     ------
     UsageError
-        Nothing fits; the hint names what would.
+        No settings fit; the hint names the memory required.
     """
-    ways = [(batch, False, True)] if overlapping else []
-    ways += [(batch, False, False), (batch, True, False)]
+    candidates = [(batch, False, True)] if overlapping else []
+    candidates += [(batch, False, False), (batch, True, False)]
     while batch > 1 and not fixed:
         batch = (batch + 1) // 2
-        ways.append((batch, True, False))
-    for samples, in_files, both in ways:
-        found = demand(samples)
-        peak = resident + found.peak(in_files=in_files, overlapping=both)
+        candidates.append((batch, True, False))
+    for samples, in_files, overlap in candidates:
+        needed = demand(samples)
+        peak = resident + needed.peak(in_files=in_files, overlapping=overlap)
         if limit is None or peak <= limit:
-            return MemoryPlan(batch=samples, in_files=in_files, peak=peak, phase=found.phase, overlapping=both)
+            return MemoryPlan(batch=samples, in_files=in_files, peak=peak, phase=needed.phase, overlapping=overlap)
     raise UsageError(
         f"--max-memory {(limit or 0) / 1e9:.1f}GB is too little: with one window of the model the process needs "
         f"about {peak / 1e9:.1f} GB",
@@ -298,5 +310,5 @@ def _pairs(shape: Shape) -> list[tuple[int, int]]:
 
 
 def _inputs(shape: Shape) -> list[int]:
-    """Columns of the inputs, those of neighbours with equally many counted once: q, k and v share theirs."""
+    """Return the width of each distinct input; consecutive linears of equal width (q, k and v) share one input."""
     return [cols for number, cols in enumerate(shape.columns) if not number or cols != shape.columns[number - 1]]

@@ -1,4 +1,4 @@
-"""What became of a window: checked against what was asked, rounded as it is stored, and reported."""
+"""Post-processing of a window's decision: check its counts, round to the stored dtype, and report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,46 +14,54 @@ from besa_cli.stream.windows import Window
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOutcome:
-    """What became of a window; `stored` are its weights as they will be stored, by the names of its linears."""
+    """Decision for a window, with its weights as they will be stored, by linear name."""
 
     window: Window
-    pruned: Decision
+    decision: Decision
     stored: Mapping[str, Tensor]
 
 
-def snap_codes(weights: Mapping[str, Tensor], pruned: Decision) -> Decision:
-    """The same with codes that the weights still tell when they are stored in the dtype of `weights`, the source's.
+def snap_codes(weights: Mapping[str, Tensor], decision: Decision) -> Decision:
+    """Adjust codes so that they can be recovered from weights stored in the source's dtype, that of `weights`.
 
-    Where codes move, the weights of `pruned` are written over.
+    Where codes change, the weights of `decision` are overwritten in place.
     """
     quantized = {}
-    for name, each in pruned.quantized.items():
-        quantized[name] = affine.survive_dtype(each, weights[name].dtype)
-        if quantized[name] is not each:
-            pruned.weights[name].copy_(affine.dequantize(quantized[name]))
-    return replace(pruned, quantized=quantized)
+    for name, original in decision.quantized.items():
+        quantized[name] = affine.survive_dtype(original, weights[name].dtype)
+        if quantized[name] is not original:
+            decision.weights[name].copy_(affine.dequantize(quantized[name]))
+    return replace(decision, quantized=quantized)
 
 
-def apply_mask(weights: Mapping[str, Tensor], pruned: Decision) -> dict[str, Tensor]:
-    """The weights as they will be stored: in the source's dtype, zero where the mask is false."""
+def apply_mask(weights: Mapping[str, Tensor], decision: Decision) -> dict[str, Tensor]:
+    """Return the weights as they will be stored: in the source's dtype, zero where the mask is False."""
     return {
-        name: pruned.weights.get(name, weights[name]).to(weights[name].dtype).masked_fill(~mask, 0.0)
-        for name, mask in pruned.masks.items()
+        name: decision.weights.get(name, weights[name]).to(weights[name].dtype).masked_fill(~mask, 0.0)
+        for name, mask in decision.masks.items()
     }
 
 
-def check_counts(block: Block, pruned: Decision) -> None:
-    """No pruner gets away with another count than the one asked: it would be wrong in every table."""
-    if set(pruned.masks) != set(block.linears):
-        raise RuntimeError(f"the pruner gave masks for {sorted(pruned.masks)}, the block has {sorted(block.linears)}")
+def check_counts(block: Block, decision: Decision) -> None:
+    """Check that the decision has a mask for every linear and prunes exactly the requested number of weights.
+
+    Raises
+    ------
+    RuntimeError
+        The check fails, because of a bug in the method.
+    """
+    if set(decision.masks) != set(block.linears):
+        raise RuntimeError(
+            f"the pruner returned masks for {sorted(decision.masks)}, but the block has {sorted(block.linears)}"
+        )
     existing = sum(masks.count_zeros(weight) for weight in block.weights.values())
-    count = sum(masks.count_zeros(mask) for mask in pruned.masks.values())
-    if block.must_meet_budget and pruned.exact and count != max(block.budget, existing):
-        raise RuntimeError(f"the pruner pruned {count} weights of block {block.index}, {block.budget} were asked")
+    count = sum(masks.count_zeros(mask) for mask in decision.masks.values())
+    if block.must_meet_budget and decision.exact and count != max(block.budget, existing):
+        raise RuntimeError(f"the pruner pruned {count} weights of block {block.index} instead of {block.budget}")
 
 
 def linear_report(name: str, weight: Tensor, mask: Tensor) -> LinearReport:
-    """The report of one linear, from its weight as stored."""
+    """Return the report of one linear, from its mask and its stored weight."""
     rows, cols = mask.shape
     return LinearReport(
         name=name, rows=rows, cols=cols, pruned=masks.count_zeros(mask), zeros=masks.count_zeros(weight)
@@ -64,18 +72,21 @@ def block_report(
     index: int,
     blocks: int,
     linears: Sequence[LinearReport],
-    decided: Sequence[WindowOutcome],
+    outcomes: Sequence[WindowOutcome],
     error: float | None,
 ) -> BlockReport:
-    """The report of one block; errors are those of its window's end, so only the window's last block has them."""
-    alone = decided[0].pruned if len(decided) == 1 and error is not None else None
-    learned = [each.pruned.learned_loss for each in decided if each.pruned.learned_loss is not None]
+    """Return the report of one block.
+
+    Errors are measured at the end of a window, so `error` is None for all blocks of a window but the last.
+    """
+    single = outcomes[0].decision if len(outcomes) == 1 and error is not None else None
+    learned = [outcome.decision.learned_loss for outcome in outcomes if outcome.decision.learned_loss is not None]
     return BlockReport(
         index=index,
         blocks=blocks,
         linears=tuple(linears),
-        error_before=alone.error_before if alone else None,
-        error_after=alone.error_after if alone and alone.error_after is not None else error,
+        error_before=single.error_before if single else None,
+        error_after=single.error_after if single and single.error_after is not None else error,
         learned_loss=math.fsum(learned) / len(learned) if learned else None,
-        kept_uniform=any(each.pruned.kept_uniform for each in decided),
+        kept_uniform=any(outcome.decision.kept_uniform for outcome in outcomes),
     )

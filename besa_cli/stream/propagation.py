@@ -1,4 +1,4 @@
-"""Hidden states passed through the embedding and through loaded blocks, batch by batch."""
+"""Propagation of hidden states through the embedding and through loaded blocks, batch by batch."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,30 +12,30 @@ from besa_cli.system import compute
 
 
 def batches(samples: int, batch: int) -> Iterator[slice]:
-    """Slices of at most `batch` samples that cover `samples`."""
+    """Yield consecutive slices of at most `batch` samples that cover `samples`."""
     for start in range(0, samples, batch):
         yield slice(start, min(start + batch, samples))
 
 
-def embed(decoder: Decoder, tokens: Tensor, batch: int, shelf: ActivationStore | None = None) -> Tensor:
-    """What enters the first block: Tensor of shape (samples, seqlen, hidden), from the shelf if there is one."""
-    return collected((decoder.embed(tokens[part]) for part in batches(len(tokens), batch)), len(tokens), shelf)
+def embed(decoder: Decoder, tokens: Tensor, batch: int, activations: ActivationStore | None = None) -> Tensor:
+    """Return the input of the first block, of shape (samples, seqlen, hidden), allocated by `activations` if given."""
+    return concatenate((decoder.embed(tokens[part]) for part in batches(len(tokens), batch)), len(tokens), activations)
 
 
-def collected(parts: Iterable[Tensor], samples: int, shelf: ActivationStore | None) -> Tensor:
-    """The parts one after the other in one tensor."""
-    if shelf is None:
+def concatenate(parts: Iterable[Tensor], samples: int, activations: ActivationStore | None) -> Tensor:
+    """Concatenate tensors along their first dimension, `samples` in all, in memory from `activations` if given."""
+    if activations is None:
         return torch.cat(list(parts))
-    whole, done = None, 0
+    output, done = None, 0
     for part in parts:
-        if whole is None:
-            whole = shelf.empty((samples, *part.shape[1:]), part.dtype)
-        whole[done : done + len(part)] = part
+        if output is None:
+            output = activations.empty((samples, *part.shape[1:]), part.dtype)
+        output[done : done + len(part)] = part
         done += len(part)
-        shelf.release()
-    if whole is None:
-        raise ValueError("nothing to collect")
-    return whole
+        activations.release()
+    if output is None:
+        raise ValueError("there are no tensors to concatenate")
+    return output
 
 
 def advance(
@@ -44,21 +44,21 @@ def advance(
     hidden: Tensor,
     tokens: Tensor,
     batch: int,
-    on_part: Callable[[slice, Tensor], None] | None = None,
+    on_batch: Callable[[slice, Tensor], None] | None = None,
 ) -> None:
-    """Replace the hidden states by the output of the loaded block `index`, in place, batch by batch.
+    """Overwrite the hidden states with the output of the loaded block `index`, batch by batch.
 
-    The hidden states may lie on another device than the block.
+    The hidden states may be on another device than the block. `on_batch` gets each slice and its output.
 
     Raises
     ------
     BesaError
-        The block gives NaN or infinity.
+        The output contains NaN or infinity.
     """
     with torch.no_grad(), compute.repeated_passes():
         for part in batches(len(hidden), batch):
             output = decoder.forward(index, hidden[part].to(decoder.device), tokens[part])
             require_finite(output, f"block {index}")
-            if on_part:
-                on_part(part, output)
+            if on_batch:
+                on_batch(part, output)
             hidden[part] = output

@@ -1,10 +1,11 @@
-"""What several ranks share: the calibration samples, of which each holds a part, and the blocks that one keeps."""
+"""Work shared by several ranks: each rank holds a part of the calibration samples; only the main rank stores blocks."""
 
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.system import partition
@@ -12,57 +13,57 @@ from besa_cli.system.ranks import Ranks
 
 
 class Store(Protocol):
-    """Where finished blocks go: see `besa_cli.checkpoint.stages.Stage`."""
+    """Storage of finished blocks, such as `besa_cli.checkpoint.stages.Stage`."""
 
     def finished(self) -> int:
-        """How many blocks are on disk, from the first on without a gap."""
+        """Return the number of finished blocks, counted from block 0 without gaps."""
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block."""
+        """Return the tensors of a finished block."""
 
     def report(self, index: int) -> BlockReport:
-        """The report of a finished block."""
+        """Return the report of a finished block."""
 
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Put a block on disk, whole or not at all; the codes of linears on a grid beside its tensors."""
+        """Write a block atomically: its report, its tensors, and the codes of its quantized linears."""
 
 
-class SharedStore:
-    """A store that the first rank has (None elsewhere) and all ranks read; see `Store`."""
+class SharedStore(Store):
+    """Store of the main rank (None on the other ranks), readable by all ranks through broadcasts."""
 
     def __init__(self, store: Store | None, world: Ranks) -> None:
         self._store, self._world = store, world
 
+    @override
     def finished(self) -> int:
-        """See `Store`."""
         return int(self._world.broadcast_json(self._store.finished() if self._store else None))
 
+    @override
     def read(self, index: int) -> dict[str, Tensor]:
-        """See `Store`."""
         return self._world.broadcast_tensors(self._store.read(index) if self._store else {})
 
+    @override
     def report(self, index: int) -> BlockReport:
-        """See `Store`."""
         return BlockReport.from_record(
             self._world.broadcast_json(self._store.report(index).record() if self._store else None)
         )
 
+    @override
     def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """See `Store`."""
         if self._store:
             self._store.write(report, tensors, codes)
 
 
 class RankShare:
-    """The calibration samples that this rank holds, and those of a learning step that it passes through the block.
+    """Assignment of calibration samples to ranks, and exchange of the samples of a learning step.
 
     Attributes
     ----------
     samples : int
-        Of all ranks together.
+        Number of samples of all ranks together.
     world : Ranks
     own : range
-        The samples that this rank holds.
+        Samples that this rank holds.
     """
 
     def __init__(self, samples: int, world: Ranks | None = None) -> None:
@@ -71,39 +72,40 @@ class RankShare:
         self._owners = partition.owner_of_sample(samples, self.world.size)
 
     def fetch(self, chosen: Tensor, *held: Tensor) -> tuple[Tensor, ...]:
-        """This rank's part of the samples of a step, fetched from their owners: at most an even share, rounded up.
+        """Fetch this rank's part of the samples of a step from their owners: at most an even share, rounded up.
 
         Parameters
         ----------
         chosen : integer Tensor of shape (samples in the step,)
-            The same on all ranks.
-        held : Tensors of shape (own samples, ...), on the CPU where there are several ranks
+            Sample numbers, the same on all ranks.
+        held : Tensors of shape (own samples, ...), on the CPU if there are several ranks
 
         Returns
         -------
-        one Tensor of shape (samples here, ...) for each of `held`; with one rank the samples in the order of `chosen`.
-        May be a part of `held` itself, so it is not to be written to.
+        tuple of Tensor of shape (this rank's samples in the step, ...), one for each of `held`
+            With one rank the samples are in the order of `chosen`. May be views of `held`: must not be written to.
         """
         rank, size = self.world.rank, self.world.size
         samples = chosen.tolist()
         if size == 1:
             (first, *others) = samples
-            return tuple(each[chosen] if others else each[first : first + 1] for each in held)  # one is not copied
+            # a single sample is a view, not a copy
+            return tuple(tensor[chosen] if others else tensor[first : first + 1] for tensor in held)
         owners = [self._owners[sample] for sample in samples]
         workers = partition.assign_samples(owners, size)
-        dealt = tuple(torch.empty(workers.count(rank), *each.shape[1:], dtype=each.dtype) for each in held)
+        fetched = tuple(torch.empty(workers.count(rank), *tensor.shape[1:], dtype=tensor.dtype) for tensor in held)
         sent: list[tuple[int, int, Tensor]] = []
-        taken: list[tuple[int, int, Tensor]] = []
-        here = 0
+        received: list[tuple[int, int, Tensor]] = []
+        row = 0
         for position, (sample, owner, worker) in enumerate(zip(samples, owners, workers, strict=True)):
-            for number, (source, target) in enumerate(zip(held, dealt, strict=True)):
+            for number, (source, target) in enumerate(zip(held, fetched, strict=True)):
                 tag = position * len(held) + number
                 if owner == worker == rank:
-                    target[here] = source[sample - self.own.start]
+                    target[row] = source[sample - self.own.start]
                 elif owner == rank:
                     sent.append((tag, worker, source[sample - self.own.start]))
                 elif worker == rank:
-                    taken.append((tag, owner, target[here]))
-            here += worker == rank
-        self.world.exchange(sent, taken)
-        return dealt
+                    received.append((tag, owner, target[row]))
+            row += worker == rank
+        self.world.exchange(sent, received)
+        return fetched

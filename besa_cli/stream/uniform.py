@@ -10,14 +10,14 @@ from besa_cli.stream.block import Block
 
 
 def input_norms(block: Block) -> dict[str, Tensor]:
-    """‖X_:,c‖₂ for each column of every linear, over the block's calibration inputs."""
+    """Return ‖X_:,c‖₂ for each column of every linear, over the block's calibration inputs; fp32."""
     return {name: sums.sqrt() for name, sums in block.observe(importance.squared_sums).items()}
 
 
 def uniform_masks(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int] | None) -> dict[str, Tensor]:
-    """Masks with the same sparsity in every row of every linear (or n of every m columns), lowest scores pruned.
+    """Return masks with the same sparsity in every row of every linear (or n of every m columns), lowest scores pruned.
 
-    The scores are written over where a weight is zero.
+    The scores are overwritten where a weight is zero.
     """
     ready = {name: masks.mark_zeros_(score, block.weights[name]) for name, score in scores.items()}
     if nm:
@@ -27,7 +27,7 @@ def uniform_masks(block: Block, scores: Mapping[str, Tensor], nm: tuple[int, int
 
 
 def linear_counts(block: Block) -> dict[str, int]:
-    """The block's budget split over its linears by size; linears with more zeros already keep those."""
+    """Split the block's budget over its linears by size; a linear with more zeros than its share keeps them."""
     sizes = np.array([weight.numel() for weight in block.weights.values()])
     zeros = np.array([masks.count_zeros(weight) for weight in block.weights.values()])
     counts = budget.round_to_total(block.budget * (sizes / sizes.sum()), block.budget, zeros, sizes)

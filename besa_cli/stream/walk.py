@@ -1,4 +1,4 @@
-"""The one loop over the model: load a block, let one function change it, store it, pass the activations on, drop it."""
+"""Main loop of `prune` and `quantize`: load a block, compress it, store it, propagate the activations, drop it."""
 
 import math
 import time
@@ -16,34 +16,35 @@ from besa_cli.ops import affine, losses
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Block, Decision, OnStep
 from besa_cli.stream.outcome import WindowOutcome, apply_mask, block_report, check_counts, linear_report, snap_codes
-from besa_cli.stream.propagation import advance, batches, collected, embed
+from besa_cli.stream.propagation import advance, batches, concatenate, embed
 from besa_cli.stream.rank_share import RankShare, SharedStore, Store
 from besa_cli.stream.windows import Segment, Window
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
 
-Keep = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
+WriteBlock = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunePlan:
-    """What `compress` does to a model: how it is cut into windows, and what decides each.
+    """Plan for `compress`: the model's windows, their budgets, and the method that decides each.
 
     Attributes
     ----------
-    change : function of a Block to what becomes of it
-    segments : the model's windows
-    budgets : one number a window, or None
-        Weights to prune; None where a pattern N:M decides.
+    decide : function of a Block returning its Decision
+    segments : sequence of Segment
+        The model's windows.
+    budgets : sequence of int, optional
+        Weights to prune in each window; None where an N:M pattern decides.
     target : {"block", "stream"}
-        What a window should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+        Output that a window should reproduce: that of its dense weights on the compressed inputs, or the dense model's.
     batch : int
         Samples in a pass without gradients.
     seed : int
-        Of the command; every block makes one of its own from it.
+        Seed of the command, from which each block derives its own.
     """
 
-    change: Callable[[Block], Decision]
+    decide: Callable[[Block], Decision]
     segments: Sequence[Segment]
     budgets: Sequence[int] | None
     target: Target
@@ -55,31 +56,31 @@ def compress(
     decoder: Decoder,
     store: Store | None,
     tokens: Tensor,
-    assignment: PrunePlan,
+    plan: PrunePlan,
     *,
     on_step: OnStep = lambda done, total, phase: None,
-    shelf: ActivationStore | None = None,
-    ahead: bool = False,
+    activations: ActivationStore | None = None,
+    prefetch: bool = False,
     world: Ranks | None = None,
 ) -> Iterator[BlockReport]:
-    """Walk the model, let the assignment decide each window, store its blocks and go on from what was stored.
+    """Compress a model block by block, yielding each block's report; activations propagate through the stored weights.
 
-    Blocks that `store` has already are replayed, so that an interrupted run ends in the same bytes; where only some
-    blocks of a window are there, the window is pruned again.
+    Blocks that are already in `store` are replayed, so that a resumed run ends in the same bytes as an uninterrupted
+    one. A window of which only some blocks are stored is compressed again.
 
     Parameters
     ----------
     store : Store, optional
-        Of several ranks only the first has it.
+        None on all ranks but the main one.
     tokens : Tensor of shape (samples, seqlen)
-        Those of all ranks. Without any nothing passes through the blocks, and their weights alone decide.
-    assignment : PrunePlan
-    shelf : ActivationStore, optional
-        Where the hidden states lie; in memory by default.
-    ahead : bool
-        Read the blocks of the next window while one is decided.
+        Token ids of all ranks' samples. May have no samples: then the method only sees weights.
+    plan : PrunePlan
+    activations : ActivationStore, optional
+        Storage of the hidden states; in memory by default.
+    prefetch : bool
+        Read the blocks of the next segment while the current one is computed.
     world : Ranks, optional
-        All ranks have to walk alike; alone by default.
+        Ranks that all run this loop in step; a single rank by default.
     """
     share = RankShare(len(tokens), world)
     shared = SharedStore(store, share.world)
@@ -88,13 +89,13 @@ def compress(
         yield from (shared.report(index) for index in range(finished))
         return
     walk = BlockWalk(
-        decoder, shared.write, tokens, assignment, on_step=on_step, shelf=shelf or ActivationStore(), share=share
+        decoder, shared.write, tokens, plan, on_step=on_step, activations=activations or ActivationStore(), share=share
     )
-    counts = iter(assignment.budgets or [])
-    for segment, following in zip_longest(assignment.segments, assignment.segments[1:]):
+    counts = iter(plan.budgets or [])
+    for segment, following in zip_longest(plan.segments, plan.segments[1:]):
         start = time.perf_counter()
         own = [next(counts, None) for _ in segment.windows]
-        after = following.blocks if ahead and following else range(0)
+        after = following.blocks if prefetch and following else range(0)
         reports = walk.replay(segment, shared) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
         for index in segment.blocks:
             decoder.drop(index)
@@ -104,34 +105,34 @@ def compress(
 
 
 class BlockWalk:
-    """The state of `compress`: the compressed stream, and the dense one where it is the target.
+    """State of `compress`: the compressed stream, and the dense stream if it is the target.
 
-    `keep` takes a finished block's report, tensors and codes; the other parameters are those of `compress`.
+    `write` gets a finished block's report, tensors and codes; the other parameters are those of `compress`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        keep: Keep,
+        write: WriteBlock,
         tokens: Tensor,
-        assignment: PrunePlan,
+        plan: PrunePlan,
         *,
         on_step: OnStep,
-        shelf: ActivationStore,
+        activations: ActivationStore,
         share: RankShare | None = None,
     ) -> None:
-        self._shelf, self._share = shelf, share or RankShare(len(tokens))
+        self._activations, self._share = activations, share or RankShare(len(tokens))
         tokens = tokens[self._share.own.start : self._share.own.stop]
-        self._decoder, self._keep, self._tokens, self._assignment = decoder, keep, tokens, assignment
-        self._batch, self._on_step = assignment.batch, on_step
-        self._inputs = embed(decoder, tokens, assignment.batch, shelf) if len(tokens) else torch.empty(0, 0, 0)
+        self._decoder, self._write, self._tokens, self._plan = decoder, write, tokens, plan
+        self._batch, self._on_step = plan.batch, on_step
+        self._inputs = embed(decoder, tokens, plan.batch, activations) if len(tokens) else torch.empty(0, 0, 0)
         self._dense = (
-            embed(decoder, tokens, assignment.batch, shelf) if assignment.target == "stream" and len(tokens) else None
+            embed(decoder, tokens, plan.batch, activations) if plan.target == "stream" and len(tokens) else None
         )
         decoder.drop_embedding()  # no block needs it
 
     def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
-        """Pass the streams through blocks that are finished."""
+        """Propagate the streams through finished blocks and return their reports."""
         for index in segment.blocks:
             if self._dense is not None:
                 self._decoder.load(index)
@@ -141,56 +142,58 @@ class BlockWalk:
         return [store.report(index) for index in segment.blocks]
 
     def prune(self, segment: Segment, budgets: Sequence[int | None], after: Sequence[int] = ()) -> list[BlockReport]:
-        """Decide the segment's windows one after the other, then store its blocks; those `after` it are read ahead."""
+        """Decide the segment's windows in order, store its blocks and return their reports; prefetch blocks `after`."""
         sources = {index: self._decoder.load(index) for index in segment.blocks}
         for index in after:
             self._decoder.prefetch(index)
         targets = self._dense_targets(segment)
-        alone = len(segment.windows) == 1
-        whole = None if alone else self._whole_target(segment)
-        decided: list[WindowOutcome] = []
+        single = len(segment.windows) == 1
+        segment_target = None if single else self._segment_target(segment)
+        outcomes: list[WindowOutcome] = []
         for window, budget, target in zip(segment.windows, budgets, targets, strict=True):
             block = Block(
                 window, self._weights(window, sources), budget=budget,
-                inputs=self._inputs if alone else self._collect(window.inputs_from, self._inputs),
-                tokens=self._tokens, batch=self._batch, target=target, seed=self._assignment.seed,
-                on_step=self._on_step, shelf=self._shelf, rank_share=self._share,
+                inputs=self._inputs if single else self._collect(window.inputs_from, self._inputs),
+                tokens=self._tokens, batch=self._batch, target=target, seed=self._plan.seed,
+                on_step=self._on_step, activations=self._activations, rank_share=self._share,
             )  # fmt: skip
-            pruned = snap_codes(block.weights, self._assignment.change(block))
-            check_counts(block, pruned)
-            stored = apply_mask(block.weights, pruned)
+            decision = snap_codes(block.weights, self._plan.decide(block))
+            check_counts(block, decision)
+            stored = apply_mask(block.weights, decision)
             self._share.world.broadcast_(list(stored.values()))
-            decided.append(WindowOutcome(window=window, pruned=pruned, stored=stored))
-            if whole is None:
-                whole = block.target
-            if not alone:
-                self._write_into_block(decided[-1])
+            outcomes.append(WindowOutcome(window=window, decision=decision, stored=stored))
+            if segment_target is None:
+                segment_target = block.target
+            if not single:
+                self._write_into_block(outcomes[-1])
             del block
-        return self._commit(segment, sources, decided, whole)
+        return self._commit(segment, sources, outcomes, segment_target)
 
     def _advance(self, index: int, hidden: Tensor) -> None:
-        advance(self._decoder, index, hidden, self._tokens, self._batch, lambda part, output: self._shelf.release())
+        advance(
+            self._decoder, index, hidden, self._tokens, self._batch, lambda part, output: self._activations.release()
+        )
 
     def _collect(self, function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """`function` of the hidden states and their tokens, batch by batch."""
+        """Return `function` of the hidden states and their tokens, computed batch by batch."""
         device = self._decoder.device
         parts = batches(len(hidden), self._batch)
         with torch.no_grad():
             outputs = (function(hidden[part].to(device), self._tokens[part]) for part in parts)
-            return collected(outputs, len(hidden), self._shelf)
+            return concatenate(outputs, len(hidden), self._activations)
 
     def _dense_targets(self, segment: Segment) -> list[Tensor | None]:
-        """What each window should give in the dense stream, which is passed on."""
+        """Return each window's output in the dense stream (None without one), which is propagated past the segment."""
         if self._dense is None:
             return [None for _ in segment.windows]
-        alone = len(segment.windows) == 1
-        halves = [] if alone else [self._collect(window.output_from, self._dense) for window in segment.windows]
+        single = len(segment.windows) == 1
+        halves = [] if single else [self._collect(window.output_from, self._dense) for window in segment.windows]
         for index in segment.blocks:
             self._advance(index, self._dense)
-        return [self._dense] if alone else [*halves]
+        return [self._dense] if single else [*halves]
 
-    def _whole_target(self, segment: Segment) -> Tensor:
-        """What the block of several windows should give, for its report."""
+    def _segment_target(self, segment: Segment) -> Tensor:
+        """Return the target output of a block with several windows, for the error in its report."""
         if self._dense is not None:
             return self._dense
         (index,) = segment.blocks
@@ -203,37 +206,37 @@ class BlockWalk:
             for name, (index, inner) in window.locations.items()
         }
 
-    def _write_into_block(self, decided: WindowOutcome) -> None:
-        """Let the windows that follow in the same block see what was decided."""
+    def _write_into_block(self, outcome: WindowOutcome) -> None:
+        """Copy the stored weights into the loaded block, so that its next window gets compressed inputs."""
         with torch.no_grad():
-            for name, weight in decided.stored.items():
-                decided.window.linears[name].weight.copy_(weight)
+            for name, weight in outcome.stored.items():
+                outcome.window.linears[name].weight.copy_(weight)
 
     def _commit(
         self,
         segment: Segment,
         sources: Mapping[int, Mapping[str, Tensor]],
-        decided: Sequence[WindowOutcome],
+        outcomes: Sequence[WindowOutcome],
         target: Tensor | None,
     ) -> list[BlockReport]:
-        """Round to the source's dtype, pass the stream through what will be stored, store it, and report."""
+        """Propagate the stream through the stored weights, write the segment's blocks, and return their reports."""
         tensors = {index: dict(source) for index, source in sources.items()}
         codes: dict[int, dict[str, Tensor]] = {index: {} for index in segment.blocks}
         linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
-        for each in decided:
-            for name, weight in each.stored.items():
-                index, inner = each.window.locations[name]
+        for outcome in outcomes:
+            for name, weight in outcome.stored.items():
+                index, inner = outcome.window.locations[name]
                 origin = self._decoder.block_names(index)[f"{inner}.weight"]
                 tensors[index][origin] = weight.cpu()
-                if name in each.pruned.quantized:
-                    codes[index] |= affine.to_tensors(each.pruned.quantized[name], origin.removesuffix(".weight"))
-                linears[index].append(linear_report(inner, weight, each.pruned.masks[name]))
+                if name in outcome.decision.quantized:
+                    codes[index] |= affine.to_tensors(outcome.decision.quantized[name], origin.removesuffix(".weight"))
+                linears[index].append(linear_report(inner, weight, outcome.decision.masks[name]))
         errors: list[float] = []
 
         def compare(part: slice, output: Tensor) -> None:
             if target is not None:
                 errors.append(float(losses.token(output, target[part].to(output.device))) * len(output))
-            self._shelf.release()
+            self._activations.release()
             self._on_step(part.stop, len(self._inputs), "propagation")
 
         for index in segment.blocks:
@@ -242,9 +245,9 @@ class BlockWalk:
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
         error = self._share.world.all_reduce_float(math.fsum(errors)) / self._share.samples if errors else None
         reports = [
-            block_report(index, len(self._decoder), linears[index], decided, error if last else None)
+            block_report(index, len(self._decoder), linears[index], outcomes, error if last else None)
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
         ]
         for report in reports:
-            self._keep(report, tensors[report.index], codes[report.index])
+            self._write(report, tensors[report.index], codes[report.index])
         return reports

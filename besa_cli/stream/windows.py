@@ -1,4 +1,4 @@
-"""Reconstruction windows: what is pruned together so that its output stays: a block, several blocks, half a block."""
+"""Reconstruction windows, whose linears are compressed together: a block, several blocks, or half a block."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,24 +6,25 @@ from typing import Protocol
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from besa_cli.decoder import submodule
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
 
 BLOCK, HALVES = "block", "attn-mlp"
-_KEPT = 2  # blocks whose activations are all kept for the backward pass; a wider window computes them twice
+_KEPT = 2  # widest window, in blocks, whose activations are all kept for the backward pass; wider ones recompute them
 
 
 class Window(Protocol):
-    """What is pruned together.
+    """Part of the model whose linears are compressed together so that its output is preserved.
 
     Attributes
     ----------
     blocks : range
-        The blocks that it lies in.
+        Blocks in which the window lies.
     linears : dict of name to nn.Linear
-        Names are those inside the block; with several blocks each has its block's number before it.
+        Names inside the block; with several blocks each is prefixed by its block's number.
     locations : dict of name to (block, name inside the block)
     """
 
@@ -32,66 +33,66 @@ class Window(Protocol):
     locations: dict[str, tuple[int, str]]
 
     def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """The window's own inputs for what enters its first block."""
+        """Return the window's inputs, computed from the inputs of its first block."""
 
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The output for inputs of shape (samples, seqlen, hidden), with `weights` in place of the linears' own."""
+        """Return the output for inputs of shape (samples, seqlen, hidden); `weights` replace the linears' own."""
 
     def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """The output for what enters its first block."""
+        """Return the window's output, computed from the inputs of its first block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """The windows between two block boundaries, in the order in which they are pruned."""
+    """Consecutive blocks and the windows that cover them, in order."""
 
     blocks: range
     windows: tuple[Window, ...]
 
 
-class WholeBlocks:
-    """One or several whole blocks."""
+class WholeBlocks(Window):
+    """Window of one or several whole blocks."""
 
     def __init__(self, decoder: Decoder, blocks: range) -> None:
         self._decoder, self.blocks = decoder, blocks
-        alone = len(blocks) == 1
+        single = len(blocks) == 1
         self.locations = {
-            inner if alone else f"{index}.{inner}": (index, inner)
+            inner if single else f"{index}.{inner}": (index, inner)
             for index in blocks
             for inner in decoder.linears(index)
         }
         self.linears = _linears(decoder, self.locations)
 
+    @override
     def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`: the hidden states themselves."""
         return hidden
 
+    @override
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """See `Window`."""
         hidden = inputs
         for index in self.blocks:
             named = _inside(weights, self.locations, index)
-            if named and kept(len(self.blocks)) < len(self.blocks):
+            if named and kept_blocks(len(self.blocks)) < len(self.blocks):
                 hidden = checkpoint(self._decoder.forward, index, hidden, tokens, named, use_reentrant=False)
             else:
                 hidden = self._decoder.forward(index, hidden, tokens, named)
         return hidden
 
+    @override
     def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`."""
         return self.forward(hidden, tokens)
 
 
-class _Half:
-    """Half a block, which ends with the output of the module `part`."""
+class _Half(Window):
+    """Half a block, ending with the output of the submodule `part`."""
 
     def __init__(self, decoder: Decoder, index: int, part: str) -> None:
         self._decoder, self._index, self._part, self.blocks = decoder, index, part, range(index, index + 1)
         self.locations = {name: (index, name) for name in decoder.linears(index) if name.startswith(f"{part}.")}
         self.linears = _linears(decoder, self.locations)
 
+    @override
     def output_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`."""
         return submodule.forward_to(self._decoder, self._index, self._part, hidden, tokens)
 
     def _inside(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -99,67 +100,69 @@ class _Half:
 
 
 class Attention(_Half):
-    """The first half of a block: up to the output of the module `part`."""
+    """First half of a block: up to the output of the submodule `part`."""
 
+    @override
     def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`: the hidden states themselves."""
         return hidden
 
+    @override
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """See `Window`."""
         return submodule.forward_to(self._decoder, self._index, self._part, inputs, tokens, self._inside(weights))
 
 
 class MLP(_Half):
-    """The second half of a block: the module `part` alone."""
+    """Second half of a block: the submodule `part` alone."""
 
+    @override
     def inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """See `Window`: what the block hands to the module."""
         return submodule.inputs_of(self._decoder, self._index, self._part, hidden, tokens)
 
+    @override
     def forward(self, inputs: Tensor, tokens: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """See `Window`."""
         return submodule.forward_part(self._decoder, self._index, self._part, inputs, self._inside(weights))
 
 
-def kept(blocks: int) -> int:
-    """How many of a window's blocks have their activations in memory at a time while it is learned."""
+def kept_blocks(blocks: int) -> int:
+    """Return the number of blocks, of a window of `blocks`, whose activations learning holds at the same time."""
     return blocks if blocks <= _KEPT else 1
 
 
 def check(option: str) -> None:
-    """Refuse what is no window.
+    """Check that a value of ``--window`` is valid.
 
     Raises
     ------
     UsageError
-        Neither ``block`` nor ``attn-mlp`` nor a number of blocks.
+        The value is not ``block``, ``attn-mlp`` or a positive number of blocks.
     """
     if option not in (BLOCK, HALVES) and not (option.isdecimal() and int(option)):
         raise UsageError(
-            f"--window '{option}' is neither block nor attn-mlp nor a number of blocks",
-            "2 reconstructs two blocks together",
+            f"--window '{option}' is not block, attn-mlp or a number of blocks",
+            "--window 2 reconstructs two blocks together",
         )
 
 
 def segments(decoder: Decoder, option: str) -> list[Segment]:
-    """All windows of the model for ``--window block|attn-mlp|N``.
+    """Split the model into windows, as ``--window block|attn-mlp|N`` requests.
 
     Raises
     ------
+    UsageError
+        The option is invalid.
     BesaError
-        Half blocks are asked for, and a block has no such two.
+        The option is ``attn-mlp``, but the linears of a block are not in exactly two modules.
     """
     check(option)
     if option == HALVES:
         return [_halves(decoder, index) for index in range(len(decoder))]
     width = 1 if option == BLOCK else int(option)
-    spans = [range(start, min(start + width, len(decoder))) for start in range(0, len(decoder), width)]
-    return [Segment(blocks=blocks, windows=(WholeBlocks(decoder, blocks),)) for blocks in spans]
+    ranges = [range(start, min(start + width, len(decoder))) for start in range(0, len(decoder), width)]
+    return [Segment(blocks=blocks, windows=(WholeBlocks(decoder, blocks),)) for blocks in ranges]
 
 
 def sizes(segments: Sequence[Segment]) -> Iterator[int]:
-    """Weights in the linears of each window, in order."""
+    """Yield the number of weights in the linears of each window, in order."""
     for segment in segments:
         for window in segment.windows:
             yield sum(linear.weight.numel() for linear in window.linears.values())
@@ -186,7 +189,7 @@ def _linears(decoder: Decoder, locations: Mapping[str, tuple[int, str]]) -> dict
 def _inside(
     weights: Mapping[str, Tensor] | None, locations: Mapping[str, tuple[int, str]], index: int
 ) -> dict[str, Tensor] | None:
-    """The weights of one block, by parameter name inside it."""
+    """Return the weights of one block, by parameter name inside the block."""
     if weights is None:
         return None
     return {

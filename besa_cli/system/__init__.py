@@ -1,1 +1,1 @@
-"""The machine below the program: files, locks, signals, processors, and the processes that share a job."""
+"""Operating system services: files, locks, signals, devices, and the processes (ranks) that share a job."""

@@ -1,4 +1,4 @@
-"""Where and in which dtype to compute, and what `auto` stands for on this machine."""
+"""Device and dtype of computation, the meaning of `auto` on this machine, and the memory of the process."""
 
 import contextlib
 import ctypes
@@ -18,29 +18,29 @@ from besa_cli.errors import UsageError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_PAGES = 128 << 10  # glibc's own trim threshold
-_LARGE, _HUGE = 4 << 20, 32 << 20  # tensors mapped by themselves, and within repeated passes; older glibc takes no more
+_DEFAULT_TRIM = 128 << 10  # bytes; glibc's default trim threshold
+_LARGE, _HUGE = 4 << 20, 32 << 20  # bytes; mmap thresholds: default, and in repeated passes
 
 
 def device(name: str) -> torch.device:
-    """The device for ``--device auto|cpu|cuda``.
+    """Return the device for ``--device auto|cpu|cuda``.
 
     Raises
     ------
     UsageError
-        CUDA is asked for and is not there.
+        CUDA is requested but not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this machine has no CUDA device that torch can use", "leave the option out")
+        raise UsageError("--device cuda: this machine has no CUDA device that torch can use", "omit the option")
     return torch.device(name)
 
 
 def dtype(name: str, on: torch.device) -> torch.dtype:
-    """The dtype for ``--dtype``; auto is bfloat16 where the machine has instructions for its products, else float32.
+    """Return the dtype for ``--dtype``; auto is bfloat16 if the hardware multiplies bfloat16, else float32.
 
-    The same machine always gives the same answer, whatever else it does.
+    The result depends on the machine alone, never on its load.
     """
     if name != "auto":
         return DTYPES[name]
@@ -48,7 +48,7 @@ def dtype(name: str, on: torch.device) -> torch.dtype:
 
 
 def dtype_reason(name: str, on: torch.device) -> str:
-    """Why `dtype` chose what it did, in a few words."""
+    """Explain the choice of `dtype` in a few words."""
     if name != "auto":
         return "asked for"
     machine = "GPU" if on.type == "cuda" else "processor"
@@ -56,31 +56,31 @@ def dtype_reason(name: str, on: torch.device) -> str:
 
 
 def _multiplies_bfloat16(on: torch.device) -> bool:
-    """Whether there are instructions for bfloat16 products, and torch's library of them uses them."""
+    """Check that the hardware has bfloat16 multiply instructions and torch's library uses them."""
     if on.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     if not torch.backends.mkldnn.is_available():
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return bool(torch.cpu._is_avx512_bf16_supported())  # every processor with AMX has these, too
+        return bool(torch.cpu._is_avx512_bf16_supported())  # every processor with AMX has these too
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether the next block is read and the last one written beside the computing: not where all need the CPU."""
+    """Check that reading and writing blocks can overlap with computing: not if all of them need the CPU."""
     return device.type == "cuda"
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``float32`` for `torch.float32`."""
+    """Return the short name of a dtype, e.g. ``float32`` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def map_large_tensors() -> None:
-    """Let glibc map every tensor of 4 MiB or more by itself, and unmap it when it is freed.
+    """Make glibc map every tensor of 4 MiB or more separately, and unmap it when it is freed.
 
-    Left alone it keeps freed tensors of up to 32 MB in its heap, where the holes between them grow block after block.
-    Below 4 MiB the heap is faster. Does nothing with another C library.
+    By default glibc keeps freed tensors of up to 32 MB in its heap, whose fragmentation grows block by block. Below 4
+    MiB the heap is faster. Has no effect with another C library.
     """
     library = _c_library()
     if library is not None:
@@ -89,13 +89,12 @@ def map_large_tensors() -> None:
 
 @contextlib.contextmanager
 def repeated_passes() -> Iterator[None]:
-    """Within, freed memory is kept for the next tensor; at the end it goes back to the system.
+    """Keep freed memory for the next tensor within this context, and return it to the system at the end.
 
-    The passes over a block ask for the same tensors again and again. Mapped anew each time, they fault on every page:
-    that was a third of a pass. Tensors beyond 32 MiB (the gradient of a linear of 7B has 172) are still mapped by
-    themselves: so much is computed for each of their numbers that faults hardly count, and a hole that one leaves in
-    the heap is cut up by smaller ones, until there are several. Nothing that stays should be made in here. Does nothing
-    without glibc.
+    The passes over a block allocate the same tensors again and again; mapping them each time cost a third of a pass in
+    page faults. Tensors beyond 32 MiB (the gradient of a linear of a 7B model has 172) are still mapped separately:
+    their computation outweighs the faults, and in the heap they would leave holes that smaller tensors fragment.
+    Allocate nothing in here that outlives it. Has no effect without glibc.
     """
     library = _c_library()
     if library is None:
@@ -107,19 +106,19 @@ def repeated_passes() -> Iterator[None]:
         yield
     finally:
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_TRIM_THRESHOLD, _PAGES)
+        library.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM)
         library.malloc_trim(0)
 
 
 def give_back_memory() -> None:
-    """Return the heap's free pages to the system, where the C library is glibc."""
+    """Return the heap's free pages to the system, if the C library is glibc."""
     library = _c_library()
     if library is not None:
         library.malloc_trim(0)
 
 
 def age() -> float:
-    """Seconds since this process began, imports included; its time on the processor where the system does not say."""
+    """Return the seconds since this process began, imports included; its CPU time if the system does not tell."""
     try:
         began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
@@ -128,7 +127,7 @@ def age() -> float:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now; the highest so far where the system does not say."""
+    """Return the resident memory of this process in bytes; its peak if the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -137,12 +136,12 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most bytes of this process that were in memory at one time."""
+    """Return the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_memory() -> int:
-    """The process's peak resident memory so far, in bytes; on CUDA the device's peak where that is more."""
+    """Return the peak resident memory of the process in bytes, or the peak of the CUDA device if that is larger."""
     return max(peak_resident(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 

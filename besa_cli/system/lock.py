@@ -1,4 +1,4 @@
-"""One process at a time writes a run directory."""
+"""Locks of run directories: one process at a time writes to each."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from besa_cli.system import disk, records
 
 @dataclass(frozen=True, kw_only=True)
 class _Holder:
-    """The process that holds a lock, as it says of itself."""
+    """The process that holds a lock, as recorded in ``.holder.json``."""
 
     pid: int
     host: str
@@ -24,12 +24,12 @@ class _Holder:
 
 @contextlib.contextmanager
 def hold(run: Path, command: str) -> Iterator[None]:
-    """Hold the lock of a run directory; the operating system frees it when the process dies, however it dies.
+    """Hold the lock of a run directory; the operating system releases it when the process dies for any reason.
 
     Raises
     ------
     BesaError
-        Another process holds it (named), or the directory cannot be written.
+        Another process holds the lock (it is named), or the directory cannot be written.
     """
     holder, new = run / ".holder.json", not run.exists()
     try:
@@ -48,21 +48,21 @@ def hold(run: Path, command: str) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         empty = new and run.exists() and all(path.name == ".lock" for path in run.iterdir())
         if empty:
-            (run / ".lock").unlink()  # while it is held: who comes now makes a lock of its own
+            (run / ".lock").unlink()  # while it is held: a new process creates its own lock
         lock.release()
         if empty:
-            with contextlib.suppress(OSError):  # somebody came
+            with contextlib.suppress(OSError):  # another process uses it
                 run.rmdir()
 
 
 @contextlib.contextmanager
-def free(run: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, where there is one, without leaving anything in it: to look, not to write.
+def hold_existing(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, if it has one, without creating any file: for commands that only read.
 
     Raises
     ------
     BesaError
-        Another process writes there (named).
+        Another process writes there (it is named).
     """
     lock = FileLock(run / ".lock", timeout=0)
     try:
@@ -79,15 +79,15 @@ def free(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moment(run: Path) -> Iterator[None]:
-    """Hold what guards the results of a run directory, waiting for others who hold it; for the time of one write.
+def hold_results(run: Path) -> Iterator[None]:
+    """Hold the lock of a run directory's results for one write, waiting for other holders.
 
-    Who prunes holds another lock, for hours: neither waits for the other.
+    Pruning holds another lock, for hours: neither waits for the other.
 
     Raises
     ------
     BesaError
-        The directory cannot be written, or somebody holds the lock for a minute.
+        The directory cannot be written, or another process holds the lock for a minute.
     """
     file = run / ".eval.lock"
     try:
@@ -105,22 +105,22 @@ def moment(run: Path) -> Iterator[None]:
 
 
 def require_writable(run: Path) -> None:
-    """Find out now, not after measuring, whether results can be written in a run directory.
+    """Check before measuring that results can be written in a run directory.
 
     Raises
     ------
     BesaError
-        See `moment`.
+        The directory cannot be written, or another process holds the lock of its results for a minute.
     """
-    with moment(run):
+    with hold_results(run):
         pass
 
 
-def _named(holder: Path) -> str:
+def _describe_holder(holder: Path) -> str:
     try:
-        facts = records.read(_Holder, holder)
-        return f"'{facts.command}' (process {facts.pid} on {facts.host})"
-    except BesaError:  # it may be just starting or ending
+        process = records.read(_Holder, holder)
+        return f"'{process.command}' (process {process.pid} on {process.host})"
+    except BesaError:  # it may just be starting or ending
         return "another besa process"
 
 
@@ -129,4 +129,6 @@ def _unwritable(run: Path, error: OSError) -> BesaError:
 
 
 def _in_use(run: Path, holder: Path) -> BesaError:
-    return BesaError(f"{run} is in use by {_named(holder)}", "wait for it to end, or name another directory with --run")
+    return BesaError(
+        f"{run} is in use by {_describe_holder(holder)}", "wait for it to end, or name another directory with --run"
+    )

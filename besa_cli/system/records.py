@@ -1,8 +1,8 @@
-"""Validating reader of the files that besa itself wrote: manifests, reports, results, export records.
+"""Validating reader of the JSON files that besa writes: manifests, reports, results, export records.
 
-A damaged or hostile file becomes one line with the file, the field and what is wrong with it. Types alone describe
-what a file holds (a dataclass, or the `TypedDict` of typing_extensions); pydantic compares strictly, so that no text is
-taken for a number.
+A damaged or forged file gives a one-line error with the file, the field and the fault. Types alone describe a file (a
+dataclass, or the `TypedDict` of typing_extensions); pydantic validates in strict mode, so that no string passes for a
+number.
 """
 
 import functools
@@ -21,23 +21,22 @@ Record = TypeVar("Record")
 
 
 def strict(kind: type[Record]) -> type[Record]:
-    """Class decorator: read a record type strictly, NaN and infinity refused; a `TypedDict` keeps unknown fields."""
+    """Decorate a record type to be read strictly: refuse NaN and infinity, and keep unknown fields of a `TypedDict`."""
     extra = "allow" if is_typeddict(kind) else "ignore"
     kind.__pydantic_config__ = {"strict": True, "extra": extra, "allow_inf_nan": False}  # type: ignore[attr-defined]
     return kind
 
 
-def read(kind: type[Record], path: Path, hint: str = "restore the file, or make its directory anew") -> Record:
-    """Read a JSON file that holds one record of a kind.
+def read(kind: type[Record], path: Path, hint: str = "restore the file, or make its directory again") -> Record:
+    """Read a JSON file that holds one record.
 
     Parameters
     ----------
     kind : type
-        A `TypedDict` or a dataclass. Fields that it does not name are kept in a `TypedDict`, and left out of a
-        dataclass.
+        A `TypedDict`, which keeps unknown fields, or a dataclass, which drops them.
     path : Path
     hint : str
-        The remedy where the file is not such a record.
+        The remedy if the file is not such a record.
 
     Raises
     ------
@@ -48,7 +47,22 @@ def read(kind: type[Record], path: Path, hint: str = "restore the file, or make 
 
 
 def parse(kind: type[Record], text: str, place: Path | str, hint: str = "") -> Record:
-    """Validate a JSON text as a record of a kind; `place` is where it was found. See `read`."""
+    """Validate a JSON text as a record; `place` names its origin in errors.
+
+    Parameters
+    ----------
+    kind : type
+        A `TypedDict` or a dataclass.
+    text : str
+    place : Path or str
+    hint : str
+        The remedy if the text is not such a record.
+
+    Raises
+    ------
+    BesaError
+        A field is missing or has another type; the field is named.
+    """
     from pydantic import ValidationError
 
     adapter: TypeAdapter[Record] = _adapter(kind)  # type: ignore[arg-type]  # a class is hashable
@@ -66,14 +80,14 @@ def _adapter(kind: Any) -> "TypeAdapter[Any]":
 
 
 def _reason(error: "ValidationError") -> str:
-    """The first field that is wrong, what is wrong with it, and what it holds."""
+    """Describe the first invalid field, its fault and its value."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return str(first["msg"])
     field = ".".join(str(step) for step in first["loc"]) or "it"
-    found = repr(first["input"])
+    value = repr(first["input"])
     if first["type"] == "missing":
         return f"{field} is missing"
     return (
-        f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {found if len(found) <= 80 else found[:79] + '…'}"
+        f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {value if len(value) <= 80 else value[:79] + '…'}"
     )

@@ -1,4 +1,4 @@
-"""What others may read of this machine: of a path on it only the last part, in values and in files that go out."""
+"""Redaction of local paths in published values and files: only the last part of a path is kept."""
 
 import re
 from collections.abc import Iterator
@@ -10,58 +10,58 @@ from besa_cli.system import disk
 Value = TypeVar("Value")
 
 _ON_A_MACHINE = re.compile(r"/|~|\.\./|[A-Za-z]:[\\/]|\\\\|file:", re.IGNORECASE)
-_SETTINGS = "config.json"  # how the names of files of settings end
+_SETTINGS = "config.json"  # suffix of the names of configuration files
 _PATHS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file"}
 
 
 def text(value: object) -> str:
-    """A value in words; of a path on this machine the last part."""
-    whole = str(value)
-    if not _ON_A_MACHINE.match(whole):
-        return whole
-    return re.split(r"[\\/]", whole.rstrip("\\/"))[-1] or "-"
+    """Return a value as text; of a local path only the last part."""
+    string = str(value)
+    if not _ON_A_MACHINE.match(string):
+        return string
+    return re.split(r"[\\/]", string.rstrip("\\/"))[-1] or "-"
 
 
-def value(found: Value) -> Value:
-    """A JSON value in which every text that is a path on this machine is its last part."""
-    if isinstance(found, str):
-        return text(found)  # type: ignore[return-value]
-    if isinstance(found, list):
-        return [value(each) for each in found]  # type: ignore[return-value]
-    if isinstance(found, dict):
-        return {name: value(each) for name, each in found.items()}  # type: ignore[return-value]
-    return found
+def value(data: Value) -> Value:
+    """Replace every local path in a JSON value by its last part."""
+    if isinstance(data, str):
+        return text(data)  # type: ignore[return-value]
+    if isinstance(data, list):
+        return [value(item) for item in data]  # type: ignore[return-value]
+    if isinstance(data, dict):
+        return {name: value(item) for name, item in data.items()}  # type: ignore[return-value]
+    return data
 
 
-def content(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What others may read of a JSON file: of besa's own all but paths, of settings all but those transformers notes.
+def content(name: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Redact a JSON file: in besa's own all local paths, in configuration files those that transformers records.
 
     Parameters
     ----------
     name : str
         The file's name.
-    found : dict
-        What it holds.
+    data : dict
+        The file's content.
     """
     if name == disk.MANIFEST:
-        return value(found)
+        return value(data)
     if name.endswith(_SETTINGS):
-        return {key: value(each) if key in _PATHS else each for key, each in found.items()}
-    return found
+        return {key: value(item) if key in _PATHS else item for key, item in data.items()}
+    return data
 
 
 def rewrite(directory: Path) -> Iterator[tuple[Path, bytes]]:
-    """Rewrite those JSON files of a directory and its folders that name paths; yields each and what it was.
+    """Redact the JSON files of a directory and its subdirectories that hold local paths; yield each with its old bytes.
 
     Raises
     ------
     BesaError
-        One of them cannot be read, or written.
+        A file cannot be read or written.
     """
     for path in sorted([*directory.rglob(f"*{_SETTINGS}"), *directory.rglob(disk.MANIFEST)]):
-        there = disk.read_json(path)
-        others = content(path.name, there)
-        if others != there:
+        original = disk.read_json(path)
+        redacted = content(path.name, original)
+        if redacted != original:
             before = path.read_bytes()
-            disk.write_json(path, others)
+            disk.write_json(path, redacted)
             yield path, before

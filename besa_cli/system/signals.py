@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: both unwind the program as Ctrl-C does, so that locks and temporary files go away."""
+"""SIGINT and SIGTERM: both unwind the program like Ctrl-C, so that locks and temporary files are removed."""
 
 import os
 import signal
@@ -8,32 +8,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_AGAIN = 0.05  # seconds until an interrupt that was swallowed comes again
+_AGAIN = 0.05  # seconds until an ignored interrupt is repeated
 
 
 @contextmanager
-def interrupting(came: list[int], wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Within, either signal raises KeyboardInterrupt in the main thread.
+def interrupting(received: list[int], wanted: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Raise `KeyboardInterrupt` in the main thread on either signal within this context.
 
-    Where it falls into a callback of an extension, Python can only say that it was ignored; it comes again a moment
-    later then.
+    If the signal arrives in a callback of an extension, Python can only ignore the exception; the signal is then
+    repeated a moment later.
 
     Parameters
     ----------
-    came : list of int
-        Gets the number of each signal that came and was not swallowed.
+    received : list of int
+        Collects the numbers of the signals that raised an exception.
     wanted : callable
-        Whether signals still count when one comes.
+        Returns whether a signal still counts when it arrives.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if wanted():
-            came.append(number)
+            received.append(number)
             raise KeyboardInterrupt
 
-    def swallowed(ignored: "sys.UnraisableHookArgs") -> None:
-        if came and issubclass(ignored.exc_type, KeyboardInterrupt):
-            timers.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), came.pop())))
+    def repeat_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+        if received and issubclass(ignored.exc_type, KeyboardInterrupt):
+            timers.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), received.pop())))
             timers[-1].start()
         else:
             hook(ignored)
@@ -42,15 +42,16 @@ def interrupting(came: list[int], wanted: Callable[[], bool] = lambda: True) -> 
         yield
         return
     timers: list[threading.Timer] = []
-    unheard = signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # as in the background of a shell
-    numbers = [signal.SIGTERM] if unheard else [signal.SIGTERM, signal.SIGINT]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    hook, sys.unraisablehook = sys.unraisablehook, swallowed
+    # a shell lets its background jobs ignore SIGINT
+    sigint_ignored = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    numbers = [signal.SIGTERM] if sigint_ignored else [signal.SIGTERM, signal.SIGINT]
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, repeat_ignored
     try:
         yield
     finally:
         sys.unraisablehook = hook
         for timer in timers:
             timer.cancel()
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What `torchrun` tells a process of the others, in the variables of its environment; read without loading torch."""
+"""The rank of this process from the environment variables of `torchrun`, read without loading torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ _NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """A process among those that were started together.
+    """Rank of a process among those that were started together.
 
     Attributes
     ----------
     rank, size : int
-        Its number, from 0, and how many there are.
+        Rank from 0, and number of ranks.
     local_rank, local_size : int
-        The same on its machine.
+        Rank and number of ranks on this machine.
     """
 
     rank: int = 0
@@ -29,12 +29,12 @@ class RankInfo:
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
-    """This process's place; alone where nothing is said of others.
+    """Read this process's rank; without `WORLD_SIZE` there is a single rank.
 
     Raises
     ------
     UsageError
-        Others are said to be there, but not how to reach them, or a number is none or cannot be.
+        A variable is missing, not a number, or out of range.
     """
     size = _number(environment, "WORLD_SIZE", 1)
     if size == 1:
@@ -46,13 +46,13 @@ def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
                 "start all ranks with torchrun, or unset WORLD_SIZE to run alone",
             )
     rank = _number(environment, "RANK", 0)
-    for name, value, most in (
+    for name, value, limit in (
         ("WORLD_SIZE", size, _MOST_RANKS),
         ("RANK", rank, size - 1),
         ("MASTER_PORT", _number(environment, "MASTER_PORT", 0), 65535),
     ):
-        if value > most:
-            raise UsageError(f"{name} is {value}, more than {most}", "start all ranks with torchrun")
+        if value > limit:
+            raise UsageError(f"{name} is {value}, more than {limit}", "start all ranks with torchrun")
     return RankInfo(
         rank=rank,
         size=size,
@@ -64,5 +64,5 @@ def rank_from_environment(environment: Mapping[str, str]) -> RankInfo:
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
     if not (text.isascii() and text.isdecimal() and len(text) < _DIGITS):
-        raise UsageError(f"{name} is '{text[:40]}' and no number", f"unset {name} to run alone")
+        raise UsageError(f"{name} is '{text[:40]}', not a number", f"unset {name} to run alone")
     return int(text)

@@ -1,1 +1,1 @@
-"""Text and data sets: what `--data` names, read in bounded memory, and its token ids."""
+"""Text and data sets: the sources of `--data`, read in bounded memory, and their token ids."""

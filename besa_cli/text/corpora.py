@@ -1,4 +1,4 @@
-"""What the names of ``--data`` stand for: bundled text, named data sets, files."""
+"""Sources of ``--data``: bundled text, named data sets, files."""
 
 import functools
 import gzip
@@ -13,12 +13,11 @@ from typing import Literal
 
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents, hub_files, token_rows
 from besa_cli.text.spool import Text
 
-Notify = Callable[[str], None]
-
-BUNDLED = {  # name: sha256 of the unpacked bytes; data/LICENSES.md says what each is
+BUNDLED = {  # name: SHA-256 of the unpacked bytes; described in data/LICENSES.md
     "wiki.test.raw": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
     "c4_en_train_first1000.jsonl": "37ec1bf825be4567ac6f55b2cd62dc8193aa36fedc192ae4ae6dc034cec81dc5",
     "adventures_of_sherlock_holmes.txt": "7297f113ddc865b3d59ca2b2cbb22493899d5d39b849ac0f527c215862a21772",
@@ -33,24 +32,24 @@ BOOKS = tuple(name for name in BUNDLED if name.endswith(".txt"))
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents, and where they are from.
+    """Documents and their origin.
 
     Parameters
     ----------
     asked : str
-        As given with ``--data``.
+        Value of ``--data``.
     source : {"bundled", "local", "hub", "file"}
-        Where the text was found: in the package, under ``--data-dir``, on the hub, or in the file that was named.
+        Origin of the text: the package, ``--data-dir``, the hub, or the named file.
     file : str
-        The file's name, without its directory.
+        Name of the file, without its directory.
     digest : str
-        SHA-256 of the file's bytes (of bundled text: unpacked).
+        SHA-256 of the file's bytes (for bundled text, of the unpacked bytes).
     documents : sequence of Text
-        One text a document.
+        One text per document.
     revision : str or None, default=None
-        The hub's commit.
+        Commit on the hub.
     note : str or None, default=None
-        What the user must be told: that this text takes the place of what was asked for, and why.
+        Message for the user if this text replaces the requested one, with the reason.
     """
 
     asked: str
@@ -64,24 +63,24 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class _NamedCorpus:
-    """A data set's training split: its official local file, its file on the hub, and how its rows become documents."""
+    """A data set's training split: its official local file, its file on the hub, and its rows' form."""
 
     local: tuple[str, ...]
     remote: hub_files.RemoteFile
     column: str
-    rows: Callable[[str], list[str]] | None  # rows of the local text file as the hub yields them; None: JSON lines
-    joint: str | None  # the rows are joined by this into one document; None: each row is one
+    rows: Callable[[str], list[str]] | None  # splits the local text file into the hub's rows; None: JSON lines
+    joint: str | None  # separator that joins the rows into one document; None: one document per row
 
 
 def bundled_bytes(name: str) -> bytes:
-    """A bundled file's bytes, unpacked and checked.
+    """Return a bundled file's bytes, unpacked and checked.
 
     Raises
     ------
     BesaError
-        The installed package lacks the file, or its bytes are not the ones that were shipped.
+        The installed package lacks the file, or its SHA-256 differs from the released one.
     """
-    hint = "install besa-cli anew"
+    hint = "install besa-cli again"
     try:
         data = gzip.decompress((resources.files("besa_cli") / "data" / f"{name}.gz").read_bytes())
     except (OSError, EOFError) as error:
@@ -92,29 +91,29 @@ def bundled_bytes(name: str) -> bytes:
 
 
 def bundled(asked: str) -> Corpus:
-    """The bundled sample of C4: 1,000 documents of its first training shard."""
+    """Return the bundled sample of C4: 1,000 documents of its first training shard."""
     texts = [str(json.loads(line)["text"]) for line in _lines(bundled_bytes(C4_SAMPLE).decode("utf-8"))]
     return Corpus(asked=asked, source="bundled", file=C4_SAMPLE, digest=BUNDLED[C4_SAMPLE], documents=texts)
 
 
 def book(name: str, asked: str) -> Corpus:
-    """One of the bundled `BOOKS`: one document."""
+    """Return one of the bundled `BOOKS` as a single document."""
     text = bundled_bytes(name).decode("utf-8")
     return Corpus(asked=asked, source="bundled", file=name, digest=BUNDLED[name], documents=[text])
 
 
 def wikitext_rows(text: str) -> list[str]:
-    """The rows of a raw WikiText file as the hub yields them: one of white space only is ``""``, others are whole."""
+    """Split a raw WikiText file into the rows of the hub: blank lines become ``""``, others keep their line ends."""
     return [row if row.strip() else "" for row in _lines(text)]
 
 
 def ptb_rows(text: str) -> list[str]:
-    """The rows of a Mikolov Penn Treebank file as the hub yields them: without the white space around them."""
+    """Split a Penn Treebank file in Mikolov's form into the rows of the hub, without surrounding white space."""
     return [row.strip() for row in _lines(text)]
 
 
 def _lines(text: str) -> io.StringIO:
-    """The lines with their ends, parted at LF alone (`str.splitlines` would part at U+2028 and others as well)."""
+    """Iterate over lines with their ends, split at LF alone (`str.splitlines` also splits at U+2028 and others)."""
     return io.StringIO(text, newline="\n")
 
 
@@ -147,24 +146,24 @@ _NAMED = {
         joint=" ",
     ),
 }
-SOURCES = (*_NAMED, "bundled")  # what --data takes beside files
+SOURCES = (*_NAMED, "bundled")  # values of --data beside files
 
 
 def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]:
-    """Find out, before anything is read, whether every value of ``--data`` can be meant.
+    """Validate the values of ``--data`` before reading any text.
 
     Returns
     -------
     sequence of Path
-        The files, where they hold token rows instead of text; empty where all sources are text.
+        The files, if they hold token rows instead of text; empty if all sources are text.
 
     Raises
     ------
     UsageError
-        No name at all, an unknown one (with the nearest known one), a file of an unknown kind, text mixed with token
-        rows, or `data_dir` is no directory.
+        There is no source, an unknown one (the nearest known one is named), a file of an unknown type, text mixed
+        with token rows, or `data_dir` is not a directory.
     BesaError
-        A file is missing, empty, or broken in its first line.
+        A file is missing, empty, or invalid in its first line.
     """
     if not names:
         raise UsageError("no --data given", f"known: {', '.join(SOURCES)}, or {documents.FILE_KINDS}")
@@ -172,74 +171,73 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
     files = [named_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
     rows = [path for path in files if token_rows.holds_rows(path)]
     if rows and len(rows) < len(names):
-        raise UsageError(
-            f"--data {rows[0]} holds token rows, other sources hold text", "give one of the two kinds only"
-        )
+        raise UsageError(f"--data {rows[0]} holds token rows, other sources hold text", "give only one of the two")
     return rows
 
 
 def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:
-    """The documents that one value of ``--data`` stands for.
+    """Open the documents of one value of ``--data``.
 
     Parameters
     ----------
     name : str
-        One of `SOURCES` or a file's path.
+        One of `SOURCES`, or the path of a file.
     data_dir : Path or None
-        Where official files of named data sets are looked for first.
-    hub : datahub.Hub
-        Where they are looked for next.
+        First place to look for the official files of named data sets.
+    hub : hub_files.Hub
+        Second place to look for them.
     notify : callable
-        Takes a line when something is fetched.
+        Called with a one-line note when a file is fetched.
 
     Raises
     ------
     BesaError
-        The file cannot be read as text, or the data set cannot be reached (for ``c4`` the bundled text takes its place
-        instead).
+        The file cannot be read as text, or the data set cannot be reached (``c4`` is then replaced by bundled text).
     """
     if name == "bundled":
         return bundled(name)
     if name not in _NAMED:
         path = named_file(name, "data source", SOURCES)
         texts = documents.read_documents(path)
-        shown = documents.printable(path.name)
-        return Corpus(asked=name, source="file", file=shown, digest=sha256_file(path), documents=texts)
+        printable_name = documents.printable(path.name)
+        return Corpus(asked=name, source="file", file=printable_name, digest=sha256_file(path), documents=texts)
     try:
         return _open_named(name, data_dir, hub, notify)
     except hub_files.Unreachable as error:
-        place = f"put {_NAMED[name].local[0]} into a directory and name it with --data-dir"
+        remedy = f"put {_NAMED[name].local[0]} into a directory and name the directory with --data-dir"
         if name != "c4":
             raise BesaError(
-                f"'{name}' cannot be reached: {error.reason}", f"{place}, or give --data bundled"
+                f"'{name}' cannot be reached: {error.reason}", f"{remedy}, or give --data bundled"
             ) from error
-        note = f"c4 cannot be reached ({error.reason}; to use it, {place}): bundled text takes its place"
+        note = f"c4 cannot be reached ({error.reason}; to use it, {remedy}): using bundled text instead"
         return replace(bundled(name), note=note)
 
 
 def _open_named(name: str, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:
-    named = _NAMED[name]
+    corpus = _NAMED[name]
     make = functools.partial(Corpus, asked=name)
-    if path := documents.first_file(data_dir, named.local):
-        rows = named.rows(documents.read_text(path)) if named.rows else documents.read_rows(path, column=named.column)
-        return make(source="local", file=path.name, digest=sha256_file(path), documents=_joined(rows, named.joint))
-    fetched = hub_files.fetch(named.remote, hub, notify=notify)
+    if path := documents.first_file(data_dir, corpus.local):
+        rows = (
+            corpus.rows(documents.read_text(path)) if corpus.rows else documents.read_rows(path, column=corpus.column)
+        )
+        return make(source="local", file=path.name, digest=sha256_file(path), documents=_join_rows(rows, corpus.joint))
+    fetched = hub_files.fetch(corpus.remote, hub, notify=notify)
     path = fetched.path
-    texts = _joined(documents.read_rows(path, column=named.column), named.joint)
+    texts = _join_rows(documents.read_rows(path, column=corpus.column), corpus.joint)
     return make(source="hub", file=path.name, digest=sha256_file(path), documents=texts, revision=fetched.commit)
 
 
-def _joined(rows: Sequence[str], joint: str | None) -> Sequence[Text]:
+def _join_rows(rows: Sequence[str], joint: str | None) -> Sequence[Text]:
     return rows if joint is None else [documents.joined(rows, joint)]
 
 
 def named_file(name: str, kind: str, known: Sequence[str]) -> Path:
-    """The file that `name` must mean, checked; or the error for a name that is neither known nor a file.
+    """Return the checked path of the file that `name` names.
 
     Raises
     ------
     UsageError
-        It is no path and none of the `known` names (the nearest is named), or a file of an unknown kind.
+        `name` is neither a path nor one of the `known` names (the nearest is named), or a file of an unknown type.
     BesaError
         The file is missing or empty.
     """

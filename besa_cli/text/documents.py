@@ -14,19 +14,19 @@ from besa_cli.text.spool import LongText, Text, Texts, parts
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 FILE_KINDS = "a .txt, .jsonl, .jsonl.gz or .parquet file"
-_HELD = 4 << 20  # bytes of a text that is held whole; a longer one is read in parts whenever it is needed
+_HELD = 4 << 20  # bytes of the longest text kept in memory; longer ones are read again in parts when needed
 _PART = 1 << 20  # bytes read at a time
-_PUBLISHED = 256 << 20  # bytes of the largest text file of a named data set, with much to spare
+_PUBLISHED = 256 << 20  # bytes; far more than the largest text file of a named data set
 
 
 def suffix(path: Path) -> str | None:
-    """Which of `SUFFIXES` the file's name ends in (in any case), or None."""
+    """Return which of `SUFFIXES` the file's name ends in (in any case), or None."""
     name = path.name.lower()
     return next((ending for ending in SUFFIXES if name.endswith(ending)), None)
 
 
 def local_path(value: str) -> Path:
-    """The path that a value of ``--data`` names, a ``~`` at its start replaced where that can be done."""
+    """Return the path that a value of ``--data`` names, with a leading ``~`` expanded if possible."""
     path = Path(value)
     if not value.startswith("~"):  # './~' is a name in the current directory
         return path
@@ -37,74 +37,75 @@ def local_path(value: str) -> Path:
 
 
 def looks_like_file(value: str) -> bool:
-    """Whether a value of ``--data`` must mean a file: it exists, has one of the known suffixes, or is a path."""
+    """Check that a value of ``--data`` must be a file: it exists, has a known suffix, or contains a directory."""
     path = local_path(value)
     return suffix(path) is not None or len(path.parts) > 1 or os.path.lexists(path)
 
 
 def printable(name: str) -> str:
-    """A file's name for manifests and results: what is not UTF-8 in it as ``\\xNN``."""
+    """Return a file's name for manifests and results, with bytes that are not UTF-8 as ``\\xNN``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def first_file(directory: Path | None, candidates: Iterable[str | Path]) -> Path | None:
-    """The first of several places below a directory where something is; None where nothing is.
+    """Return the first existing path of several below a directory; None if none exists.
 
     Raises
     ------
     BesaError
-        What is there is not an ordinary file, or the directory may not be looked into.
+        The path is not an ordinary file, or the directory cannot be read.
     """
     for candidate in candidates if directory is not None else ():
         path = Path(directory or "", candidate)
-        if _kind(path) is not None:
-            _check_plain(path)
+        if _file_type(path) is not None:
+            _check_regular(path)
             return path
     return None
 
 
 def check_directory(data_dir: Path | None) -> None:
-    """Refuse a ``--data-dir`` that is none.
+    """Refuse a ``--data-dir`` that is not a directory.
 
     Raises
     ------
     UsageError
+        The path is missing or not a directory.
     """
-    if data_dir is not None and _kind(data_dir) != stat.S_IFDIR:
+    if data_dir is not None and _file_type(data_dir) != stat.S_IFDIR:
         raise UsageError(f"--data-dir {data_dir} is not a directory", "name the directory with the data sets' files")
 
 
-def _kind(path: Path) -> int | None:
-    """What kind of thing lies at a path, links followed; None where nothing does."""
+def _file_type(path: Path) -> int | None:
+    """Return the file type of a path (`stat.S_IFMT`), following links; None if it does not exist."""
     try:
         return stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise BesaError(f"{path} is a link to nothing", "mend or remove it") from None
+            raise BesaError(f"{path} is a broken link", "repair or remove it") from None
         return None
     except (OSError, ValueError) as error:
         raise BesaError(f"cannot read {path}: {reason_of(error)}", "check the path and its permissions") from error
 
 
 def check_file(path: Path) -> None:
-    """Find out cheaply what forbids reading `path` as text.
+    """Check cheaply that `path` can be read as text.
 
     Raises
     ------
     BesaError
         The file is missing, may not be read, is not a plain file, or is empty.
     UsageError
-        Its suffix is none that can be read.
+        Its suffix is not one of `SUFFIXES`.
     """
-    _check_plain(path)
+    _check_regular(path)
     if suffix(path) is None:
         raise UsageError(f"cannot tell what {path} holds from its name", f"give {FILE_KINDS}")
     if path.stat().st_size == 0:
         raise _empty(path)
 
 
-def _check_plain(path: Path) -> None:
-    kind = _kind(path)
+def _check_regular(path: Path) -> None:
+    kind = _file_type(path)
     if kind is None:
         raise BesaError(f"no file {path}", f"give the path of {FILE_KINDS}")
     if kind != stat.S_IFREG:
@@ -113,19 +114,20 @@ def _check_plain(path: Path) -> None:
 
 
 def read_documents(path: Path, *, column: str = "text") -> Sequence[Text]:
-    """The documents of a file: a ``.txt`` is one, exactly as it is; a line or row of the other kinds is one each.
+    """Read the documents of a file: a ``.txt`` is one, unchanged; in other files every line or row is one.
 
     Parameters
     ----------
     path : Path
-        A file that `check_file` lets pass.
+        A file that passes `check_file`.
     column : str
-        The field (``.jsonl``) or column (``.parquet``) that holds the text.
+        Field (``.jsonl``) or column (``.parquet``) with the text.
 
     Raises
     ------
     BesaError
-        The file is missing, empty, binary, not what its suffix says, or a document lacks its text (with the line).
+        The file is missing, empty, binary, or not what its suffix says, or a document lacks its text (the line is
+        named).
     """
     check_file(path)
     if suffix(path) == ".txt":
@@ -134,24 +136,24 @@ def read_documents(path: Path, *, column: str = "text") -> Sequence[Text]:
 
 
 def read_rows(path: Path, *, column: str = "text", first: int | None = None) -> Sequence[str]:
-    """The texts of a file of rows, parquet or JSON lines.
+    """Read the texts of a parquet or JSON-lines file.
 
     Parameters
     ----------
     path : Path
     column : str
-        Where the text is in a row.
+        Field or column with the text.
     first : int, optional
-        Rows to read, and nothing after them; all by default.
+        Number of rows to read; all by default.
 
     Raises
     ------
     BesaError
-        As of `read_documents`.
+        The file is missing, empty, or not what its suffix says, or a row lacks its text.
     """
-    found = _parquet(path, column) if suffix(path) == ".parquet" else _json_lines(path, column)
+    rows = _parquet(path, column) if suffix(path) == ".parquet" else _json_lines(path, column)
     texts, blank = Texts(), True
-    for text in itertools.islice(found, first):
+    for text in itertools.islice(rows, first):
         texts.append(text)
         blank = blank and not text.strip()
     if blank:
@@ -164,9 +166,9 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         text = row.get(column)
         if not isinstance(text, str) or not row_files.is_unicode(text):
             kind = "a string" if not isinstance(text, str) else "Unicode text"
-            what = f"no '{column}' field" if text is None else f"'{column}' is not {kind}"
+            problem = f"no '{column}' field" if text is None else f"'{column}' is not {kind}"
             raise BesaError(
-                f"{path}, line {number}: {what} (fields: {row_files.names(row)})",
+                f"{path}, line {number}: {problem} (fields: {row_files.names(row)})",
                 f"each line must hold its document as a string under '{column}'",
             )
         yield text
@@ -186,15 +188,19 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def read_text(path: Path, largest: int = _PUBLISHED) -> str:
-    """A UTF-8 file's text, exactly as it is (line ends included); binary, blank and very large files are refused.
+    """Read a UTF-8 file's text, unchanged (line ends included) except for a leading byte order mark.
 
-    A byte order mark at the start is left out.
+    Raises
+    ------
+    BesaError
+        The file is binary, not UTF-8, blank, or larger than `largest` bytes.
     """
     row_files.opened(path).close()
     size = path.stat().st_size
     if size > largest:
         raise BesaError(
-            f"{path} has {size >> 20} MiB, more than the {largest >> 20} of such a file", "is it the right file?"
+            f"{path} has {size >> 20} MiB, more than the {largest >> 20} MiB expected of such a file",
+            "check that it is the right file",
         )
     text = "".join(_parts(path))
     if not text.strip():
@@ -203,7 +209,7 @@ def read_text(path: Path, largest: int = _PUBLISHED) -> str:
 
 
 def _read_long(path: Path) -> Text:
-    """As `read_text`, of any size: what is large is looked through now, and read again when it is needed."""
+    """Read a text of any size: a large one is validated now, and read again in parts when needed."""
     if path.stat().st_size <= _HELD:
         return read_text(path)
     blank = True
@@ -215,9 +221,9 @@ def _read_long(path: Path) -> Text:
 
 
 def _parts(path: Path) -> Iterator[str]:
-    """A text file's text, part after part."""
+    """Yield a text file's text in parts."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    place, begun = 0, False
+    place, started = 0, False
     with row_files.opened(path) as file:
         while True:
             with reading(path):
@@ -225,35 +231,35 @@ def _parts(path: Path) -> Iterator[str]:
             if place == 0:
                 row_files.refuse_other_encodings(path, data)
             if b"\0" in data:
-                at = place + data.index(0)
-                raise BesaError(f"{path} is a binary file, not text (NUL at byte {at})", f"give {FILE_KINDS}")
-            waiting = len(decoder.getstate()[0])
+                offset = place + data.index(0)
+                raise BesaError(f"{path} is a binary file, not text (NUL at byte {offset})", f"give {FILE_KINDS}")
+            pending = len(decoder.getstate()[0])
             try:
                 part = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise BesaError(
-                    f"{path} is not UTF-8 text (byte {place - waiting + error.start})",
+                    f"{path} is not UTF-8 text (byte {place - pending + error.start})",
                     "convert it, for instance: iconv -t UTF-8",
                 ) from error
-            yield part if begun else part.removeprefix("\ufeff")
-            place, begun = place + len(data), begun or bool(part)
+            yield part if started else part.removeprefix("\ufeff")
+            place, started = place + len(data), started or bool(part)
             if not data:
                 return
 
 
 def joined(texts: Iterable[Text], joint: str) -> Text:
-    """Several texts as one, held whole only where it is short."""
-    held, size = [], 0
-    listed = texts if isinstance(texts, Sequence) else list(texts)
-    for part in _between(listed, joint):
-        held.append(part)
+    """Join several texts into one, kept in memory only if it is short."""
+    collected, size = [], 0
+    sequence = texts if isinstance(texts, Sequence) else list(texts)
+    for part in _interleave(sequence, joint):
+        collected.append(part)
         size += len(part)
         if size > _HELD:
-            return LongText(functools.partial(_between, listed, joint))
-    return "".join(held)
+            return LongText(functools.partial(_interleave, sequence, joint))
+    return "".join(collected)
 
 
-def _between(texts: Sequence[Text], joint: str) -> Iterator[str]:
+def _interleave(texts: Sequence[Text], joint: str) -> Iterator[str]:
     for number, text in enumerate(texts):
         if number:
             yield joint

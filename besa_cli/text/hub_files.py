@@ -1,23 +1,23 @@
-"""One file of a data set from the Hugging Face hub or its cache; a hub that cannot be reached is noticed in seconds."""
+"""Single files of data sets from the Hugging Face hub or its cache; an unreachable hub is noticed within seconds."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import answers, cache, hub_errors, transfer
+from besa_cli.system.notes import Notify
 
 TIMEOUT = 8.0  # seconds until the hub counts as unreachable
 
 
 class Unreachable(BesaError):
-    """The hub, or the file on it, cannot be reached.
+    """Failure to reach the hub, or the file on it.
 
     Parameters
     ----------
     reason : str
-        Why, in a few words.
+        The cause, in a few words.
     """
 
     def __init__(self, reason: str) -> None:
@@ -27,16 +27,16 @@ class Unreachable(BesaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Which hub, how long to wait for its first answer, and where its files are kept.
+    """Address, time limit and cache directory of a hub.
 
     Parameters
     ----------
     endpoint : str
-        Address, without a slash at the end.
+        Address, without a trailing slash.
     offline : bool
         Use only what is in the cache.
     timeout : float, default=8.0
-        Seconds for the first answer, name look-up included.
+        Seconds to wait for the first answer, including DNS.
     cache : Path or None, default=None
         The hub's cache directory; None for the user's own.
     """
@@ -58,28 +58,28 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A file of the hub on this machine, and the commit that it is of."""
+    """A local copy of a file on the hub, and its commit."""
 
     path: Path
     commit: str
 
 
 def from_environment() -> Hub:
-    """The hub that ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` name."""
+    """Return the hub that ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` define."""
     from huggingface_hub import constants
 
     return Hub(endpoint=constants.ENDPOINT, offline=constants.HF_HUB_OFFLINE)
 
 
-def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetched:
-    """The file from the hub's cache, else from the hub; a download that was cut off goes on where it stopped.
+def fetch(file: RemoteFile, hub: Hub, *, notify: Notify) -> Fetched:
+    """Return the file from the hub's cache, or fetch it, resuming an interrupted download.
 
     Raises
     ------
     Unreachable
-        The hub gave no answer within ``hub.timeout`` seconds, or does not give the file out.
+        The hub did not answer within ``hub.timeout`` seconds, or does not serve the file.
     BesaError
-        The hub answered, but what it says is not what a hub does, or the download broke off.
+        The answer is not that of a hub, or the download broke off.
     """
     import huggingface_hub
 
@@ -87,10 +87,10 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
         file.repository, file.path, cache_dir=hub.cache, revision=file.revision, repo_type="dataset"
     )
     if isinstance(cached, str):
-        if cache.is_what_it_was(Path(cached)):
+        if cache.is_undamaged(Path(cached)):
             return _fetched(Path(cached), file)
         if hub.offline:
-            raise BesaError(f"{cached} is damaged: it is not what it was when it was fetched", "unset HF_HUB_OFFLINE")
+            raise BesaError(f"{cached} is damaged: it has changed since it was fetched", "unset HF_HUB_OFFLINE")
     if hub.offline:
         raise Unreachable("HF_HUB_OFFLINE is set, and the file is not in the hub's cache")
     commit, size = _probe(file, hub)
@@ -112,54 +112,51 @@ def fetch(file: RemoteFile, hub: Hub, *, notify: Callable[[str], None]) -> Fetch
 
 
 def _fetched(path: Path, file: RemoteFile) -> Fetched:
-    """The commit is in the path: …/snapshots/<commit>/<path in the repository>."""
+    """Take the commit from the path: …/snapshots/<commit>/<path in the repository>."""
     return Fetched(path=path, commit=path.parents[len(Path(file.path).parts) - 1].name)
 
 
 def _probe(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
-    """Ask once whether the hub gives the file out, of which commit, and how long it is.
-
-    In a thread, since a name look-up knows no time limit of its own.
-    """
-    found: list[tuple[str, int | None] | BesaError] = []
+    """Ask the hub for the commit and size of the file, in a thread since DNS look-ups have no time limit."""
+    results: list[tuple[str, int | None] | BesaError] = []
 
     def ask() -> None:
         try:
-            found.append(_asked(file, hub))
+            results.append(_request_metadata(file, hub))
         except BesaError as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(hub.timeout)
-    if not found:
+    if not results:
         raise Unreachable(f"no answer from {hub.endpoint} within {hub.timeout:g} s")
-    if isinstance(found[0], BesaError):
-        raise found[0]
-    return found[0]
+    if isinstance(results[0], BesaError):
+        raise results[0]
+    return results[0]
 
 
-def _asked(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
+def _request_metadata(file: RemoteFile, hub: Hub) -> tuple[str, int | None]:
     import huggingface_hub
 
     url = huggingface_hub.hf_hub_url(
         file.repository, file.path, repo_type="dataset", revision=file.revision, endpoint=hub.endpoint
     )
     try:
-        found = huggingface_hub.get_hf_file_metadata(url, timeout=hub.timeout, endpoint=hub.endpoint)
-        if found.commit_hash is None:
-            raise Unreachable(f"what answers at {hub.endpoint} is not a model hub")
-        if not found.location.startswith(hub.endpoint):  # the files lie elsewhere: is that place reachable too?
-            huggingface_hub.get_session().head(found.location, timeout=hub.timeout)
+        metadata = huggingface_hub.get_hf_file_metadata(url, timeout=hub.timeout, endpoint=hub.endpoint)
+        if metadata.commit_hash is None:
+            raise Unreachable(f"the server at {hub.endpoint} is not a model hub")
+        if not metadata.location.startswith(hub.endpoint):  # the file is on another server, which must be reachable too
+            huggingface_hub.get_session().head(metadata.location, timeout=hub.timeout)
     except _network_errors() as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise Unreachable(f"{hub.endpoint}: {first_line}") from error
-    commit = answers.digest(found.commit_hash, f"the commit of {file.repository}")
-    return commit, answers.facts(found, file.path, commit).size
+    commit = answers.digest(metadata.commit_hash, f"the commit of {file.repository}")
+    return commit, answers.file_metadata(metadata, file.path, commit).size
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """What the hub library raises; the base class of its HTTP client's errors differs between its versions."""
+    """Return the exceptions of the hub library; the base class of its HTTP errors differs between versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, plain or gzip, and parquet; read row after row, each row and the whole within bounds."""
+"""Files of rows: JSON lines, plain or gzip, and parquet, read row by row with limits on rows and unpacked size."""
 
 import gzip
 import json
@@ -14,13 +14,13 @@ from besa_cli.system import disk
 if TYPE_CHECKING:
     import pyarrow.parquet
 
-LONGEST_LINE = 32 << 20  # bytes; as Python's objects a line takes up to twenty times as much
-GROWTH = 100  # bytes that a compressed file may unpack to, for each of its own; text comes to less than ten
-SMALL = 64 << 20  # bytes that any file may unpack to
-_ROWS = 16  # of a parquet file, read at a time
+LONGEST_LINE = 32 << 20  # bytes; as Python objects a line takes up to 20 times as much
+GROWTH = 100  # largest unpacked size of a compressed file, as a multiple of its own; text reaches less than 10
+SMALL = 64 << 20  # bytes; unpacked size that is always allowed
+_ROWS = 16  # rows of a parquet file read at a time
 _BUFFER = 1 << 20  # bytes read ahead in each column
-_NAMES = 8  # that are shown
-_LONGEST_NAME = 40  # characters of each
+_NAMES = 8  # shown in errors
+_LONGEST_NAME = 40  # characters of each name
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -30,12 +30,12 @@ Row = dict[str, Any]
 
 
 def opened(path: Path) -> IO[bytes]:
-    """An ordinary file, open for reading.
+    """Open an ordinary file for reading.
 
     Raises
     ------
     BesaError
-        It is missing, not an ordinary file, or may not be read.
+        The file is missing, not an ordinary file, or unreadable.
     """
     disk.require_regular(path)
     with reading(path, "check the file and its permissions"):
@@ -43,22 +43,22 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def refuse_other_encodings(path: Path, begin: bytes) -> None:
-    """Refuse a file that begins with the mark of another encoding than UTF-8."""
+    """Refuse a file that begins with the byte order mark of another encoding than UTF-8."""
     for mark, name in _OTHER_MARKS.items():
         if begin.startswith(mark):
             raise BesaError(f"{path} is {name} text, not UTF-8", f"convert it: iconv -f {name} -t UTF-8")
 
 
-def names(found: Iterable[str]) -> str:
-    """Names of fields or columns, for an error: the first few, none of them long."""
-    listed = list(found)
+def names(all_names: Iterable[str]) -> str:
+    """Format names of fields or columns for an error: the first few, each shortened."""
+    listed = list(all_names)
     shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in listed[:_NAMES]]
-    more = f" and {len(listed) - _NAMES} more" if len(listed) > _NAMES else ""
-    return ", ".join(shown) + more or "none"
+    others = f" and {len(listed) - _NAMES} more" if len(listed) > _NAMES else ""
+    return ", ".join(shown) + others or "none"
 
 
 def is_unicode(text: str) -> bool:
-    """False for a string with half a surrogate pair, which JSON can write but no tokenizer can read."""
+    """Return False for a string with a lone surrogate, which JSON can hold but no tokenizer can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -67,14 +67,14 @@ def is_unicode(text: str) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line number (from 1) and object of every line of a JSON-lines file that is not blank.
+    """Yield line number (from 1) and object of every non-blank line of a JSON-lines file.
 
     A byte order mark at the start is left out.
 
     Raises
     ------
     BesaError
-        The file cannot be read, unpacks to far more than text can, or a line is not a JSON object (with its number).
+        The file cannot be read, unpacks to more than the limit, or a line is not a JSON object (the line is named).
     """
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
@@ -82,9 +82,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    packed = path.name.lower().endswith(".gz")
-    number, size, most = 0, 0, _most(path, packed=packed)
-    with opened(path) as raw, gzip.open(raw) if packed else raw as file:
+    compressed = path.name.lower().endswith(".gz")
+    number, size, limit = 0, 0, _unpacked_limit(path, compressed=compressed)
+    with opened(path) as raw, gzip.open(raw) if compressed else raw as file:
         try:
             while line := file.readline(LONGEST_LINE + 1):
                 number, size = number + 1, size + len(line)
@@ -95,29 +95,29 @@ def _lines(path: Path) -> Iterator[bytes]:
                     raise BesaError(
                         f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB", "give shorter documents"
                     )
-                if most is not None and size > most:
+                if limit is not None and size > limit:
                     raise BesaError(
-                        f"{path} unpacks to more than {most >> 20} MiB, {GROWTH} times its own size", "unpack it first"
+                        f"{path} unpacks to more than {limit >> 20} MiB, {GROWTH} times its own size", "unpack it first"
                     )
                 yield line
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise BesaError(
-                f"{path} is not a whole gzip file: {error} (after line {number})", "fetch or compress it anew"
+                f"{path} is not a whole gzip file: {error} (after line {number})", "fetch or compress it again"
             ) from error
         except OSError as error:
             raise BesaError(f"cannot read {path}: {reason_of(error)}", "check the file and its permissions") from error
 
 
-def _most(path: Path, *, packed: bool) -> int | None:
-    """The bytes that a compressed file may unpack to; of a plain file there is nothing to unpack."""
-    if not packed:
+def _unpacked_limit(path: Path, *, compressed: bool) -> int | None:
+    """Return the largest allowed unpacked size of a file in bytes; None for a plain file."""
+    if not compressed:
         return None
     disk.require_regular(path)
     return max(SMALL, GROWTH * path.stat().st_size)
 
 
 def _object(path: Path, number: int, line: bytes) -> Row:
-    """One line as a JSON object, or the error that names the line."""
+    """Parse one line as a JSON object; errors name the line."""
     if b"\0" in line:
         raise BesaError(f"{path} is a binary file, not text (line {number} holds a NUL)", _TEXT)
     try:
@@ -132,7 +132,7 @@ def _object(path: Path, number: int, line: bytes) -> Row:
 
 
 def parquet_columns(path: Path) -> dict[str, str]:
-    """Name and type of every column of a parquet file.
+    """Return name and type of every column of a parquet file.
 
     Raises
     ------
@@ -144,26 +144,26 @@ def parquet_columns(path: Path) -> dict[str, str]:
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
-    """Number (from 1) and values of every row of a parquet file.
+    """Yield number (from 1) and values of every row of a parquet file.
 
     Parameters
     ----------
     path : Path
     columns : sequence of str, optional
-        Those to read; all by default.
+        Columns to read; all by default.
 
     Raises
     ------
     BesaError
-        The file cannot be read, or unpacks to far more than it could hold as text.
+        The file cannot be read, or unpacks to more than the limit.
     """
     number = 0
     with opened(path) as file:
         with _parquet(path):
-            found = _file(file)
-        _refuse_growth(path, found.metadata)
+            parquet = _file(file)
+        _refuse_growth(path, parquet.metadata)
         with _parquet(path):
-            batches = found.iter_batches(batch_size=_ROWS, columns=columns)
+            batches = parquet.iter_batches(batch_size=_ROWS, columns=columns)
         while True:
             with _parquet(path):
                 batch = next(batches, None)
@@ -188,13 +188,13 @@ def _parquet(path: Path) -> Iterator[None]:
             yield
     except BesaError as error:
         reason = reason_of(error.__cause__ or error)
-        raise BesaError(f"{path} is not a whole parquet file ({reason})", "fetch or write it anew") from error
+        raise BesaError(f"{path} is not a whole parquet file ({reason})", "fetch or write it again") from error
 
 
 def _refuse_growth(path: Path, metadata: "pyarrow.parquet.FileMetaData") -> None:
     unpacked = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    most = max(SMALL, GROWTH * path.stat().st_size)
-    if unpacked > most:
+    limit = max(SMALL, GROWTH * path.stat().st_size)
+    if unpacked > limit:
         raise BesaError(
-            f"{path} unpacks to {unpacked >> 20} MiB, more than {GROWTH} times its own size", "give the text unpacked"
+            f"{path} unpacks to {unpacked >> 20} MiB, more than {GROWTH} times its own size", "unpack the text"
         )

@@ -1,13 +1,14 @@
-"""Token rows: a JSON-lines file whose objects hold token ids under ``input_ids`` is the samples themselves."""
+"""Token rows: JSON lines with token ids under ``input_ids``, used as samples without tokenizing."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from besa_cli.errors import BesaError
 from besa_cli.system.disk import sha256_file
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents, row_files
 
 _FIELD = "input_ids"
@@ -24,8 +25,8 @@ class TokenRows:
     rows : sequence of array("q")
         Token ids, `seqlen` each.
     sources : sequence of dict
-        For the manifest: each file's name, SHA-256 and how many of its rows were taken; and of how many of these
-        padding was cut off, where it was.
+        For the manifest: name and SHA-256 of each file, the number of rows taken, and the number of rows that lost
+        padding, if any.
     """
 
     rows: Sequence["array[int]"]
@@ -33,93 +34,91 @@ class TokenRows:
 
 
 def holds_rows(path: Path) -> bool:
-    """Whether the file's first JSON object has ``input_ids``."""
+    """Check that the file's first JSON object has ``input_ids``."""
     if documents.suffix(path) not in (".jsonl", ".jsonl.gz"):
         return False
     first = next(row_files.json_lines(path), None)
     return first is not None and _FIELD in first[1]
 
 
-def read_rows(
-    paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Callable[[str], None]
-) -> TokenRows:
-    """The first `samples` rows of the files in order, each cut to its first `seqlen` ids.
+def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Notify) -> TokenRows:
+    """Read the first `samples` rows of the files in order, each cut to its first `seqlen` ids.
 
-    Where a row has an ``attention_mask``, what it hides at the row's ends is padding and is not part of the row.
+    If a row has an ``attention_mask``, the ids that it masks at the ends of the row are removed as padding.
 
     Parameters
     ----------
     paths : sequence of Path
-        Files that `holds_rows` says yes to.
+        Files for which `holds_rows` is True.
     samples, seqlen : int
-        Rows to take, ids of each.
+        Number of rows, and of ids in each.
     vocab_size : int
-        Every id must be below it.
+        Upper bound (exclusive) of all ids.
     notify : callable
-        Takes a line where padding is cut off.
+        Called with a one-line note if padding is removed.
 
     Raises
     ------
     BesaError
-        A row is not a list of ids, its mask does not fit it or hides what is inside, it is shorter than `seqlen` or has
-        an id outside the vocabulary (with its line), or there are fewer than `samples` rows.
+        A row is not a list of ids, its mask does not fit or masks ids inside the row, it is shorter than `seqlen` or
+        has an id outside the vocabulary (the line is named), or there are fewer than `samples` rows.
     """
     rows: list[array[int]] = []
     sources = []
     for path in paths:
-        before, padded = len(rows), 0
+        first_row, padded = len(rows), 0
         for number, value in row_files.json_lines(path):
             if len(rows) == samples:
                 break
             place = f"{path}, line {number}"
             ids = _unpadded(_ids(value.get(_FIELD), place), value.get(_MASK), place)
-            cut = len(ids) < len(value[_FIELD])
-            padded += cut
+            was_padded = len(ids) < len(value[_FIELD])
+            padded += was_padded
             if len(ids) < seqlen:
-                raise _short(place, f"{len(ids)} token ids{' without the padding' if cut else ''}", seqlen)
+                raise _short(place, f"{len(ids)} token ids{' without the padding' if was_padded else ''}", seqlen)
             rows.append(_row(ids[:seqlen], vocab_size, place))
-        taken = len(rows) - before
+        taken = len(rows) - first_row
         name = documents.printable(path.name)
         source = {"asked": name, "source": "file", "file": name, "sha256": sha256_file(path), "rows": taken}
         if padded:
-            notify(f"{path}: padding ({_MASK} 0) was cut off {padded} of {taken} rows")
+            notify(f"{path}: removed padding ({_MASK} 0) from {padded} of {taken} rows")
             source["padded"] = padded
         sources.append(source)
     if len(rows) < samples:
         raise BesaError(
             f"{', '.join(map(str, paths))}: {len(rows)} rows of token ids, fewer than --samples {samples}",
-            f"give --samples {len(rows)} or less, or more rows" if rows else "give files with token rows in them",
+            f"give --samples {len(rows)} or less, or more rows" if rows else "give files with token rows",
         )
     return TokenRows(rows=rows, sources=sources)
 
 
 def _ids(value: object, place: str) -> list[int]:
     if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise BesaError(f"{place}: no list of whole numbers under '{_FIELD}'", _HINT)
+        raise BesaError(f"{place}: '{_FIELD}' is not a list of integers", _HINT)
     return value
 
 
 def _unpadded(ids: list[int], mask: object, place: str) -> list[int]:
-    """The ids between the first and the last that the mask lets through."""
+    """Return the ids from the first to the last unmasked one."""
     if mask is None:
         return ids
-    if not isinstance(mask, list) or len(mask) != len(ids) or not all(type(one) in (int, bool) for one in mask):
-        raise BesaError(f"{place}: '{_MASK}' is not a list of as many 0 and 1 as there are token ids", _HINT)
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(type(value) in (int, bool) for value in mask):
+        raise BesaError(f"{place}: '{_MASK}' is not a list of one 0 or 1 per token id", _HINT)
     if not set(mask) <= {0, 1}:
-        raise BesaError(f"{place}: '{_MASK}' holds other numbers than 0 and 1", _HINT)
+        raise BesaError(f"{place}: '{_MASK}' holds numbers other than 0 and 1", _HINT)
     if 1 not in mask:
-        raise BesaError(f"{place}: the row is all padding ('{_MASK}' is 0 throughout)", "leave the row out")
+        raise BesaError(f"{place}: the row is all padding ('{_MASK}' is 0 everywhere)", "remove the row")
     first, last = mask.index(1), len(mask) - mask[::-1].index(1)
     if 0 in mask[first:last]:
         raise BesaError(
-            f"{place}: '{_MASK}' hides tokens inside the row (token {first + mask[first:last].index(0)})",
-            "a sample is calibrated on as a whole: only padding at the ends of a row can be cut off",
+            f"{place}: '{_MASK}' masks tokens inside the row (token {first + mask[first:last].index(0)})",
+            "samples have no mask: only padding at the ends of a row can be removed",
         )
     return ids[first:last]
 
 
-def _short(place: str, found: str, seqlen: int) -> BesaError:
-    return BesaError(f"{place}: {found}, fewer than --seqlen {seqlen}", "give a smaller --seqlen, or longer rows")
+def _short(place: str, length: str, seqlen: int) -> BesaError:
+    return BesaError(f"{place}: {length}, fewer than --seqlen {seqlen}", "give a smaller --seqlen, or longer rows")
 
 
 def _row(row: list[int], vocab_size: int, place: str) -> "array[int]":

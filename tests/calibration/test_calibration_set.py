@@ -99,8 +99,8 @@ def test_longer_rows_are_cut_and_files_follow_each_other(tmp_path: Path) -> None
         ([[1] * 8, [1] * 7, [1] * 8], "line 2: 7 token ids, fewer than --seqlen 8"),
         ([[1] * 8, [1] * 8, [*[1] * 7, 257]], "line 3: token id 257 is outside the model's vocabulary of 257"),
         ([[-1, *[1] * 7]] * 3, "line 1: token id -1 is outside"),
-        ([[1.0] * 8] * 3, "line 1: no list of whole numbers"),
-        ([[True] * 8] * 3, "line 1: no list of whole numbers"),
+        ([[1.0] * 8] * 3, "line 1: 'input_ids' is not a list of integers"),
+        ([[True] * 8] * 3, "line 1: 'input_ids' is not a list of integers"),
     ],
 )
 def test_bad_token_rows_are_one_line_with_the_place(tmp_path: Path, rows: list[list[int]], message: str) -> None:
@@ -128,7 +128,7 @@ def test_padding_at_the_ends_of_a_row_is_no_part_of_it(tmp_path: Path) -> None:
     notes: list[str] = []
     made = build(path, samples=4, notes=notes)
     assert made.tokens.tolist() == [list(range(first, first + 8)) for first in (1, 11, 21, 31)]
-    assert notes == [f"{path}: padding (attention_mask 0) was cut off 2 of 4 rows"]
+    assert notes == [f"{path}: removed padding (attention_mask 0) from 2 of 4 rows"]
     assert made.manifest["sources"][0]["padded"] == 2
 
 
@@ -142,15 +142,15 @@ def test_rows_without_padding_say_nothing_of_it(tmp_path: Path) -> None:
     [
         ([0, 0, 0] + [1] * 7, "line 1: 7 token ids without the padding, fewer than --seqlen 8"),
         ([0] * 10, "line 1: the row is all padding"),
-        ([1] * 5 + [0] + [1] * 4, "hides tokens inside the row (token 5)"),
-        ([1] * 9, "not a list of as many 0 and 1"),
-        ([1.0] * 10, "not a list of as many 0 and 1"),
-        (["1"] * 10, "not a list of as many 0 and 1"),
-        ([[1] * 10] * 10, "not a list of as many 0 and 1"),
-        ("1111111111", "not a list of as many 0 and 1"),
-        ({}, "not a list of as many 0 and 1"),
-        ([2] * 10, "holds other numbers than 0 and 1"),
-        ([-1] + [1] * 9, "holds other numbers than 0 and 1"),
+        ([1] * 5 + [0] + [1] * 4, "masks tokens inside the row (token 5)"),
+        ([1] * 9, "not a list of one 0 or 1 per token id"),
+        ([1.0] * 10, "not a list of one 0 or 1 per token id"),
+        (["1"] * 10, "not a list of one 0 or 1 per token id"),
+        ([[1] * 10] * 10, "not a list of one 0 or 1 per token id"),
+        ("1111111111", "not a list of one 0 or 1 per token id"),
+        ({}, "not a list of one 0 or 1 per token id"),
+        ([2] * 10, "holds numbers other than 0 and 1"),
+        ([-1] + [1] * 9, "holds numbers other than 0 and 1"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(tmp_path: Path, mask: object, message: str) -> None:
@@ -165,7 +165,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path, mask: object, message
 @pytest.mark.parametrize("ids", [["1"] * 8, [None] * 8, [[1] * 8], {"a": 1}, "12345678", 8, None, [1e3] * 8])
 def test_rows_of_other_things_than_numbers_are_refused(tmp_path: Path, ids: object) -> None:
     path = write_masked(tmp_path / "rows.jsonl", *[{"input_ids": ids}] * 3)
-    with pytest.raises(BesaError, match="line 1: no list of whole numbers"):
+    with pytest.raises(BesaError, match="line 1: 'input_ids' is not a list of integers"):
         build(path)
 
 
@@ -213,7 +213,7 @@ def test_all_sources_are_one_pool(tmp_path: Path) -> None:
 def test_packed_text_is_shuffled_and_joined_by_the_end_token(tmp_path: Path) -> None:
     path = tmp_path / "short.jsonl"
     path.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("one", "two", "three", "four", "five")))
-    with pytest.raises(BesaError, match="of 5 documents 0 are longer than --seqlen 8") as caught:
+    with pytest.raises(BesaError, match="0 of 5 documents are longer than --seqlen 8") as caught:
         build(path, samples=2)
     assert "--pack" in caught.value.hint
     made = build(path, samples=2, pack=True)
@@ -230,7 +230,7 @@ def test_the_stand_in_for_c4_is_packed_and_the_manifest_tells() -> None:
     made = build("c4", samples=4, seqlen=64, notes=notes)
     assert len(notes) == 1
     assert notes[0].startswith("c4 cannot be reached")
-    assert notes[0].endswith("bundled text takes its place, packed to full windows")
+    assert notes[0].endswith("using bundled text instead, packed to full windows")
     assert made.manifest["sampling"] == "packed"
     assert made.manifest["options"]["pack"] is None
     (source,) = made.manifest["sources"]
@@ -276,7 +276,7 @@ def test_numbers_outside_their_range_are_refused(change: dict[str, int], message
 
 
 def test_a_window_longer_than_the_model_takes_is_refused_before_any_text_is_read() -> None:
-    with pytest.raises(UsageError, match="--seqlen 9 is over the 8 tokens") as caught:
+    with pytest.raises(UsageError, match="--seqlen 9 exceeds the 8 tokens") as caught:
         build("nowhere", seqlen=9, max_length=8)
     assert "--seqlen 8" in caught.value.hint
 
@@ -286,7 +286,7 @@ def test_the_longest_window_that_the_model_takes_is_fine(text: Path) -> None:
 
 
 def test_a_tokenizer_of_another_model_is_refused(text: Path) -> None:
-    with pytest.raises(BesaError, match="is outside the model's vocabulary of 50: the tokenizer does not fit"):
+    with pytest.raises(BesaError, match="is outside the model's vocabulary of 50: the tokenizer does not match"):
         build(text, vocab_size=50)
 
 

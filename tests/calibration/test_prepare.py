@@ -106,7 +106,7 @@ def test_a_length_that_was_asked_for_is_not_lowered(model: Model, text: Path) ->
     notes: list[str] = []
     assert asked(model, notes, seqlen=LONGEST + 1).seqlen == LONGEST + 1
     assert notes == []
-    with pytest.raises(UsageError, match=f"--seqlen {LONGEST + 1} is over the {LONGEST}"):
+    with pytest.raises(UsageError, match=f"--seqlen {LONGEST + 1} exceeds the {LONGEST}"):
         make(model, text, seqlen=LONGEST + 1)
 
 
@@ -123,7 +123,7 @@ def test_the_same_options_take_the_set_that_is_there(model: Model, text: Path) -
 
 def test_other_options_are_refused_with_both_values_unless_restarted(model: Model, text: Path) -> None:
     made = make(model, text)
-    with pytest.raises(BesaError, match="samples 4 there, 5 asked; seqlen 16 there, 18 asked") as caught:
+    with pytest.raises(BesaError, match="samples 4 instead of 5; seqlen 16 instead of 18") as caught:
         make(model, text, samples=5, seqlen=18)
     assert "--run NAME" in caught.value.hint
     assert "--restart" in caught.value.hint

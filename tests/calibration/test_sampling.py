@@ -95,14 +95,14 @@ def test_only_what_is_drawn_is_tokenized_and_only_once() -> None:
 def test_a_pool_without_a_long_document_ends_with_what_it_holds() -> None:
     with pytest.raises(BesaError) as caught:
         sampling.draw(["abc", "abcde", ""], encode, samples=2, seqlen=5, seed=0)
-    assert "of 3 documents 0 are longer than --seqlen 5 tokens (the longest has 5)" in caught.value.message
+    assert "0 of 3 documents are longer than --seqlen 5 tokens (the longest has 5)" in caught.value.message
     assert "fewer than --samples 2" in caught.value.message
     for remedy in ("--pack", "--seqlen", "--samples", "--data"):
         assert remedy in caught.value.hint
 
 
 def test_a_document_of_exactly_the_window_is_too_short() -> None:
-    with pytest.raises(BesaError, match="0 are longer"):
+    with pytest.raises(BesaError, match="0 of 1 documents are longer"):
         sampling.draw(["abcde"], encode, samples=1, seqlen=5, seed=0)
     assert sampling.draw(["abcdef"], encode, samples=1, seqlen=5, seed=0).tokens[0].tolist() == encode("abcde")
 
@@ -159,7 +159,7 @@ def test_joined_parts_read_like_one_list(parts: list[list[str]]) -> None:
 def test_more_samples_than_any_text_holds_are_refused_soon() -> None:
     texts = ["abcdefghij" * 20_000]
     for samples in (10**5, 10**18, 10**30):
-        with pytest.raises(BesaError, match="holding 10526 whole windows"):
+        with pytest.raises(BesaError, match="hold 10526 whole windows"):
             sampling.draw(texts, encode, samples=samples, seqlen=19, seed=0)
         with pytest.raises(BesaError, match="fill 10526 windows"):
             sampling.pack(texts, encode, samples=samples, seqlen=19, separator=None)

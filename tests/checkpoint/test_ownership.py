@@ -145,7 +145,7 @@ def test_what_is_read_from_inside_is_not_replaced(how: str, run: Run, tmp_path: 
         (source / "model.safetensors").symlink_to(os.path.relpath(shard, source))
     else:
         source.symlink_to(stage)
-    with pytest.raises(BesaError, match="which is read, lies in it"):
+    with pytest.raises(BesaError, match="which is being read, is in it"):
         ownership.refuse_to_replace(stage, [source])
 
 

@@ -136,5 +136,5 @@ def test_bits_beyond_the_last_column_are_refused() -> None:
 
 
 def test_a_weight_both_whole_and_in_parts_is_refused() -> None:
-    with pytest.raises(BesaError, match="both whole and in parts"):
+    with pytest.raises(BesaError, match="both dense and in parts"):
         sparse_format.decoded({**parts_of(half()), NAME: half()}, "file")

@@ -136,7 +136,7 @@ def test_zeros_are_counted_where_a_shard_is_read_anyway(run: Path) -> None:
     name = next(name for name in tensors if name.endswith(f".{first.name}.weight"))
     tensors[name][tensors[name] == 0] = 1.0
     stage.write(report, tensors, {})  # digest and seal agree, the counts do not
-    with pytest.raises(BesaError, match=rf"tells of {first.zeros} zeros in {first.name} .*, its shard holds 0"):
+    with pytest.raises(BesaError, match=rf"states {first.zeros} zeros in {first.name} .*, its shard holds 0"):
         stage.read(0)
 
 

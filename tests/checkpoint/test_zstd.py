@@ -69,7 +69,7 @@ def header(end: object) -> bytes:
 
 def test_a_compressed_file_of_weights_says_itself_how_long_it_is(tmp_path: Path) -> None:
     file = compressed(tmp_path, header(8) + bytes(8))
-    assert zstd.promised(file) == len(header(8)) + 8
+    assert zstd.declared_size(file) == len(header(8)) + 8
 
 
 BOMBS = {
@@ -89,7 +89,7 @@ BOMBS = {
 def test_what_does_not_say_how_long_it_is_is_not_expanded(what: str, tmp_path: Path) -> None:
     file = compressed(tmp_path, BOMBS[what])
     with pytest.raises(BesaError, match=r"weights\.safetensors\.zst"):
-        zstd.promised(file)
+        zstd.declared_size(file)
 
 
 @pytest.mark.parametrize("how", ["in the stream", "in a second stream"])
@@ -111,4 +111,4 @@ def test_what_the_disk_cannot_hold_is_not_begun(tmp_path: Path) -> None:
 def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "weights.safetensors.zst")
     with pytest.raises(BesaError, match="is a pipe"):
-        zstd.promised(tmp_path / "weights.safetensors.zst")
+        zstd.declared_size(tmp_path / "weights.safetensors.zst")

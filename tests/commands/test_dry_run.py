@@ -176,5 +176,5 @@ def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.Mo
 
     few, meter = seconds(4)
     many, _ = seconds(40)
-    assert meter.extrapolated(few, 10) == pytest.approx(many)
-    assert meter.replayed(10) == 0
+    assert meter.extrapolate(few, 10) == pytest.approx(many)
+    assert meter.replay_seconds(10) == 0

@@ -9,7 +9,7 @@ from support import tiny_models
 from torch import Tensor
 
 from besa_cli.checkpoint.runs import Run
-from besa_cli.decoder.attention import _attention, in_chunks
+from besa_cli.decoder.attention import _attention, use_chunked_attention
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import attention
@@ -69,7 +69,7 @@ def test_a_model_with_attention_of_its_own_keeps_it(kind: str, heads: str) -> No
     sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, heads: 4}
     model = tiny_models.built(getattr(transformers, kind)(**sizes))
     before = model.config._attn_implementation
-    assert not in_chunks(model)
+    assert not use_chunked_attention(model)
     assert model.config._attn_implementation == before
 
 

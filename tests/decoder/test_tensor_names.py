@@ -111,7 +111,7 @@ def test_tensors_that_the_model_does_not_use_are_named(tmp_path: Path) -> None:
 def test_scales_beside_a_weight_are_refused_and_not_left_out(name: str, tmp_path: Path) -> None:
     place = f"model.layers.0.mlp.up_proj.{name}"
     model = rewrite(tiny_models.checkpoint(tmp_path / "m"), lambda tensors: tensors.update({place: torch.ones(1)}))
-    with pytest.raises(BesaError, match=rf"is already compressed: it holds {place}"):
+    with pytest.raises(BesaError, match=rf"is already compressed: it stores {place}"):
         Decoder(model, CPU, torch.float32)
 
 

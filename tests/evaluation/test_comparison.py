@@ -160,7 +160,7 @@ def test_results_of_other_models_have_rows_and_those_of_replaced_stages_a_note(t
     path = run(tmp_path / "a", manifest("A"), result("A", 2.0), result("X", 3.0, **other), result("Y", 4.0, **old))
     found = comparison.compare([path])
     assert table(found) == {"besa 50 %": {WIKI: 2.0}, "org/other": {WIKI: 3.0}}
-    assert found.notes == [f"{path / 'eval' / '2.json'} is of a model that is not in the run any more: left out"]
+    assert found.notes == [f"{path / 'eval' / '2.json'} belongs to a model that is no longer in the run: skipped"]
 
 
 def test_two_figures_for_one_cell_are_told(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_json(besa: Besa, two: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said", "hint"),
-    [("gone", "no run directory gone", "besa prune --run"), ("empty", "empty holds no results", "besa eval ppl")],
+    [("gone", "no run directory gone", "besa prune --run"), ("empty", "empty has no results", "besa eval ppl")],
 )
 def test_a_run_that_is_missing_or_not_measured_is_one_line(
     name: str, said: str, hint: str, besa: Besa, two: Path

@@ -186,7 +186,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     small = tiny_models.config("llama")
     small.vocab_size = 100
     tiny_models.built(small).save_pretrained(tmp_path)
-    with pytest.raises(BesaError, match=r"token id 1\d\d, the model knows 100 tokens"):
+    with pytest.raises(BesaError, match=r"token id 1\d\d, outside the model's vocabulary of 100"):
         measurement(tiny_models.add_tokenizer(tmp_path), text_of())
 
 
@@ -280,7 +280,7 @@ def test_a_data_set_that_is_nowhere_stops_the_command_before_any_work(
     outcome = besa("eval", "ppl", "wikitext2", name, "--data-dir", workplace, "--model", model, "--seqlen", 16)
     assert (outcome.code, outcome.out) == (1, "")
     error, hint = outcome.err.splitlines()
-    assert error.startswith(f"error: the data set '{name}' cannot be had: ")
+    assert error.startswith(f"error: the data set '{name}' is not available: ")
     assert str(workplace) in error
     assert hint.endswith(f"besa eval ppl {name} --data-dir {workplace}")
 
@@ -450,12 +450,12 @@ def test_without_a_run_an_interruption_says_that_nothing_is_kept(
 def test_windows_of_another_batch_size_or_version_are_measured_again(model: Path, tmp_path: Path) -> None:
     store = results.Results(Run(tmp_path).evaluations)
     job = measurement(model, text_of(), batch_size=2)
-    store.keep(job, [(1.5, 15), (2.5, 15)])
-    assert store.known(job) == [(1.5, 15), (2.5, 15)]
-    assert store.known(measurement(model, text_of(), batch_size=1)) == []
+    store.save_losses(job, [(1.5, 15), (2.5, 15)])
+    assert store.load_losses(job) == [(1.5, 15), (2.5, 15)]
+    assert store.load_losses(measurement(model, text_of(), batch_size=1)) == []
     (file,) = tmp_path.glob("eval/*.windows")
     file.write_text(file.read_text().replace('"torch": "', '"torch": "0.'))
-    assert store.known(job) == []
+    assert store.load_losses(job) == []
 
 
 def test_a_running_prune_is_not_disturbed(besa: Besa, pruned: Path) -> None:
@@ -471,7 +471,7 @@ def test_evaluations_write_one_after_the_other(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         for _ in range(10):
-            with lock.moment(tmp_path):
+            with lock.hold_results(tmp_path):
                 inside.append(number)
                 time.sleep(0.001)
                 assert inside[-1] == number
@@ -531,7 +531,7 @@ def test_a_perplexity_that_is_no_number_is_an_error_and_never_kept(besa: Besa, w
     outcome = besa("eval", "ppl", text, *words, "--dtype", "float16")
     assert outcome.code == 1
     (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    for word in (str(directory), "words", "nan in float16"):
+    for word in (str(directory), "words", "a loss of nan", "in float16"):
         assert word in line
     assert "hint: compute with --dtype float32" in outcome.err
     assert not list((workplace / "run").rglob("ppl-*"))
@@ -567,9 +567,9 @@ def test_a_result_that_is_no_number_is_measured_again(besa: Besa, model: Path, w
 
 def test_losses_that_are_no_numbers_are_not_gone_on_from(besa: Besa, model: Path, workplace: Path) -> None:
     job = measurement(model, text_of())
-    with pytest.raises(BesaError, match=r"gives tokens of words.txt the loss nan in float32"):
+    with pytest.raises(BesaError, match=r"gives a loss of nan for tokens of words.txt in float32"):
         job.result([(1.0, 15), (math.nan, 15)])
-    with pytest.raises(BesaError, match=r"the loss inf in float32"):
+    with pytest.raises(BesaError, match=r"a loss of inf for tokens of words.txt in float32"):
         job.result([(math.inf, 15)])
     whole = perplexity.PerplexityRun([job])
     list(whole)

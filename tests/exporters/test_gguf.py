@@ -207,7 +207,7 @@ def test_words_split_in_a_way_without_a_name_are_refused(tmp_path: Path) -> None
     assert vocabulary.read(tokenizer_file(tmp_path / "b", pre_tokenizer=digits), VOCABULARY).pre == "smollm"
     prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     for number, unusual in enumerate((prefixed, {"type": "Whitespace"}, None)):
-        with pytest.raises(BesaError, match="splits words in a way"):
+        with pytest.raises(BesaError, match="splits words by a rule"):
             vocabulary.read(tokenizer_file(tmp_path / str(number), pre_tokenizer=unusual), VOCABULARY)
     with pytest.raises(BesaError, match="has the token id 261, the model has 100 embeddings"):
         vocabulary.read(tmp_path / "a", 100)
@@ -278,7 +278,7 @@ def test_a_space_before_the_text_is_written_as_the_tokenizer_has_it(
         ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, {"type": "Lowercase"}, SPACES]}}, "Lowercase"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, SPACES]}}, "NFKC"),
         ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "Digits"),
-        ({"normalizer": None}, "changes or splits texts"),
+        ({"normalizer": None}, "normalizes or splits texts"),
         ({"normalizer": None, "pre_tokenizer": {
             "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True,
         }}, "Metaspace"),
@@ -300,7 +300,7 @@ def test_texts_changed_or_split_as_llama_cpp_does_not_are_refused(
     ],
 )
 def test_merges_that_scores_cannot_express_are_refused(merges: list[list[str]], tmp_path: Path) -> None:
-    with pytest.raises(BesaError, match="merges of the 2 pairs that make 'abc'"):
+    with pytest.raises(BesaError, match="merges for the 2 pairs that form 'abc'"):
         vocabulary.read(character_tokenizer(tmp_path, merges), 300)
 
 
@@ -326,7 +326,7 @@ def test_words_taken_whole_matter_only_where_merges_do_not_reach_them(tmp_path: 
     assert vocabulary.read(tmp_path, VOCABULARY).pre == "gpt-2"
     facts["model"]["merges"].remove(["ab", "c"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
-    with pytest.raises(BesaError, match="'abc' shows it"):
+    with pytest.raises(BesaError, match="which changes 'abc'"):
         vocabulary.read(tmp_path, VOCABULARY)
 
 

@@ -18,6 +18,7 @@ were hostile from the beginning are in `tests/faults/hostile`.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -55,7 +56,7 @@ class Campaign:
     log : Path
         What a command says; not on the disk that may be full.
     tally : Tally
-    disk : harm.Disk, optional
+    disk : fault_injection.Disk, optional
         Where they write, if it can be made full.
     keep : Path, optional
         Where run directories go that lost something.
@@ -150,8 +151,7 @@ class Campaign:
 
         The source only once it is known which was meant: before, it is a model like any other.
         """
-        begun = (command.run / command.pinned).exists()
-        found = fault_injection.targets(command.run, command.model if begun else None)
+        found = fault_injection.targets(command.run, command.model if _pinned(command.run / command.pinned) else None)
         return [(kind, path) for kind, path in found if not inputs or command.reads(path)]
 
     def _damage(self, command: Command) -> None:
@@ -193,6 +193,11 @@ class Campaign:
         where = "source" if command.model and place.is_relative_to(command.model) else "run directory"
         why = f"{place}, exit {ending.code}: {ending.said[-600:]}; then {again.code}, {differ}: {again.said[-300:]}"
         self._count(command, [f"{kind}, {where}, {when}"], outcome, why)
+
+
+def _pinned(manifest: Path) -> bool:
+    """Tell whether a stage pins its model: one whose status is `beginning` has no block, and takes any model."""
+    return manifest.exists() and json.loads(manifest.read_text()).get("status") != "beginning"
 
 
 def campaigns(options: argparse.Namespace, tally: Tally) -> None:

@@ -379,7 +379,7 @@ def test_import_replaces_nothing_that_is_not_a_stage(made: Run, export: Path, tm
 def test_import_does_not_replace_the_export_that_it_reads(export: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     export.rename(tmp_path / "run" / "pruned")
-    with pytest.raises(BesaError, match="which is read, lies in it"):
+    with pytest.raises(BesaError, match="which is being read, is in it"):
         import_.ImportJob(tmp_path / "run" / "pruned", Run(tmp_path / "run"), restart=True)
 
 

@@ -92,8 +92,8 @@ def test_nothing_is_pushed_without_a_yes(
 @pytest.mark.parametrize(
     ("repo", "token", "said"),
     [
-        ("org/na me", "t", "cannot be the name of a repository"),
-        ("name", "t", "cannot be the name of a repository"),
+        ("org/na me", "t", "is not a valid repository name"),
+        ("name", "t", "is not a valid repository name"),
         ("org/name", None, "hf auth login"),
     ],
 )

@@ -212,7 +212,7 @@ def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
     ("words", "code", "says"),
     [
         (["quantize", "--bits", "3.5"], 2, "3.5"),
-        (["quantize", "--bits", "5"], 2, "--bits 5 is none of 2, 3, 4, 8"),
+        (["quantize", "--bits", "5"], 2, "--bits 5 is not one of 2, 3, 4, 8"),
         (["quantize", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
         (["prune", "--bits", "4", "--group-size", ""], 2, "--group-size '' is neither channel nor a number"),
         (["prune", "--asymmetric"], 2, "--asymmetric has no effect without --bits"),
@@ -223,7 +223,7 @@ def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
         (["prune", "--bits", "4", "--method", "wanda"], 2, "--bits is not an option of --method wanda"),
         (["prune", "--group-size", "64"], 2, "--group-size has no effect without --bits"),
         (["prune", "--bits", "4", "--preset", "authors"], 2, "--bits 4 and --preset authors exclude each other"),
-        (["prune", "--bits", "16"], 2, "--bits 16 is none of"),
+        (["prune", "--bits", "16"], 2, "--bits 16 is not one of"),
     ],
 )
 def test_bad_options_get_one_line_before_any_work(words: list[str], code: int, says: str, besa: Besa) -> None:
@@ -305,7 +305,7 @@ def test_weights_whose_scale_is_beyond_fp16_are_named_before_the_first_block(
             assert not (tmp_path / "run" / "quantized").exists()
         else:
             job(tmp_path / "run", model, plan)
-            shutil.rmtree(tmp_path / "run")
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -266,6 +266,30 @@ def test_another_model_and_other_tokens_are_refused(model: Path, tmp_path: Path)
         )
 
 
+@pytest.mark.parametrize("point", ["after besa.json", "after generation_config.json", "before besa.json again"])
+def test_a_stage_killed_while_it_begins_has_no_block_and_takes_the_model_that_is_there_then(
+    point: str, fate: Fate, model: Path, tmp_path: Path
+) -> None:
+    other = tiny_models.checkpoint(tmp_path / "other", seed=1, dtype=torch.bfloat16)
+    fate.at(point)
+    with pytest.raises(Killed):
+        tiny_models.run(job(tmp_path / "cut", model, METHODS["wanda"]))
+    fate.at(None)
+    tiny_models.run(job(tmp_path / "cut", other, METHODS["wanda"]))
+    tiny_models.run(job(tmp_path / "whole", other, METHODS["wanda"]))
+    assert left_in(tmp_path / "cut") == left_in(tmp_path / "whole")
+
+
+def test_a_stage_that_has_begun_takes_no_other_model(fate: Fate, model: Path, tmp_path: Path) -> None:
+    other = tiny_models.checkpoint(tmp_path / "other", seed=1, dtype=torch.bfloat16)
+    fate.at("after besa.json again")
+    with pytest.raises(Killed):
+        tiny_models.run(job(tmp_path / "cut", model, METHODS["wanda"]))
+    fate.at(None)
+    with pytest.raises(BesaError, match=r"made with other options: model [0-9a-f]{12} there, [0-9a-f]{12} asked"):
+        job(tmp_path / "cut", other, METHODS["wanda"])
+
+
 def test_a_finished_stage_is_not_made_again(model: Path, tmp_path: Path, fate: Fate) -> None:
     first = job(tmp_path, model, METHODS["wanda"])
     reports = list(first.blocks())
@@ -320,7 +344,7 @@ def test_killed_while_replacing_a_finished_stage(
 
 def checkpoint_is_whole(directory: Path) -> bool:
     try:
-        return bool(stages.finished(directory))
+        return bool(stages.require_finished(directory))
     except BesaError:
         return False
 
@@ -366,7 +390,7 @@ def test_the_model_itself_is_not_written_over(model: Path, tmp_path: Path) -> No
     tiny_models.run(job(tmp_path, model, METHODS["wanda"]))
     before = left_in(tmp_path)
     for restart in (False, True):
-        with pytest.raises(BesaError, match="both the model to prune and the place to write to"):
+        with pytest.raises(BesaError, match="both the model and the directory to write to"):
             job(tmp_path, tmp_path / "pruned", METHODS["wanda"], restart=restart)
     assert left_in(tmp_path) == before
 

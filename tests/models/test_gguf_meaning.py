@@ -256,7 +256,7 @@ def header(path: Path, fields: dict[str, Any]) -> file_header.Header:
 def tokenizer(directory: Path, tokens: list[str], **fields: Any) -> Any:
     """What stock transformers makes of the tokenizer of a file with these fields."""
     named = {f"tokenizer.ggml.{key}": value for key, value in {"tokens": tokens, **fields}.items()}
-    vocabulary.save(header(directory / "x.gguf", named), directory, words=len(tokens), longest=None)
+    vocabulary.save(header(directory / "x.gguf", named), directory, vocab_size=len(tokens), longest=None)
     return AutoTokenizer.from_pretrained(directory)
 
 

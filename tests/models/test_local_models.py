@@ -327,7 +327,7 @@ def test_a_tensor_in_two_pickles_is_refused(tiny: Path, tmp_path: Path, notes: l
     path = pickled(tiny, tmp_path / "old", shards=2)
     for file in sorted(path.glob("*.bin")):
         torch.save({"lm_head.weight": torch.ones(2)}, file)
-    with pytest.raises(BesaError, match=r"00002-of-00002\.bin holds lm_head\.weight, as another file"):
+    with pytest.raises(BesaError, match=r"00002-of-00002\.bin holds lm_head\.weight, which another file"):
         resolve(str(path), notify=notes.append)
 
 

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import stat
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from besa_cli.errors import BesaError
 from besa_cli.models import cache as module
@@ -24,7 +27,7 @@ def test_two_at_once_make_it_once(notes: list[str]) -> None:
 
     found: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: found.append(module.made_once("models/some", make, notify=notes.append)))
+        threading.Thread(target=lambda: found.append(module.get_or_make("models/some", make, notify=notes.append)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -37,13 +40,28 @@ def test_two_at_once_make_it_once(notes: list[str]) -> None:
     assert len(notes) == 3
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_the_umask_whatever_library_writes_them(umask: int, notes: list[str]) -> None:
+    def make(target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        save_file({"a": torch.ones(3)}, target / "model.safetensors")
+
+    before = os.umask(umask)
+    try:
+        made = module.get_or_make("models/some", make, notify=notes.append)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
+    assert modes == dict.fromkeys(("besa-cache.json", "config.json", "model.safetensors"), 0o666 & ~umask)
+
+
 def test_what_broke_off_leaves_nothing_and_is_made_again(notes: list[str], cache: Path) -> None:
     def broken(target: Path) -> None:
         (target / "file").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        module.made_once("models/some", broken, notify=notes.append)
+        module.get_or_make("models/some", broken, notify=notes.append)
     assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
     (cache / "models" / ".some.partial").mkdir()  # of a process that was killed
     (cache / "models" / ".some.partial" / "old").write_text("half")
@@ -51,7 +69,7 @@ def test_what_broke_off_leaves_nothing_and_is_made_again(notes: list[str], cache
     def make(target: Path) -> None:
         (target / "x").write_text("whole")
 
-    made = module.made_once("models/some", make, notify=notes.append)
+    made = module.get_or_make("models/some", make, notify=notes.append)
     assert sorted(path.name for path in made.iterdir()) == ["besa-cache.json", "x"]
 
 
@@ -60,7 +78,7 @@ def test_damage_is_noticed(damage: str, notes: list[str]) -> None:
     def make(target: Path) -> None:
         (target / "file").write_text("whole")
 
-    made = module.made_once("models/some", make, notify=notes.append)
+    made = module.get_or_make("models/some", make, notify=notes.append)
     if damage == "shorter":
         (made / "file").write_text("whol")
     elif damage == "bit":
@@ -74,8 +92,8 @@ def test_damage_is_noticed(damage: str, notes: list[str]) -> None:
         (made / "file").unlink()
     else:
         (made / "besa-cache.json").write_text("{")
-    assert (module.made_once("models/some", make, notify=notes.append) / "file").read_text() == "whole"
-    assert notes == [f"{made} is damaged and is made again"]
+    assert (module.get_or_make("models/some", make, notify=notes.append) / "file").read_text() == "whole"
+    assert notes == [f"{made} is damaged; making it again"]
 
 
 def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +135,13 @@ def test_a_cache_of_an_earlier_release_is_taken_and_watched_from_then_on(notes: 
     def make(target: Path) -> None:
         (target / "file").write_text("whole")
 
-    made = module.made_once("models/some", make, notify=notes.append)
+    made = module.get_or_make("models/some", make, notify=notes.append)
     (made / "besa-cache.json").write_text('{"files": {"file": 5}}')
-    assert module.made_once("models/some", make, notify=notes.append) == made
+    assert module.get_or_make("models/some", make, notify=notes.append) == made
     assert notes == []
     (made / "file").write_text("wholf")
-    module.made_once("models/some", make, notify=notes.append)
-    assert notes == [f"{made} is damaged and is made again"]
+    module.get_or_make("models/some", make, notify=notes.append)
+    assert notes == [f"{made} is damaged; making it again"]
 
 
 def test_weights_that_a_disk_changed_without_a_trace_are_found_by_the_job_that_reads_them(
@@ -134,19 +152,19 @@ def test_weights_that_a_disk_changed_without_a_trace_are_found_by_the_job_that_r
     def make(target: Path) -> None:
         (target / "model.safetensors").write_text("whole")
 
-    made = module.made_once("models/some", make, notify=notes.append)
-    module.made_once("models/some", make, notify=notes.append)
+    made = module.get_or_make("models/some", make, notify=notes.append)
+    module.get_or_make("models/some", make, notify=notes.append)
     module.confirm(made, "content")
     module.confirm(made, "content")
-    stamp = json.loads(Path(str(module._note("digests", str(made / "model.safetensors")))).read_text())["stamp"]
+    stamp = json.loads(Path(str(module._record_path("digests", str(made / "model.safetensors")))).read_text())["stamp"]
     (made / "model.safetensors").write_text("wholf")
     monkeypatch.setattr(Path, "stat", lambda path, stat=Path.stat, **_: Stamped(stat(path), stamp, path.name))
-    assert module.made_once("models/some", make, notify=notes.append) == made
+    assert module.get_or_make("models/some", make, notify=notes.append) == made
     assert notes == []
-    with pytest.raises(BesaError, match="are not what they were"):
+    with pytest.raises(BesaError, match="have changed since their first use"):
         module.confirm(made, "other content")
-    assert (module.made_once("models/some", make, notify=notes.append) / "model.safetensors").read_text() == "whole"
-    assert notes == [f"{made} is damaged and is made again"]
+    assert (module.get_or_make("models/some", make, notify=notes.append) / "model.safetensors").read_text() == "whole"
+    assert notes == [f"{made} is damaged; making it again"]
 
 
 class Stamped:

@@ -96,7 +96,7 @@ def test_code_of_a_tokenizer_never_runs(model: Path, monkeypatch: pytest.MonkeyP
         model
     )  # transformers has that class itself
     settings(model, tokenizer_class="EvilTokenizer")
-    with pytest.raises(BesaError, match=r"tokenizer_config\.json asks for Python code .*evil\.EvilTokenizer"):
+    with pytest.raises(BesaError, match=r"tokenizer_config\.json needs Python code .*evil\.EvilTokenizer"):
         tokenizer_of(tiny_models.local(model))
     assert not mark.exists()
 

@@ -157,7 +157,7 @@ def test_weights_beyond_fp16_are_refused_and_tiny_ones_kept_finite() -> None:
 @pytest.mark.parametrize(
     ("bits", "group", "says"),
     [
-        (5, "128", "--bits 5 is none of 2, 3, 4, 8"),
+        (5, "128", "--bits 5 is not one of 2, 3, 4, 8"),
         (4, "0", "--group-size '0' is neither channel nor a number"),
         (4, "row", "--group-size 'row' is neither channel nor a number"),
         (4, "-1", "--group-size '-1' is neither channel nor a number"),

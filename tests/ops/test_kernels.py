@@ -151,7 +151,7 @@ def test_every_finite_half_is_widened_and_rounded_as_torch_does(computed: torch.
 def test_the_native_loops_give_the_same_bits_with_any_number_of_threads(
     threads: "Callable[[int], None]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_WORTH", 1)  # few weights are not worth a thread otherwise
+    monkeypatch.setattr(native, "_THREAD_COST", 1)  # few weights are not worth a thread otherwise
     weight, gradient, scores = random(37, 129), random(37, 129, seed=1), random(37, 129, seed=2)
     counts, scales, zeros = torch.arange(37), random(37, 5, seed=3).abs() + 0.1, torch.full((37, 5), 7.0)
     found = []

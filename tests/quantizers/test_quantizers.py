@@ -92,7 +92,7 @@ def test_rounding_is_kept_where_nothing_was_learned() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(UsageError, match=r"--damping -1.0 is not a number from 0 up"):
+    with pytest.raises(UsageError, match=r"--damping -1.0 is not a finite number of 0 or more"):
         gptq.Options(damping=-1.0)
     with pytest.raises(UsageError, match="--epochs 0 is less than 1"):
         clip.Options(epochs=0)

@@ -47,17 +47,17 @@ def test_transfers_take_whole_cycles() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("lanes = 64", "lanes = 0", "m.toml: lanes = 0 is not a whole number from 1 on"),
-        ("lanes = 64", "lanes = 6.5", "m.toml: lanes = 6.5 is not a whole number from 1 on"),
-        ("lanes = 64", "lanes = true", "m.toml: lanes = True is not a whole number from 1 on"),
-        ("lanes = 64", "lanes = 'x'", "m.toml: lanes = x is not a whole number from 1 on"),
+        ("lanes = 64", "lanes = 0", "m.toml: lanes = 0 is not an integer of at least 1"),
+        ("lanes = 64", "lanes = 6.5", "m.toml: lanes = 6.5 is not an integer of at least 1"),
+        ("lanes = 64", "lanes = true", "m.toml: lanes = True is not an integer of at least 1"),
+        ("lanes = 64", "lanes = 'x'", "m.toml: lanes = x is not an integer of at least 1"),
         ("lanes = 64", f"lanes = {10**300}", "m.toml: lanes is more than 1000000000000000"),
-        ("lanes = 64", f"lanes = {'9' * 5000}", "m.toml: broken TOML: Exceeds the limit"),
-        ("lanes = 64", f"lanes = {'[' * 50_000}", "m.toml: broken TOML"),
+        ("lanes = 64", f"lanes = {'9' * 5000}", "m.toml: invalid TOML: Exceeds the limit"),
+        ("lanes = 64", f"lanes = {'[' * 50_000}", "m.toml: invalid TOML"),
         ("lanes = 64", "lane = 64", "unknown number 'lane' in m.toml"),
         ("lanes = 64", "# lanes", "m.toml lacks lanes"),
-        ("[array]", "[array", "m.toml: broken TOML: Expected ']'"),
-        ("title", "array = 3\ntitle", "m.toml: broken TOML"),
+        ("[array]", "[array", "m.toml: invalid TOML: Expected ']'"),
+        ("title", "array = 3\ntitle", "m.toml: invalid TOML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(old: str, new: str, message: str, workplace: Path) -> None:

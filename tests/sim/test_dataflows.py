@@ -353,10 +353,10 @@ def test_llama_7b_has_the_papers_dense_row_by_the_released_formula_and_the_right
 
 def test_settings_that_cannot_be_meant_are_refused() -> None:
     for given_, message in (
-        ({"threshold": 1.5}, "--threshold 1.5 is no share of the rows"),
-        ({"threshold": float("nan")}, "--threshold nan is no share of the rows"),
-        ({"batch": 0}, "--batch 0 is no number of inputs"),
-        ({"weight_bits": 0}, "--word-bits 0 is no width of a weight"),
+        ({"threshold": 1.5}, "--threshold 1.5 is not a share of the rows"),
+        ({"threshold": float("nan")}, "--threshold nan is not a share of the rows"),
+        ({"batch": 0}, "--batch 0 is not a number of inputs"),
+        ({"weight_bits": 0}, "--word-bits 0 is not a width of a weight"),
     ):
         with pytest.raises(UsageError) as caught:
             SimulationSettings(**given_)

@@ -108,3 +108,10 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         options.size_of(text)
+
+
+@pytest.mark.parametrize("text", ["9223373TB", "8388608TiB", "9" * 400 + "GB"])  # 2^63 is 9,223,372.04 x 10^12
+def test_a_size_of_2_to_the_63_or_more_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is too large"):
+        options.size_of(text)
+    assert options.size_of("9223372TB") == 9_223_372 * 10**12

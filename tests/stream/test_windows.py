@@ -164,7 +164,7 @@ def test_a_block_without_two_such_modules_is_refused_by_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("width", ["0", "-1", "blocks", "1.5", ""])
 def test_what_is_no_window_is_refused(width: str) -> None:
-    with pytest.raises(UsageError, match="neither block nor attn-mlp nor a number"):
+    with pytest.raises(UsageError, match="is not block, attn-mlp or a number"):
         tiny_models.request("besa", window=width)
 
 

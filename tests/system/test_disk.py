@@ -2,12 +2,15 @@
 
 import json
 import os
+import resource
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from besa_cli.errors import BesaError
 from besa_cli.system import disk, lock
@@ -26,6 +29,37 @@ def test_files_have_the_mode_of_the_umask_whatever_library_writes_them(umask: in
     disk.append_line(tmp_path / "lines", "x")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == dict.fromkeys(("shard", "json", "lines"), 0o666 & ~umask)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+def test_a_safetensors_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
+    numbers = torch.arange(24).reshape(4, 6)
+    tensors = {f'{number}.é"\n{dtype}': numbers.to(dtype, copy=True) for number, dtype in enumerate(_DTYPES)}
+    tensors |= {f"b.{number}": numbers.to(dtype, copy=True) for number, dtype in enumerate(reversed(_DTYPES))}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.ones(0, 3), "turned": numbers.float().T}
+    tensors |= {"step": numbers.to(torch.uint8)[:, ::2], "odd": torch.ones(3, dtype=torch.uint8)}
+    tensors |= {"learned": torch.nn.Parameter(torch.ones(2, 2))}
+    disk.save_tensors(tmp_path / "own", tensors)
+    whole = {name: each.contiguous() for name, each in tensors.items()}
+    save_file(whole, tmp_path / "stock", metadata={"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "stock").read_bytes()
+    disk.save_tensors(tmp_path / "none", {})
+    assert load_file(tmp_path / "none") == {}
+
+
+def test_a_kill_in_the_middle_of_a_safetensors_file_leaves_only_what_is_swept(tmp_path: Path) -> None:
+    if not (child := os.fork()):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        disk.publish(tmp_path / "shard", lambda path: disk.save_tensors(path, {"a": torch.ones(1 << 20)}))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGXFSZ
+    assert [path.name for path in tmp_path.iterdir()] == [f".shard.{child}.partial"]
+    disk.sweep(tmp_path / "shard")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["to a file", "dangling"])

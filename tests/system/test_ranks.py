@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(words: list[object
         wait_for(first, ranks)
         os.kill(ranks[1].process.pid or 0, signal.SIGKILL)
         assert ranks[0].code() == 1
-        assert lines(ranks) == ["error: one of the 2 ranks is gone, so the others end, too"]
+        assert lines(ranks) == ["error: one of the 2 ranks is lost, so the others end too"]
     with crew(workplace, 3, *slow, "cut") as ranks:  # goes on from the disk; killed again, now the first
         wait_for(first.with_name(first.name.replace("00002", "00003")), ranks)
         os.kill(ranks[0].process.pid or 0, signal.SIGKILL)
@@ -188,7 +188,7 @@ def test_a_rank_whose_others_do_not_come_gives_up_with_one_line(
     outcome = besa("prune", "--model", "nowhere")
     assert outcome.code == 1
     assert [line for line in outcome.err.splitlines() if line.startswith("error: ")] == [
-        f"error: rank {rank} of 2 did not meet all others at 127.0.0.1:{port}: 1 s are over"
+        f"error: rank {rank} of 2 did not meet all others at 127.0.0.1:{port}: timeout after 1 s"
     ]
 
 
@@ -217,7 +217,7 @@ def test_variables_that_say_too_little_are_named(besa: Besa, monkeypatch: pytest
     found = besa("prune")
     assert (found.code, found.err.splitlines()[0]) == (2, "error: WORLD_SIZE is 2, but RANK is not set")
     monkeypatch.setenv("WORLD_SIZE", "two")
-    assert besa("prune").err.startswith("error: WORLD_SIZE is 'two' and no number")
+    assert besa("prune").err.startswith("error: WORLD_SIZE is 'two', not a number")
 
 
 @pytest.mark.parametrize("batch", [1, 2])

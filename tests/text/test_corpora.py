@@ -125,7 +125,7 @@ def test_bundled_text_takes_the_place_of_c4_and_says_so(hub: hub_files.Hub) -> N
     assert corpus.documents == opened("bundled").documents
     assert corpus.note is not None
     assert "c4 cannot be reached" in corpus.note
-    assert "bundled text takes its place" in corpus.note
+    assert "using bundled text instead" in corpus.note
     assert "\n" not in corpus.note
 
 

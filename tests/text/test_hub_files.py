@@ -136,7 +136,7 @@ def test_a_download_that_breaks_off_says_that_it_can_go_on(tmp_path: Path, monke
     with serving(FakeHub()) as fake, pytest.raises(BesaError, match=r"broke off after .*connection reset") as caught:
         hub_files.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None)
     assert not isinstance(caught.value, hub_files.Unreachable)
-    assert "goes on where it stopped" in caught.value.hint
+    assert "resumes the transfer" in caught.value.hint
 
 
 @pytest.mark.parametrize("field", ["commit", "tag"])
@@ -161,7 +161,7 @@ def test_other_content_than_the_tag_says_is_refused(tmp_path: Path) -> None:
 def test_more_than_was_declared_is_refused(tmp_path: Path) -> None:
     with serving(FakeHub()) as fake:
         fake.more = 100_000
-        with pytest.raises(BesaError, match=f"more of en/part.jsonl of some/texts than the {len(DATA)} bytes"):
+        with pytest.raises(BesaError, match=f"more than the {len(DATA)} bytes of en/part.jsonl of some/texts"):
             hub_files.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=lambda _: None)
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_changed_in_the_cache_is_fetched_again(tmp_path: Path) -> No
         notes: list[str] = []
         assert hub_files.fetch(FILE, hub_at(fake.endpoint, tmp_path), notify=notes.append).path == path
     assert path.read_bytes() == DATA
-    assert f"{path} is damaged and is fetched again" in notes
+    assert f"{path} is damaged; fetching it again" in notes
 
 
 def test_without_a_home_nothing_is_fetched_into_a_directory_called_tilde(

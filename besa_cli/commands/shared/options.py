@@ -215,7 +215,7 @@ def size_of(text: str | None, option: str = "--max-memory") -> int | None:
     Raises
     ------
     UsageError
-        It is no size.
+        It is not a size, or not below 2^63 bytes.
     """
     if text is None:
         return None
@@ -223,4 +223,7 @@ def size_of(text: str | None, option: str = "--max-memory") -> int | None:
     if not found:
         raise UsageError(f"{option} '{text}' is no size", "4GB and 512MiB are sizes")
     power = "KMGT".index(found[2].upper()) + 1
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    size = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if size >= 1 << 63:
+        raise UsageError(f"{option} '{text}' is too large", "give less than 2^63 bytes (9 million TB)")
+    return int(size)

@@ -40,7 +40,7 @@ def stage(
         ranks.run_worker(source, request, world)
         return None
     name = request.command
-    with lock.free(run.path) if dry_run else lock.hold(run.path, f"besa {name} --run {run.path}"):
+    with lock.hold_existing(run.path) if dry_run else lock.hold(run.path, f"besa {name} --run {run.path}"):
         tokens = (
             calibration_source.calibration(
                 source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run

@@ -64,7 +64,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
         found = models.resolve(models.DEMO, notify=console.note)
         return Subject(name=models.DEMO, directory=found.directory, digest=None)
-    manifest = stages.finished(newest)
+    manifest = stages.require_finished(newest)
     counts = manifest["counts"]
     bits = f", {manifest['quantization']['bits']} bits" if "quantization" in manifest else ""
     return Subject(

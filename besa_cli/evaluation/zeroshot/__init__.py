@@ -1,1 +1,1 @@
-"""Zero-shot tasks, measured by the unmodified lm-eval with its own definitions, on local files or the hub's data."""
+"""Zero-shot tasks, evaluated by unmodified lm-eval with its own task definitions, on local files or data of the hub."""

@@ -1,4 +1,4 @@
-"""The harness's task definitions with local files in place of the hub's: generated YAMLs that include the original."""
+"""Task definitions for local data: generated YAML files that include lm-eval's definition and replace its data set."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -15,61 +15,61 @@ from besa_cli.text import documents, hub_files
 
 @dataclass(frozen=True, kw_only=True)
 class LocalData:
-    """What a task is measured on instead of the hub's data.
+    """Local data of a task, used instead of the hub's.
 
     Attributes
     ----------
     evaluated : str
-        The split that is measured on: ``test`` where the harness prefers it and it is there, else ``validation``.
+        Split to evaluate: ``test`` if lm-eval's definition uses it and its file exists, else ``validation``.
     files : mapping of split to Path
-        Every file used, the labels' files among them (as ``validation labels``).
+        All files used, including files of labels (as ``validation labels``).
     """
 
     evaluated: str
     files: Mapping[str, Path]
 
     def record(self) -> dict[str, dict[str, str]]:
-        """For a result: each file's name and SHA-256."""
+        """Return each file's name and SHA-256, for a result."""
         return {use: {"file": path.name, "sha256": disk.sha256_file(path)} for use, path in self.files.items()}
 
 
 def locate(task: str, splits: Sequence[str], data_dir: Path | None) -> dict[str, Path]:
-    """The files of a task's splits below `data_dir`, those that are there."""
+    """Return the existing files of a task's splits below `data_dir`, by split."""
     form = FORMS.get(task)
     if form is None or data_dir is None:
         return {}
-    found = {}
+    files = {}
     for split in splits:
-        there = documents.first_file(data_dir, form.candidates(split))
-        if there is not None:
-            found[split] = there
-    return found
+        file = documents.first_file(data_dir, form.candidates(split))
+        if file is not None:
+            files[split] = file
+    return files
 
 
 def write(
-    task: str, original: Path, splits: Mapping[str, str], found: Mapping[str, Path], directory: Path
+    task: str, original: Path, splits: Mapping[str, str], located: Mapping[str, Path], directory: Path
 ) -> LocalData:
-    """Write a definition of `task` that takes its data from local files.
+    """Write a definition of `task` that reads its data from local files.
 
     Parameters
     ----------
     original : Path
-        The harness's YAML; everything but the data-set fields stays as it is there.
+        YAML file of lm-eval, of which only the data-set fields are replaced.
     splits : mapping of str to str
-        Field of the definition (``training_split``, …) → the split's name.
-    found : mapping of split to Path
-        As `locate` found them; splits that are not there are set to null.
+        Split names by field of the definition (``training_split``, …).
+    located : mapping of split to Path
+        Files from `locate`; splits without a file are set to null.
     directory : Path
-        Gets ``TASK.yaml`` and, beside it, the rows in the form that the definition reads.
+        Directory in which ``TASK.yaml`` and the rows, in the format that the definition reads, are written.
 
     Raises
     ------
     BesaError
-        A file is broken; the line is named.
+        A file is invalid; the message names the line.
     """
     form = FORMS[task]
-    rows, files = {}, dict(found)
-    for split, path in found.items():
+    rows, files = {}, dict(located)
+    for split, path in located.items():
         rows[split] = directory / task / f"{split}.parquet"
         _write_rows(form, path, rows[split])
         labels = forms.label_path(form, path)
@@ -79,28 +79,28 @@ def write(
         "dataset_path": "parquet",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: _literally(path) for split, path in rows.items()},
+            "data_files": {split: _escaped(path) for split, path in rows.items()},
             "cache_dir": str(directory / ".cache"),
         },
     }
-    kept = {field: split if split in found else None for field, split in splits.items()}
+    kept = {field: split if split in located else None for field, split in splits.items()}
     _write_yaml(directory / f"{task}.yaml", {"include": str(original), "task": task, **data, **kept})
     used = [kept.get(field) for field in ("test_split", "validation_split")]
     return LocalData(evaluated=next(split for split in used if split), files=files)
 
 
-def _literally(path: Path) -> str:
-    """A path as `datasets` must be given it, which takes it for a pattern."""
+def _escaped(path: Path) -> str:
+    """Escape a path for `datasets`, which interprets paths as glob patterns."""
     if "::" in str(path):
         raise BesaError(
-            f"{path}: '::' in a path means something else to the library that reads the task's data",
-            "name another directory with --definitions, or with the environment variable TMPDIR",
+            f"{path} contains '::', which the library that reads the task's data takes for a chained URL",
+            "give another directory with --definitions, or with the environment variable TMPDIR",
         )
     return glob.escape(str(path))
 
 
-def refer(task: str, original: Path, directory: Path) -> None:
-    """Write a definition that is the harness's own, the hub's data included."""
+def write_reference(task: str, original: Path, directory: Path) -> None:
+    """Write a definition that only includes lm-eval's own, which reads the hub's data."""
     _write_yaml(directory / f"{task}.yaml", {"include": str(original), "task": task})
 
 
@@ -123,37 +123,38 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def require_training(task: str, found: Mapping[str, Path], data_dir: Path, shots: int | None) -> None:
-    """Refuse examples in the prompt where there is no training file to take them from.
+def require_training(task: str, located: Mapping[str, Path], data_dir: Path, shots: int | None) -> None:
+    """Check that a training file exists if the prompt needs examples.
 
     Raises
     ------
     BesaError
+        The training file is missing.
     """
-    if shots and "train" not in found:
-        wanted = data_dir / next(FORMS[task].candidates("train"))
+    if shots and "train" not in located:
+        expected = data_dir / next(FORMS[task].candidates("train"))
         raise BesaError(
-            f"{task}: --num-fewshot {shots} needs a training file, and there is no {wanted}",
-            "put the file there (docs/tasks.md lists its names), or leave --num-fewshot out",
+            f"{task}: --num-fewshot {shots} requires a training file, and {expected} does not exist",
+            "put the file there (docs/tasks.md lists the possible names), or leave --num-fewshot out",
         )
 
 
 def require_hub(task: str, repository: str, prepared: Path, data_dir: Path | None, others: Sequence[str]) -> None:
-    """Find out within seconds whether a task's data can be had from the hub.
+    """Check, within seconds, that a task's data can be fetched from the hub.
 
     Parameters
     ----------
     repository : str
-        The data set's name on the hub; one that cannot be such a name is left to the harness.
+        Name of the data set on the hub; anything else is left to lm-eval to load.
     prepared : Path
-        The cache of `datasets`: what is in there needs no hub.
+        Cache of `datasets`; data sets in it need no hub.
     others : sequence of str
-        Tasks of the same command whose files are there.
+        Tasks of the same command whose local files exist.
 
     Raises
     ------
     BesaError
-        It cannot; the error names the file that was looked for and the command that would work.
+        The data is not available; the error names the missing local file and a command that would work.
     """
     if repository.count("/") != 1 or (prepared / repository.replace("/", "___")).is_dir():
         return
@@ -165,25 +166,25 @@ def require_hub(task: str, repository: str, prepared: Path, data_dir: Path | Non
         )
     except BesaError as error:
         reason = getattr(error, "reason", error.message)
-        looked = f"no {_wanted(task, data_dir)}, and " if task in FORMS else ""
+        local = f"{_expected_file(task, data_dir)} does not exist, and " if task in FORMS else ""
         raise BesaError(
-            f"{task} has no data: {looked}{repository} cannot be had: {reason}", _remedy(task, data_dir, others)
+            f"{task} has no data: {local}{repository} is not available: {reason}", _remedy(task, data_dir, others)
         ) from error
 
 
-def _wanted(task: str, data_dir: Path | None) -> Path:
+def _expected_file(task: str, data_dir: Path | None) -> Path:
     return (data_dir or Path("DIR")) / next(FORMS[task].candidates("validation"))
 
 
 def _remedy(task: str, data_dir: Path | None, others: Sequence[str]) -> str:
     if others:
-        return f"with the files that are there: besa eval tasks {','.join(others)} --data-dir {data_dir}"
+        return f"run only the tasks whose files exist: besa eval tasks {','.join(others)} --data-dir {data_dir}"
     if task in FORMS:
-        return f"with that file in place (docs/tasks.md): besa eval tasks {task} --data-dir {data_dir or 'DIR'}"
-    return "where the hub can be reached, the same command works; offline: besa eval tasks piqa --data-dir DIR"
+        return f"put that file there (docs/tasks.md) and run: besa eval tasks {task} --data-dir {data_dir or 'DIR'}"
+    return "run the same command where the hub can be reached; offline: besa eval tasks piqa --data-dir DIR"
 
 
 def known_splits(config: Mapping[str, object]) -> dict[str, str]:
-    """The splits that a definition names and local files may stand for: field → split."""
+    """Return the splits of a definition that local files can replace, by field."""
     fields = ("training_split", "validation_split", "test_split")
     return {field: str(config[field]) for field in fields if config.get(field) in STEMS}

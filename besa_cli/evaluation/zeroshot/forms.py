@@ -1,4 +1,4 @@
-"""The six tasks of the paper: where local files of each are looked for, and how their published rows are read."""
+"""File names and row formats of the paper's six tasks, for reading them from local files."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-STEMS = {  # how a split's file may be called, the first that is there counts
+STEMS = {  # possible names of a split's file; the first existing one is used
     "train": ("train", "train_xl", "Train"),
     "validation": ("validation", "valid", "val", "dev", "Dev"),
     "test": ("test", "Test"),
@@ -23,22 +23,22 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", "-00000-of-00001.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """One task's files and rows.
+    """Files and rows of one task.
 
     Attributes
     ----------
     definition : str
-        Where the harness defines the task: a folder below `lm_eval/tasks`.
+        Folder below `lm_eval/tasks` with lm-eval's definition of the task.
     folders : tuple of str
-        Folders of ``--data-dir`` in which its files are looked for.
+        Folders of ``--data-dir`` that are searched for its files.
     prefix : str
-        What a file's name may begin with, before the split; without a folder it must.
+        Optional prefix of a file's name, before the split; required for files outside of `folders`.
     columns : mapping of str to str
-        The columns that the harness's definition reads, with their types: ``text``, ``texts``, ``number``, ``choices``.
+        Columns that lm-eval's definition reads, with their types: ``text``, ``texts``, ``number``, ``choices``.
     row : function
-        A published row as the harness's definition expects it; a ValueError says what is wrong with it.
+        Converts a published row to the columns; raises ValueError with the reason if the row is invalid.
     label_file : str, optional
-        Where labels may lie in a file of their own: its name after the split's, ``-labels.lst``.
+        Ending of a separate file of labels, after the split's name: ``-labels.lst``.
     """
 
     definition: str
@@ -49,7 +49,7 @@ class Form:
     label_file: str | None = None
 
     def schema(self) -> "pyarrow.Schema":
-        """The columns' types for pyarrow."""
+        """Return the pyarrow schema of the columns."""
         import pyarrow
 
         text, texts = pyarrow.string(), pyarrow.list_(pyarrow.string())
@@ -62,33 +62,33 @@ class Form:
         return pyarrow.schema({name: kinds[kind] for name, kind in self.columns.items()})
 
     def candidates(self, split: str) -> Iterator[Path]:
-        """Every place of a split's file below ``--data-dir``, in the order in which they are tried."""
-        places = [f"{folder}/{prefix}" for folder in self.folders for prefix in ("", self.prefix)]
-        for place in (*places, self.prefix):
-            yield from (Path(f"{place}{stem}{ending}") for stem in STEMS[split] for ending in ENDINGS)
+        """Yield the possible paths of a split's file below ``--data-dir``, in order of precedence."""
+        starts = [f"{folder}/{prefix}" for folder in self.folders for prefix in ("", self.prefix)]
+        for start in (*starts, self.prefix):
+            yield from (Path(f"{start}{stem}{ending}") for stem in STEMS[split] for ending in ENDINGS)
 
 
 def read(form: Form, path: Path) -> list[dict[str, Any]]:
-    """All rows of a file as the harness's definition expects them.
+    """Read all rows of a file, converted to the columns that lm-eval's definition reads.
 
     Raises
     ------
     BesaError
-        The file cannot be read, or a row is not what was published; the line (or row) is named.
+        The file cannot be read, or a row is not in a published format; the message names the line or row.
     """
     labels = _labels(form, path)
     rows = []
-    for number, (place, row) in enumerate(_published(path)):
+    for number, (place, row) in enumerate(_published_rows(path)):
         try:
             if labels is not None and "label" not in row:
                 row = {**row, "label": labels[number] if number < len(labels) else None}
             rows.append(form.row(row))
         except ValueError as error:
             raise BesaError(
-                f"{path}, {place}: {reason_of(error)}", "docs/tasks.md shows the form of every task's rows"
+                f"{path}, {place}: {reason_of(error)}", "docs/tasks.md shows the row format of every task"
             ) from error
     if not rows:
-        raise BesaError(f"{path} holds no questions", "fetch the file again")
+        raise BesaError(f"{path} contains no questions", "fetch the file again")
     if labels is not None and len(labels) != len(rows):
         raise BesaError(
             f"{path} has {len(rows)} questions, {label_path(form, path)} has {len(labels)} labels",
@@ -98,7 +98,7 @@ def read(form: Form, path: Path) -> list[dict[str, Any]]:
 
 
 def label_path(form: Form, path: Path) -> Path | None:
-    """The file beside `path` that holds its labels, where the task has such files and it is there."""
+    """Return the file of labels next to `path`, or None if the task has none or it does not exist."""
     if form.label_file is None:
         return None
     return documents.first_file(path.parent, [path.name.partition(".")[0] + form.label_file])
@@ -111,11 +111,12 @@ def _labels(form: Form, path: Path) -> list[int] | None:
     lines = documents.read_text(beside).splitlines()
     for number, line in enumerate(lines, start=1):
         if line.strip() not in ("0", "1"):
-            raise BesaError(f"{beside}, line {number}: '{line[:40]}' is no label (0 or 1)", "fetch the file again")
+            raise BesaError(f"{beside}, line {number}: '{line[:40]}' is not a label (0 or 1)", "fetch the file again")
     return [int(line) for line in lines]
 
 
-def _published(path: Path) -> Iterator[tuple[str, Row]]:
+def _published_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the position of each row, as ``row N`` or ``line N``, and the row."""
     if documents.suffix(path) == ".parquet":
         yield from ((f"row {number}", row) for number, row in row_files.parquet_rows(path))
         return
@@ -125,8 +126,8 @@ def _published(path: Path) -> Iterator[tuple[str, Row]]:
 def _text(row: Row, name: str, *, blank: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        what = f"'{name}' is not a string" if name in row else f"no '{name}'"
-        raise ValueError(f"{what} (fields: {row_files.names(row)})")
+        problem = f"'{name}' is not a string" if name in row else f"no '{name}'"
+        raise ValueError(f"{problem} (fields: {row_files.names(row)})")
     if not row_files.is_unicode(value):
         raise ValueError(f"'{name}' is not Unicode text")
     if not blank and not value.strip():
@@ -138,16 +139,16 @@ def _texts(value: object, name: str) -> list[str]:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"'{name}' is not a list of two or more texts")
     if not all(map(row_files.is_unicode, value)):
-        raise ValueError(f"'{name}' holds what is not Unicode text")
+        raise ValueError(f"'{name}' contains text that is not Unicode")
     return value
 
 
 def _index(row: Row, name: str, below: int) -> int:
     value = row.get(name)
-    plain = int(value) if isinstance(value, bool) else value
-    if not isinstance(plain, int | str) or str(plain) not in map(str, range(below)):
+    index = int(value) if isinstance(value, bool) else value
+    if not isinstance(index, int | str) or str(index) not in map(str, range(below)):
         raise ValueError(f"'{name}' is {value!r}, not a number from 0 to {below - 1}")
-    return int(plain)
+    return int(index)
 
 
 def _piqa(row: Row) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _piqa(row: Row) -> dict[str, Any]:
 
 
 def _arc(row: Row) -> dict[str, Any]:
-    """As the hub has it (`choices` with `text` and `label`), or as first released (`question` with `stem`)."""
+    """Convert a row of the hub's format (`choices` with `text` and `label`) or the original one (`question.stem`)."""
     inner = row.get("question")
     if isinstance(inner, Mapping):
         row = {**row, "question": inner.get("stem"), "choices": inner.get("choices")}
@@ -164,13 +165,13 @@ def _arc(row: Row) -> dict[str, Any]:
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     if not isinstance(choices, Mapping):
         raise ValueError(f"no 'choices' with 'text' and 'label' (fields: {row_files.names(row)})")
-    found = {name: _texts(choices.get(name), f"choices.{name}") for name in ("text", "label")}
-    if len(found["text"]) != len(found["label"]):
-        raise ValueError(f"{len(found['text'])} choices have {len(found['label'])} labels")
+    texts, labels = (_texts(choices.get(name), f"choices.{name}") for name in ("text", "label"))
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} choices have {len(labels)} labels")
     answer = _text(row, "answerKey")
-    if answer not in found["label"]:
-        raise ValueError(f"'answerKey' is '{answer}', the choices are {', '.join(found['label'])}")
-    return {"question": _text(row, "question"), "choices": found, "answerKey": answer}
+    if answer not in labels:
+        raise ValueError(f"'answerKey' is '{answer}', the choices are {', '.join(labels)}")
+    return {"question": _text(row, "question"), "choices": {"text": texts, "label": labels}, "answerKey": answer}
 
 
 def _hellaswag(row: Row) -> dict[str, Any]:
@@ -182,14 +183,14 @@ def _hellaswag(row: Row) -> dict[str, Any]:
 def _winogrande(row: Row) -> dict[str, Any]:
     texts = {name: _text(row, name) for name in ("sentence", "option1", "option2", "answer")}
     if "_" not in texts["sentence"]:
-        raise ValueError("'sentence' has no gap (_)")
+        raise ValueError("'sentence' has no blank (_)")
     if texts["answer"] not in ("1", "2"):
         raise ValueError(f"'answer' is '{texts['answer']}', not 1 or 2")
     return texts
 
 
 def _boolq(row: Row) -> dict[str, Any]:
-    """SuperGLUE's form; the original one has the answer as `answer` and the passage's title by itself."""
+    """Convert a row of SuperGLUE's format or the original one, with `answer` and a separate `title` of the passage."""
     passage = _text(row, "passage")
     if "label" not in row and "answer" in row:
         if not isinstance(row["answer"], bool):

@@ -1,4 +1,4 @@
-"""Everything that calls lm-eval: its tasks with the data they are to have, its model class, its evaluation."""
+"""Interface to lm-eval: loading tasks with their data, its class for models in memory, and its evaluation."""
 
 import contextlib
 import difflib
@@ -18,27 +18,27 @@ from besa_cli.errors import BesaError, UsageError, reading, unknown
 from besa_cli.evaluation.zeroshot import definitions
 from besa_cli.evaluation.zeroshot.definitions import LocalData
 from besa_cli.evaluation.zeroshot.forms import FORMS
-from besa_cli.evaluation.zeroshot.watching import Notify
 from besa_cli.models import answers
+from besa_cli.system.notes import Notify
 from besa_cli.text import documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAPER = tuple(FORMS)
-_NO_MODEL_CODE = "besa measures log-likelihoods of text, and runs no code that a model has written"
+_TEXT_ONLY = "besa measures log-likelihoods of text only and never runs code that a model writes; leave the task out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Tasks of the harness, ready to be measured.
+    """Tasks that are ready to be evaluated.
 
     Attributes
     ----------
     names : tuple of str
-        As asked for.
+        Requested tasks.
     local : mapping of str to LocalData
-        Those of which local files take the place of the hub's data.
+        Data of the tasks that use local files.
     manager : lm_eval.tasks.TaskManager
     """
 
@@ -48,7 +48,7 @@ class Tasks:
 
 
 @contextlib.contextmanager
-def prepared(
+def prepare(
     names: Sequence[str],
     data_dir: Path | None,
     *,
@@ -56,31 +56,31 @@ def prepared(
     keep: Path | None = None,
     notify: Notify,
 ) -> Iterator[Tasks]:
-    """Find every task and its data before anything is measured.
+    """Find all tasks and their data; a context manager that deletes generated definitions at the end.
 
     Parameters
     ----------
     names : sequence of str
-        Of the harness.
+        Tasks of lm-eval.
     data_dir : Path or None
-        Where local files are looked for.
+        Directory searched for local files.
     shots : int or None
-        Examples in a prompt; they come from a training file.
+        Examples in a prompt, which come from a training file.
     keep : Path, optional
-        Directory for the generated definitions and data, for the stock ``lm_eval --include_path``; by default they
-        are gone at the end.
+        Directory in which to keep the generated definitions and data, e.g. for ``lm_eval --include_path``; by default a
+        temporary one.
 
     Raises
     ------
     UsageError
-        There is no task of that name.
+        A task does not exist.
     BesaError
-        A task has no data, a file is broken, or there is no training file.
+        A task has no data, a file is invalid, or a training file is missing.
     """
     documents.check_directory(data_dir)
     with contextlib.ExitStack() as stack:
-        place = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="besa-tasks-")))
-        directory = place.expanduser().resolve()
+        root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="besa-tasks-")))
+        directory = root.expanduser().resolve()
         local = _define(names, data_dir, directory, shots, notify)
         yield Tasks(names=tuple(names), local=local, manager=_manager(names, directory, notify))
 
@@ -88,25 +88,25 @@ def prepared(
 def _define(
     names: Sequence[str], data_dir: Path | None, directory: Path, shots: int | None, notify: Notify
 ) -> dict[str, LocalData]:
-    """Write the definitions of the paper's tasks; require data for each."""
+    """Write the definitions of the paper's tasks, checking that each has data; return the local data."""
     entries = {name: _entry(name) for name in names if name in FORMS}
     splits = {name: definitions.known_splits(entry.cfg) for name, entry in entries.items()}
-    found = {name: definitions.locate(name, list(splits[name].values()), data_dir) for name in entries}
-    there = [name for name in entries if {"validation", "test"} & set(found[name])]
+    located = {name: definitions.locate(name, list(splits[name].values()), data_dir) for name in entries}
+    with_files = [name for name in entries if {"validation", "test"} & set(located[name])]
     local = {}
     for name, entry in entries.items():
-        if name in there and data_dir is not None:
-            definitions.require_training(name, found[name], data_dir, shots)
-            local[name] = definitions.write(name, entry.yaml_path, splits[name], found[name], directory)
+        if name in with_files and data_dir is not None:
+            definitions.require_training(name, located[name], data_dir, shots)
+            local[name] = definitions.write(name, entry.yaml_path, splits[name], located[name], directory)
         else:
-            definitions.require_hub(name, entry.cfg["dataset_path"], _prepared_data(), data_dir, there)
+            definitions.require_hub(name, entry.cfg["dataset_path"], _prepared_data(), data_dir, with_files)
             notify(f"{name}: data from the hub ({entry.cfg['dataset_path']})")
-            definitions.refer(name, entry.yaml_path, directory)
+            definitions.write_reference(name, entry.yaml_path, directory)
     return local
 
 
 def _entry(name: str) -> Any:
-    """The harness's definition of one of the paper's tasks; only its folder is looked at."""
+    """Return lm-eval's definition of one of the paper's tasks, reading only its folder."""
     import lm_eval.tasks
 
     folder = Path(lm_eval.tasks.__file__).parent / FORMS[name].definition
@@ -128,11 +128,12 @@ def _manager(names: Sequence[str], directory: Path, notify: Notify) -> Any:
 
 
 def require_known(name: str, known: Sequence[str]) -> None:
-    """Refuse a task that the harness does not have; of its thousands of names, the nearest are shown.
+    """Check that lm-eval has a task.
 
     Raises
     ------
     UsageError
+        The task is unknown; the hint lists the nearest names and the paper's tasks.
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
@@ -146,12 +147,12 @@ def _prepared_data() -> Path:
 
 
 def load(tasks: Tasks, name: str, notify: Notify) -> Any:
-    """The harness's task (or group of tasks) of that name, with its data.
+    """Load a task or group of tasks with its data; returns lm-eval's dict of loaded tasks.
 
     Raises
     ------
     BesaError
-        The harness cannot load it, or it is of a kind that is not measured here.
+        lm-eval cannot load the task, or the task runs generated code or needs more than text.
     """
     import datasets
 
@@ -161,13 +162,13 @@ def load(tasks: Tasks, name: str, notify: Notify) -> Any:
     except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BesaError(
-            f"lm-eval cannot load the task {name}: {reason}", "'besa --debug eval tasks …' shows where"
+            f"lm-eval cannot load the task {name}: {reason}", "'besa --debug eval tasks …' shows the traceback"
         ) from error
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
-            raise BesaError(f"{task.config.task} runs code that the model has written", _NO_MODEL_CODE)
+            raise BesaError(f"{task.config.task} runs code that the model writes", _TEXT_ONLY)
         if getattr(task, "MULTIMODAL", False):
-            raise BesaError(f"{task.config.task} asks about more than text", _NO_MODEL_CODE)
+            raise BesaError(f"{task.config.task} requires more than text", _TEXT_ONLY)
     return loaded
 
 
@@ -180,19 +181,19 @@ def in_memory(
     batch_size: str,
     notify: Notify,
 ) -> Any:
-    """The harness's own model class over a checkpoint directory; no code from the checkpoint runs.
+    """Load a checkpoint into lm-eval's own model class, without running code of the checkpoint.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        As from `besa_cli.models.tokenizer.tokenizer_of`.
+        Tokenizer from `besa_cli.models.tokenizer.tokenizer_of`.
     batch_size : str
         Requests in a pass: a number or ``auto``.
 
     Raises
     ------
     BesaError
-        The model cannot be handled, or transformers cannot load it.
+        The model is not supported, or transformers cannot load it.
     """
     from lm_eval.models.huggingface import HFLM
     from transformers.utils import logging as progress
@@ -203,7 +204,7 @@ def in_memory(
     config = architecture.config_of(directory)
     with _quiet(notify), reading(directory):
         model = HFLM(
-            pretrained=str(directory.resolve()),  # a relative path would be taken for a name on the hub
+            pretrained=str(directory.resolve()),  # a relative path could be interpreted as a name on the hub
             config=config,
             tokenizer=tokenizer,
             device=device,
@@ -216,65 +217,65 @@ def in_memory(
 
 
 def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, notify: Notify) -> dict[str, Any]:
-    """What lm-eval's `evaluate` returns, without the samples, as plain JSON values.
+    """Evaluate loaded tasks and return the output of lm-eval's `evaluate`, without samples, as plain JSON values.
 
-    Seeds and examples in the prompt are set as its `simple_evaluate` sets them; what that adds of host and date is
-    left out.
+    Seeds and the number of examples in the prompt are set as in lm-eval's `simple_evaluate`; its fields for host and
+    date are omitted.
 
     Parameters
     ----------
     model : lm_eval.api.model.LM
-    loaded : as from `load`
+    loaded : dict from `load`
     shots : int, optional
-        Examples in a prompt, where the task leaves their number open.
+        Examples in a prompt, for tasks that do not set their number to 0.
     limit : int, optional
-        Questions of each task.
+        Maximum number of questions of each task.
     """
     import numpy
+    from lm_eval import evaluator
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-    from lm_eval.evaluator import evaluate as run
     from lm_eval.utils import handle_non_serializable, set_torch_seed
 
     random.seed(DEFAULT_RANDOM_SEED)
     numpy.random.seed(DEFAULT_OTHER_SEED)
     set_torch_seed(DEFAULT_OTHER_SEED)
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (own != 0 and shots is not None):
+        default = task.get_config("num_fewshot")
+        if default is None or (default != 0 and shots is not None):
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with _quiet(notify):
-        output = run(model, loaded, limit=limit, log_samples=False)
+        output = evaluator.evaluate(model, loaded, limit=limit, log_samples=False)
     plain: dict[str, Any] = json.loads(json.dumps(output, default=handle_non_serializable))
     return plain
 
 
-_SOURCES = {
+_SOURCES = {  # loggers, and the part of each whose warnings are shown
     "lm_eval": "lm_eval.models",
     "besa_cli.evaluation.zeroshot": "besa_cli.evaluation.zeroshot",
-}  # loggers, and which part is heard
+}
 
 
 class _Warnings(logging.Handler):
-    """Gathers what models warn of, each place of the program once, with how often."""
+    """Collector of warnings by models, grouped by the line of code that logs them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._found: dict[tuple[str, int], list[str]] = {}
+        self._messages: dict[tuple[str, int], list[str]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith(tuple(_SOURCES.values())):
-            self._found.setdefault((record.pathname, record.lineno), []).append(record.getMessage())
+            self._messages.setdefault((record.pathname, record.lineno), []).append(record.getMessage())
 
     def lines(self) -> Iterator[str]:
-        """One line for each place."""
-        for messages in self._found.values():
+        """Yield one line for each group: its first message and the number of messages."""
+        for messages in self._messages.values():
             times = f" ({len(messages)} such warnings)" if len(messages) > 1 else ""
             yield f"{' '.join(messages[0].split())}{times}"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Nothing that is logged goes anywhere else."""
+        """Collect all log records of the sources, and keep them from other handlers."""
         loggers = [logging.getLogger(name) for name in _SOURCES]
         before = [logger.propagate for logger in loggers]
         for logger in loggers:
@@ -290,7 +291,7 @@ class _Warnings(logging.Handler):
 
 @contextlib.contextmanager
 def _quiet(notify: Notify) -> Iterator[None]:
-    """Nothing of the harness on stdout, its bars only at a terminal, the warnings of models as notes at the end."""
+    """Keep lm-eval off stdout, show its progress bars at a terminal only, and pass warnings of models to `notify`."""
     warnings = _Warnings()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.listening())
@@ -303,7 +304,7 @@ def _quiet(notify: Notify) -> Iterator[None]:
 
 
 def split_names(text: Sequence[str]) -> tuple[str, ...]:
-    """Task names as typed: several words, or one with commas; the paper's six where none was.
+    """Split task names separated by spaces or commas; without any, return the paper's six.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Whether a whole model fits into memory, and how much of it there is."""
+"""Free memory, and a check that a whole model fits into it."""
 
 from pathlib import Path
 
@@ -6,23 +6,23 @@ import torch
 
 from besa_cli.decoder import architecture
 
-_ROOM = 1.2  # of the weights: what a pass over a few requests needs beside them
-_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
+_ROOM = 1.2  # factor on the weights' bytes that leaves room for a pass over a few requests
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # limit of a container
 
 
 def fits(directory: Path, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether all weights of a checkpoint, in the dtype of computation, can be in memory at a time."""
+    """Return whether all weights of a checkpoint, in the compute dtype, fit into memory at the same time."""
     return weights(directory, dtype) * _ROOM < available(device)
 
 
 def weights(directory: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights in the dtype of computation; what is shared counts once."""
+    """Return the bytes of all weights in the compute dtype; shared weights count once."""
     model = architecture.skeleton(architecture.config_of(directory), dtype)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process can still take, on the GPU or in main memory (of its container, if that has less)."""
+    """Return the free bytes on the GPU or in main memory, within the limit of the container if there is one."""
     import psutil
 
     if device.type == "cuda":
@@ -30,5 +30,5 @@ def available(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         return min(free, int(_LIMIT.read_text()) - int(_USED.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # not in a container, or in one without a limit
         return free

@@ -1,4 +1,4 @@
-"""What was measured on one task, and the file that keeps it."""
+"""Result of one task, and the file that stores it."""
 
 import hashlib
 import json
@@ -14,25 +14,25 @@ from besa_cli.errors import UsageError
 from besa_cli.evaluation import result_files
 from besa_cli.system import disk, lock, records
 
-AVERAGED = "acc"  # the metric of the average: the paper names none, its figures are those of this one
+AVERAGED = "acc"  # metric of the average: the paper does not name it, but its values are those of this metric
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """How tasks are measured.
+    """Settings of task evaluation.
 
     Attributes
     ----------
     num_fewshot : int, optional
         Examples in a prompt; by default the task's own number, which is 0 for the paper's six.
     limit : int, optional
-        Questions of each task, from the first on.
+        Number of questions of each task, from the first.
     batch_size : str
-        Requests in a pass of the in-memory model: a number or ``auto``.
+        Requests in a pass: a number or ``auto``.
     device, dtype : str
-        Resolved: not ``auto``.
+        Resolved device and dtype, never ``auto``.
     streamed : bool
-        Block by block, instead of the whole model in memory.
+        True to run the model block by block instead of loading it whole.
     """
 
     num_fewshot: int | None = None
@@ -48,12 +48,12 @@ class TaskSettings:
         if self.limit is not None and self.limit < 2:
             raise UsageError(f"--limit {self.limit} is less than 2", "a standard error needs 2 questions or more")
         if self.batch_size != "auto" and (not self.batch_size.isdecimal() or int(self.batch_size) < 1):
-            raise UsageError(f"--batch-size '{self.batch_size}' is no number of requests", "give 1 or more, or auto")
+            raise UsageError(f"--batch-size '{self.batch_size}' is not a number of requests", "give 1 or more, or auto")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One metric of one task, as the harness gives it."""
+    """Value of one metric on one task, as returned by lm-eval."""
 
     task: str
     metric: str
@@ -67,18 +67,18 @@ class Score:
 @records.strict
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task's result with all that made it.
+    """Result of one task or group, with everything that determines it.
 
     Attributes
     ----------
     task : str
-        As asked for; a group's result holds its tasks' as well.
+        Requested name; the result of a group contains those of its tasks.
     split : str or None
-        The split measured on; None where the harness decides (no local files).
+        Split of the local files that was evaluated; None for the hub's data, whose split lm-eval chooses.
     data : mapping or None
         Name and SHA-256 of each local file; None for the hub's data.
     harness : mapping
-        The harness's own output, whole but for the samples.
+        Complete output of lm-eval except the samples.
     """
 
     task: str
@@ -95,19 +95,19 @@ class TaskResult:
     harness: Mapping[str, Any]
 
     def scores(self) -> list[Score]:
-        """Every metric of the task, or of the group and its tasks, in the harness's order."""
+        """Return every metric of the task, or of the group and its tasks, in lm-eval's order."""
         return [score for name in self.harness["results"] for score in self._scores(name)]
 
     def _scores(self, name: str) -> list[Score]:
         values: Mapping[str, Any] = self.harness["results"][name]
         counts = self.harness.get("n-samples", {}).get(name, {})
-        found = []
+        scores = []
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = values.get(f"{metric}_stderr,{kind}")
-            found.append(
+            scores.append(
                 Score(
                     task=name,
                     metric=metric if kind == "none" else key,
@@ -118,34 +118,35 @@ class TaskResult:
                     version=self.harness.get("versions", {}).get(name),
                 )
             )
-        return found
+        return scores
 
-    def averaged(self) -> float | None:
-        """The value that goes into the average, or None where the task has none."""
-        return next((s.value for s in self.scores() if s.task == self.task and s.metric == AVERAGED), None)
+    def main_value(self) -> float | None:
+        """Return the accuracy that enters the average, or None if the task has none."""
+        scores = (score for score in self.scores() if score.task == self.task and score.metric == AVERAGED)
+        return next((score.value for score in scores), None)
 
 
 def average(results: Sequence[TaskResult]) -> float | None:
-    """Mean over the tasks, each counted once; None with one task alone, or where a task has no such metric."""
-    values = [result.averaged() for result in results]
+    """Return the mean accuracy over tasks, or None if there is only one task or a task has no accuracy."""
+    values = [result.main_value() for result in results]
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if len(known) == len(values) > 1 else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of all programs on which results depend."""
     return {**manifests.versions(), **{name: version(name) for name in ("datasets", "lm_eval")}}
 
 
 def file_name(facts: Mapping[str, Any]) -> str:
-    """A name that says what was measured, and differs wherever anything that changes the result does.
+    """Return the file name of a result, with a digest of everything that determines its values.
 
-    Batches and the way of computing (streamed or in memory) do not count.
+    The batch size and the choice between streamed and in-memory evaluation are not part of it.
 
     Parameters
     ----------
     facts : mapping
-        The fields of a `Result`, but for `harness`.
+        Fields of a `TaskResult` except `harness`.
     """
     counted = {name: value for name, value in facts.items() if name not in ("batch_size", "streamed")}
     key = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
@@ -155,11 +156,11 @@ def file_name(facts: Mapping[str, Any]) -> str:
 
 
 def save(result: TaskResult, file: Path, model: Mapping[str, Any]) -> None:
-    """Write one result with what it belongs to, while nobody else writes results of the run."""
-    with lock.moment(file.parent.parent):
+    """Write a result with its model, holding the lock of the run."""
+    with lock.hold_results(file.parent.parent):
         result_files.save(result, file, "tasks", model, versions())
 
 
 def load(file: Path) -> TaskResult | None:
-    """A result that was saved, or None where there is none, or other versions made it."""
+    """Load a result, or return None if there is none or other versions made it."""
     return result_files.load(TaskResult, file, versions())

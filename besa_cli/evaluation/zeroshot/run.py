@@ -1,4 +1,4 @@
-"""One checkpoint on several tasks: what was measured is taken from its file, the rest is measured and kept."""
+"""Evaluation of one checkpoint on several tasks, one result file per task."""
 
 import time
 from collections.abc import Mapping
@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 from besa_cli.evaluation.zeroshot import harness, results
 from besa_cli.evaluation.zeroshot.harness import Tasks
 from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
-from besa_cli.evaluation.zeroshot.watching import Notify, Progress, unwatched
+from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.system import compute
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TRIED = (2, 2, 8)  # questions of each task in the trials of a forecast, of which the first only warms up
+_TRIALS = (2, 2, 8)  # questions of a task in each trial of a forecast; the first trial only warms up
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What measuring a task would take: its questions, and seconds."""
+    """Forecast of a task's evaluation: its number of questions and its seconds."""
 
     task: str
     questions: int
@@ -28,18 +29,18 @@ class Trial:
 
 
 class TaskMeasurement:
-    """One checkpoint, measured task by task.
+    """Evaluation of one checkpoint, task by task.
 
     Parameters
     ----------
     directory : Path
-        The checkpoint.
+        Directory of the checkpoint.
     digest : str
-        Its content digest.
+        Content digest of the checkpoint.
     tokenizer, tokenizer_digest
-        Those of the model.
+        Tokenizer of the model and its digest.
     tasks : Tasks
-    settings : Settings
+    settings : TaskSettings
     """
 
     def __init__(
@@ -57,17 +58,17 @@ class TaskMeasurement:
         self._model: Any = None
 
     def facts(self, name: str) -> dict[str, Any]:
-        """The fields of the task's `Result`, but for what the harness gives."""
+        """Return the fields of the task's `TaskResult` except `harness`."""
         local = self._tasks.local.get(name)
         data = {"split": local.evaluated, "data": local.record()} if local else {"split": None, "data": None}
         settings = asdict(self._settings)
         if name in harness.PAPER and settings["num_fewshot"] is None:
-            settings["num_fewshot"] = 0  # what their definitions mean by saying nothing
+            settings["num_fewshot"] = 0  # their definitions do not set it, which means 0
         return {"task": name, **data, **settings, **self._digests}
 
-    def stored(self, name: str, kept: Path) -> TaskResult | None:
-        """The task's result that is in the directory `kept`, or None."""
-        return results.load(self._file(name, kept))
+    def load(self, name: str, directory: Path) -> TaskResult | None:
+        """Load the task's result from a directory of results, or return None if there is none."""
+        return results.load(self._file(name, directory))
 
     def measure(
         self,
@@ -75,24 +76,24 @@ class TaskMeasurement:
         kept: Path | None,
         model: Mapping[str, Any],
         *,
-        progress: Progress = unwatched,
+        progress: Progress = no_progress,
         notify: Notify = lambda line: None,
     ) -> TaskResult:
-        """Measure one task.
+        """Evaluate one task.
 
         Parameters
         ----------
         kept : Path or None
-            Where the result's file goes; None keeps nothing.
+            Directory for the result's file; None to write none.
         model : mapping
-            What the file says of the model.
-        progress : callable
-            Given a number of steps, a context that is told each; of a streamed model.
+            Description of the model in the file.
+        progress : Progress
+            Progress display of a streamed model.
         """
         settings = self._settings
         loaded = harness.load(self._tasks, name, notify)
         output = harness.evaluate(
-            self._built(progress, notify),
+            self._build_model(progress, notify),
             loaded,
             shots=settings.num_fewshot,
             limit=settings.limit,
@@ -104,32 +105,33 @@ class TaskMeasurement:
         return result
 
     def forecast(self, name: str, *, notify: Notify = lambda line: None) -> Trial:
-        """What `measure` would take, from its first questions, few and some more: what grows with them is scaled."""
+        """Forecast the duration of `measure` by extrapolating from trials on 2 and on 8 questions."""
         settings, began = self._settings, time.perf_counter()
-        model = self._built(unwatched, notify)
+        model = self._build_model(no_progress, notify)
         building = time.perf_counter() - began
-        taken: list[float] = []
-        tried: list[int] = []
-        whole = 0
-        for limit in _TRIED:
+        durations: list[float] = []
+        questions: list[int] = []
+        total = 0
+        for trial_limit in _TRIALS:
             began = time.perf_counter()
             loaded = harness.load(self._tasks, name, notify)
-            asked = min(limit, settings.limit or limit)
-            output = harness.evaluate(model, loaded, shots=settings.num_fewshot, limit=asked, notify=notify)
-            taken.append(time.perf_counter() - began)
+            limit = min(trial_limit, settings.limit or trial_limit)
+            output = harness.evaluate(model, loaded, shots=settings.num_fewshot, limit=limit, notify=notify)
+            durations.append(time.perf_counter() - began)
             counts = [count["original"] for count in output["n-samples"].values()]
-            tried.append(sum(min(count, asked) for count in counts))
-            whole = sum(min(count, settings.limit or count) for count in counts)
-        more = (taken[2] - taken[1]) / max(tried[2] - tried[1], 1)
-        each = more if more > 0 else taken[2] / tried[2]  # on a busy machine few questions may take as long as more
-        seconds = building + taken[2] + each * (whole - tried[2])
-        return Trial(task=name, questions=whole, seconds=seconds)
+            questions.append(sum(min(count, limit) for count in counts))
+            total = sum(min(count, settings.limit or count) for count in counts)
+        slope = (durations[2] - durations[1]) / max(questions[2] - questions[1], 1)
+        # on a busy machine the smaller trial may take as long as the larger one
+        per_question = slope if slope > 0 else durations[2] / questions[2]
+        seconds = building + durations[2] + per_question * (total - questions[2])
+        return Trial(task=name, questions=total, seconds=seconds)
 
-    def _file(self, name: str, kept: Path) -> Path:
-        return kept / results.file_name(self.facts(name))
+    def _file(self, name: str, directory: Path) -> Path:
+        return directory / results.file_name(self.facts(name))
 
-    def _built(self, progress: Progress, notify: Notify) -> Any:
-        """The harness's view of the model: in memory, loaded for the first task; or streamed, which holds nothing."""
+    def _build_model(self, progress: Progress, notify: Notify) -> Any:
+        """Return the model for lm-eval: streamed, or in memory, which is loaded once and kept for all tasks."""
         settings = self._settings
         if settings.streamed:
             from besa_cli.evaluation.zeroshot.streamed import StreamedLM

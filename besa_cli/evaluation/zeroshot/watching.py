@@ -1,14 +1,13 @@
-"""How the caller hears of the work: one-line notes, and steps of known number."""
+"""Callback types by which an evaluation reports progress to its caller."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-Notify = Callable[[str], None]
-Advance = Callable[[int, float], None]  # number of the step that is done, from 0, and its seconds
-Progress = Callable[[int], AbstractContextManager[Advance]]  # given the number of steps
+Advance = Callable[[int, float], None]  # called with the number of the finished step, from 0, and its seconds
+Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of steps
 
 
 @contextmanager
-def unwatched(steps: int) -> Iterator[Advance]:
-    """Progress that nobody looks at."""
+def no_progress(steps: int) -> Iterator[Advance]:
+    """Ignore progress: the default of functions that take a `Progress`."""
     yield lambda index, seconds: None

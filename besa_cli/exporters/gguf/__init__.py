@@ -1,4 +1,4 @@
-"""`gguf`: one file for llama.cpp and what is built on it, tokenizer included; LLaMA-architecture models."""
+"""`gguf`: one file with the tokenizer for llama.cpp and programs based on it; LLaMA-architecture models only."""
 
 from besa_cli.exporters.gguf.write import Options, file_name, loading, pieces, write
 

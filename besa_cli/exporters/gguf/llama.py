@@ -1,4 +1,4 @@
-"""What llama.cpp calls the parts of a LLaMA-architecture model, and what it wants to know of it."""
+"""Names and metadata of a LLaMA-architecture model in llama.cpp, and its order of rows."""
 
 from typing import Any
 
@@ -14,41 +14,42 @@ from besa_cli.exporters.source import StageSource
 ARCHITECTURE = "llama"
 ROPE_FACTORS = "rope_freqs.weight"
 _KNOWN = ("llama",)  # model types of transformers
-_ACTS = ("silu", "swish")  # two names of one function
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
 _ROPES = ("default", "linear", "llama3")
-_ELSEWISE = "export as hf, and convert that with llama.cpp's own script"
+_REMEDY = "export as hf, and convert that with llama.cpp's own script"
 
 
 def check(source: StageSource) -> None:
-    """Refuse what this export cannot write.
+    """Refuse models that this export cannot write.
 
     Raises
     ------
     BesaError
-        Another architecture, another kind of rotary embedding, or a tensor that llama.cpp has no name for.
+        The model has another architecture, activation or rotary embedding, or a tensor without a name in llama.cpp.
     """
     kind = source.config.get("model_type")
     if kind not in _KNOWN:
         raise BesaError(
-            f"{source.directory} is a '{kind}' model; GGUF is written for {', '.join(_KNOWN)} models only", _ELSEWISE
+            f"{source.directory} is a '{kind}' model; GGUF is written for {', '.join(_KNOWN)} models only", _REMEDY
         )
     rope = _rope(source)
     if rope["rope_type"] not in _ROPES:
         raise BesaError(
             f"{source.directory} has rotary embeddings of type '{rope['rope_type']}'; GGUF is written for "
             f"{', '.join(_ROPES)}",
-            _ELSEWISE,
+            _REMEDY,
         )
-    act = architecture.config_of(source.directory).hidden_act
-    if act not in _ACTS:
+    activation = architecture.config_of(source.directory).hidden_act
+    if activation not in _ACTIVATIONS:
         raise BesaError(
-            f"{source.directory} has hidden_act '{act}'; llama.cpp computes SiLU in every '{ARCHITECTURE}' model",
-            _ELSEWISE,
+            f"{source.directory} has hidden_act '{activation}'; llama.cpp computes SiLU in every '{ARCHITECTURE}' "
+            "model",
+            _REMEDY,
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise BesaError(
-            f"{source.directory} turns a part of each head (partial_rotary_factor); llama.cpp turns all of it",
-            _ELSEWISE,
+            f"{source.directory} rotates a part of each head (partial_rotary_factor); llama.cpp rotates all of it",
+            _REMEDY,
         )
     for name in source.names:
         tensor_name(source, name)
@@ -60,7 +61,7 @@ def _rope(source: StageSource) -> dict[str, Any]:
 
 
 def _sizes(source: StageSource) -> tuple[int, int, int]:
-    """Heads, key and value heads, channels of a head."""
+    """Return the number of heads, the number of key-value heads, and the channels per head."""
     config = architecture.config_of(source.directory)
     heads = int(config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -68,23 +69,23 @@ def _sizes(source: StageSource) -> tuple[int, int, int]:
 
 
 def tensor_name(source: StageSource, name: str) -> str:
-    """What llama.cpp calls a tensor.
+    """Return the name of a tensor in llama.cpp.
 
     Raises
     ------
     BesaError
-        It has no name for it.
+        llama.cpp has no name for the tensor.
     """
-    found: str | None = get_tensor_name_map(MODEL_ARCH.LLAMA, source.stage.blocks).get_name(
+    gguf_name: str | None = get_tensor_name_map(MODEL_ARCH.LLAMA, source.stage.blocks).get_name(
         name, try_suffixes=(".weight", ".bias")
     )
-    if found is None:
-        raise BesaError(f"llama.cpp has no name for {name} in {source.directory}", _ELSEWISE)
-    return found
+    if gguf_name is None:
+        raise BesaError(f"llama.cpp has no name for {name} in {source.directory}", _REMEDY)
+    return gguf_name
 
 
-def add_facts(writer: GGUFWriter, source: StageSource) -> None:
-    """Sizes, rotary embedding and norm of the model, and its name."""
+def add_metadata(writer: GGUFWriter, source: StageSource) -> None:
+    """Write the model's name, sizes, rotary embedding and norm epsilon."""
     config = architecture.config_of(source.directory)
     heads, key_value_heads, width = _sizes(source)
     rope = _rope(source)
@@ -109,7 +110,7 @@ def add_facts(writer: GGUFWriter, source: StageSource) -> None:
 
 
 def rope_factors(source: StageSource) -> "np.ndarray[Any, Any] | None":
-    """What each rotary frequency is divided by, shape (channels / 2,), as transformers computes it; None for none."""
+    """Return the divisor of each rotary frequency, shape (channels / 2,), as in transformers; None if not "llama3"."""
     if _rope(source)["rope_type"] != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -122,14 +123,14 @@ def rope_factors(source: StageSource) -> "np.ndarray[Any, Any] | None":
 
 
 def arranged(source: StageSource, name: str, tensor: Tensor) -> Tensor:
-    """A tensor with its rows in llama.cpp's order.
+    """Return a tensor with its rows in llama.cpp's order.
 
-    There the two channels that a rotary embedding turns together lie side by side; in transformers they are half a head
-    apart. So the rows of queries and keys change places within each head.
+    llama.cpp puts the two channels that a rotary embedding rotates together side by side; in transformers they are half
+    a head apart. Therefore the rows of queries and keys are permuted within each head.
     """
     heads, key_value_heads, _ = _sizes(source)
     for projection, count in (("q_proj", heads), ("k_proj", key_value_heads)):
         if f".self_attn.{projection}." in name:
-            pairs = tensor.reshape(count, 2, -1, *tensor.shape[1:])  # head, half, place in the half, columns
+            pairs = tensor.reshape(count, 2, -1, *tensor.shape[1:])  # head, half, index in the half, columns
             return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
     return tensor

@@ -1,8 +1,8 @@
-"""`gguf`: one file for llama.cpp and what is built on it, tokenizer included; LLaMA-architecture models.
+"""Writer of GGUF files: types, tensors and the order in which they are written.
 
-GGUF has no sparse type: zeros are stored. Matrices are stored in the type asked for, all else in fp32; a matrix whose
-columns do not divide into blocks of that type is stored in bf16. Q4_0 is for stages on a symmetric 4-bit grid, whose
-codes it carries; embeddings and head are then Q8_0.
+GGUF has no sparse type: zeros are stored. Matrices are stored in the requested type, other tensors in fp32; a matrix
+whose columns do not divide into blocks of that type is stored in bf16. Q4_0 is for stages on a symmetric 4-bit grid,
+whose codes it stores exactly; embeddings and head are then Q8_0.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from besa_cli.exporters.gguf import llama, quantized_blocks, vocabulary
 from besa_cli.exporters.source import Piece, StageSource, narrowed
 from besa_cli.ops.affine import Quantized
 
-_DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # the rest is computed from fp32
+_DTYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}  # other types are computed from fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufOptions:
-    """What may be chosen of a GGUF export.
+    """Options of a GGUF export.
 
     Attributes
     ----------
     type : str
-        What matrices are stored in.
+        Type of the stored matrices.
     """
 
     type: Literal["F16", "BF16", "Q8_0", "Q4_0"] = "BF16"
@@ -41,12 +41,12 @@ Options = GgufOptions
 
 
 def pieces(source: StageSource, options: GgufOptions) -> int:
-    """How many pieces `write` yields.
+    """Check that the model can be written, and return the number of pieces that `write` yields.
 
     Raises
     ------
     BesaError
-        The model or its tokenizer cannot be written as GGUF; found out before any work.
+        The model or its tokenizer cannot be written as GGUF.
     """
     llama.check(source)
     if Kind[options.type] is Kind.Q4_0:
@@ -56,14 +56,14 @@ def pieces(source: StageSource, options: GgufOptions) -> int:
 
 
 def file_name(options: GgufOptions) -> str:
-    """The name of the one file."""
+    """Return the name of the GGUF file."""
     return f"model-{options.type}.gguf"
 
 
 def write(source: StageSource, target: Path, options: GgufOptions) -> Iterator[Piece]:
-    """Fill the directory; a piece is a block, or what belongs to no block."""
+    """Write the export to the directory; a piece is a block, or the tensors outside the blocks."""
     with contextlib.closing(GGUFWriter(target / file_name(options), llama.ARCHITECTURE)) as writer:
-        llama.add_facts(writer, source)
+        llama.add_metadata(writer, source)
         writer.add_file_type(LlamaFileType[f"MOSTLY_{options.type}"])
         vocabulary.read(source.directory, int(source.config["vocab_size"])).add_to(writer, source.directory)
         factors = llama.rope_factors(source)
@@ -96,7 +96,7 @@ def write(source: StageSource, target: Path, options: GgufOptions) -> Iterator[P
 
 
 def stored_as(source: StageSource, name: str, options: GgufOptions) -> Kind:
-    """The type that a tensor is stored in."""
+    """Return the type in which a tensor is stored."""
     shape, kind = source.shape(name), Kind[options.type]
     if len(shape) < 2:
         return Kind.F32
@@ -106,31 +106,31 @@ def stored_as(source: StageSource, name: str, options: GgufOptions) -> Kind:
 
 
 def arranged(source: StageSource, name: str, quantized: Quantized) -> Quantized:
-    """Codes with their rows in llama.cpp's order."""
+    """Return codes and scales with their rows in llama.cpp's order."""
     codes, scales = (llama.arranged(source, name, part) for part in (quantized.codes, quantized.scales))
     return replace(quantized, codes=codes, scales=scales)
 
 
 def encoded(name: str, tensor: Tensor, kind: Kind) -> "np.ndarray[Any, Any]":
-    """A tensor in the bytes of its type.
+    """Encode a tensor in the bytes of a type.
 
     Raises
     ------
     BesaError
-        A value is too large for it.
+        A value is too large for the type.
     """
     narrowed(name, tensor, _DTYPES.get(kind, torch.float32))
-    whole = tensor.float().contiguous().numpy()
-    return np.ascontiguousarray(quants.quantize(whole, kind))
+    values = tensor.float().contiguous().numpy()
+    return np.ascontiguousarray(quants.quantize(values, kind))
 
 
 def decoded(data: "np.ndarray[Any, Any]", kind: Kind) -> Tensor:
-    """The values that a reader gets, in fp32."""
+    """Decode the bytes of a type to the values that a reader computes, in fp32."""
     return torch.from_numpy(np.ascontiguousarray(quants.dequantize(data, kind)))
 
 
 def loading(options: GgufOptions) -> str:
-    """How to load it, in Markdown."""
+    """Return instructions for loading the export, in Markdown."""
     return f"""\
 ```sh
 llama-cli -m {file_name(options)} -p "The capital of France is"

@@ -1,1 +1,1 @@
-"""GGUF files, converted once to a checkpoint of transformers."""
+"""Conversion of GGUF files, once, to checkpoints of transformers."""

@@ -1,6 +1,6 @@
-"""GGUF files: dequantized once into a clean checkpoint that means what llama.cpp reads in the file."""
+"""Conversion of GGUF files: dequantized once into a plain checkpoint that computes the same as llama.cpp does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,32 +8,33 @@ from besa_cli.errors import BesaError
 from besa_cli.models import cache
 from besa_cli.models.gguf import configuration, file_header, tensors, vocabulary
 from besa_cli.system.disk import save_tensors, write_json
+from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-_METHOD = 2  # of the conversion; another one gives other checkpoints, and is cached apart
+_METHOD = 2  # version of the conversion; another version gives other checkpoints, which are cached apart
 
 
-def directory(path: Path, *, notify: Callable[[str], None]) -> Path:
-    """The checkpoint made from a GGUF file, converted when the file is used for the first time.
+def directory(path: Path, *, notify: Notify) -> Path:
+    """Return the checkpoint made from a GGUF file, converted on first use.
 
     Raises
     ------
     BesaError
-        The file is not GGUF, is cut off, or holds anything that would be read as another model or tokenizer.
+        The file is not GGUF, is cut off, or holds anything that would change the model or the tokenizer.
     """
     header = file_header.read(path)
     plan = _Plan(header)
 
     def make(target: Path) -> None:
-        unsaid = vocabulary.splits_unsaid(header)
-        more = "; it does not say how words are split (tokenizer.ggml.pre): as GPT-2 does" if unsaid else ""
-        notify(f"converting {path} to a Hugging Face checkpoint (once){more}")
+        unnamed = vocabulary.has_unnamed_splitting(header)
+        note = "; without tokenizer.ggml.pre, words are split as for GPT-2" if unnamed else ""
+        notify(f"converting {path} to a Hugging Face checkpoint (once){note}")
         plan.write(target, None)
 
-    return cache.made_once(f"models/gguf{_METHOD}-{cache.digest(path)[:16]}", make, notify=notify)
+    return cache.get_or_make(f"models/gguf{_METHOD}-{cache.digest(path)[:16]}", make, notify=notify)
 
 
 def convert(source: Path, target: Path, *, max_length: int | None = None) -> None:
@@ -44,9 +45,9 @@ def convert(source: Path, target: Path, *, max_length: int | None = None) -> Non
     Parameters
     ----------
     source, target : Path
-        The GGUF file; an existing directory.
+        The GGUF file, and an existing directory.
     max_length : int, optional
-        What the tokenizer states as the longest input; the model's own maximum if not given.
+        Longest input that the tokenizer states, in tokens; the model's own maximum if not given.
 
     Raises
     ------
@@ -57,25 +58,25 @@ def convert(source: Path, target: Path, *, max_length: int | None = None) -> Non
 
 
 class _Plan:
-    """What a file becomes, known from its header; every refusal that needs no weight is made here."""
+    """Planned conversion of a file, from its header alone; checks that need no weights happen here."""
 
     def __init__(self, header: file_header.Header) -> None:
         _require_model(header)
         self._header = header
-        self._read: set[str] = set()
+        self._used: set[str] = set()
         self._config = configuration.config_of(header, self._values)
-        self._weights = tensors.weights(header, self._config, self._read)
+        self._weights = tensors.weights(header, self._config, self._used)
 
     def _values(self, name: str) -> list[float]:
-        self._read.add(name)
-        found: list[float] = tensors.values(self._header, name).tolist()
-        return found
+        self._used.add(name)
+        values: list[float] = tensors.values(self._header, name).tolist()
+        return values
 
     def write(self, target: Path, longest: int | None) -> None:
-        """Fill a directory: tokenizer, weights, configuration."""
-        if vocabulary.has_one(self._header):
+        """Write tokenizer, weights and configuration into a directory."""
+        if vocabulary.is_present(self._header):
             longest = longest or getattr(self._config, "max_position_embeddings", None)
-            vocabulary.save(self._header, target, words=self._config.vocab_size, longest=longest)
+            vocabulary.save(self._header, target, vocab_size=self._config.vocab_size, longest=longest)
         dtype = _dtype({tensor.kind for tensor in self._header.tensors.values()})
         save_tensors(target / "model.safetensors", dict(self._read_weights(dtype)))
         _save_config(self._config, target, dtype)
@@ -83,26 +84,24 @@ class _Plan:
     def _read_weights(self, dtype: str) -> "Iterator[tuple[str, torch.Tensor]]":
         import torch
 
-        for own, weight in self._weights.items():
+        for key, weight in self._weights.items():
             if weight.stored is None:
-                yield own, torch.zeros(weight.shape, dtype=getattr(torch, dtype))
+                yield key, torch.zeros(weight.shape, dtype=getattr(torch, dtype))
                 continue
-            value = torch.from_numpy(tensors.restored(self._header, weight.stored, self._config).copy())
+            value = torch.from_numpy(tensors.restore(self._header, weight.stored, self._config).copy())
             value = value.reshape(weight.shape).to(getattr(torch, dtype))
             if not bool(torch.isfinite(value).all()):
-                raise BesaError(
-                    f"{own} in {self._header.path} holds values that {dtype} cannot", "fetch the file again"
-                )
-            yield own, value
+                raise BesaError(f"{key} in {self._header.path} holds values beyond {dtype}", "fetch the file again")
+            yield key, value
 
 
 def _require_model(header: file_header.Header) -> None:
-    """Refuse a part of a model, and what is added to one.
+    """Refuse a split part of a model, and files that are not a whole model, such as adapters.
 
     Raises
     ------
     BesaError
-        It is one.
+        The file is not a whole model.
     """
     parts = header.fields.get("split.count", 1)
     if parts not in (0, 1):
@@ -111,7 +110,7 @@ def _require_model(header: file_header.Header) -> None:
         )
     count = header.fields.get("split.tensors.count", len(header.tensors))
     if count != len(header.tensors):
-        file_header.refuse(header, "split.tensors.count", f"is {count!r:.20}; {len(header.tensors)} are there")
+        file_header.refuse(header, "split.tensors.count", f"is {count!r:.20}, but the file has {len(header.tensors)}")
     kind = header.fields.get("general.type", "model")
     if kind != "model":
         file_header.refuse(header, "general.type", f"is {kind!r:.40}, not 'model'")
@@ -127,13 +126,13 @@ def _save_config(config: "PretrainedConfig", target: Path, dtype: str) -> None:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
-    found = _short_floats(config.to_diff_dict()) | {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
-    write_json(target / "config.json", dict(sorted(found.items())))
+    fields = _short_floats(config.to_diff_dict()) | {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
+    write_json(target / "config.json", dict(sorted(fields.items())))
     transformers.GenerationConfig.from_model_config(config).save_pretrained(target)
 
 
 def _short_floats(value: Any) -> Any:
-    """Give numbers that were float32 in the GGUF header their short form again (1e-05 for 9.999999747378752e-06)."""
+    """Round-trip float32 values of the GGUF header to their short decimal form (1e-05 for 9.999999747378752e-06)."""
     import numpy as np
 
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The header of a GGUF file: what it holds and whether it is whole, without reading a weight.
+"""The header of a GGUF file, read and validated without reading any weight.
 
-Written by hand because the `gguf` package takes seconds for the word list of a tokenizer, and believes the file.
+Own code, because the `gguf` package takes seconds for the vocabulary of a tokenizer and does not validate the file.
 """
 
 import mmap
@@ -22,23 +22,23 @@ Value = Scalar | Sequence[str] | Sequence[int] | Sequence[float]
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
-_DIMENSIONS = 4  # the most that a tensor has
-_ELSEWISE = "try the same model in the safetensors format"
-_AGAIN = "fetch the file again"
+_DIMENSIONS = 4  # most dimensions of a tensor
+_USE_SAFETENSORS = "use the same model in the safetensors format"
+_FETCH_AGAIN = "fetch the file again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """Where a tensor lies and how it is stored.
+    """Location and storage of a tensor in the file.
 
     Parameters
     ----------
     kind : str
         The storage type, e.g. ``"Q4_1"``.
     shape : tuple of int
-        Rows first, as in PyTorch; of an expert stack, experts before them.
+        Rows first, as in PyTorch; a stack of experts has the experts before them.
     place, size : int
-        Its first byte in the file, and how many it takes.
+        Offset of the first byte in the file, and size in bytes.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a GGUF file says about itself.
+    """Metadata and tensors of a GGUF file.
 
     Parameters
     ----------
@@ -70,16 +70,16 @@ class Header:
 
 
 class _DamagedError(Exception):
-    """What the file cannot mean; the caller names the file."""
+    """Damage in the file; the caller adds the file's name."""
 
 
 def read(path: Path) -> Header:
-    """Read the header and check that every tensor lies within the file, apart from all others.
+    """Read the header and check that all tensors lie within the file and do not overlap.
 
     Raises
     ------
     BesaError
-        The file is not an ordinary file or not GGUF, of a version unknown to us, cut off, or contradicts itself.
+        The file is not an ordinary file, not GGUF, of an unknown version, cut off, or contradicts itself.
     """
     require_regular(path)
     with path.open("rb") as file:
@@ -91,13 +91,13 @@ def read(path: Path) -> Header:
             try:
                 return _read(_Cursor(data, 4), path)
             except struct.error as error:
-                raise BesaError(f"{path} is cut off or damaged ({len(data)} bytes)", _AGAIN) from error
+                raise BesaError(f"{path} is cut off or damaged ({len(data)} bytes)", _FETCH_AGAIN) from error
             except _DamagedError as error:
-                raise BesaError(f"{path} is cut off or damaged: {error}", _AGAIN) from error
+                raise BesaError(f"{path} is cut off or damaged: {error}", _FETCH_AGAIN) from error
 
 
 class _Cursor:
-    """A place in the mapped file that moves on with every read."""
+    """Reading position in the mapped file."""
 
     def __init__(self, data: mmap.mmap, place: int) -> None:
         self.data = data
@@ -117,33 +117,33 @@ class _Cursor:
         return self.bytes(self.whole("Q")).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Value:
-        """One metadata value."""
+        """Read one metadata value."""
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
             return self.values(self.whole("I"), self.whole("Q"))
         code = _code(kind)
         (value,) = struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))
-        found: Scalar = value
-        return found
+        scalar: Scalar = value
+        return scalar
 
     def values(self, kind: int, count: int) -> Value:
-        """An array; one of arrays has no meaning in any key."""
+        """Read an array; arrays of arrays are refused, since no key has one."""
         if kind == _ARRAY:
-            raise _DamagedError("an array of arrays, which no key has")
+            raise _DamagedError("it holds an array of arrays, which no key has")
         if kind == _STRING:
-            if count > (len(self.data) - self.place) // 8:  # each has its length before it
+            if count > (len(self.data) - self.place) // 8:  # every string has a length of 8 bytes before it
                 raise struct.error("the file ends within an array")
             return [self.string() for _ in range(count)]
         code = _code(kind)
-        found = array("B" if code == "?" else code)
-        found.frombytes(self.bytes(count * found.itemsize))
-        return found
+        numbers = array("B" if code == "?" else code)
+        numbers.frombytes(self.bytes(count * numbers.itemsize))
+        return numbers
 
 
 def _code(kind: int) -> str:
     if kind not in _NUMBERS:
-        raise _DamagedError(f"a value of the unknown kind {kind}")
+        raise _DamagedError(f"it holds a value of the unknown type {kind}")
     return _NUMBERS[kind]
 
 
@@ -171,14 +171,20 @@ def _short(name: str) -> str:
 
 
 def _alignment(fields: Mapping[str, Value]) -> int:
-    found = fields.get("general.alignment", 32)
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0 or found % 8 or found > 1 << 20:
-        raise _DamagedError(f"general.alignment is {found!r:.80}, not a multiple of 8")
-    return found
+    alignment = fields.get("general.alignment", 32)
+    if (
+        not isinstance(alignment, int)
+        or isinstance(alignment, bool)
+        or alignment <= 0
+        or alignment % 8
+        or alignment > 1 << 20
+    ):
+        raise _DamagedError(f"general.alignment is {alignment!r:.80}, not a multiple of 8")
+    return alignment
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int, path: Path) -> dict[str, Tensor]:
-    """All tensors; each whole, within the file, and right behind the one before it."""
+    """Read all tensors; each must be complete, within the file, and right after the previous one."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     known = set(GGMLQuantizationType)
@@ -191,9 +197,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int, path: Path) -> dict[st
         shape = tuple(reversed([cursor.whole("Q") for _ in range(dimensions)]))
         code, offset = cursor.whole("I"), cursor.whole("Q")
         if code not in known:
-            raise BesaError(
-                f"{path} stores {_short(name)} in type {code}, which is unknown", "install a newer gguf package"
-            )
+            raise BesaError(f"{path} stores {_short(name)} in the unknown type {code}", "install a newer gguf package")
         kind = GGMLQuantizationType(code)
         block, size = GGML_QUANT_SIZES[kind]
         if min(shape) < 1 or shape[-1] % block or offset % alignment:
@@ -204,23 +208,23 @@ def _tensors(cursor: _Cursor, count: int, alignment: int, path: Path) -> dict[st
     if not listed:
         raise _DamagedError("it holds no tensors")
     start = -(-cursor.place // alignment) * alignment
-    found = {name: _moved(tensor, start) for name, tensor in listed}
-    if len(found) < len(listed):
+    tensors = {name: _shifted(tensor, start) for name, tensor in listed}
+    if len(tensors) < len(listed):
         ((twice, _),) = Counter(name for name, _ in listed).most_common(1)
         raise _DamagedError(f"{_short(twice)} is given twice")
-    _require_packed(found, start, alignment, len(cursor.data))
-    return found
+    _require_packed(tensors, start, alignment, len(cursor.data))
+    return tensors
 
 
-def _moved(tensor: Tensor, start: int) -> Tensor:
+def _shifted(tensor: Tensor, start: int) -> Tensor:
     return Tensor(kind=tensor.kind, shape=tensor.shape, place=tensor.place + start, size=tensor.size)
 
 
 def _require_packed(tensors: Mapping[str, Tensor], end: int, alignment: int, length: int) -> None:
-    """Refuse tensors that overlap or leave gaps, as llama.cpp does: they were stored with another type or shape."""
+    """Refuse tensors that overlap or leave gaps, as llama.cpp does: they were written for another type or shape."""
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].place):
         if tensor.place < end:
-            raise _DamagedError(f"{_short(name)} lies where another tensor does")
+            raise _DamagedError(f"{_short(name)} overlaps another tensor")
         if tensor.place - end >= alignment:
             raise _DamagedError(f"{tensor.place - end} bytes before {_short(name)} belong to no tensor")
         end = tensor.place + tensor.size
@@ -228,12 +232,12 @@ def _require_packed(tensors: Mapping[str, Tensor], end: int, alignment: int, len
             raise _DamagedError(f"{_short(name)} ends at byte {end} of {length}")
 
 
-def refuse(header: Header, key: str, because: str) -> NoReturn:
-    """Refuse a file by the name of one of its keys or tensors.
+def refuse(header: Header, key: str, reason: str) -> NoReturn:
+    """Raise the error for a file, naming one of its keys or tensors.
 
     Raises
     ------
     BesaError
         Always.
     """
-    raise BesaError(f"{header.path}: {_short(key)} {because}", _ELSEWISE)
+    raise BesaError(f"{header.path}: {_short(key)} {reason}", _USE_SAFETENSORS)

@@ -1,4 +1,4 @@
-"""How llama.cpp splits words before it joins pairs of bytes: its names for it, and tokenizer.json's words.
+"""Word splitting before byte-pair merges: llama.cpp's names, and the pre-tokenizers of tokenizer.json.
 
 The expressions are those of the models' own tokenizer.json, which llama.cpp follows.
 """
@@ -6,7 +6,7 @@ The expressions are those of the models' own tokenizer.json, which llama.cpp fol
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Step = tuple[str, str | bool]  # the kind of a pre-tokenizer, and what tells it from others of its kind
+Step = tuple[str, str | bool]  # the type of a pre-tokenizer, and its parameter
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,19 +23,19 @@ _BYTES: Step = ("ByteLevel", False)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A way to split words, as llama.cpp has it under one name.
+    """A way of splitting words, as llama.cpp names it.
 
     Attributes
     ----------
     steps : tuple of Step
-        The pre-tokenizers in their order. Of ``ByteLevel`` whether it splits as GPT-2 does; of ``Digits`` whether each
-        stands alone; of ``Split`` and ``Punctuation`` the expression or behavior.
+        The pre-tokenizers in order. The parameter of ``ByteLevel`` is whether it splits words as GPT-2 does; of
+        ``Digits``, whether each digit is separate; of ``Split`` and ``Punctuation``, the expression or behavior.
     whole_words : bool
-        A word that is a token is taken whole, whatever the merges say.
+        A word that is a token is not split by the merges (``ignore_merges``).
     begins : bool
-        Texts begin with the token for that, unless the file says otherwise.
+        Texts begin with the BOS token, unless the file says otherwise.
     composed : bool
-        Text is brought into normal form C before.
+        Text is first brought into Unicode normal form C.
     """
 
     steps: tuple[Step, ...]
@@ -65,4 +65,4 @@ _NAMES: Mapping[str, Way] = {
     "falcon": _FALCON,
 }
 WAYS: Mapping[str, Way] = {name: way for names, way in _NAMES.items() for name in names.split()}
-UNSAID = "gpt-2"  # the way taken for files from before there were names
+DEFAULT = "gpt-2"  # used for old files, which name none

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file by their names in transformers, dequantized, and in transformers' order."""
+"""The tensors of a GGUF file by their names in transformers, dequantized and in transformers' order."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
-_ELSEWISE = "try the same model in the safetensors format"
-_TURNED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # of GPT-2: columns are outputs
+_USE_SAFETENSORS = "use the same model in the safetensors format"
+_TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # GPT-2's
 
 
 def values(header: Header, name: str) -> "Array":
-    """A tensor as float32, of the shape that the file states.
+    """Dequantize a tensor to float32, in the shape that the file states.
 
     Raises
     ------
@@ -30,10 +30,10 @@ def values(header: Header, name: str) -> "Array":
 
     tensor = header.tensors[name]
     kind = GGMLQuantizationType[tensor.kind]
-    with reading(header.path, _ELSEWISE), np.errstate(all="ignore"):  # what is not finite is refused by the caller
+    with reading(header.path, _USE_SAFETENSORS), np.errstate(all="ignore"):  # the caller refuses non-finite values
         data = np.fromfile(header.path, np.uint8, tensor.size, offset=tensor.place)
-        whole = quants.dequantize(data.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
-        return np.ascontiguousarray(whole, dtype=np.float32).reshape(tensor.shape)
+        dequantized = quants.dequantize(data.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+        return np.ascontiguousarray(dequantized, dtype=np.float32).reshape(tensor.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Weight:
     Attributes
     ----------
     stored : str or None
-        Its name in the file; None stands for zeros: a bias that the file has in no block.
+        Name in the file; None stands for zeros: a bias that the file has in no block.
     shape : tuple of int
     """
 
@@ -52,48 +52,48 @@ class Weight:
 
 
 def weights(header: Header, config: "PretrainedConfig", read: Collection[str]) -> dict[str, Weight]:
-    """All weights of the model, sorted by their names in transformers.
+    """Map all weights of the model to tensors of the file, sorted by their names in transformers.
 
     Parameters
     ----------
     header : Header
     config : PretrainedConfig
     read : collection of str
-        Tensors of the file that have found their way into the configuration.
+        Names of the tensors that the configuration used.
 
     Raises
     ------
     BesaError
-        A weight is missing or of another shape, or a tensor of the file is no part of the model.
+        A weight is missing or of another shape, or a tensor of the file is not part of the model.
     """
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-    (kind,) = (MODEL_ARCH(key) for key, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
-    mapped = get_tensor_name_map(kind, header.fields[f"{header.architecture}.block_count"])  # type: ignore[arg-type]
-    found: dict[str, Weight] = {}
-    for own, shape in sorted(_shapes(header, config).items()):
-        named = (mapped.get_name(at, try_suffixes=(".weight", ".bias")) for at in (own, own.partition(".")[2]))
-        name = next(filter(None, named), None)  # of some models the package knows the names without the first part
+    (kind,) = (MODEL_ARCH(number) for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
+    name_map = get_tensor_name_map(kind, header.fields[f"{header.architecture}.block_count"])  # type: ignore[arg-type]
+    mapping: dict[str, Weight] = {}
+    for key, shape in sorted(_shapes(header, config).items()):
+        candidates = (name_map.get_name(at, try_suffixes=(".weight", ".bias")) for at in (key, key.partition(".")[2]))
+        name = next(filter(None, candidates), None)  # some names are known without their first part
         if name is None:
-            raise BesaError(f"{header.path}: {own} of {config.model_type} has no name in GGUF", _ELSEWISE)
+            raise BesaError(f"{header.path}: {key} of {config.model_type} has no name in GGUF", _USE_SAFETENSORS)
         tensor = header.tensors.get(name)
-        if tensor is None and not _left_out(header, name):
-            raise BesaError(f"{header.path} lacks {own} ({name})", _ELSEWISE)
-        turned = header.architecture == "gpt2" and name.endswith(_TURNED)
-        if tensor is not None and _bare(tensor.shape) != _bare(shape[::-1] if turned else shape):
-            refuse(header, name, f"is of shape {tensor.shape}, the model's {own} of {shape}")
-        found[own] = Weight(stored=None if tensor is None else name, shape=shape)
-    _refuse_unused(header, {*read, *(weight.stored for weight in found.values() if weight.stored)})
-    return found
+        if tensor is None and not _is_omitted_bias(header, name):
+            raise BesaError(f"{header.path} lacks {key} ({name})", _USE_SAFETENSORS)
+        transposed = header.architecture == "gpt2" and name.endswith(_TRANSPOSED)
+        if tensor is not None and _squeezed(tensor.shape) != _squeezed(shape[::-1] if transposed else shape):
+            refuse(header, name, f"has the shape {tensor.shape}, but {key} of the model has {shape}")
+        mapping[key] = Weight(stored=None if tensor is None else name, shape=shape)
+    _refuse_unused(header, {*read, *(weight.stored for weight in mapping.values() if weight.stored)})
+    return mapping
 
 
-def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the dimensions of one, which the file leaves out of convolutions."""
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without dimensions of size one, which the file leaves out of convolutions."""
     return tuple(size for size in shape if size != 1)
 
 
 def _shapes(header: Header, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
-    """What stock transformers' model holds, without the weights that are tied to others."""
+    """Return the shape of every weight of stock transformers' model, without weights tied to others."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -103,62 +103,62 @@ def _shapes(header: Header, config: "PretrainedConfig") -> dict[str, tuple[int, 
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
 
 
-def _left_out(header: Header, name: str) -> bool:
-    """Whether it is a bias that no block has, in a model that has others."""
-    words = name.split(".")
-    there = [other for other in header.tensors if other.startswith("blk.") and other.endswith(".bias")]
-    kinds = {other.split(".", 2)[2] for other in there}
-    return words[0] == "blk" and words[-1] == "bias" and bool(kinds) and ".".join(words[2:]) not in kinds
+def _is_omitted_bias(header: Header, name: str) -> bool:
+    """Check for a bias that no block has, in a model that has other biases."""
+    parts = name.split(".")
+    biases = [other for other in header.tensors if other.startswith("blk.") and other.endswith(".bias")]
+    kinds = {other.split(".", 2)[2] for other in biases}
+    return parts[0] == "blk" and parts[-1] == "bias" and bool(kinds) and ".".join(parts[2:]) not in kinds
 
 
 def _refuse_unused(header: Header, used: Collection[str]) -> None:
     for name in header.tensors:
         if name not in used:
-            refuse(header, name, "is a tensor that besa does not know in such a model")
+            refuse(header, name, "is a tensor that besa does not know in this architecture")
 
 
-def restored(header: Header, name: str, config: "PretrainedConfig") -> "Array":
-    """A tensor's values in transformers' order and offset; the shape may lack dimensions of one.
+def restore(header: Header, name: str, config: "PretrainedConfig") -> "Array":
+    """Dequantize a tensor in transformers' order and offset; dimensions of size one may be missing.
 
     Raises
     ------
     BesaError
-        See `values`.
+        The gguf package cannot dequantize its type.
     """
     undo = _UNDO.get(header.architecture)
-    found = values(header, name)
-    return found if undo is None else undo(name, found, config)
+    array = values(header, name)
+    return array if undo is None else undo(name, array, config)
 
 
 Undo = Callable[[str, "Array", "PretrainedConfig"], "Array"]
 
 
-def _halves(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    """Channels that turn together lie side by side in llama.cpp, and half a head apart in transformers."""
+def _split_pairs(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
+    """Reorder the rotary channels: pairs are adjacent in llama.cpp, and half a head apart in transformers."""
     for part, heads in ((".attn_q.", config.num_attention_heads), (".attn_k.", config.num_key_value_heads)):
         if part in name:
             return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
     return value
 
 
-def _less_one(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    """Norms that transformers adds 1 to are stored with it added."""
+def _subtract_one(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
+    """Subtract the 1 that llama.cpp adds to the norms and transformers adds itself."""
     return value - 1 if name.endswith("norm.weight") else value
 
 
-def _turned(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    return value.T if name.endswith(_TURNED) else value
+def _transpose(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
+    return value.T if name.endswith(_TRANSPOSED) else value
 
 
 def _bloom(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    """Queries, keys and values: head after head in transformers, one after the other in llama.cpp."""
+    """Reorder queries, keys and values: head by head in transformers, all queries first in llama.cpp."""
     if ".attn_qkv." not in name:
         return value
     return value.reshape(3, config.n_head, -1, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
 
 
 def _falcon(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    """The same, by groups of heads that share keys and values."""
+    """Reorder queries, keys and values by groups of heads that share keys and values."""
     import numpy as np
 
     if ".attn_qkv." not in name:
@@ -171,20 +171,20 @@ def _falcon(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
 
 
 def _mamba(name: str, value: "Array", config: "PretrainedConfig") -> "Array":
-    """The decay, which transformers holds as the logarithm of its negative."""
+    """Convert the decay to transformers' form, the logarithm of its negative."""
     import numpy as np
 
-    with np.errstate(all="ignore"):  # a decay that is not negative: not a number, which the caller refuses
+    with np.errstate(all="ignore"):  # the caller refuses the NaN of a non-negative decay
         return np.log(-value) if name.endswith(".ssm_a") else value
 
 
 _UNDO: Mapping[str, Undo] = {
-    "llama": _halves,
-    "gemma2": _less_one,
-    "gemma3": _less_one,
+    "llama": _split_pairs,
+    "gemma2": _subtract_one,
+    "gemma3": _subtract_one,
     "mamba": _mamba,
-    "nemotron": _less_one,
-    "gpt2": _turned,
+    "nemotron": _subtract_one,
+    "gpt2": _transpose,
     "bloom": _bloom,
     "falcon": _falcon,
 }

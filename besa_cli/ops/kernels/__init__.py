@@ -1,8 +1,8 @@
-"""The inner loops of learning: `plain` is torch on any device, `native` C++ for the CPU, `fused` Triton.
+"""The inner loops of learning: `plain` in torch for any device, `native` in C++ for the CPU, `fused` in Triton.
 
-All forms give the same ranks, masks and weights on a grid, and the same sums up to the rounding of fp32. Which one is
-taken depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment takes the plain one everywhere, and
-``fast`` is what happens without it.
+All implementations give the same ranks, masks and weights on a grid, and the same sums up to fp32 rounding. The choice
+depends on the tensors alone; ``BESA_KERNELS=plain`` in the environment forces the plain one, and ``fast`` is the
+default.
 """
 
 import os
@@ -19,32 +19,33 @@ _CHOICE = "BESA_KERNELS"
 
 
 def check() -> None:
-    """Refuse what is no choice.
+    """Validate the environment variable ``BESA_KERNELS``.
 
     Raises
     ------
     UsageError
         BESA_KERNELS is neither fast nor plain.
     """
-    _wanted()
+    _fast_allowed()
 
 
 def name(device: torch.device, dtype: torch.dtype) -> str:
-    """``fused``, ``native`` or ``plain``: what serves a device's tensors where `dtype` is computed in."""
-    form = _form(device)
-    return (plain if form is native and not native.computes_in(dtype) else form).__name__.rpartition(".")[2]
+    """Return the implementation for a device and a dtype of computation: ``fused``, ``native`` or ``plain``."""
+    module = _implementation(device)
+    return (plain if module is native and not native.computes_in(dtype) else module).__name__.rpartition(".")[2]
 
 
-def _form(device: torch.device) -> ModuleType:
-    """The fastest form for a device's tensors; for some it gives None, and the plain one has to serve."""
-    if not _wanted():
+def _implementation(device: torch.device) -> ModuleType:
+    """Return the fastest implementation for a device; its functions return None for tensors that need the plain one."""
+    if not _fast_allowed():
         return plain
     if fused.available(device):
         return fused
     return native if device.type == "cpu" and native.available() else plain
 
 
-def _wanted() -> bool:
+def _fast_allowed() -> bool:
+    """Return whether ``BESA_KERNELS`` allows the fast implementations."""
     choice = os.environ.get(_CHOICE) or "fast"
     if choice not in ("fast", "plain"):
         raise UsageError(f"BESA_KERNELS={choice} is neither fast nor plain", "unset it, or set it to plain")
@@ -52,12 +53,12 @@ def _wanted() -> bool:
 
 
 def ranks(scores: Float[Tensor, "rows cols"]) -> Int[Tensor, "rows cols"]:
-    """The rank of each column within its row, 0 = the lowest score; ties by column.
+    """Rank each column within its row, 0 = the lowest score, ties by column.
 
-    16-bit numbers below 32,768 columns, 32-bit ones above.
+    The dtype is int16 below 32,768 columns, else int32.
     """
-    found = native.ranks(scores) if _wanted() else None
-    return plain.ranks(scores) if found is None else found
+    result = native.ranks(scores) if _fast_allowed() else None
+    return plain.ranks(scores) if result is None else result
 
 
 def mask(
@@ -66,9 +67,9 @@ def mask(
     counts: Int[Tensor, " rows"],
     out: Float[Tensor, "rows cols"],
 ) -> Float[Tensor, "rows cols"]:
-    """Write the weight without the `counts[r]` lowest ranks of row r into `out`, in the dtype of `out`; returns it."""
-    found = _form(weight.device).mask(weight, ranks, counts, out)
-    return plain.mask(weight, ranks, counts, out) if found is None else found
+    """Write the weight without the `counts[r]` lowest ranks of row r into `out`, in its dtype, and return `out`."""
+    result = _implementation(weight.device).mask(weight, ranks, counts, out)
+    return plain.mask(weight, ranks, counts, out) if result is None else result
 
 
 def candidate_sums(
@@ -79,7 +80,7 @@ def candidate_sums(
     *,
     floored: bool = False,
 ) -> Float[Tensor, "rows candidates"]:
-    """dL/dβ_d = − Σ_{j < p_d·C} g_j for d = 0 … D, with g = (∂L/∂Ŵ)∘W in the order of the ranks j (BESA Eq. 6).
+    """Compute dL/dβ_d = − Σ_{j < p_d·C} g_j for d = 0 … D, with g = (∂L/∂Ŵ)∘W in the order of the ranks j (BESA Eq. 6).
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def candidate_sums(
         ∂L/∂Ŵ.
     weight, ranks : Tensors of shape (rows, cols)
     count : int
-        D: the candidates are 0, 1/D, …, 1.
+        D, for the candidates 0, 1/D, …, 1.
     floored : bool
         Sum over j < ⌊p_d·C⌋, as the paper's released program does.
 
@@ -95,8 +96,8 @@ def candidate_sums(
     -------
     Tensor of shape (rows, D + 1), fp32
     """
-    found = _form(weight.device).candidate_sums(gradient, weight, ranks, count, floored)
-    return plain.candidate_sums(gradient, weight, ranks, count, floored) if found is None else found
+    result = _implementation(weight.device).candidate_sums(gradient, weight, ranks, count, floored)
+    return plain.candidate_sums(gradient, weight, ranks, count, floored) if result is None else result
 
 
 def on_grid(
@@ -106,18 +107,18 @@ def on_grid(
     width: int,
     top: int,
 ) -> Float[Tensor, "rows cols"]:
-    """Ŵ = (Q − z)·h with Q = clamp(round(W/h) + z, 0, top): the weights on the grids of their groups, fp32.
+    """Compute the weights on their groups' grids in fp32: Ŵ = (Q − z)·h with Q = clamp(round(W/h) + z, 0, top).
 
     Parameters
     ----------
     weight : Tensor of shape (rows, cols)
     scales, zeros : Tensors of shape (rows, groups), fp32
-        h and z of each group, z a whole number: `width` consecutive columns, fewer in the last group of a row.
+        h and z of each group, z an integer. A group is `width` consecutive columns, fewer at the end of a row.
     width, top : int
-        Columns in a group; the greatest code.
+        Number of columns in a group, and largest code.
     """
-    found = native.on_grid(weight, scales, zeros, width, top) if _wanted() else None
-    return plain.on_grid(weight, scales, zeros, width, top) if found is None else found
+    result = native.on_grid(weight, scales, zeros, width, top) if _fast_allowed() else None
+    return plain.on_grid(weight, scales, zeros, width, top) if result is None else result
 
 
 def grid_slopes(
@@ -128,14 +129,16 @@ def grid_slopes(
     width: int,
     top: int,
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
-    """∂L/∂h and ∂L/∂z of every group of `on_grid`, the rounding straight-through, fp32.
+    """Compute ∂L/∂h and ∂L/∂z of every group of `on_grid`, straight-through, in fp32.
 
-    Of a weight within its grid ∂Ŵ/∂h = round(W/h) − W/h and ∂Ŵ/∂z = 0; of one that is clipped, Q − z and −h.
+    Inside the grid ∂Ŵ/∂h = round(W/h) − W/h and ∂Ŵ/∂z = 0; for a clipped weight they are Q − z and −h.
 
     Parameters
     ----------
     gradient : Tensor of shape (rows, cols)
         ∂L/∂Ŵ.
+    weight, scales, zeros, width, top
+        As in `on_grid`.
     """
-    found = native.grid_slopes(gradient, weight, scales, zeros, width, top) if _wanted() else None
-    return plain.grid_slopes(gradient, weight, scales, zeros, width, top) if found is None else found
+    result = native.grid_slopes(gradient, weight, scales, zeros, width, top) if _fast_allowed() else None
+    return plain.grid_slopes(gradient, weight, scales, zeros, width, top) if result is None else result

@@ -1,7 +1,7 @@
 """The inner loops of learning as Triton kernels (`triton_loops.py`), for tensors on CUDA devices.
 
-Triton comes with the builds of torch for CUDA. With ``TRITON_INTERPRET=1`` in the environment it serves the CPU too,
-slowly: that is how the kernels are tested without a GPU.
+Triton is part of the CUDA builds of torch. With ``TRITON_INTERPRET=1`` in the environment it also runs on the CPU,
+slowly: so the kernels are tested without a GPU. All functions return None for tensors that Triton does not support.
 """
 
 import os
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.int32}
-_WIDTH = 1024  # columns a program takes
-_TILE = 2048  # numbers a program sums at a time
-_CHUNK = 1 << 24  # products in rank order that exist at a time: 64 MiB
+_WIDTH = 1024  # columns per program
+_TILE = 2048  # numbers that a program sums at a time
+_CHUNK = 1 << 24  # products in rank order in memory at a time: 64 MiB
 
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether Triton makes kernels for this device. It needs a C compiler, a place to write, and a GPU it knows."""
+    """Check that Triton works for this device: it needs a C compiler, a writable cache, and a supported GPU."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     try:
@@ -35,16 +35,16 @@ def available(device: torch.device) -> bool:
 
 
 def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor | None:
-    """See `besa_cli.ops.kernels.mask`; None where Triton does not serve these tensors, as in all of these."""
-    if not _suited(weight, ranks, out):
+    """Run the Triton kernel of `besa_cli.ops.kernels.mask`."""
+    if not _supported(weight, ranks, out):
         return None
     _mask(weight, ranks, counts.to(torch.int32).contiguous(), out)
     return out
 
 
 def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor | None:
-    """See `besa_cli.ops.kernels.candidate_sums`."""
-    if not _suited(gradient, weight, ranks):
+    """Run the Triton kernels of `besa_cli.ops.kernels.candidate_sums`, in chunks of rows."""
+    if not _supported(gradient, weight, ranks):
         return None
     rows, cols = weight.shape
     result = torch.empty(rows, count + 1, device=weight.device)
@@ -55,10 +55,12 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
     return result
 
 
-def _suited(*tensors: Tensor) -> bool:
+def _supported(*tensors: Tensor) -> bool:
     device = tensors[0].device
-    alike = all(tensor.device == device and tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors)
-    return alike and available(device)
+    supported = all(
+        tensor.device == device and tensor.is_contiguous() and tensor.dtype in _DTYPES for tensor in tensors
+    )
+    return supported and available(device)
 
 
 def _mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""The inner loops of learning in C++ (`loops.cpp`), for tensors on the CPU; built when the package is installed."""
+"""The inner loops of learning in C++ (`loops.cpp`), for tensors on the CPU; built when the package is installed.
+
+All functions return None for tensors that the library does not support.
+"""
 
 import ctypes
 from functools import cache
@@ -18,8 +21,8 @@ _NAMES = {
     torch.int16: "short",
     torch.int32: "int",
 }
-_WORTH = 70_000  # ns of work that another thread should take over: to start one and wait for it costs as much
-_RANK, _MASK, _SUM, _GRID, _SLOPE = 5.0, 0.1, 0.6, 0.1, 0.5  # ns for each weight, about
+_THREAD_COST = 70_000  # ns to start a thread and wait for it: the least work that it should take over
+_RANK, _MASK, _SUM, _GRID, _SLOPE = 5.0, 0.1, 0.6, 0.1, 0.5  # approximate ns per weight
 
 
 @cache
@@ -38,91 +41,102 @@ def _function(name: str, *types: torch.dtype) -> "ctypes._NamedFuncPointer | Non
 
 
 def available() -> bool:
-    """Whether the library was built for this machine."""
+    """Check that the library was built for this machine."""
     return _library() is not None
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether masked weights and their gradients may be of this dtype."""
+    """Check that masked weights and their gradients may have this dtype."""
     return _function("mask", torch.float32, dtype, torch.int16) is not None
 
 
 def ranks(scores: Tensor) -> Tensor | None:
-    """See `besa_cli.ops.kernels.ranks`; None where the library does not serve these tensors, as in all of these."""
+    """Run the C++ loop of `besa_cli.ops.kernels.ranks`."""
     rows, cols = scores.shape
     result = torch.empty(rows, cols, dtype=plain.index_type(cols))
     function = _function("ranks", result.dtype)
-    if function is None or scores.dtype != torch.float32 or not _suited(scores):
+    if function is None or scores.dtype != torch.float32 or not _supported(scores):
         return None
-    _call(function, scores, result, sizes=(rows, cols), each=_RANK)
+    _call(function, scores, result, sizes=(rows, cols), cost=_RANK)
     return result
 
 
 def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor | None:
-    """See `besa_cli.ops.kernels.mask`."""
+    """Run the C++ loop of `besa_cli.ops.kernels.mask`."""
     function = _function("mask", weight.dtype, out.dtype, ranks.dtype)
-    if function is None or not _suited(weight, ranks, out):
+    if function is None or not _supported(weight, ranks, out):
         return None
-    _call(function, weight, ranks, counts.to(torch.int32).contiguous(), out, sizes=weight.shape, each=_MASK)
+    _call(function, weight, ranks, counts.to(torch.int32).contiguous(), out, sizes=weight.shape, cost=_MASK)
     return out
 
 
 def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor | None:
-    """See `besa_cli.ops.kernels.candidate_sums`."""
+    """Run the C++ loop of `besa_cli.ops.kernels.candidate_sums`."""
     rows, cols = weight.shape
     function = _function("sums", gradient.dtype, weight.dtype, ranks.dtype)
-    if function is None or not _suited(gradient, weight, ranks):
+    if function is None or not _supported(gradient, weight, ranks):
         return None
     result = torch.empty(rows, count + 1)
     first_pruned = _first_pruned(count, cols, floored)
-    _call(function, gradient, weight, ranks, first_pruned, result, sizes=(rows, cols, count + 1), each=_SUM)
+    _call(function, gradient, weight, ranks, first_pruned, result, sizes=(rows, cols, count + 1), cost=_SUM)
     return result
 
 
 def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int) -> Tensor | None:
-    """See `besa_cli.ops.kernels.on_grid`."""
+    """Run the C++ loop of `besa_cli.ops.kernels.on_grid`."""
     function = _function("grid", weight.dtype)
-    if function is None or not _suited(weight, scales, zeros) or not _fit(weight, scales, zeros, width):
+    if function is None or not _supported(weight, scales, zeros) or not _are_per_group(weight, scales, zeros, width):
         return None
     result = torch.empty_like(weight, dtype=torch.float32)
-    _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top), each=_GRID)
+    _call(function, weight, scales, zeros, result, sizes=(*weight.shape, width, top), cost=_GRID)
     return result
 
 
 def grid_slopes(
     gradient: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int
 ) -> tuple[Tensor, Tensor] | None:
-    """See `besa_cli.ops.kernels.grid_slopes`."""
+    """Run the C++ loop of `besa_cli.ops.kernels.grid_slopes`."""
     function = _function("slopes", weight.dtype)
-    if function is None or not _suited(gradient, weight, scales, zeros) or gradient.dtype != torch.float32:
+    if function is None or not _supported(gradient, weight, scales, zeros) or gradient.dtype != torch.float32:
         return None
-    if gradient.shape != weight.shape or not _fit(weight, scales, zeros, width):
+    if gradient.shape != weight.shape or not _are_per_group(weight, scales, zeros, width):
         return None
-    found = torch.empty_like(scales), torch.empty_like(scales)
-    _call(function, gradient, weight, scales, zeros, *found, sizes=(*weight.shape, width, top), each=_SLOPE)
-    return found
+    slopes = torch.empty_like(scales), torch.empty_like(scales)
+    _call(function, gradient, weight, scales, zeros, *slopes, sizes=(*weight.shape, width, top), cost=_SLOPE)
+    return slopes
 
 
-def _suited(*tensors: Tensor) -> bool:
+def _supported(*tensors: Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
 
 
-def _fit(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> bool:
-    """Whether there is an fp32 number for each group; the plain form says what is wrong where there is not."""
+def _are_per_group(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> bool:
+    """Check that there is an fp32 scale and zero point for each group; otherwise the plain form reports the error."""
     groups = (weight.shape[0], -(-weight.shape[1] // width))
-    return all(each.shape == groups and each.dtype == torch.float32 for each in (scales, zeros))
+    return all(tensor.shape == groups and tensor.dtype == torch.float32 for tensor in (scales, zeros))
 
 
-def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...], each: float) -> None:
-    """Call it on as many threads as have enough to do: `sizes` begin with rows and columns, `each` is ns a weight."""
-    enough = int(sizes[0] * sizes[1] * each / _WORTH)
-    numbers = (*sizes, max(1, min(torch.get_num_threads(), enough)))
-    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, numbers))
+def _call(function: "ctypes._NamedFuncPointer", *tensors: Tensor, sizes: tuple[int, ...], cost: float) -> None:
+    """Call a function on as many threads as have enough work.
+
+    Parameters
+    ----------
+    function : C function
+    tensors : Tensors
+        Passed by pointer.
+    sizes : tuple of int
+        Begin with rows and columns; passed as 64-bit integers, followed by the number of threads.
+    cost : float
+        Approximate ns per weight.
+    """
+    threads = int(sizes[0] * sizes[1] * cost / _THREAD_COST)
+    arguments = (*sizes, max(1, min(torch.get_num_threads(), threads)))
+    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors), *map(ctypes.c_int64, arguments))
 
 
 @cache
 def _first_pruned(count: int, cols: int, floored: bool) -> Tensor:
-    """For every rank the first candidate that prunes it: uint16 numbers from 1 to `count`."""
+    """Return the index, 1 … `count`, of the first candidate that prunes each rank, as uint16."""
     table = torch.empty(cols, dtype=torch.uint16)
     for d, (start, stop) in enumerate(pairwise(plain.cuts(count, cols, floored)), 1):
         table[start:stop] = d

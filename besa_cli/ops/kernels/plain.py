@@ -1,26 +1,26 @@
-"""The inner loops of learning in plain torch, on any device: the oracle of the faster forms."""
+"""The inner loops of learning in plain torch, for any device: the reference for the faster implementations."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # weights whose indices, or places on a grid, exist at a time
+_CHUNK = 1 << 22  # weights processed at a time, to bound the memory of indices and codes
 
 
 def index_type(cols: int) -> torch.dtype:
-    """16-bit numbers below 32,768 columns, 32-bit ones above."""
+    """Return the dtype of ranks: int16 below 32,768 columns, else int32."""
     return torch.int16 if cols < 2**15 else torch.int32
 
 
 @cache
 def cuts(count: int, cols: int, floored: bool = False) -> tuple[int, ...]:
-    """How many ranks j satisfy j < p_d·C, for d = 0 … D: ⌈d·C/D⌉, by whole numbers; ⌊d·C/D⌋ where floored."""
+    """Count the ranks j < p_d·C for d = 0 … D: ⌈d·C/D⌉, by integer arithmetic; ⌊d·C/D⌋ if `floored`."""
     return tuple((d * cols if floored else d * cols + count - 1) // count for d in range(count + 1))
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """See `besa_cli.ops.kernels.ranks`."""
+    """Rank by stable sorting, in chunks of rows."""
     rows, cols = scores.shape
     result = torch.empty(rows, cols, dtype=index_type(cols), device=scores.device)
     places = torch.arange(cols, dtype=result.dtype, device=scores.device)
@@ -31,13 +31,13 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def mask(weight: Tensor, ranks: Tensor, counts: Tensor, out: Tensor) -> Tensor:
-    """See `besa_cli.ops.kernels.mask`."""
+    """Copy the weight and zero the pruned elements."""
     pruned = ranks < counts.to(ranks.dtype).unsqueeze(1)
     return out.copy_(weight).masked_fill_(pruned, 0.0)
 
 
 def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, floored: bool = False) -> Tensor:
-    """See `besa_cli.ops.kernels.candidate_sums`."""
+    """Sum by scattering the products into rank order and accumulating, in chunks of rows."""
     rows, cols = weight.shape
     ends = torch.tensor(cuts(count, cols, floored), device=weight.device)
     result = torch.empty(rows, count + 1, device=weight.device)
@@ -49,7 +49,7 @@ def candidate_sums(gradient: Tensor, weight: Tensor, ranks: Tensor, count: int, 
 
 
 def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int) -> Tensor:
-    """See `besa_cli.ops.kernels.on_grid`."""
+    """Round to the grid, in chunks of rows."""
     result = torch.empty_like(weight, dtype=torch.float32)
     for part in _chunks(*weight.shape):
         h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
@@ -62,21 +62,21 @@ def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int)
 def grid_slopes(
     gradient: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, width: int, top: int
 ) -> tuple[Tensor, Tensor]:
-    """See `besa_cli.ops.kernels.grid_slopes`."""
+    """Sum the slopes of every group, in chunks of rows."""
     by_scale, by_zero = torch.empty_like(scales), torch.empty_like(scales)
     for part in _chunks(*weight.shape):
         h, z = scales[part].unsqueeze(2), zeros[part].unsqueeze(2)
         slope, steps = grouped(gradient[part].float(), width), grouped(weight[part].float(), width).div(h)
-        wished = steps.round().add_(z)
-        codes = wished.clamp(0, top)
-        clipped = codes != wished
+        unclipped = steps.round().add_(z)
+        codes = unclipped.clamp(0, top)
+        clipped = codes != unclipped
         by_scale[part] = codes.sub_(z).sub_(steps.masked_fill_(clipped, 0.0)).mul_(slope).sum(2)
         by_zero[part] = (slope * clipped).sum(2).mul_(-scales[part])
     return by_scale, by_zero
 
 
 def grouped(matrix: Tensor, width: int) -> Tensor:
-    """(rows, groups, width): `width` columns a group; a shorter last group is filled up with zeros."""
+    """Reshape to (rows, groups, width), `width` columns per group; a shorter last group is padded with zeros."""
     rows, cols = matrix.shape
     missing = -cols % width
     if missing:

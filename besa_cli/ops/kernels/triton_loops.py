@@ -1,10 +1,10 @@
-"""The loops of `fused.py` as Triton kernels. Imports Triton, so nothing but `fused.py` imports this, and late.
+"""Triton kernels of `fused.py`. Importing this imports Triton, so only `fused.py` does, inside a function.
 
-No atomic additions: a program writes places that no other writes, and every sum has one order, so that a run which was
-killed and goes on gives the same bytes.
+No atomic additions: no two programs write to the same place, and every sum has a fixed order, so that an interrupted
+run resumes to the same bytes.
 """
 
-from typing import no_type_check  # neither mypy nor the checks of shapes in tests know the language of the kernels
+from typing import no_type_check  # mypy and the tests' shape checks do not support Triton
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def mask(weight, ranks, counts, out, cols, WIDTH: tl.constexpr):
-    """`WIDTH` columns of a row: the weight where its rank is not below the row's count, else 0."""
+    """Write `WIDTH` columns of a row: the weight where its rank is not below the row's count, else 0."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = col < cols
@@ -26,7 +26,7 @@ def mask(weight, ranks, counts, out, cols, WIDTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def products(gradient, weight, ranks, out, cols, WIDTH: tl.constexpr):
-    """`WIDTH` columns of a row: gradient·weight, each at the place of its rank. No two in a row have the same."""
+    """Write gradient·weight of `WIDTH` columns of a row at the place of each rank, which is unique in the row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = col < cols
@@ -39,7 +39,7 @@ def products(gradient, weight, ranks, out, cols, WIDTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def sums(ranked, out, cols, count, offset, longest, CANDIDATES: tl.constexpr, WIDTH: tl.constexpr):
-    """One row: what lies between a cut and the next, summed, then summed over the candidates and negated.
+    """Sum one row between successive cuts, then accumulate over the candidates and negate.
 
     The cuts are ⌊(d·cols + offset)/count⌋, at most `longest` apart. `CANDIDATES` is a power of two above `count`.
     """

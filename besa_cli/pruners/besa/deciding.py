@@ -1,4 +1,4 @@
-"""What becomes of a window: the allocation learned, projected onto the exact budget, compared with the uniform one."""
+"""BESA's decision for one window: learn the sparsities, project them onto the exact budget, compare with uniform."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from besa_cli.stream.block import Block, Decision
 
 
 def prune(block: Block, options: BesaOptions) -> Decision:
-    """Learn the block's allocation, project it onto the exact budget and compare it with the uniform one."""
+    """Learn the sparsities of the block, project them onto the exact budget, and compare with uniform sparsity."""
     window = RankedWindow(block, options)
     try:
         return _decide(window)
@@ -55,13 +55,13 @@ def _decide(window: RankedWindow) -> Decision:
 
 
 def _on_grid(quantized: Mapping[str, Quantized], kept: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The linears on a grid, what is pruned at its zero, as fields of `Decision`."""
+    """Return the quantized linears with pruned weights at zero, as fields of `Decision`."""
     pruned = {name: affine.pruned(each, kept[name]) for name, each in quantized.items()}
     return {"weights": {name: affine.dequantize(each) for name, each in pruned.items()}, "quantized": pruned}
 
 
 def _learned_masks(window: RankedWindow, theta: Tensor) -> dict[str, Tensor]:
-    """The masks of the last step, whatever their sparsity."""
+    """Return the masks of the last learning step, whatever their sparsity."""
     alpha = allocation.expected_sparsity(window.mixture(theta), window.candidates)
     return {
         name: masks.mask_from_ranks(linear.ranks, allocation.repeat_rows(count, linear.group, linear.rows))
@@ -70,7 +70,7 @@ def _learned_masks(window: RankedWindow, theta: Tensor) -> dict[str, Tensor]:
 
 
 def _masks(window: RankedWindow, *allocations: Mapping[str, budget.Floats]) -> list[dict[str, Tensor]]:
-    """For each allocation masks that prune exactly the budget, each row as near to its share as zeros allow."""
+    """Return masks that prune exactly the budget, each row as close to its share as existing zeros allow."""
     totals = [_totals(window, shares) for shares in allocations]
     kept: list[dict[str, Tensor]] = [{} for _ in allocations]
     for name, linear in window.linears.items():
@@ -83,7 +83,7 @@ def _masks(window: RankedWindow, *allocations: Mapping[str, budget.Floats]) -> l
 
 
 def _totals(window: RankedWindow, shares: Mapping[str, budget.Floats]) -> dict[str, int]:
-    """Weights that each linear prunes, the window's budget in all."""
+    """Return the weights that each linear prunes; they sum to the window's budget."""
     wished = np.array([shares[name].sum() for name in window.linears])
     zeros = np.array([linear.zeros for linear in window.linears.values()])
     sizes = np.array([linear.size for linear in window.linears.values()])
@@ -92,7 +92,7 @@ def _totals(window: RankedWindow, shares: Mapping[str, budget.Floats]) -> dict[s
 
 
 def _errors(window: RankedWindow, kept: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The mean loss and the mean relative error of each token under fixed masks."""
+    """Return the mean loss and the mean relative error per token under fixed masks."""
     weights = {
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()

@@ -1,4 +1,4 @@
-"""The mixtures over candidate sparsities, learned by gradient with a straight-through mask."""
+"""Gradient learning of the mixtures over candidate sparsities, with a straight-through mask (BESA Eqs. 3 to 6)."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,9 +15,9 @@ from besa_cli.system import compute
 
 
 def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Minimise the reconstruction error within the budget; where the budget is spent, the grids alone are learned.
+    """Minimise the reconstruction error within the budget; if existing zeros meet it, learn only the grids.
 
-    The budget is held in every step, or with a `penalty` left to it.
+    The budget is met at every step, unless a `penalty` pulls towards it instead.
 
     Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
     """
@@ -62,7 +62,7 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
 
 
 def _project_to_budget(window: RankedWindow, theta: Tensor) -> None:
-    """Bring the mixtures back to the budget, in place."""
+    """Project the mixtures back onto the budget, in place."""
     with torch.no_grad():
         theta += (
             allocation.newton_tilt(theta, window.sizes, window.candidates, window.target_sparsity) * window.candidates
@@ -83,7 +83,7 @@ def _initial_logits(window: RankedWindow) -> Tensor:
 
 
 def _chosen(samples: int, options: BesaOptions, seed: int) -> Iterator[Tensor]:
-    """The samples of every step, one after the other."""
+    """Yield the sample numbers of every step."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(options.epochs):
         shuffled = options.rules.shuffled
@@ -92,7 +92,7 @@ def _chosen(samples: int, options: BesaOptions, seed: int) -> Iterator[Tensor]:
 
 
 def _gradients(learned: list[Tensor], factor: float) -> list[Tensor]:
-    """The gradients times a factor, made zero where nothing that this rank passed depends on what is learned."""
+    """Return the gradients times a factor; zeros where nothing on this rank depends on a parameter."""
     for each in learned:
         each.grad = torch.zeros_like(each) if each.grad is None else each.grad.mul_(factor)
     return [each.grad for each in learned if each.grad is not None]
@@ -101,7 +101,7 @@ def _gradients(learned: list[Tensor], factor: float) -> list[Tensor]:
 def optimizers(
     theta: Tensor, strengths: list[Tensor], options: BesaOptions
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """What learns the mixtures, and the clipping strengths where there are any, each with its rate."""
+    """Return the optimizers of the mixture logits and of the clipping strengths, each with its learning rate."""
     if options.optimizer == "prodigy":
         prodigy: torch.optim.Optimizer = Prodigy(
             [theta], lr=options.rate, weight_decay=0.0, decouple=True, d_coef=options.d_coef
@@ -121,7 +121,7 @@ def _finite(value: float, index: int) -> float:
 def _soft_weights(
     window: RankedWindow, theta: Tensor, strengths: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The masked weights, differentiable in the logits, and the mixtures; None where the budget is spent."""
+    """Return the masked weights, differentiable in the logits, and the mixtures; None if zeros meet the budget."""
     sources = {
         name: linear.clipped.weights(strengths[name]).to(linear.masked.dtype) if linear.clipped else linear.weight
         for name, linear in window.linears.items()

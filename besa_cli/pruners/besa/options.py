@@ -1,4 +1,4 @@
-"""The options of BESA."""
+"""Options of BESA, and the learning rules of its presets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,13 +60,13 @@ class BesaOptions(MethodOptions):
     Attributes
     ----------
     window : "block", "attn-mlp" or a number
-        What is reconstructed together: a block, its halves one after the other, or so many blocks.
+        Unit of reconstruction: a block, its halves one after the other, or this many blocks.
     granularity : "row", "layer" or a number
-        What gets a sparsity of its own: every row, every linear, or every so many rows.
+        Unit that has its own sparsity: a row, a linear, or this many rows.
     importance : {"wanda", "magnitude", "sparsegpt"}
-        What ranks the weights of a row.
+        Score that ranks the weights of a row.
     target : {"block", "stream"}
-        What the block should keep: its own dense output on the compressed inputs, or the dense model's hidden states.
+        Output to reproduce: the block's own dense output on the compressed inputs, or the dense model's hidden states.
     epochs, batch_size : int
         Passes over the calibration samples, and samples in one step.
     optimizer : {"adamw", "prodigy"}
@@ -75,7 +75,7 @@ class BesaOptions(MethodOptions):
     d_coef : float
         Prodigy's factor on its own estimate of the rate.
     penalty : float, optional
-        Weight of the sparsity penalty ((s − ŝ)/ŝ)². Without one the budget is held in every step.
+        Weight of the sparsity penalty ((s − ŝ)/ŝ)². Without one, the budget is met at every step.
     candidates : int
         D: candidate sparsities are 0, 1/D, …, 1.
     loss : {"token", "channel", "frobenius"}
@@ -107,7 +107,7 @@ class BesaOptions(MethodOptions):
     def __post_init__(self) -> None:
         if self.lr is None:
             object.__setattr__(self, "lr", _RATES[self.optimizer])
-        if self.preset and self.penalty is None:  # its mixtures are no plain softmax, which alone can be held
+        if self.preset and self.penalty is None:  # its mixtures are not a plain softmax, so they cannot be projected
             object.__setattr__(self, "penalty", _AUTHORS_PENALTY)
         windows.check(self.window)
         self._check_grid()
@@ -189,16 +189,16 @@ class BesaOptions(MethodOptions):
 
     @property
     def rules(self) -> LearningRules:
-        """How learning is done."""
+        """Learning rules of the preset."""
         return LearningRules() if self.preset is None else _AUTHORS
 
     @property
     def rate(self) -> float:
-        """The learning rate that is used."""
+        """Learning rate of the mixture logits."""
         return float(self.lr or 0)
 
     def group(self, rows: int) -> int:
-        """Rows of a linear with `rows` rows that share one mixture."""
+        """Return how many rows of a linear with `rows` rows share one mixture."""
         return {"row": 1, "layer": rows}.get(self.granularity) or min(int(self.granularity), rows)
 
 
@@ -206,6 +206,6 @@ Options = BesaOptions
 
 
 def authors(granularity: str = "row") -> dict[str, Any]:
-    """The released program's options: see docs/method.md, section 4."""
+    """Return the options of the released program: see docs/method.md, section 4."""
     target = "stream" if granularity == "layer" else "block"
     return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": _AUTHORS_PENALTY}

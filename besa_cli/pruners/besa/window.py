@@ -1,4 +1,4 @@
-"""The linears of one reconstruction window as BESA sees them: ranked rows, in groups that share a sparsity."""
+"""Linears of one reconstruction window as BESA learns them: ranked rows, in groups that share a sparsity."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,10 +19,10 @@ _DAMPING = 0.01
 
 
 class BesaLinear:
-    """One linear while its allocation is learned: ranks, not scores, are what is kept for every weight.
+    """One linear while its sparsities are learned; it keeps the rank of every weight, not its score.
 
-    Its masked weights are written into `room`, the block's own weights in the dtype of computation, from the weights as
-    they are stored: nobody needs those between the target and the end, and a copy would be a third of all that is held.
+    Its masked weights are written into `buffer`, the block's own weights in the compute dtype, from the weights as they
+    are stored: nothing reads the block's weights between target and end, and a copy would be a third of the memory.
     """
 
     def __init__(
@@ -38,29 +38,29 @@ class BesaLinear:
         self.clipped = clipped
 
     def restore(self, weight: Tensor) -> None:
-        """Give the block its own weights back."""
+        """Write the linear's own weights back into the block."""
         self.masked.copy_(weight)
 
     def set_quantized(self, quantized: Quantized) -> None:
-        """Take the weights of a grid that is settled."""
+        """Replace the weights by those on the learned grid."""
         self.weight = affine.dequantize(quantized).to(self.masked.dtype)
 
     @property
     def size(self) -> int:
-        """Weights in the linear."""
+        """Number of weights."""
         return self.rows * self.cols
 
     def group_sizes(self) -> Tensor:
-        """Weights in each group, fp32."""
+        """Number of weights of each group, fp32."""
         ones = torch.ones(self.rows, device=self.weight.device)
         return allocation.sum_groups(ones, self.group) * self.cols
 
 
 class RankedWindow:
-    """All linears of one reconstruction window, and the block that they belong to.
+    """Linears of one reconstruction window with their block, ranked and grouped.
 
-    With a grid, `clipped` are the linears on it and `start` the logits at which their clipping strengths begin. `spent`
-    is whether as many weights are zero already as are to be pruned, so that no allocation is left to be learned.
+    With a grid, `clipped` are the linears on it, and `start` holds the logits at which their clipping strengths begin.
+    `budget_met` is true if at least as many weights are already zero as must be pruned: there is nothing to allocate.
     """
 
     def __init__(self, block: Block, options: BesaOptions) -> None:
@@ -89,37 +89,37 @@ class RankedWindow:
         self.budget_met = block.budget <= sum(linear.zeros for linear in self.linears.values())
 
     def score(self, name: str) -> Tensor:
-        """The scores of one linear, below zero where a weight is zero already."""
+        """Return the scores of one linear; negative where a weight is already zero."""
         weight = self.block.weights[name]
         return masks.mark_zeros_(self.scores(name, weight), weight)
 
     def split(self, groups: Tensor) -> list[Tensor]:
-        """The part of each linear in a tensor with one row a group."""
+        """Split a tensor with one row per group into the parts of the linears."""
         return list(torch.split(groups, [linear.groups for linear in self.linears.values()]))
 
     def mixture(self, theta: Tensor) -> Tensor:
-        """β from the logits."""
+        """Return the mixtures β of the logits."""
         return allocation.mixture(theta.sigmoid() if self.options.rules.sigmoid_logits else theta)
 
     def counts(self, alpha: Tensor) -> list[Tensor]:
-        """Weights that each row of a group prunes while learning, from the groups' sparsities; one tensor a linear."""
+        """Return how many weights each row of a group prunes while learning; one tensor per linear."""
         real = alpha.detach() * self.cols
         return self.split((real.floor() if self.options.rules.floor_counts else real.round()).to(torch.int32))
 
     def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
-        """Real counts for each row from each group's sparsity."""
+        """Return real-valued counts for each row from each group's sparsity."""
         return {
             name: (allocation.repeat_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
             for (name, linear), alpha in zip(self.linears.items(), self.split(sparsities), strict=True)
         }
 
     def uniform_shares(self) -> dict[str, budget.Floats]:
-        """The same share for every row."""
+        """Return the same share for every row."""
         return {name: np.full(linear.rows, self.target_sparsity * linear.cols) for name, linear in self.linears.items()}
 
 
 def _scores(block: Block, kind: Importance, norms: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
-    """The function that scores a linear by its name and weight; what it needs to know is gathered now, and is small."""
+    """Return a function that scores a linear by its name and weight; the statistics it needs are gathered now."""
     if kind == "magnitude":
         return lambda name, weight: importance.magnitude(weight)
     if kind == "sparsegpt":

@@ -85,7 +85,7 @@ def test_the_labels_of_piqa_lie_beside_it(tmp_path: Path) -> None:
     assert forms.read(FORMS["piqa"], path) == [only(row, "piqa") for row in made]
     labels = tmp_path / "piqa" / "valid-labels.lst"
     labels.write_text("0\n1\n2\n0\n0\n0\n0\n")
-    with pytest.raises(BesaError, match=r"valid-labels\.lst, line 3: '2' is no label"):
+    with pytest.raises(BesaError, match=r"valid-labels\.lst, line 3: '2' is not a label"):
         forms.read(FORMS["piqa"], path)
     labels.write_text("0\n" * 9)
     with pytest.raises(BesaError, match=r"valid\.jsonl has 7 questions, .*valid-labels\.lst has 9 labels"):
@@ -104,7 +104,7 @@ def test_the_labels_of_piqa_lie_beside_it(tmp_path: Path) -> None:
         ("piqa", {"goal": None}, "'goal' is not a string"),
         ("piqa", {"sol2": " "}, "'sol2' is blank"),
         ("piqa", {"goal": "\ud800"}, "'goal' is not Unicode text"),
-        ("hellaswag", {"endings": ["one", "\udfff"]}, "'endings' holds what is not Unicode text"),
+        ("hellaswag", {"endings": ["one", "\udfff"]}, "'endings' contains text that is not Unicode"),
         ("piqa", {"label": 1.0}, "'label' is 1.0, not a number from 0 to 1"),
         ("piqa", {"label": [1]}, "'label' is [1], not a number from 0 to 1"),
         ("arc_easy", {"answerKey": "E" * 9000}, "'answerKey' is 'EEEEE"),
@@ -114,7 +114,7 @@ def test_the_labels_of_piqa_lie_beside_it(tmp_path: Path) -> None:
         ("hellaswag", {"endings": ["one"]}, "'endings' is not a list of two or more texts"),
         ("hellaswag", {"label": "4"}, "'label' is '4', not a number from 0 to 3"),
         ("hellaswag", {"label": -1}, "'label' is -1"),
-        ("winogrande", {"sentence": "no gap"}, "'sentence' has no gap"),
+        ("winogrande", {"sentence": "no gap"}, "'sentence' has no blank"),
         ("winogrande", {"answer": ""}, "'answer' is blank"),
         ("winogrande", {"answer": "3"}, "'answer' is '3', not 1 or 2"),
         ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "'choices.label' is not a list of two"),
@@ -155,7 +155,7 @@ def test_a_broken_parquet_file_and_an_empty_one(tmp_path: Path) -> None:
         forms.read(FORMS["piqa"], path)
     empty = tmp_path / "validation.jsonl"
     empty.write_text("\n")
-    with pytest.raises(BesaError, match="holds no questions"):
+    with pytest.raises(BesaError, match="contains no questions"):
         forms.read(FORMS["piqa"], empty)
     made = task_files.rows("boolq")
     made[2]["label"] = 5

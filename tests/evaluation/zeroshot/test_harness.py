@@ -27,7 +27,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared(names: list[str], data_dir: Path | None, **options: Any) -> Any:
     given = {"shots": None, "notify": lambda line: None, **options}
-    return harness.prepared(names, data_dir, **given)
+    return harness.prepare(names, data_dir, **given)
 
 
 def own(task: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_the_files_of_a_directory_of_any_name_are_read(name: str, tmp_path: Path
 
 def test_a_directory_that_the_data_reader_would_misread_is_refused(tmp_path: Path) -> None:
     data = task_files.data_dir(tmp_path / "data", tasks=["arc_easy"])
-    with pytest.raises(BesaError, match="'::' in a path"), prepared(["arc_easy"], data, keep=tmp_path / "a::b"):
+    with pytest.raises(BesaError, match="contains '::'"), prepared(["arc_easy"], data, keep=tmp_path / "a::b"):
         pass
 
 
@@ -136,7 +136,7 @@ def test_files_are_found_under_their_published_names(task: str, name: str, tmp_p
 def test_examples_come_from_a_training_file_or_not_at_all(tmp_path: Path) -> None:
     data = task_files.data_dir(tmp_path, tasks=["boolq"])
     with (
-        pytest.raises(BesaError, match=r"boolq: --num-fewshot 2 needs a training file, and there is no \S+train.jsonl"),
+        pytest.raises(BesaError, match=r"boolq: --num-fewshot 2 requires a training file, and \S+train.jsonl does not"),
         prepared(["boolq"], data, shots=2),
     ):
         pass
@@ -150,7 +150,7 @@ def test_examples_come_from_a_training_file_or_not_at_all(tmp_path: Path) -> Non
         ]
 
 
-NO_HUB = "and aps/super_glue cannot be had: HF_HUB_OFFLINE"
+NO_HUB = "and aps/super_glue is not available: HF_HUB_OFFLINE"
 
 
 @pytest.mark.parametrize(
@@ -159,14 +159,14 @@ NO_HUB = "and aps/super_glue cannot be had: HF_HUB_OFFLINE"
         (
             ["boolq"],
             None,
-            rf"boolq has no data: no DIR/boolq/validation\.jsonl, {NO_HUB}",
+            rf"boolq has no data: DIR/boolq/validation\.jsonl does not exist, {NO_HUB}",
             "tasks boolq --data-dir DIR",
         ),
-        (["boolq"], [], r"no \S+/boolq/validation\.jsonl", "besa eval tasks boolq --data-dir /"),
+        (["boolq"], [], r"\S+/boolq/validation\.jsonl does not exist", "besa eval tasks boolq --data-dir /"),
         (
             ["piqa", "hellaswag", "arc_easy"],
             ["piqa", "arc_easy"],
-            r"hellaswag has no data: no \S+/hellaswag/validation\.jsonl",
+            r"hellaswag has no data: \S+/hellaswag/validation\.jsonl does not exist",
             "besa eval tasks piqa,arc_easy --data-dir",
         ),
     ],

@@ -147,7 +147,7 @@ def test_progress_is_told_every_block_of_every_pass(model: Path) -> None:
 
 
 def test_writing_text_is_refused_by_name(model: Path) -> None:
-    with pytest.raises(BesaError, match="made-up lets the model write text"):
+    with pytest.raises(BesaError, match="made-up generates text"):
         streamed(model).generate_until([request("w3", kind="generate_until")])
 
 

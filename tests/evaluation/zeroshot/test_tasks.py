@@ -238,7 +238,7 @@ def test_a_task_without_data_and_a_broken_line_are_one_line_each(besa: Besa, mod
     directory = task_files.data_dir(tmp_path / "data", tasks=["arc_easy"])
     outcome = besa("eval", "tasks", "boolq", "--model", model, "--data-dir", directory)
     assert outcome.code == 1
-    assert f"boolq has no data: no {directory}/boolq/validation.jsonl" in outcome.err
+    assert f"boolq has no data: {directory}/boolq/validation.jsonl does not exist" in outcome.err
     assert "hint: " in outcome.err
     file = directory / "arc_easy" / "validation.jsonl"
     file.write_text(file.read_text().replace('"choices"', '"options"', 3))
@@ -329,10 +329,10 @@ def test_a_file_is_named_for_what_made_it(tmp_path: Path) -> None:
 def test_a_measurement_without_a_directory_keeps_nothing(model: Path, data: Path, workplace: Path) -> None:
 
     tokenizer = tokenizer_of(tiny_models.local(model))
-    with harness.prepared(["piqa"], data, shots=None, notify=lambda line: None) as tasks:
+    with harness.prepare(["piqa"], data, shots=None, notify=lambda line: None) as tasks:
         job = run.TaskMeasurement(model, "digest", tokenizer, "made of", tasks, TaskSettings())
         found = job.measure("piqa", None, {})
-    assert found.averaged() == found.harness["results"]["piqa"]["acc,none"]
+    assert found.main_value() == found.harness["results"]["piqa"]["acc,none"]
     assert not list(workplace.iterdir())
     assert torch.is_grad_enabled()
 
@@ -340,7 +340,7 @@ def test_a_measurement_without_a_directory_keeps_nothing(model: Path, data: Path
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     besa: Besa, data: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_TRIED", (2, 2, 4))
+    monkeypatch.setattr(run, "_TRIALS", (2, 2, 4))
     words = ("eval", "tasks", BOTH, "--data-dir", data, "--dtype", "float32", "--json")
     before = tiny_models.files(pruned, without=())
     found = besa(*words, "--limit", 6, "--definitions", pruned / "definitions", "--dry-run")
@@ -370,7 +370,7 @@ def test_a_forecast_grows_with_the_questions(model: Path, data: Path, monkeypatc
     monkeypatch.setattr(harness, "evaluate", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     settings = TaskSettings(dtype="float32")
-    with harness.prepared(("piqa",), data, shots=None, keep=None, notify=print) as ready:
+    with harness.prepare(("piqa",), data, shots=None, keep=None, notify=print) as ready:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         found = run.TaskMeasurement(model, "digest", tokenizer, "tokenizer", ready, settings).forecast("piqa")
     assert (found.task, found.questions) == ("piqa", 9)

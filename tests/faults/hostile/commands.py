@@ -47,10 +47,21 @@ _OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("eval", "compare", "done"): ("--format",),
 }  # fmt: skip
 
+_SIZES = (
+    "9" * 400 + "GB", "9" * 30 + "TiB", "9000000TB", "0GB", "0.0000001KB", "1e400GB", "nanGB", "-4GB", "4PB", "٣GB",
+    "GB",
+)  # fmt: skip
+_SIZED: dict[tuple[str, ...], str] = {
+    PRUNE: "--max-memory",
+    ("quantize", "--run", "done"): "--max-memory",
+    ("export", "--run", "done"): "--shard-size",
+}
+
 
 def cases(base: Path) -> Iterator[Case]:
     """All of them."""
     yield from _options()
+    yield from _sizes()
     yield from _environments()
     yield from _homes()
     yield from _outputs()
@@ -69,6 +80,14 @@ def _options() -> Iterator[Case]:
             for value in _WRONG:
                 said = f"{words[0]} {option} {value[:9]!r}"
                 yield from _typed("options: a value", said, line(*words, f"{option}={value}"), either())
+
+
+def _sizes() -> Iterator[Case]:
+    """Every option that is a size × wrong sizes."""
+    for words, option in _SIZED.items():
+        for size in _SIZES:
+            said = f"{words[0]} {option} {size[:9]!r}"
+            yield from _typed("options: a size", said, line(*words, f"{option}={size}"), either())
 
 
 _PATIENCE = 150  # seconds; other ranks may be slow to come

@@ -171,7 +171,7 @@ def run(case: Case, place: Path, whole: Whole, *, typing: Callable[[Line, Path],
 
 def _universal(seen: Seen, how: Line) -> Iterator[str]:
     """What is wrong with an ending, whatever the input was."""
-    if "Traceback" in seen.err or "nobody foresaw" in seen.err:
+    if "Traceback" in seen.err or "failed with an unexpected error" in seen.err:
         yield "a traceback"
     if seen.code not in (0, 1, 2):
         yield f"exit code {seen.code}"
