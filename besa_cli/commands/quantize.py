@@ -11,6 +11,7 @@ from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import Counts, StageManifest
     from besa_cli.checkpoint.runs import Run
     from besa_cli.models import Model
 
@@ -140,7 +141,7 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 
-def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
+def show(manifest: "StageManifest", run: "Run", console: Console) -> None:
     """What a quantized stage came to."""
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage("quantized")
@@ -151,19 +152,19 @@ def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     console.emit_json({"directory": str(directory), **manifest})
 
 
-def grid_in_words(manifest: dict[str, Any]) -> str:
+def grid_in_words(manifest: "StageManifest") -> str:
     """The grid of a quantized stage."""
     from besa_cli.ops.affine import Grid
 
     return str(Grid(**manifest["quantization"]))
 
 
-def bits_in_words(counts: dict[str, Any]) -> str:
+def bits_in_words(counts: "Counts") -> str:
     """What a weight of a quantized stage takes."""
     return f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
 
 
-def in_words(counts: dict[str, Any]) -> str:
+def in_words(counts: "Counts") -> str:
     """Counts of a quantized stage in one line."""
     return (
         f"{bits_in_words(counts)}; "

@@ -7,6 +7,7 @@ from besa_cli.commands.shared import calibration_source, forecast_view
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs.request import StageRequest
     from besa_cli.models import Model
@@ -25,7 +26,7 @@ def stage(
     restart: bool,
     dry_run: bool,
     world: "Ranks | None" = None,
-) -> dict[str, Any] | None:
+) -> "StageManifest | None":
     """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
 
     `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`; a
