@@ -5,12 +5,12 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from traceback import print_exception
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.main import get_command
@@ -275,7 +275,7 @@ def _usage_line(error: typer.TyperException) -> tuple[str, str]:
     return message + origin(context, parameter.name), hint
 
 
-def _reasons(cause: BaseException | None) -> list[dict[str, Any]]:
+def _reasons(cause: BaseException | None) -> list[Mapping[str, object]]:
     """Return the details of a failed conversion, as dicts of pydantic, which Typer converts values with."""
     errors = getattr(cause, "errors", None)
     return list(errors()) if callable(errors) else []

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     import rich.console
@@ -87,7 +87,7 @@ class Console:
         else:
             screen.print(_rich_table(title, columns, cells, numeric))
 
-    def emit_json(self, value: Mapping[str, Any]) -> None:
+    def emit_json(self, value: Mapping[str, object]) -> None:
         """Print the result as one JSON object (stdout); infinite and NaN values become null."""
         if self.json:
             text = json.dumps(_json_value(value), indent=2, ensure_ascii=False, allow_nan=False)
@@ -268,7 +268,7 @@ def _cell(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else escaped(str(value))
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

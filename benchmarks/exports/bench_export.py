@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 import besa_cli.hf  # noqa: F401 - lets transformers load sparse checkpoints
 from benchmarks.exports import export_values
 from benchmarks.exports.llama_cpp import LlamaCpp
-from besa_cli.checkpoint import inspection, manifests
-from besa_cli.checkpoint.manifests import EXPORT
+from besa_cli.checkpoint import exports, inspection
 from besa_cli.checkpoint.runs import Run
 from besa_cli.evaluation import texts
 from besa_cli.text import hub_files
@@ -111,7 +110,7 @@ def main() -> None:
             facts = {
                 "export": directory.name,
                 "program": model.program,
-                "weights_mb": manifests.read(directory, EXPORT)["sizes"]["weights"] / 1e6,
+                "weights_mb": exports.read(directory)["sizes"]["weights"] / 1e6,
                 "logits_relative_error": float(np.linalg.norm(found - first) / np.linalg.norm(first)),
                 "logits_largest_difference": float(np.abs(found - first).max()),
                 "same_likeliest_token": float((found.argmax(1) == first.argmax(1)).mean()),

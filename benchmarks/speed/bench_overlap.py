@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     tokens = torch.randint(3, 1000, (options.samples, options.seqlen), generator=torch.Generator().manual_seed(0))
     drawn = {"data": ["random"], "samples": options.samples, "seqlen": options.seqlen, "seed": 0, "pack": None}
-    manifest = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(tokens)}
+    manifest: Any = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(tokens)}
     calibration_set = CalibrationSet(tokens=tokens, manifest=manifest)
     model = Model(name=str(options.model), kind="local", directory=options.model, revision=None)
     request = prune.request(method=options.method, options={}, device=options.device, dtype="float32")

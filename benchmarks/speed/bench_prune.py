@@ -150,7 +150,7 @@ def plain_pass(decoder: Decoder, tokens: torch.Tensor) -> Took:
 def whole_ratio(directory: Path, dtype: torch.dtype, target: str, tokens: torch.Tensor, turns: int) -> dict[str, float]:
     """All of `besa prune`, checks and reports included but not the start of Python, ÷ one plain pass."""
     settings = {"options": {"data": [], "samples": len(tokens), "seqlen": tokens.shape[1], "seed": 0, "pack": None}}
-    drawn = {**settings, "sources": [], "tokens_digest": calibration_set.tokens_digest(tokens)}
+    drawn: Any = {**settings, "sources": [], "tokens_digest": calibration_set.tokens_digest(tokens)}
     calibrated = calibration_set.CalibrationSet(tokens=tokens, manifest=drawn)
     model = Model(name="random", kind="local", directory=directory, revision=None)
     request = prune.request(options={"target": target}, device="cpu", dtype=compute.name_of(dtype))

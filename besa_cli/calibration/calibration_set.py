@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class CalibrationOptions:
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative", "give 0 or more")
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> manifests.Options:
         """Return the options as JSON data."""
         return {**asdict(self), "data": [documents.printable(name) for name in self.data]}
 
@@ -92,7 +92,7 @@ class CalibrationSet:
     """
 
     tokens: Tensor
-    manifest: dict[str, Any]
+    manifest: manifests.CalibrationManifest
 
     @property
     def digest(self) -> str:
@@ -148,7 +148,8 @@ def build(
         sizes = {"samples": options.samples, "seqlen": options.seqlen, "vocab_size": vocab_size}
         from_files = token_rows.read_rows(row_files, **sizes, notify=notify)
         tokens = _tensor(from_files.rows, vocab_size)
-        origin = {"sources": list(from_files.sources), "sampling": "token rows"}
+        sources = cast("list[manifests.SourceRecord]", list(from_files.sources))
+        origin: manifests.CalibrationOrigin = {"sources": sources, "sampling": "token rows"}
     else:
         hub = hub or hub_files.from_environment()
         opened = [corpora.open_source(name, data_dir=data_dir, hub=hub, notify=notify) for name in options.data]
@@ -166,8 +167,8 @@ def _check_length(seqlen: int, max_length: int | None) -> None:
 
 
 def _manifest(
-    options: CalibrationOptions, origin: dict[str, Any], tokens: Tensor, tokenizer_digest: str
-) -> dict[str, Any]:
+    options: CalibrationOptions, origin: manifests.CalibrationOrigin, tokens: Tensor, tokenizer_digest: str
+) -> manifests.CalibrationManifest:
     """Return the manifest; `origin` holds the sources and the sampling method."""
     return {
         "format": FORMAT,
@@ -191,7 +192,7 @@ def tokens_digest(tokens: Tensor) -> str:
 
 def _sample(
     options: CalibrationOptions, tokenizer: SampleTokenizer, opened: Sequence[corpora.Corpus], notify: Notify
-) -> tuple[Sequence[Sequence[int]], dict[str, Any]]:
+) -> tuple[Sequence[Sequence[int]], manifests.CalibrationOrigin]:
     """Sample the windows; returns them with the manifest's entries on sources and sampling."""
     encode = tokenizing.Encoder(tokenizer)
     with_bundled = any(corpus.source == "bundled" for corpus in opened)
@@ -225,8 +226,13 @@ def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iter
         yield from used[-1].documents
 
 
-def _source(corpus: corpora.Corpus) -> dict[str, Any]:
-    source = {"asked": corpus.asked, "source": corpus.source, "file": corpus.file, "sha256": corpus.digest}
+def _source(corpus: corpora.Corpus) -> manifests.SourceRecord:
+    source: manifests.SourceRecord = {
+        "asked": corpus.asked,
+        "source": corpus.source,
+        "file": corpus.file,
+        "sha256": corpus.digest,
+    }
     if corpus.source == "file":
         source["asked"] = corpus.file  # the name alone: a path would reveal the user's directories
     if corpus.revision is not None:

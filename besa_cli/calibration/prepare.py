@@ -1,25 +1,25 @@
 """Calibration sets for a model: its tokenizer and limits, and the checks before an existing set is reused."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from besa_cli.calibration import calibration_set
 from besa_cli.calibration.request import CalibrationRequest
+from besa_cli.checkpoint import manifests
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
 from besa_cli.models import Model
 from besa_cli.models.tokenizer import tokenizer_digest, tokenizer_of
-from besa_cli.system.disk import MANIFEST, sha256_file
+from besa_cli.system.disk import MANIFEST, JsonObject, sha256_file
 from besa_cli.system.notes import Notify
 from besa_cli.text import corpora, documents
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _ROW = 32  # tokens of the one sample with which a model is verified if a method needs no calibration set
 
@@ -31,7 +31,7 @@ def calibration_options(
 
     The default sequence length is lowered to the model's maximum, with a note; an explicit one is not.
     """
-    arguments: dict[str, Any] = {**request.given(), "seed": request.seed}
+    arguments: JsonObject = {**request.given(), "seed": request.seed}
     if data := arguments.pop("data", None):
         arguments["data"] = tuple(data)
     options = calibration_set.CalibrationOptions(**arguments)
@@ -97,7 +97,7 @@ def calibrate(
         data_dir=data_dir,
         notify=notify,
     )
-    origin = {"name": model.name, "kind": model.kind, "revision": model.revision}
+    origin: manifests.CalibratedModel = {"name": model.name, "kind": model.kind, "revision": model.revision}
     new = replace(new, manifest={**new.manifest, "command": "calibrate", "model": origin})
     if keep:
         calibration_set.save(new, directory)
@@ -109,7 +109,8 @@ def unobserved(model: Model) -> calibration_set.CalibrationSet:
     config = architecture.config_of(model.directory)
     length = min(_ROW, architecture.maximum_length(config) or _ROW)
     rows = torch.arange(length)[None] % config.get_text_config().vocab_size
-    return calibration_set.CalibrationSet(tokens=rows, manifest={"options": {}, "sources": []})
+    manifest = cast("manifests.CalibrationManifest", {"options": {}, "sources": []})  # nothing else of it is read
+    return calibration_set.CalibrationSet(tokens=rows, manifest=manifest)
 
 
 def reuse(model: Model, directory: Path) -> calibration_set.CalibrationSet:
@@ -150,7 +151,7 @@ def _refuse_difference(
     existing: calibration_set.CalibrationSet, options: calibration_set.CalibrationOptions, directory: Path
 ) -> None:
     """Refuse a calibration set made with other options, or from files that have changed since."""
-    used: Mapping[str, Any] = existing.manifest["options"]
+    used = existing.manifest["options"]
     hint = "give --run NAME to keep both, or --restart to replace it"
     different = [
         f"{name} {_text(used.get(name))} instead of {_text(value)}"
@@ -206,10 +207,11 @@ class LazyTokenizer:
         return bool(self._tokenizer.is_fast)
 
     @property
-    def backend_tokenizer(self) -> Any:
+    def backend_tokenizer(self) -> object:
         """The underlying tokenizer of the `tokenizers` library."""
         return self._tokenizer.backend_tokenizer
 
-    def __call__(self, text: str, **options: Any) -> Any:
+    def __call__(self, text: str, **options: Any) -> "BatchEncoding":
         """Tokenize a text; returns a mapping with the token ids under ``input_ids``."""
-        return self._tokenizer(text, **options)
+        encoding: BatchEncoding = self._tokenizer(text, **options)
+        return encoding

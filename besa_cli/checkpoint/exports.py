@@ -1,7 +1,7 @@
 """The manifest of an export, `export.json`: its format, its source, and every file with its digest."""
 
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -49,6 +49,8 @@ class ExportModel(TypedDict):
     name: str
     kind: str
     revision: str | None
+    digest: NotRequired[Digest]
+    stage: NotRequired[str]
 
 
 @strict
@@ -62,9 +64,8 @@ class Sizes(TypedDict):
     rounded_to_zero: Count
 
 
-@strict
-class Manifest(TypedDict):
-    """`export.json`."""
+class Record(TypedDict):
+    """The fields of `export.json`, but for the files."""
 
     format: Positive
     command: Literal["export"]
@@ -76,10 +77,16 @@ class Manifest(TypedDict):
     counts: Counts
     sizes: Sizes
     history: list[StageHistory]
+
+
+@strict
+class Manifest(Record):
+    """`export.json`."""
+
     files: dict[str, File]
 
 
-def read(directory: Path) -> dict[str, Any]:
+def read(directory: Path) -> Manifest:
     """Read the manifest of a finished export and validate each field.
 
     Raises
@@ -87,8 +94,8 @@ def read(directory: Path) -> dict[str, Any]:
     BesaError
         The manifest is missing, of another format, or damaged (the field is named).
     """
-    manifests.read(directory, EXPORT)  # refuses other formats
-    return {**records.read(Manifest, directory / EXPORT, _REMEDY)}
+    manifests.read_export(directory)  # refuses other formats
+    return records.read(Manifest, directory / EXPORT, _REMEDY)
 
 
 def refuse_changed(directory: Path, files: dict[str, File], *, digests: bool = True) -> None:

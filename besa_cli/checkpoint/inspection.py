@@ -5,13 +5,13 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
-from besa_cli.checkpoint.exports import refuse_changed
-from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
+from besa_cli.checkpoint.exports import Manifest, refuse_changed
+from besa_cli.checkpoint.manifests import EXPORT, MANIFEST, Counts
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, Stage
@@ -19,6 +19,7 @@ from besa_cli.errors import BesaError, reading
 from besa_cli.models import headers
 from besa_cli.ops import masks
 from besa_cli.system import disk
+from besa_cli.system.disk import Json, JsonObject
 
 _OPPOSITES = {"--symmetric": "--asymmetric"}
 
@@ -82,7 +83,7 @@ def kind_of(directory: Path) -> Kind:
     if (directory / EXPORT).exists():
         return "export"
     if (directory / MANIFEST).exists():
-        return "calibration" if manifests.read(directory).get("stage") == "calibration" else "stage"
+        return "calibration" if manifests.read(directory)["stage"] == "calibration" else "stage"
     if (directory / "config.json").exists():
         return "checkpoint"
     run = Run(directory)
@@ -105,7 +106,7 @@ def exports(run: Run) -> list[Path]:
     return sorted(path.parent for path in run.exports.glob(f"*/{EXPORT}") if not path.parent.name.startswith("."))
 
 
-def damage(export: Path, manifest: Mapping[str, Any]) -> str:
+def damage(export: Path, manifest: Manifest) -> str:
     """Describe the first file of an export that contradicts the manifest by name or size; empty if none does."""
     try:
         refuse_changed(export, manifest["files"], digests=False)
@@ -186,7 +187,7 @@ def size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
+def packed_size(directory: Path, counts: Counts) -> int:
     """Return the bytes of a finished quantized stage's tensors if its linears were packed into `counts["bits"]`."""
     source, stage = weights.Weights(directory), _stage(directory)
     codes = [name for index in range(stage.blocks) for name in stage.code_names(index) if name.endswith(".codes")]
@@ -196,8 +197,8 @@ def packed_size(directory: Path, counts: Mapping[str, Any]) -> int:
 
 def _stage(directory: Path) -> Stage:
     """Open a stage; one that its manifest calls complete must have all its shards and a matching index."""
-    manifest = manifests.read(directory)
-    stage = Stage(directory, int(manifest["blocks"]))
+    manifest = manifests.read_stage(directory)
+    stage = Stage(directory, manifest["blocks"])
     if manifest["status"] == "complete":
         for index in range(-1, stage.blocks):
             if not stage.shard(index).exists():
@@ -282,7 +283,7 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
     return {index: {name: names[name] for name in names if name in matrices} for index, names in largest}
 
 
-def command_line(command: str, options: Mapping[str, Any], run: Path | None = None) -> str:
+def command_line(command: str, options: Mapping[str, object], run: Path | None = None) -> str:
     """Return the command line for a manifest's options, with ``--run`` if a run directory is given."""
     words = ["besa", command]
     for name, value in options.items():
@@ -300,11 +301,11 @@ def command_line(command: str, options: Mapping[str, Any], run: Path | None = No
     return shlex.join(words)
 
 
-def _data(source: Mapping[str, Any]) -> str:
+def _data(source: Json) -> str:
     return "bundled" if source["source"] == "bundled" else str(source["asked"])
 
 
-def options_to_repeat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def options_to_repeat(manifest: Json) -> JsonObject:
     """Return the options that reproduce a stage or a calibration set on any machine, with `auto` resolved."""
     options = dict(manifest.get("options", {}))
     model = manifest.get("model", {})
@@ -326,17 +327,17 @@ def evaluation_files(run: Run) -> list[Path]:
     return sorted(run.evaluations.glob("*.json"))
 
 
-def evaluations(run: Run) -> dict[str, Any]:
+def evaluations(run: Run) -> dict[str, JsonObject]:
     """Read the evaluation results of a run, by file name."""
     return _results(run.evaluations)
 
 
-def simulations(run: Run) -> dict[str, Any]:
+def simulations(run: Run) -> dict[str, JsonObject]:
     """Read the simulations of a run, by file name."""
     return _results(run.simulations)
 
 
-def _results(directory: Path) -> dict[str, Any]:
+def _results(directory: Path) -> dict[str, JsonObject]:
     if not directory.is_dir():
         return {}
     return {path.name: disk.read_json(path) for path in sorted(directory.glob("*.json"))}

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from annotated_types import Ge, Le, Len
 from typing_extensions import TypedDict
@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from besa_cli import __version__
 from besa_cli.errors import BesaError
 from besa_cli.system import disk, records
+from besa_cli.system.disk import Json
 from besa_cli.system.records import strict
 
 FORMAT = 1
@@ -22,6 +23,9 @@ MOST_BLOCKS = 10_000
 Digest = Annotated[str, Len(64, 64)]  # SHA-256 in hexadecimal
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+StageName = Literal["pruned", "quantized"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 Options = dict[str, str | int | float | bool | list[str | int] | None]
 
 
@@ -33,6 +37,10 @@ class SourceRecord(TypedDict):
     source: str
     file: str
     sha256: Digest
+    revision: NotRequired[str]
+    documents: NotRequired[Count]
+    rows: NotRequired[Count]
+    padded: NotRequired[Count]
 
 
 @strict
@@ -44,20 +52,21 @@ class Origin(TypedDict):
     revision: str | None
     directory: str
     digest: Digest
-    stage: NotRequired[Literal["pruned", "quantized"]]
+    stage: NotRequired[StageName]
 
 
 @strict
 class Compute(TypedDict):
     """Settings of the computation that change the bytes of a stage."""
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    device: Device
+    dtype: Dtype
     threads: Annotated[int, Ge(1), Le(4096)]
     batch: Positive
     kernels: str
     processor: NotRequired[str]  # missing in old stages, whose reports have no seal either
     environment: NotRequired[dict[str, str]]
+    dtype_reason: NotRequired[str | None]
 
 
 @strict
@@ -77,6 +86,15 @@ class Calibration(TypedDict):
     sources: list[SourceRecord]
 
 
+class GridCounts(TypedDict, total=False):
+    """Additional counts of a quantized stage."""
+
+    rounded_to_zero: Count
+    groups: Count
+    bits: Count
+    bits_per_weight: Annotated[float, Ge(0)]
+
+
 @strict
 class Counts(TypedDict):
     """Counts of a finished stage over the weights of the linears inside the blocks."""
@@ -86,6 +104,10 @@ class Counts(TypedDict):
     zeros: Count
     blocks_kept_uniform: Count
     sparsity: Annotated[float, Ge(0), Le(1)]
+    rounded_to_zero: NotRequired[Count]  # see `GridCounts`, from here on
+    groups: NotRequired[Count]
+    bits: NotRequired[Count]
+    bits_per_weight: NotRequired[Annotated[float, Ge(0)]]
 
 
 @strict
@@ -99,12 +121,9 @@ class StageHistory(TypedDict):
     digest: NotRequired[Digest]
 
 
-@strict
-class StageManifest(TypedDict):
-    """`besa.json` of a stage."""
-
+class _StageFields(TypedDict):
     format: int
-    stage: Literal["pruned", "quantized"]
+    stage: StageName
     command: Literal["prune", "quantize"]
     options: Options
     compute: Compute
@@ -113,12 +132,49 @@ class StageManifest(TypedDict):
     calibration: Calibration
     versions: dict[str, str]
     history: list[StageHistory]
+
+
+class GridEntry(TypedDict, total=False):
+    """Entry of a manifest that describes the grid, if there is one."""
+
+    quantization: Quantization
+
+
+class NewStageManifest(_StageFields):
+    """The manifest of a stage that is not begun: nothing of it is on disk."""
+
+    status: Literal["new"]
+
+
+@strict
+class StageManifest(_StageFields):
+    """`besa.json` of a stage."""
+
     status: Literal["beginning", "running", "complete"]
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
     files: NotRequired[list[str]]
     restart: NotRequired[bool]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
+
+
+class CalibratedModel(TypedDict):
+    """The model that a calibration set was made for."""
+
+    name: str
+    kind: str
+    revision: str | None
+
+
+class CalibrationOrigin(TypedDict):
+    """Entries of a calibration set's manifest on the origin of its samples, and what they were made for."""
+
+    sources: list[SourceRecord]
+    sampling: str
+    documents: NotRequired[int]
+    separator: NotRequired[int | None]
+    command: NotRequired[str]
+    model: NotRequired[CalibratedModel]
 
 
 @strict
@@ -137,6 +193,10 @@ class CalibrationManifest(TypedDict):
     seqlen: Positive
     seed: Count
     versions: dict[str, str]
+    documents: NotRequired[Count]
+    separator: NotRequired[int | None]
+    command: NotRequired[str]
+    model: NotRequired[CalibratedModel]
 
 
 @strict
@@ -153,25 +213,60 @@ def versions() -> dict[str, str]:
     return {"besa": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
-def read(directory: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """Read the manifest of a stage or a calibration set, or with the name `EXPORT` of an export.
+def read(directory: Path) -> StageManifest | CalibrationManifest:
+    """Read the manifest of a stage or a calibration set.
 
     Raises
     ------
     BesaError
         The manifest is missing, of another format, or damaged (the field is named).
     """
-    path = directory / name
+    path = directory / MANIFEST
     text = disk.read_text(path)
-    kind = _parse_kind(path, text)
-    if name != MANIFEST:
-        return disk.parse_json(text, path)
-    if kind.get("stage") == "calibration":
-        return {**records.parse(CalibrationManifest, text, path, "make it again with: besa calibrate --restart")}
+    if _parse_kind(path, text).get("stage") == "calibration":
+        return _parse_calibration(path, text)
+    return _parse_stage(path, text)
+
+
+def read_stage(directory: Path) -> StageManifest:
+    """Read the manifest of a stage, finished or not; see `read`."""
+    path = directory / MANIFEST
+    text = disk.read_text(path)
+    _parse_kind(path, text)
+    return _parse_stage(path, text)
+
+
+def read_calibration(directory: Path) -> CalibrationManifest:
+    """Read the manifest of a calibration set; see `read`."""
+    path = directory / MANIFEST
+    text = disk.read_text(path)
+    _parse_kind(path, text)
+    return _parse_calibration(path, text)
+
+
+def read_export(directory: Path) -> Json:
+    """Read the manifest of an export, finished or not: only its format is checked.
+
+    Raises
+    ------
+    BesaError
+        The manifest is missing, of another format, or not a JSON object.
+    """
+    path = directory / EXPORT
+    text = disk.read_text(path)
+    _parse_kind(path, text)
+    return disk.parse_json(text, path)
+
+
+def _parse_calibration(path: Path, text: str) -> CalibrationManifest:
+    return records.parse(CalibrationManifest, text, path, "make it again with: besa calibrate --restart")
+
+
+def _parse_stage(path: Path, text: str) -> StageManifest:
     manifest = records.parse(StageManifest, text, path, _REMEDY)
     if manifest["status"] == "complete":
         _require_finished(manifest, path)
-    return {**manifest}
+    return manifest
 
 
 _REMEDY = "restore the file, or make the stage again with --restart"

@@ -8,16 +8,19 @@ left. A directory with any other file, or with a file that is being read, is ref
 import filecmp
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import STAGES, TIMING
+from besa_cli.checkpoint.stages import TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
+from besa_cli.system.disk import Json
+
+Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
 _SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")
@@ -192,32 +195,33 @@ def _owned(directory: Path) -> _Owned | None:
     name = next((name for name in (EXPORT, MANIFEST) if (directory / name).is_file()), None)
     if name is None:
         return None
-    try:
-        manifest = manifests.read(directory, name)
-    except BesaError as error:
-        raise BesaError(f"{directory} is not replaced: {error.message}", _AWAY) from error
     if name == EXPORT:
-        return _of_export(manifest, directory)
-    if manifest.get("stage") == "calibration":
+        return _of_export(_read(manifests.read_export, directory), directory)
+    manifest = _read(manifests.read, directory)
+    if manifest["stage"] == "calibration":
         return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
-    if manifest.get("stage") not in STAGES:
-        return None
     return _of_stage(manifest)
 
 
-def _of_export(manifest: Mapping[str, Any], directory: Path) -> _Owned:
+def _read(read: Callable[[Path], Manifest], directory: Path) -> Manifest:
+    """Read a manifest; the error says that its directory is not replaced."""
+    try:
+        return read(directory)
+    except BesaError as error:
+        raise BesaError(f"{directory} is not replaced: {error.message}", _AWAY) from error
+
+
+def _of_export(manifest: Json, directory: Path) -> _Owned:
     files = manifest.get("files", {})
     if manifest.get("command") != "export" or not isinstance(files, dict):
         raise BesaError(f"{directory / EXPORT} does not say what besa exported", _AWAY)
     return _Owned(listed=frozenset({EXPORT, *files}), unfinished=manifest.get("status") != "complete")
 
 
-def _of_stage(manifest: Mapping[str, Any]) -> _Owned:
+def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
-    blocks, model, small = manifest.get("blocks"), manifest.get("model"), manifest.get("files", [])
-    origin = model.get("directory") if isinstance(model, dict) else None
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, INDEX, *(small if isinstance(small, list | dict) else ())}),
-        shards=blocks + 1 if isinstance(blocks, int) and blocks > 0 else 0,
-        origin=Path(origin) if isinstance(origin, str) else None,
+        listed=frozenset({MANIFEST, TIMING, INDEX, *manifest.get("files", [])}),
+        shards=manifest["blocks"] + 1,
+        origin=Path(manifest["model"]["directory"]),
     )

@@ -44,7 +44,7 @@ def refuse_damaged(directory: Path, digest: str) -> None:
     """
     if not (directory / manifests.MANIFEST).exists():
         return
-    manifest = manifests.read(directory)
+    manifest = manifests.read_stage(directory)
     if manifest["status"] != "complete":
         return
     written = manifest["digest"]
@@ -64,7 +64,7 @@ def refuse_incomplete(directory: Path) -> None:
     BesaError
         A file is missing (named).
     """
-    for name in manifests.read(directory).get("files", ["config.json"]):  # old stages have no list
+    for name in manifests.read_stage(directory).get("files", ["config.json"]):  # old stages have no list
         if not (directory / name).is_file():
             raise BesaError(f"{directory} lacks {name}", "restore the file, or make the stage again with --restart")
 

@@ -1,10 +1,11 @@
 """Reports of a finished block and its linears."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge
+
+from besa_cli.system.disk import Json, JsonObject
 
 _Count = Annotated[int, Ge(0)]
 _Size = Annotated[int, Ge(1)]
@@ -65,7 +66,7 @@ class BlockReport:
                 return f"{linear.name} with {linear.pruned} pruned and {linear.zeros} zeros of {size} weights"
         return ""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """Return the part of the report that does not depend on the run: all but times, memory and `resumed`."""
         fields = asdict(self)
         for name in ("resumed", "seconds", "peak_memory"):
@@ -73,7 +74,7 @@ class BlockReport:
         return fields
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "BlockReport":
+    def from_record(cls, record: Json) -> "BlockReport":
         """Return the report of a finished block from its `record`."""
         linears = tuple(LinearReport(**linear) for linear in record["linears"])
         return cls(**{**record, "linears": linears, "resumed": True})

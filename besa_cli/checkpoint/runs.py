@@ -36,7 +36,7 @@ class Run:
         """Return the directory of a stage, ``pruned`` or ``quantized``."""
         return self.path / name
 
-    def stage_at(self, directory: Path) -> str | None:
+    def stage_at(self, directory: Path) -> manifests.StageName | None:
         """Return the name of the stage in a directory; None if it is not one of this run's stages."""
         return next((name for name in STAGES if self.stage(name).resolve() == directory.resolve()), None)
 
@@ -69,8 +69,8 @@ class Run:
 
     def stale(self, name: str) -> bool:
         """Return True if a stage was made from another stage of this run that has changed since or is missing."""
-        model = manifests.read(self.existing_stage(name)).get("model", {})
+        model = manifests.read_stage(self.existing_stage(name))["model"]
         if "stage" not in model:
             return False
         parent = self.existing_stage(model["stage"])
-        return not manifests.is_complete(parent) or manifests.read(parent)["digest"] != model["digest"]
+        return not manifests.is_complete(parent) or manifests.read_stage(parent)["digest"] != model["digest"]

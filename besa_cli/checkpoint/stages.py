@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from besa_cli.models import headers
 from besa_cli.ops import affine, masks
 from besa_cli.ops.affine import Grid
 from besa_cli.system import disk, records
+from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
-STAGES = ("pruned", "quantized")  # in the order in which they are made
+STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
 _CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
@@ -95,7 +96,7 @@ class Stage:
     @cached_property
     def _sealed(self) -> bool:
         """True if the reports have a seal; those of old stages, whose manifest names no processor, have none."""
-        return "processor" in manifests.read(self.directory)["compute"]
+        return "processor" in manifests.read_stage(self.directory)["compute"]
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
@@ -197,7 +198,7 @@ class Stage:
             if index >= 0:
                 self.codes(index)
 
-    def begin(self, manifest: Mapping[str, Any], source: Path) -> None:
+    def begin(self, manifest: Json, source: Path) -> None:
         """Create the directory with its manifest, and copy the configuration and tokenizer files of the source."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -209,7 +210,7 @@ class Stage:
         copy_small_files(source, self.directory)
         disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running"})
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> manifests.StageManifest:
         """Write the index, then the manifest with counts and digest; returns the manifest.
 
         Raises
@@ -228,17 +229,18 @@ class Stage:
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
         disk.write_json(self.directory / headers.INDEX, index_file)
         linears = [linear for report in self.reports() for linear in report.linears]
-        counts: dict[str, float] = {
-            "weights": sum(linear.rows * linear.cols for linear in linears),
-            "pruned": sum(linear.pruned for linear in linears),
+        size, pruned = sum(linear.rows * linear.cols for linear in linears), sum(linear.pruned for linear in linears)
+        counts: manifests.Counts = {
+            "weights": size,
+            "pruned": pruned,
             "zeros": sum(linear.zeros for linear in linears),
             "blocks_kept_uniform": sum(report.kept_uniform for report in self.reports()),
+            "sparsity": pruned / max(size, 1),
         }
-        counts["sparsity"] = counts["pruned"] / max(counts["weights"], 1)
-        manifest = manifests.read(self.directory)
+        manifest = manifests.read_stage(self.directory)
         manifest.pop("restart", None)
         if "quantization" in manifest:
-            counts |= _grid_counts(linears, Grid(**manifest["quantization"]))
+            counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest
@@ -254,7 +256,7 @@ class _Record(BlockReport):
     seal: manifests.Digest | None = None
 
 
-def _seal(record: Mapping[str, Any]) -> str:
+def _seal(record: Json) -> str:
     """Return the SHA-256 of a report without its seal; it ties block, counts and digests together."""
     sealed = {name: value for name, value in record.items() if name != "seal"}
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
@@ -268,7 +270,7 @@ def _remedy(shard: Path) -> str:
     return f"delete {shard}; in an unfinished stage the same command makes it again, else give --restart"
 
 
-def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float]:
+def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> manifests.GridCounts:
     """Return the additional counts of a quantized stage."""
     weights = sum(linear.rows * linear.cols for linear in linears)
     needed = sum(
@@ -283,7 +285,7 @@ def _grid_counts(linears: Sequence[LinearReport], grid: Grid) -> dict[str, float
     }
 
 
-def require_finished(directory: Path) -> dict[str, Any]:
+def require_finished(directory: Path) -> manifests.StageManifest:
     """Read the manifest of a stage, which must be finished.
 
     Raises
@@ -291,12 +293,12 @@ def require_finished(directory: Path) -> dict[str, Any]:
     BesaError
         The stage is unfinished; the hint names the command that resumes it.
     """
-    manifest = manifests.read(directory)
-    if manifest.get("status") != "complete":
-        stage = Stage(directory, int(manifest.get("blocks", 0)))
+    manifest = manifests.read_stage(directory)
+    if manifest["status"] != "complete":
+        stage = Stage(directory, manifest["blocks"])
         raise BesaError(
             f"{directory} is unfinished: {stage.finished()} of {stage.blocks} blocks are done",
-            f"run the same 'besa {manifest.get('command', 'prune')}' again to finish it",
+            f"run the same 'besa {manifest['command']}' again to finish it",
         )
     return manifest
 

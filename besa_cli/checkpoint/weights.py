@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -202,7 +202,7 @@ def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> dic
     return _read(path, names, lambda file, name: file.get_tensor(name).clone())
 
 
-def _read(path: Path, names: Sequence[str], get: Callable[[Any, str], Result]) -> dict[str, Result]:
+def _read(path: Path, names: Sequence[str], get: Callable[[safe_open, str], Result]) -> dict[str, Result]:
     """Open a file and call `get(file, name)` for each name."""
     try:
         with safe_open(path, framework="pt") as file:

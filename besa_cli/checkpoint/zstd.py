@@ -8,7 +8,6 @@ import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.system import disk
@@ -52,7 +51,7 @@ def declared_size(path: Path) -> int:
     return 8 + length + max((end for end in ends if end is not None), default=0)
 
 
-def _end(entry: Any) -> int | None:
+def _end(entry: object) -> int | None:
     """Return the end offset in a tensor's header entry; None if the entry is invalid."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or type(offsets[1]) is not int:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from besa_cli.errors import BesaError, UsageError
 
 if TYPE_CHECKING:
     from besa_cli.jobs.export import ExportJob
+    from besa_cli.system.disk import Json
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
@@ -118,8 +119,8 @@ def _refuse_strangers(job: "ExportJob") -> None:
 
 
 def _show(job: "ExportJob", console: Console) -> None:
-    manifest: dict[str, Any] = job.finish()
-    sizes = manifest["sizes"]
+    manifest = job.finish()
+    sizes: Json = manifest["sizes"]
     rows = [
         (name, human_bytes(sizes[key]), human_bytes(sizes[f"{key}_dense"]), f"{sizes[key] / sizes[f'{key}_dense']:.3f}")
         for name, key in (("linears", "linears"), ("whole model", "weights"))

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
@@ -193,7 +194,7 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
+def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage(manifest["stage"])
     console.line(

@@ -1,7 +1,7 @@
 """`besa quantize`: a stage or a dense checkpoint → the same with its linears on a grid."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import choices, models
 from besa_cli.commands.shared import calibration_source, help, option_groups, options, stage_command
@@ -10,6 +10,7 @@ from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import Counts, StageManifest
     from besa_cli.checkpoint.runs import Run
     from besa_cli.models import Model
 
@@ -143,7 +144,7 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 
-def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
+def show(manifest: "StageManifest", run: "Run", console: Console) -> None:
     """What a quantized stage came to."""
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage("quantized")
@@ -154,19 +155,19 @@ def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     console.emit_json({"directory": str(directory), **manifest})
 
 
-def grid_in_words(manifest: dict[str, Any]) -> str:
+def grid_in_words(manifest: "StageManifest") -> str:
     """The grid of a quantized stage."""
     from besa_cli.ops.affine import Grid
 
     return str(Grid(**manifest["quantization"]))
 
 
-def bits_in_words(counts: dict[str, Any]) -> str:
+def bits_in_words(counts: "Counts") -> str:
     """What a weight of a quantized stage takes."""
     return f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
 
 
-def in_words(counts: dict[str, Any]) -> str:
+def in_words(counts: "Counts") -> str:
     """Counts of a quantized stage in one line."""
     return (
         f"{bits_in_words(counts)}; "

@@ -1,7 +1,7 @@
 """`besa show`: what is in a directory, who made it, how sparse is each linear."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
     from besa_cli.checkpoint.inspection import BlockCount, LinearCount
+    from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
 
 
@@ -124,7 +125,7 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
 def _show_calibration(directory: Path, console: Console) -> dict[str, Any]:
     from besa_cli.checkpoint import inspection, manifests
 
-    manifest = manifests.read(directory)
+    manifest = manifests.read_calibration(directory)
     sources = ", ".join(f"{source['asked']} ({source['source']}: {source['file']})" for source in manifest["sources"])
     console.line(
         f"{directory}: calibration set, {manifest['samples']} samples of {manifest['seqlen']} tokens "
@@ -154,7 +155,7 @@ def _show_export(directory: Path, console: Console) -> dict[str, Any]:
 def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     from besa_cli.checkpoint import inspection, manifests
 
-    manifest = manifests.read(directory) if (directory / manifests.MANIFEST).exists() else None
+    manifest = manifests.read_stage(directory) if (directory / manifests.MANIFEST).exists() else None
     console.line(f"{directory}: {_title(manifest)}")
     if manifest is not None:
         _show_history(manifest, directory, console)
@@ -177,13 +178,13 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     }
 
 
-def _grid(manifest: dict[str, Any]) -> str:
+def _grid(manifest: "StageManifest") -> str:
     """The grid of a quantized stage and, once it is complete, what a weight takes on it."""
     grid, counts = quantized.grid_in_words(manifest), manifest.get("counts")
     return f"{grid}: {quantized.bits_in_words(counts)}" if counts else grid
 
 
-def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:
+def _packed(manifest: "StageManifest | None", directory: Path) -> str:
     """What the tensors of a quantized stage would take with its linears packed."""
     from besa_cli.checkpoint import inspection
 
@@ -193,7 +194,7 @@ def _packed(manifest: Mapping[str, Any] | None, directory: Path) -> str:
     return f"; {human_bytes(whole)} with the quantized linears packed"
 
 
-def _title(manifest: Mapping[str, Any] | None) -> str:
+def _title(manifest: "StageManifest | None") -> str:
     if manifest is None:
         return "checkpoint that besa did not make"
     origin = manifest["model"]
@@ -203,7 +204,7 @@ def _title(manifest: Mapping[str, Any] | None) -> str:
     return f"{what}, unfinished"
 
 
-def _show_history(manifest: Mapping[str, Any], directory: Path, console: Console) -> None:
+def _show_history(manifest: "StageManifest", directory: Path, console: Console) -> None:
     from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.stages import Stage
 

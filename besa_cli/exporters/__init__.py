@@ -8,11 +8,12 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from besa_cli.errors import require_options, unknown
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.exports import ExportOptions
     from besa_cli.exporters.source import Piece, StageSource
 
 # Name on the command line -> what it is, in a few words. The module has the same name, with _ for -.
@@ -57,9 +58,9 @@ class Exporter:
     given: Mapping[str, Any]
     module: FormatModule
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> "ExportOptions":
         """Return the format and all its options with their values, for the manifest."""
-        return {"format": self.name, **asdict(self.options)}
+        return cast("ExportOptions", {"format": self.name, **asdict(self.options)})
 
 
 def load(name: str, given: Mapping[str, Any] | None = None) -> Exporter:

@@ -1,9 +1,8 @@
 """Opening of a sparse export: its manifests, indices and files are validated before any weight is expanded."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge, Len
 from typing_extensions import TypedDict
@@ -70,7 +69,7 @@ class Opened:
                 "name a directory that `besa export --format sparse` made",
             )
         self._listed = self._read_list()
-        self.manifest: Mapping[str, Any] = stages.require_finished(self._stage)
+        self.manifest = stages.require_finished(self._stage)
         self._require_same_stage()
         self.index = sparse_index.read(directory)
         self.names, self.total = self._read_index()

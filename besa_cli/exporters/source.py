@@ -1,16 +1,15 @@
 """The stage to be exported: its tensors, read a few at a time, and the names of its pruned linears."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from besa_cli.checkpoint import stages
-from besa_cli.checkpoint.manifests import MANIFEST
+from besa_cli.checkpoint.manifests import MANIFEST, Counts, Quantization
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.weights import Weights
@@ -62,7 +61,7 @@ class StageSource:
         self.weights = Weights(directory)
         self.stage = Stage(directory, int(self.manifest["blocks"]))
         self._require_shards()
-        self.config: dict[str, Any] = disk.read_json(directory / "config.json")
+        self.config = disk.read_json(directory / "config.json")
         self._dtype: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         for path in self.weights.shards():
@@ -135,10 +134,9 @@ class StageSource:
         return self._dtype[name]
 
     @property
-    def grid(self) -> dict[str, Any] | None:
+    def grid(self) -> Quantization | None:
         """`bits`, `group_size` (None: all columns) and `symmetric` of a quantized stage; else None."""
-        grid: dict[str, Any] | None = self.manifest.get("quantization")
-        return grid
+        return self.manifest.get("quantization")
 
     def coded(self, names: Sequence[str]) -> dict[str, Quantized]:
         """Read the codes of the quantized tensors among `names`, which are all in one file."""
@@ -147,7 +145,7 @@ class StageSource:
         if self.grid is None or block is None:
             return {}
         stored = self.stage.codes(block)
-        grid = Grid(**{name: self.grid[name] for name in ("bits", "group_size", "symmetric")})
+        grid = Grid(bits=self.grid["bits"], group_size=self.grid["group_size"], symmetric=self.grid["symmetric"])
         linears = {name: name.removesuffix(".weight") for name in names if name in self.linears}
         return {
             name: affine.from_tensors(stored, prefix, grid)
@@ -170,7 +168,7 @@ class StageSource:
         return int(torch.Size(self._shape[name]).numel())
 
 
-def refuse_other_counts(directory: Path, counts: Mapping[str, Any], reports: Iterable[BlockReport]) -> None:
+def refuse_other_counts(directory: Path, counts: Counts, reports: Iterable[BlockReport]) -> None:
     """Refuse a stage whose manifest has other counts than the sum of its blocks' reports.
 
     Parameters
@@ -193,10 +191,10 @@ def refuse_other_counts(directory: Path, counts: Mapping[str, Any], reports: Ite
         "pruned": sum(linear.pruned for linear in linears),
         "zeros": sum(linear.zeros for linear in linears),
     }
-    for name, number in sums.items():
-        if counts[name] != number:
+    for name in ("weights", "pruned", "zeros"):
+        if counts[name] != sums[name]:
             raise BesaError(
-                f"{directory / MANIFEST} counts {counts[name]} {name}, the reports of its blocks {number}", _REMEDY
+                f"{directory / MANIFEST} counts {counts[name]} {name}, the reports of its blocks {sums[name]}", _REMEDY
             )
 
 

@@ -3,9 +3,9 @@
 import os
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from besa_cli.checkpoint import exports, manifests, ownership, preflight, swap, weights, zstd
 from besa_cli.checkpoint.manifests import EXPORT, FORMAT
@@ -16,6 +16,7 @@ from besa_cli.exporters.source import STAGE_FILES, Piece, StageSource, private
 from besa_cli.jobs import model_card
 from besa_cli.stream.forecast import Forecast
 from besa_cli.system import compute, disk, redaction
+from besa_cli.system.disk import JsonObject
 
 _ROOM = 64 << 20  # bytes beside the weights: tokenizer, headers, index
 
@@ -142,42 +143,44 @@ class ExportJob:
         except OSError as error:
             raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
         small = [path.name for path in self.source.directory.iterdir()]
-        files: dict[str, dict[str, Any]] = {name: {} for own in small for name in (own, f"{STAGE_FILES}/{own}")}
+        files: dict[str, JsonObject] = {name: {} for own in small for name in (own, f"{STAGE_FILES}/{own}")}
         started = {"format": FORMAT, "command": "export", "status": "running", "files": files}
         disk.write_json(self._partial / EXPORT, started)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
         stored = _sizes(self._partial, ".safetensors", ".gguf", zstd.SUFFIX)
         dense_linears, dense = self.source.dense_bytes
-        sizes = {
+        sizes: exports.Sizes = {
             "linears": linear_bytes,
             "linears_dense": dense_linears,
             "weights": stored,
             "weights_dense": dense,
             "rounded_to_zero": rounded,
         }
-        manifest = {
+        stage = self.source.manifest
+        model = {name: value for name, value in stage["model"].items() if name != "directory"}
+        record: exports.Record = {
             "format": FORMAT,
             "command": "export",
             "options": self.record,
-            "source": {name: self.source.manifest[name] for name in ("stage", "digest")},
-            "model": {name: told for name, told in self.source.manifest["model"].items() if name != "directory"},
+            "source": {"stage": stage["stage"], "digest": stage["digest"]},
+            "model": cast("exports.ExportModel", model),
             "versions": manifests.versions(),
             "status": "complete",
-            "counts": self.source.manifest["counts"],
+            "counts": stage["counts"],
             "sizes": sizes,
-            "history": [*self.source.manifest["history"], _step(self.source.manifest)],
+            "history": [*stage["history"], _step(stage)],
         }
-        manifest = redaction.value(manifest)
+        record = redaction.value(record)
         self._keep_private()
-        text = model_card.text(manifest, self._perplexities, self._exporter.module.loading(self._exporter.options))
+        text = model_card.text(record, self._perplexities, self._exporter.module.loading(self._exporter.options))
         disk.publish(self._partial / model_card.FILE, lambda path: _write(path, text.encode()))
-        manifest["files"] = {
+        files = {
             str(path.relative_to(self._partial)): _flushed(path)
             for path in sorted(self._partial.rglob("*"))
             if path.is_file() and path != self._partial / EXPORT
         }
-        disk.write_json(self._partial / EXPORT, manifest)
+        disk.write_json(self._partial / EXPORT, {**record, "files": files})
         swap.replace_stage(self.directory, self._partial)
 
     def _keep_private(self) -> None:
@@ -189,20 +192,26 @@ class ExportJob:
             if path.parent.name == STAGE_FILES:
                 disk.publish(place / path.name, lambda kept, before=before: _write(kept, before))  # type: ignore[misc]
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> exports.Manifest:
         """Return the manifest of the finished export."""
         return exports.read(self.directory)
 
 
-def _step(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: manifest[name] for name in ("stage", "command", "options", "versions", "digest")}
+def _step(manifest: manifests.StageManifest) -> manifests.StageHistory:
+    return {
+        "stage": manifest["stage"],
+        "command": manifest["command"],
+        "options": manifest["options"],
+        "versions": manifest["versions"],
+        "digest": manifest["digest"],
+    }
 
 
 def _sizes(directory: Path, *endings: str) -> int:
     return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in endings)
 
 
-def _flushed(path: Path) -> dict[str, Any]:
+def _flushed(path: Path) -> exports.File:
     """Return a file's size and digest after flushing it, so that a power cut leaves no export without its content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -154,7 +153,7 @@ class ImportJob:
             compute.give_back_memory()
         StageSource(directory)  # its linears are where the reports say, and as many as the manifest counts
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> manifests.StageManifest:
         """Return the manifest of the stage."""
         return stages.require_finished(self.directory)
 

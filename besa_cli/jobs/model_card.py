@@ -1,12 +1,14 @@
 """Model cards of exports: method, sparsity, perplexities, sizes, and how to load the model."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NotRequired
+from collections.abc import Sequence
+from typing import Annotated, NotRequired
 
 from annotated_types import Ge, Gt
 from typing_extensions import TypedDict
 
+from besa_cli.checkpoint.exports import Record
+from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.runs import Run
 from besa_cli.system import disk, records, redaction
 
@@ -26,7 +28,7 @@ class CardResult(TypedDict):
     perplexity: Annotated[float, Gt(0)]
 
 
-def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, CardResult]]:
+def perplexities(run: Run, stage: StageManifest) -> list[tuple[str, CardResult]]:
     """Return the perplexities of the stage and of its source model that the run keeps, by a display name.
 
     Raises
@@ -44,7 +46,7 @@ def perplexities(run: Run, stage: Mapping[str, Any]) -> list[tuple[str, CardResu
     return [(names[each["model_digest"]], each) for each in found]
 
 
-def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, CardResult]], loading: str) -> str:
+def text(manifest: Record, results: Sequence[tuple[str, CardResult]], loading: str) -> str:
     """Return the card in Markdown, with the hub's front matter.
 
     Parameters
@@ -60,14 +62,14 @@ def text(manifest: Mapping[str, Any], results: Sequence[tuple[str, CardResult]],
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
-def _front(manifest: Mapping[str, Any]) -> str:
+def _front(manifest: Record) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- besa", "- sparse"]
     if manifest["model"]["kind"] == "hub":
         lines.append(f"base_model: {_plain(manifest['model']['name'].partition('@')[0])}")
     return "\n".join([*lines, "---"])
 
 
-def _done(manifest: Mapping[str, Any]) -> str:
+def _done(manifest: Record) -> str:
     model, counts = manifest["model"], manifest["counts"]
     revision = f" (revision {model['revision']})" if model["revision"] else ""
     lines = [
@@ -89,7 +91,7 @@ def _done(manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sizes(manifest: Mapping[str, Any]) -> str:
+def _sizes(manifest: Record) -> str:
     sizes, options = manifest["sizes"], manifest["options"]
     chosen = ", ".join(f"{name} {value}" for name, value in options.items() if name != "format" and value is not None)
     rows = [

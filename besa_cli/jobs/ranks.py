@@ -1,18 +1,18 @@
 """Ranks of one job: the main rank makes the stage, the workers compute their share of the samples."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
+from besa_cli.checkpoint.manifests import Compute
 from besa_cli.errors import UsageError
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
 from besa_cli.stream.activations import ActivationStore
+from besa_cli.system.disk import JsonObject
 from besa_cli.system.ranks import Ranks
 
 
@@ -32,7 +32,7 @@ def require_even_steps(request: StageRequest, world: Ranks) -> None:
         )
 
 
-def threads(settings: Mapping[str, Any], world: Ranks) -> int:
+def threads(settings: Compute, world: Ranks) -> int:
     """Return the threads of one rank; those in the manifest's ``compute`` are of all ranks together."""
     return max(int(settings["threads"]) // world.size, 1)
 
@@ -55,7 +55,7 @@ def run_main(
     request: StageRequest,
     digest: str,
     tokens: Tensor,
-    settings: dict[str, Any],
+    settings: Compute,
     files: Path | None,
     world: Ranks,
     *,
@@ -120,6 +120,6 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         pass
 
 
-def _facts(request: StageRequest, digest: str) -> dict[str, Any]:
+def _facts(request: StageRequest, digest: str) -> JsonObject:
     """Return what must be equal on all ranks."""
     return {**request.to_manifest(), "model digest": digest, **manifests.versions()}

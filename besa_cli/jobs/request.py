@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal, cast
 
 from typing_extensions import TypedDict
 
+from besa_cli.checkpoint.manifests import GridEntry, Quantization
 from besa_cli.choices import OptionValue
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
@@ -91,6 +92,6 @@ class StageRequest:
         placement: dict[str, OptionValue] = {"device": self.device, "dtype": self.dtype, "seed": self.seed}
         return {"method": self.method.name, **self.command_options, **own, **placement}
 
-    def quantization(self) -> dict[str, Any]:
+    def quantization(self) -> GridEntry:
         """Return the entry of the manifest that describes the grid; empty without one."""
-        return {"quantization": asdict(self.grid)} if self.grid else {}
+        return {"quantization": cast("Quantization", asdict(self.grid))} if self.grid else {}

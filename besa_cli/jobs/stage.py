@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import ownership, preflight, stages, swap, weights
+from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
@@ -108,12 +108,12 @@ class StageJob:
         preflight.refuse_damaged(model.directory, self._digest)
         new = stage_manifest.new_manifest(run, model, self._digest, calibration, request, self._world.size)
         self._directory, self.manifest = stage_manifest.place(self._final, next_stage, new, restart=restart)
-        if self.done:
+        if self.manifest["status"] == "complete":
             preflight.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
             preflight.refuse_incomplete(self._directory)
-            self._stage = Stage(self._directory, int(self.manifest["blocks"]))
+            self._stage = Stage(self._directory, self.manifest["blocks"])
             return
-        if not self._is_new:
+        if self.manifest["status"] != "new":
             stage_manifest.refuse_other_environment(self._directory, self.manifest, new)
         self._plan = self._plan_work(extremes)
 
@@ -262,9 +262,9 @@ class StageJob:
         else:
             self._stage.write_rest(self._source.read(rest))
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""
-        if self.done:
+        if self.manifest["status"] == "complete":
             return self.manifest
         manifest = self._stage.finish()
         if self._directory != self._final:

@@ -1,20 +1,21 @@
 """Manifests of requested stages, and their comparison with what the run directory already holds."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import manifests, stages
+from besa_cli.checkpoint.manifests import Compute, NewStageManifest, StageHistory, StageManifest
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.jobs.request import StageRequest
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 from besa_cli.system import compute
+from besa_cli.system.disk import JsonObject
 
 # Variables that choose how libraries compute; threads have variables of their own and are settled by the manifest.
 _MATHEMATICS = ("ATEN_CPU", "MKL_CBWR", "MKL_ENABLE", "ONEDNN_", "DNNL_", "TORCH_ALLOW_TF32", "NVIDIA_TF32", "CUBLAS_")
@@ -24,7 +25,7 @@ _PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what 
 
 def new_manifest(
     run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: StageRequest, ranks: int = 1
-) -> dict[str, Any]:
+) -> NewStageManifest:
     """Return the manifest of a request, before any work; `digest` is that of the model's weights.
 
     It does not depend on the number of `ranks`, as long as their threads add up to the same number.
@@ -33,14 +34,24 @@ def new_manifest(
     dtype = compute.dtype(request.dtype, device)
     seqlen = calibration_set.tokens.shape[1]
     parent = run.stage_at(model.directory)
+    options = {"model": model.name, **request.to_manifest(), **_drawn(run, calibration_set, request)}
+    origin: manifests.Origin = {
+        "name": model.name,
+        "kind": model.kind,
+        "revision": model.revision,
+        "directory": str(model.directory.resolve()),
+        "digest": digest,
+    }
+    if parent:
+        origin["stage"] = parent
     return {
         "format": manifests.FORMAT,
         "stage": request.stage,
         "command": request.command,
-        "options": {"model": model.name, **request.to_manifest(), **_drawn(run, calibration_set, request)},
+        "options": cast("manifests.Options", options),
         "compute": {
-            "device": device.type,
-            "dtype": compute.name_of(dtype),
+            "device": cast("manifests.Device", device.type),
+            "dtype": cast("manifests.Dtype", compute.name_of(dtype)),
             "dtype_reason": compute.dtype_reason(request.dtype, device),
             "threads": torch.get_num_threads() * ranks,
             "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
@@ -48,14 +59,7 @@ def new_manifest(
             "processor": _processor(device),
             "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_MATHEMATICS)},
         },
-        "model": {
-            "name": model.name,
-            "kind": model.kind,
-            "revision": model.revision,
-            "directory": str(model.directory.resolve()),
-            "digest": digest,
-            **({"stage": parent} if parent else {}),
-        },
+        "model": origin,
         **request.quantization(),
         "calibration": {
             "tokens_digest": calibration_set.digest if request.uses_calibration else None,
@@ -67,7 +71,7 @@ def new_manifest(
     }
 
 
-def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> dict[str, Any]:
+def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> JsonObject:
     """Return the options that say where the calibration samples come from; empty if the method uses none."""
     if not request.uses_calibration:
         return {}
@@ -79,7 +83,9 @@ def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> 
     return {name: options[name] for name in ("data", "samples", "seqlen", "pack")}
 
 
-def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> tuple[Path, dict[str, Any]]:
+def place(
+    final: Path, beside: Path, new: NewStageManifest, *, restart: bool
+) -> tuple[Path, StageManifest | NewStageManifest]:
     """Return the directory and manifest of the stage that was begun with the same options, or of a new one.
 
     With `restart`, only a stage that an interrupted ``--restart`` began is resumed.
@@ -96,14 +102,15 @@ def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> t
     BesaError
         A stage made with other options exists.
     """
-    found = {place: manifests.read(place) for place in (final, beside) if (place / manifests.MANIFEST).exists()}
+    found = {place: manifests.read_stage(place) for place in (final, beside) if (place / manifests.MANIFEST).exists()}
     there = {place: old for place, old in found.items() if old["status"] != "beginning"}
     different = {place: differences(old, new) for place, old in there.items()}
     for place, old in there.items():
         if not different[place] and (not restart or (old["status"] == "running" and "restart" in old)):
             return place, old
     if restart:
-        return beside if manifests.is_complete(final) else final, {**new, "restart": True}
+        restarted = cast("NewStageManifest", {**new, "restart": True})
+        return beside if manifests.is_complete(final) else final, restarted
     for place, what in different.items():
         state = "a finished" if there[place]["status"] == "complete" else "an unfinished"
         raise BesaError(
@@ -113,7 +120,7 @@ def place(final: Path, beside: Path, new: dict[str, Any], *, restart: bool) -> t
     return final, new
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: StageManifest, new: NewStageManifest) -> list[str]:
     """Return the options that would change the result, with both values; `auto` equals what it was resolved to."""
     mine, asked = (
         {
@@ -129,10 +136,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for name in ("data", "samples", "seqlen", "pack"):  # the tokens themselves are compared
         mine.pop(name, None)
         asked.pop(name, None)
-    for name in ("device", "dtype"):
-        resolved = old["compute"][name]
-        mine[name] = resolved
-        asked[name] = resolved if asked[name] == "auto" else asked[name]
+    for key in ("device", "dtype"):
+        resolved = old["compute"][key]
+        mine[key] = resolved
+        asked[key] = resolved if asked[key] == "auto" else asked[key]
     names = list(dict.fromkeys([*mine, *asked]))
     return [
         f"{name} {_short(mine.get(name))} there, {_short(asked.get(name))} asked"
@@ -146,7 +153,7 @@ def _processor(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
-def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def refuse_other_environment(place: Path, old: StageManifest, new: NewStageManifest) -> None:
     """Refuse to resume a stage whose remaining blocks would be computed differently.
 
     Parameters
@@ -176,7 +183,7 @@ def refuse_other_environment(place: Path, old: Mapping[str, Any], new: Mapping[s
         )
 
 
-def _environment(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _environment(settings: Compute) -> dict[str, str]:
     known = {"processor": settings["processor"]} if "processor" in settings else {}
     return {"inner loops": settings["kernels"], **known, **settings.get("environment", {})}
 
@@ -186,10 +193,16 @@ def _short(value: object) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def history(directory: Path) -> list[dict[str, Any]]:
+def history(directory: Path) -> list[StageHistory]:
     """Return the earlier stages, if the model is itself a stage."""
     if not (directory / manifests.MANIFEST).exists():
         return []
     parent = stages.require_finished(directory)
-    own = {key: parent[key] for key in ("stage", "command", "options", "versions", "digest") if key in parent}
-    return [*parent.get("history", []), own]
+    own: StageHistory = {
+        "stage": parent["stage"],
+        "command": parent["command"],
+        "options": parent["options"],
+        "versions": parent["versions"],
+        "digest": parent["digest"],
+    }
+    return [*parent["history"], own]

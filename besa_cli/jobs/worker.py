@@ -1,11 +1,11 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from besa_cli.checkpoint.manifests import Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
@@ -33,9 +33,7 @@ class StageWorker:
     world : Ranks
     """
 
-    def __init__(
-        self, directory: Path, request: StageRequest, settings: Mapping[str, Any], tokens: Tensor, world: Ranks
-    ) -> None:
+    def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
         self._tokens = tokens if request.uses_calibration else tokens[:0]

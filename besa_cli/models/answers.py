@@ -6,14 +6,14 @@ digest in its ETag.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from besa_cli.errors import BesaError
-from besa_cli.system.disk import parse_json
+from besa_cli.system.disk import Json, parse_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -23,6 +23,7 @@ ANSWER_SECONDS = 8.0
 _LARGEST_LISTING = 100_000_000
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _FILE = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
+Response = Any  # of httpx, whose package has another name in each version of the hub's library
 CHECK_ENDPOINT = "check HF_ENDPOINT: the server there does not answer like the Hugging Face hub"
 
 
@@ -80,7 +81,7 @@ def listing(repo: str, revision: str | None) -> Listing:
     return _listing(parse_json(bytes(body), f"the answer from {url}"), repo)
 
 
-def _listing(answer: dict[str, Any], repo: str) -> Listing:
+def _listing(answer: Json, repo: str) -> Listing:
     commit = digest(answer.get("sha"), f"the commit of {repo}")
     siblings = answer.get("siblings") or []
     sizes, digests = dict[str, int](), dict[str, str]()
@@ -135,7 +136,7 @@ def file_metadata(header: "HfFileMetadata", name: str, commit: str) -> FileMetad
 
 
 @contextmanager
-def open_response(url: str, start: int = 0) -> Iterator[Any]:  # a response of httpx
+def open_response(url: str, start: int = 0) -> Iterator[Response]:
     """Open the hub's answer to a GET request, streamed and not decompressed.
 
     It begins at byte `start` if the server supports that.
@@ -173,7 +174,7 @@ def guarded(tag: str | None = None, commit: str | None = None) -> Iterator[None]
 
     hooks, seconds = get_session().event_hooks, get_session().timeout
 
-    def check(response: Any) -> None:
+    def check(response: Response) -> None:
         answered = response.headers.get("X-Repo-Commit")
         if answered is None:
             return
@@ -189,7 +190,7 @@ def guarded(tag: str | None = None, commit: str | None = None) -> Iterator[None]
         set_clients(hooks, seconds)
 
 
-def set_clients(hooks: Any, seconds: Any) -> None:
+def set_clients(hooks: Mapping[str, list[Callable[..., object]]], seconds: Any) -> None:
     """Set the event hooks and the read timeout of every client that the hub's library makes from now on.
 
     The library makes a new client whenever a connection fails.

@@ -13,10 +13,9 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError
-from besa_cli.system.disk import read_json, require_regular, sha256_file, write_json
+from besa_cli.system.disk import Json, JsonObject, read_json, require_regular, sha256_file, write_json
 from besa_cli.system.notes import Notify
 
 FILES = "besa-cache.json"  # the digests of a cached directory
@@ -255,7 +254,7 @@ def matches_digest(path: Path, name: str, progress: Callable[[int], None] = lamb
     return name in {algorithm.hexdigest() for algorithm in hashes}
 
 
-def _read_record(path: Path | None) -> dict[str, Any]:
+def _read_record(path: Path | None) -> JsonObject:
     """Read a record of an earlier run; empty if it cannot be read."""
     try:
         return {} if path is None else read_json(path)
@@ -263,7 +262,7 @@ def _read_record(path: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _write_record(path: Path | None, value: dict[str, Any]) -> None:
+def _write_record(path: Path | None, value: Json) -> None:
     """Write a record for later runs, if possible: a shared cache may be read-only."""
     if path is not None:
         with contextlib.suppress(BesaError):

@@ -4,11 +4,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import headers
 from besa_cli.system import disk
+from besa_cli.system.disk import Json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -106,9 +107,9 @@ def custom_code_error(place: Path, code: object) -> BesaError:
     )
 
 
-def _values(value: Any) -> Iterator[tuple[str, Any, bool]]:
+def _values(value: object) -> Iterator[tuple[str, int | float | str, bool]]:
     """Yield the key, value and list membership of every number and string in a JSON value."""
-    pending: list[tuple[str, Any, bool]] = [("", value, False)]
+    pending: list[tuple[str, object, bool]] = [("", value, False)]
     while pending:
         name, value, listed = pending.pop()
         if isinstance(value, dict):
@@ -119,7 +120,7 @@ def _values(value: Any) -> Iterator[tuple[str, Any, bool]]:
             yield name, value, listed
 
 
-def _refuse_values(place: Path, fields: Mapping[str, Any]) -> None:
+def _refuse_values(place: Path, fields: Json) -> None:
     """Refuse invalid numbers, counts that would only fill the memory, and strings with terminal control characters."""
     for name, value, listed in _values(fields):
         if isinstance(value, str):
@@ -136,7 +137,7 @@ def _refuse_values(place: Path, fields: Mapping[str, Any]) -> None:
             raise BesaError(f"{place} has an invalid {name[:80]}: {value!r:.40}", _REMEDY)
 
 
-def _refuse_blocks(directory: Path, fields: Mapping[str, Any]) -> None:
+def _refuse_blocks(directory: Path, fields: Json) -> None:
     """Refuse more blocks than the checkpoint has tensors, before building them."""
     counts = (value for name, value, _ in _values(fields) if name.endswith("layers") and isinstance(value, int))
     blocks = max(counts, default=0)
@@ -150,7 +151,7 @@ def _refuse_blocks(directory: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_sizes(place: Path, sizes: Mapping[str, Any]) -> None:
+def _refuse_sizes(place: Path, sizes: Mapping[str, object]) -> None:
     for name, value in sizes.items():
         if isinstance(value, int) and not 1 <= value <= _LARGEST_SIZE:
             raise BesaError(f"{place} has an invalid {name}: {str(value)[:40]}", _REMEDY)

@@ -4,12 +4,11 @@ import os
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError
 from besa_cli.models import headers
 from besa_cli.models.headers import INDEX, SINGLE
-from besa_cli.system.disk import read_json
+from besa_cli.system.disk import Json, read_json
 
 _SIDE_FILES = (
     "config.json",
@@ -34,7 +33,7 @@ _QUANTIZATION_FILES = {  # side files that declare quantized weights, and the ke
 }
 
 
-def refuse_quantized(config: dict[str, Any], name: str) -> None:
+def refuse_quantized(config: Json, name: str) -> None:
     """Raise a `BesaError` if a model's ``config.json`` declares quantized, compressed or sparse weights."""
     for key in ("quantization_config", "compression_config", "sparsity_config"):
         settings = config.get(key)

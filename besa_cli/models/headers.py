@@ -3,7 +3,7 @@
 import math
 import struct
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.system import disk
@@ -78,7 +78,7 @@ def _header(path: Path) -> tuple[bytes, int]:
         return file.read(length), size - 8 - length
 
 
-def _problem(entry: Any) -> str:
+def _problem(entry: object) -> str:
     """Describe the problem of a single tensor entry; empty if it is valid."""
     if not isinstance(entry, dict):
         return "an entry that is not an object"
@@ -95,7 +95,7 @@ def _problem(entry: Any) -> str:
     return ""
 
 
-def _are_counts(values: list[Any]) -> bool:
+def _are_counts(values: list[object]) -> bool:
     """Check that all values are integers from 0 to 2^63 − 1."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 

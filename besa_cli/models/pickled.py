@@ -7,7 +7,7 @@ from hashlib import sha256
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError  # only to catch it: torch alone unpickles, with weights_only
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading, reason_of
 from besa_cli.models import cache, files, headers
@@ -108,7 +108,7 @@ def _load(file: Path) -> "dict[str, torch.Tensor]":
     """Load the tensors of one pickled file by name, dense and each with its own memory."""
     import torch
 
-    content: Any
+    content: object
     with reading(file, _REMEDY):
         is_zip = zipfile.is_zipfile(file)
     if is_zip:

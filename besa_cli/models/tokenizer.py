@@ -4,15 +4,16 @@ import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import Model
 from besa_cli.models.config_json import custom_code_error
-from besa_cli.system.disk import read_json, require_regular, sha256_file
+from besa_cli.system.disk import JsonObject, read_json, require_regular, sha256_file
 from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _FILES = (
@@ -76,7 +77,7 @@ def tokenizer_of(model: Model, notify: Notify = lambda _: None) -> "PreTrainedTo
     return tokenizer
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def _settings(directory: Path) -> JsonObject:
     """Read ``tokenizer_config.json``, after checking that all tokenizer files are readable."""
     for name in _FILES:
         if (directory / name).exists():
@@ -121,7 +122,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _follow_file(tokenizer: Any, path: Path) -> bool:
+def _follow_file(tokenizer: object, path: Path) -> bool:
     """Make a tokenizer split text as ``tokenizer.json`` defines; return whether it did otherwise before.
 
     A space before the text is left as transformers chooses it: ``tokenizer_config.json`` may ask for it.
@@ -146,7 +147,7 @@ def _follow_file(tokenizer: Any, path: Path) -> bool:
     return True
 
 
-def _without_vocabulary(definition: dict[str, Any]) -> dict[str, Any]:
+def _without_vocabulary(definition: JsonObject) -> JsonObject:
     """Strip the vocabulary from a tokenizer's definition, so that a tokenizer with the same word splitting is built
     quickly.
 
@@ -164,7 +165,7 @@ def _without_vocabulary(definition: dict[str, Any]) -> dict[str, Any]:
     return {**definition, "model": model, "added_tokens": [], "post_processor": None}
 
 
-def _splits_alike(tokenizer: Any, other: Any) -> bool:
+def _splits_alike(tokenizer: "Tokenizer", other: "Tokenizer") -> bool:
     """Check that two tokenizers split text in the same way, apart from their vocabularies and a first space."""
     definition = json.loads(other.to_str())
     for part in ("normalizer", "pre_tokenizer"):
@@ -180,7 +181,7 @@ def _splits_alike(tokenizer: Any, other: Any) -> bool:
     )
 
 
-def _without_spaces(part: Any) -> Any:
+def _without_spaces(part: object) -> object:
     if isinstance(part, dict):
         return {
             name: _without_spaces(value)

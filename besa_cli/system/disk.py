@@ -16,7 +16,8 @@ from besa_cli.errors import BesaError, reading, reason_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-Json = Mapping[str, Any]
+JsonObject = dict[str, Any]  # a JSON object of unknown fields
+Json = Mapping[str, Any]  # the same, only to be read
 
 MANIFEST = "besa.json"  # describes a directory and how it was made
 
@@ -221,7 +222,7 @@ def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
 _RESTORE = "restore the file, or make its directory again"
 
 
-def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, unique: bool = False) -> JsonObject:
     """Read one JSON object from a file.
 
     Parameters
@@ -238,7 +239,7 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     return parse_json(read_text(path), path, unique=unique)
 
 
-def parse_json(text: str | bytes, place: Path | str, *, unique: bool = False) -> dict[str, Any]:
+def parse_json(text: str | bytes, place: Path | str, *, unique: bool = False) -> JsonObject:
     """Parse one JSON object; `place` names its origin in errors.
 
     Parameters
@@ -262,8 +263,8 @@ def parse_json(text: str | bytes, place: Path | str, *, unique: bool = False) ->
     return value
 
 
-def _require_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _require_unique(pairs: list[tuple[str, object]]) -> JsonObject:
+    result: JsonObject = {}
     for name, value in pairs:
         if name in result:
             raise ValueError(f"{name!r} is given twice")

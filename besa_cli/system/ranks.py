@@ -129,7 +129,7 @@ class Ranks:
                 for tensor in tensors:
                     dist.broadcast(tensor.view(-1).view(torch.uint8), 0)
 
-    def broadcast_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: object) -> Any:
         """Return the first rank's value, plain JSON, on every rank; the values of the others are ignored."""
         if self.size == 1:
             return value
@@ -159,7 +159,7 @@ class Ranks:
         self.broadcast_([tensor for tensor in received.values() if tensor.numel()])
         return received
 
-    def require_equal(self, facts: Mapping[str, Any]) -> None:
+    def require_equal(self, facts: Mapping[str, object]) -> None:
         """Refuse a rank whose options or files differ from those of the first rank.
 
         Raises

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from besa_cli.system import disk
+from besa_cli.system.disk import JsonObject
 
 Value = TypeVar("Value")
 
@@ -33,7 +34,7 @@ def value(data: Value) -> Value:
     return data
 
 
-def content(name: str, data: dict[str, Any]) -> dict[str, Any]:
+def content(name: str, data: JsonObject) -> JsonObject:
     """Redact a JSON file: in besa's own all local paths, in configuration files those that transformers records.
 
     Parameters

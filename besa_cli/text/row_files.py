@@ -6,10 +6,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading, reason_of
 from besa_cli.system import disk
+from besa_cli.system.disk import JsonObject
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -26,7 +27,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _TEXT = "give UTF-8 text, one JSON object a line"
 
-Row = dict[str, Any]
+Row = JsonObject
 
 
 def opened(path: Path) -> IO[bytes]:

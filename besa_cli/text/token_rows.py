@@ -4,10 +4,9 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError
-from besa_cli.system.disk import sha256_file
+from besa_cli.system.disk import JsonObject, sha256_file
 from besa_cli.system.notes import Notify
 from besa_cli.text import documents, row_files
 
@@ -30,7 +29,7 @@ class TokenRows:
     """
 
     rows: Sequence["array[int]"]
-    sources: Sequence[dict[str, Any]]
+    sources: Sequence[JsonObject]
 
 
 def holds_rows(path: Path) -> bool:

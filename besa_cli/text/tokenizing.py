@@ -1,13 +1,14 @@
 """Token ids of texts of any length: long texts are tokenized in overlapping pieces, in bounded memory."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from typing import Any, Protocol
 
 from besa_cli.errors import BesaError, reading
+from besa_cli.system.disk import Json
 from besa_cli.text.spool import Text, parts
 
 PIECE = 1 << 18  # characters tokenized at a time; the library needs about 300 bytes for each
@@ -23,7 +24,7 @@ _AROUND = 1000  # most tokens that may be added around a text
 class Tokenizer(Protocol):
     """Protocol of tokenizers, satisfied by those of transformers."""
 
-    def __call__(self, text: str, *, verbose: bool) -> Mapping[str, Any]:
+    def __call__(self, text: str, *, verbose: bool) -> Json:
         """Return a mapping with the token ids of `text` under ``input_ids``."""
 
 
@@ -65,7 +66,7 @@ class Encoder:
             return iter(self._encode_whole(source, UNDIVIDED))
         return chain(surrounding[0], chain.from_iterable(self._pieces(source)), surrounding[1])
 
-    def _tokenize(self, text: str, **options: Any) -> Any:
+    def _tokenize(self, text: str, **options: bool) -> Any:
         """Tokenize a text; any exception is a fault of the tokenizer's files."""
         with reading("a text with the model's tokenizer", "the tokenizer's files are damaged: fetch the model again"):
             return self._tokenizer(text, **options)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet, tokens_digest
+from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.jobs import prune
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.stage import StageJob
@@ -123,7 +124,7 @@ def rows_file(path: Path, rows: Tensor) -> Path:
 def calibration_set(rows: Tensor) -> CalibrationSet:
     """A calibration set of these token rows."""
     drawn = {"data": ["rows.jsonl"], "samples": len(rows), "seqlen": rows.shape[1], "seed": 0, "pack": None}
-    manifest = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(rows)}
+    manifest: Any = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(rows)}  # jobs read no more
     return CalibrationSet(tokens=rows, manifest=manifest)
 
 
@@ -144,7 +145,7 @@ def request(
     return prune.request(method=method, sparsity=sparsity, nm=nm, options=options, device=device, dtype="float32")
 
 
-def run(job: StageJob) -> dict[str, Any]:
+def run(job: StageJob) -> StageManifest:
     """Do a job to its end; returns the manifest."""
     list(job.blocks())
     return job.finish()

@@ -1,12 +1,13 @@
 """A command that makes a stage: its run is held, its samples are there, and it is forecast or done."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands.shared import calibration_source, forecast_view
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs.request import StageRequest
     from besa_cli.models import Model
@@ -23,7 +24,7 @@ def stage(
     restart: bool,
     dry_run: bool,
     world: "Ranks | None" = None,
-) -> dict[str, Any] | None:
+) -> "StageManifest | None":
     """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
 
     `calibration` has no effect with a method that uses no samples.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import models
 from besa_cli.commands.shared import help, options
@@ -12,6 +12,8 @@ from besa_cli.errors import BesaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from besa_cli.checkpoint.manifests import StageManifest
 
 RunOption = Annotated[
     Path | None,
@@ -74,7 +76,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
     )
 
 
-def _parent(manifest: dict[str, Any], results: Path, console: Console) -> Subject:
+def _parent(manifest: "StageManifest", results: Path, console: Console) -> Subject:
     """The model that a stage was made from; fetched again where it is gone."""
     origin = manifest["model"]
     directory = Path(origin["directory"])

@@ -5,17 +5,18 @@ tests/support/gguf_files.py.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models.gguf.file_header import Header, refuse
 from besa_cli.models.gguf.metadata import LONGEST_CONTEXT, Metadata
 from besa_cli.models.gguf.rotary import Read, parameters
+from besa_cli.system.disk import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Config = dict[str, Any]  # keyword arguments of transformers' own classes
+Config = JsonObject  # keyword arguments of transformers' own classes
 _RMS, _LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 

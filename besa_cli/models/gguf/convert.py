@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError
 from besa_cli.models import cache
@@ -126,12 +126,13 @@ def _save_config(config: "PretrainedConfig", target: Path, dtype: str) -> None:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
-    fields = _short_floats(config.to_diff_dict()) | {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
+    fields = {name: _short_floats(value) for name, value in config.to_diff_dict().items()}
+    fields |= {"architectures": [DECODERS[config.model_type]], "dtype": dtype}
     write_json(target / "config.json", dict(sorted(fields.items())))
     transformers.GenerationConfig.from_model_config(config).save_pretrained(target)
 
 
-def _short_floats(value: Any) -> Any:
+def _short_floats(value: object) -> object:
     """Round-trip float32 values of the GGUF header to their short decimal form (1e-05 for 9.999999747378752e-06)."""
     import numpy as np
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reading
 from besa_cli.models.gguf.file_header import Header, refuse
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     from transformers import PretrainedConfig, PreTrainedModel
 
-    Array = np.ndarray[Any, np.dtype[np.float32]]
+    Array = npt.NDArray[np.float32]
 
 _USE_SAFETENSORS = "use the same model in the safetensors format"
 _TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")  # GPT-2's
