@@ -31,8 +31,8 @@ test: $(VENV)/installed-dev
 	$(BIN)/pytest -n $(JOBS)
 
 faults: $(VENV)/installed-dev
-	$(BIN)/python tests/faults/interruptions.py --write benchmarks/FAULTS.md
-	$(BIN)/python tests/faults/hostile --write benchmarks/FAULTS.md
+	$(BIN)/python tests/faults/interruptions.py --write benchmarks/results/FAULTS.md
+	$(BIN)/python tests/faults/hostile --write benchmarks/results/FAULTS.md
 
 # Dependency groups need pip 25.1; the pip that comes with Python may be older.
 $(VENV)/installed: pyproject.toml constraints.txt hatch_build.py besa_cli/ops/kernels/loops.cpp

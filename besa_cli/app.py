@@ -25,6 +25,7 @@ from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
 from besa_cli.commands.shared.config_file import origin
 from besa_cli.commands.shared.context import ProcessSettings
+from besa_cli.commands.shared.help import HelpCommand, HelpGroup
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error
@@ -35,7 +36,13 @@ INTERRUPTED = 128 + signal.SIGINT
 
 _ON_RANKS = ("prune",)  # commands that several ranks can work on
 
-app = typer.Typer(name="besa", no_args_is_help=True, rich_markup_mode=None, context_settings={"max_content_width": 110})
+app = typer.Typer(
+    name="besa",
+    cls=HelpGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,7 +61,14 @@ def besa(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Make a large language model sparse without training it, block by block, and measure the quality lost."""
+    """Make a large language model sparse without training it, block by block, and measure the quality lost.
+
+    Examples:
+
+        besa prune --data bundled --samples 32 --seqlen 512
+        besa eval ppl wikitext2 --limit 8
+        besa export --format sparse
+    """
     if isinstance(context.obj, ProcessSettings):
         context.obj.debug = debug
         _join_ranks(context, context.obj)
@@ -80,15 +94,15 @@ def _join_ranks(context: typer.Context, settings: ProcessSettings) -> None:
         context.with_resource(_silenced())
 
 
-app.command()(calibrate)
-app.command()(prune)
-app.command()(quantize)
+app.command(cls=HelpCommand)(calibrate)
+app.command(cls=HelpCommand)(prune)
+app.command(cls=HelpCommand)(quantize)
 app.add_typer(eval_.app, name="eval")
-app.command()(export)
-app.command("import")(import_)
-app.command()(simulate)
-app.command()(show)
-app.command()(run)
+app.command(cls=HelpCommand)(export)
+app.command("import", cls=HelpCommand)(import_)
+app.command(cls=HelpCommand)(simulate)
+app.command(cls=HelpCommand)(show)
+app.command(cls=HelpCommand)(run)
 
 
 @contextmanager

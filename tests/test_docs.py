@@ -192,7 +192,7 @@ def test_the_page_of_the_benchmarks_names_every_script_and_every_file_of_lines()
     there = {path.name for path in folder.rglob("*") if path.suffix in (".py", ".jsonl") and path.name != "__init__.py"}
     assert there - named == set(), "not in benchmarks/README.md"
     written = {name for name in named if name.endswith((".py", ".jsonl"))}
-    assert written - there == {"faults.py"}, "in benchmarks/README.md, but not there"
+    assert written - there == {"interruptions.py"}, "in benchmarks/README.md, but not there"
 
 
 def test_the_readme_lists_the_methods_with_what_each_can_do() -> None:

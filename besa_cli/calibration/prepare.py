@@ -1,6 +1,5 @@
 """Calibration sets for a model: its tokenizer and limits, and the checks before an existing set is reused."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from besa_cli.calibration import calibration_set
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.checkpoint import manifests
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
@@ -25,27 +25,18 @@ _ROW = 32  # tokens of the one sample with which a model is verified if a method
 
 
 def calibration_options(
-    model: Model,
-    *,
-    data: Sequence[str] | None,
-    samples: int | None,
-    seqlen: int | None,
-    seed: int,
-    pack: bool | None,
-    notify: Notify,
+    model: Model, request: CalibrationRequest, notify: Notify
 ) -> calibration_set.CalibrationOptions:
     """Return the options of a calibration set, with the defaults for arguments that are None.
 
     The default sequence length is lowered to the model's maximum, with a note; an explicit one is not.
     """
-    arguments: JsonObject = {"samples": samples, "seqlen": seqlen, "seed": seed, "pack": pack}
-    if data:
+    arguments: JsonObject = {**request.given(), "seed": request.seed}
+    if data := arguments.pop("data", None):
         arguments["data"] = tuple(data)
-    options = calibration_set.CalibrationOptions(
-        **{name: value for name, value in arguments.items() if value is not None}
-    )
+    options = calibration_set.CalibrationOptions(**arguments)
     longest = architecture.maximum_length(architecture.config_of(model.directory))
-    if seqlen is None and longest is not None and longest < options.seqlen:
+    if request.seqlen is None and longest is not None and longest < options.seqlen:
         notify(
             f"{model.name} supports at most {longest} tokens: samples have {longest} tokens instead of {options.seqlen}"
         )

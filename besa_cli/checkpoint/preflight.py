@@ -34,7 +34,7 @@ def refuse_damaged(directory: Path, digest: str) -> None:
     ----------
     directory : Path
         A model; nothing is compared if it is not a finished stage.
-    found : str
+    digest : str
         The digest of its present tensors.
 
     Raises

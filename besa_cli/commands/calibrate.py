@@ -3,39 +3,41 @@
 from typing import TYPE_CHECKING
 
 from besa_cli import models
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import option_groups, options
 from besa_cli.console import Console
 
 if TYPE_CHECKING:
     from besa_cli.calibration.calibration_set import CalibrationSet
 
 
+@option_groups.expand
 def calibrate(
+    *,
     model: options.ModelOption = options.DEFAULT_MODEL,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    seed: options.SeedOption = 0,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
+    samples: option_groups.SampleGroup,
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Draw the text samples that a model is pruned on, and keep them as token ids in the run directory."""
+    """Draw calibration samples and store them as token ids. The other commands take them from the run directory.
+
+    Examples:
+
+        besa calibrate --data bundled --samples 32 --seqlen 512
+        besa calibrate --model Qwen/Qwen3-0.6B --data wikitext2 --run qwen
+        besa calibrate --data notes.txt --data more.jsonl --pack
+    """
     from besa_cli.calibration import calibration_set, prepare
     from besa_cli.system import lock
 
     console = Console(json=as_json)
     source = models.resolve(model, notify=console.note)
-    wanted = prepare.calibration_options(
-        source, data=data, samples=samples, seqlen=seqlen, seed=seed, pack=pack, notify=console.note
-    )
+    drawn = prepare.calibration_options(source, samples, console.note)
     directory = run / "calibration"
     with lock.hold(run, "besa calibrate"):
         calibration_set.recover(directory)
-        made = prepare.calibrate(source, wanted, directory, data_dir, console.note, restart=restart)
+        made = prepare.calibrate(source, drawn, directory, samples.data_dir, console.note, restart=restart)
     _show(made, console, str(directory))
 
 

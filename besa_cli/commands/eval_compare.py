@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 from besa_cli.console import Console, human_perplexity, human_share
 
 if TYPE_CHECKING:
@@ -16,11 +16,19 @@ Format = Literal["table", "markdown", "csv", "json"]
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories with results.")
+        list[Path],
+        typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories that hold results."),
     ],
-    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "table",
+    form: Annotated[Format, help.OUTPUT("--format", "table, markdown, csv or json.", metavar="NAME")] = "table",
 ) -> None:
-    """The results of several runs side by side: methods by data sets, the dense model once."""
+    """Show the results of several runs in one table: a row per method, a column per data set, the dense model once.
+
+    Examples:
+
+        besa eval compare besa-run qwen
+        besa eval compare run-50 run-60 run-70 --format markdown
+        besa eval compare run-50 run-60 run-70 --format csv
+    """
     from besa_cli.evaluation import comparison
 
     console = Console(json=form == "json")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, options, subject
+from besa_cli.commands.shared import forecast_view, help, options, subject
 from besa_cli.console import Console, human_bytes, human_seconds
 from besa_cli.errors import Interrupted
 
@@ -25,50 +25,43 @@ TasksArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="TASKS",
-        help="Tasks of lm-eval, with commas or spaces between them.",
+        help="Tasks of lm-eval, separated by commas or spaces.",
         show_default="piqa,boolq,hellaswag,winogrande,arc_easy,arc_challenge",
     ),
 ]
 ShotsOption = Annotated[
     int | None,
-    typer.Option(
+    help.MEASUREMENT(
         "--num-fewshot",
+        "Solved examples in each prompt.",
+        "the task's own: 0 for the six",
         max=options.MOST,
         metavar="N",
-        help="Examples in a prompt.",
-        show_default="the task's own: 0 for the six",
     ),
 ]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", help="Questions of each task.", show_default="all")
-]
+LimitOption = Annotated[int | None, help.MEASUREMENT("--limit", "Questions per task.", "all", metavar="N")]
+RestartOption = Annotated[bool, help.MEASUREMENT("--restart", "Measure again, ignoring stored results.")]
 BatchOption = Annotated[
     str,
-    typer.Option("--batch-size", metavar="N|auto", help="Requests in a pass; auto finds out how many go."),
+    help.COMPUTE("--batch-size", "Requests per pass; auto: the largest number that fits.", metavar="N|auto"),
 ]
 StreamedOption = Annotated[
     bool | None,
-    typer.Option(
+    help.COMPUTE(
         "--streamed/--in-memory",
-        help="Block by block, or the whole model in memory.",
-        show_default="streamed where the model would not fit",
+        "Measure block by block, or with the whole model in memory.",
+        "streamed if the model would not fit",
     ),
 ]
+DryRunOption = Annotated[bool, help.RUN("--dry-run", "Run all checks and forecast memory and time, but write nothing.")]
 DefinitionsOption = Annotated[
     Path | None,
-    typer.Option(
+    help.OUTPUT(
         "--definitions",
+        "Keep the generated task definitions in this directory, for lm_eval --include_path.",
+        "deleted at the end",
         metavar="DIR",
         callback=options.expanded,
-        help="Keep the generated task definitions here, for lm_eval --include_path.",
-        show_default="they are gone at the end",
-    ),
-]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Measure again what was measured before.")]
-DryRunOption = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Only check everything, and say what memory and time it would take; writes nothing."
     ),
 ]
 
@@ -76,22 +69,29 @@ DryRunOption = Annotated[
 def tasks(
     names: TasksArgument = None,
     model: options.OtherModelOption = None,
+    baseline: subject.BaselineOption = True,
     data_dir: options.DataDirOption = None,
     num_fewshot: ShotsOption = None,
     limit: LimitOption = None,
+    restart: RestartOption = False,
     batch_size: BatchOption = "1",
     streamed: StreamedOption = None,
-    definitions: DefinitionsOption = None,
-    baseline: subject.BaselineOption = True,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     run: subject.RunOption = None,
-    restart: RestartOption = False,
     dry_run: DryRunOption = False,
     config: options.ConfigOption = None,
+    definitions: DefinitionsOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Accuracy of the newest stage (or of --model) on zero-shot tasks, and of the dense model it was made from."""
+    """Measure the accuracy of the newest stage (or of --model) and of its dense model on zero-shot tasks.
+
+    Examples:
+
+        besa eval tasks
+        besa eval tasks piqa,boolq --limit 100 --batch-size 8
+        besa eval tasks hellaswag --num-fewshot 5 --no-baseline
+    """
     console = Console(json=as_json)
     from besa_cli.evaluation.zeroshot import harness
     from besa_cli.evaluation.zeroshot.results import TaskSettings

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from besa_cli import exporters
-from besa_cli.commands.shared import forecast_view, options
+from besa_cli.commands.shared import forecast_view, help, option_groups, options
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 
@@ -17,36 +17,31 @@ if TYPE_CHECKING:
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
-FormatOption = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{_FORMATS}.")]
+FormatOption = Annotated[str, help.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
 StoredOption = Annotated[
-    options.StoredDtype | None,
-    typer.Option("--dtype", help="hf: what weights are stored in.", show_default="as in the stage"),
+    options.StoredDtype | None, help.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
 ]
 ShardOption = Annotated[
-    str | None,
-    typer.Option("--shard-size", metavar="SIZE", help="hf: bytes a file may have, e.g. 2GB.", show_default="5GB"),
+    str | None, help.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
 ]
-TypeOption = Annotated[
-    options.GgufType | None,
-    typer.Option("--type", help="gguf: what matrices are stored in.", show_default="BF16"),
-]
+TypeOption = Annotated[options.GgufType | None, help.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
 CompressOption = Annotated[
     options.Compression | None,
-    typer.Option(
-        "--compress", help="sparse: compress every file of weights, for downloads.", show_default="as they are"
-    ),
+    help.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
 ]
 PushOption = Annotated[
     str | None,
-    typer.Option("--push-to", metavar="ORG/NAME", help="Then upload it to this repository on the Hugging Face hub."),
+    help.HUB(
+        "--push-to", "Upload the export to this repository on the Hugging Face hub, after asking.", metavar="ORG/NAME"
+    ),
 ]
-PrivateOption = Annotated[
-    bool, typer.Option("--private/--public", help="What a repository is that --push-to has to make.")
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Push without asking.")]
+PrivateOption = Annotated[bool, help.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
+YesOption = Annotated[bool, help.HUB("--yes", "Upload without asking.")]
 
 
+@option_groups.expand
 def export(
+    *,
     format: FormatOption = "hf",
     dtype: StoredOption = None,
     shard_size: ShardOption = None,
@@ -55,32 +50,35 @@ def export(
     push_to: PushOption = None,
     private: PrivateOption = True,
     yes: YesOption = False,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    into: option_groups.RunGroup,
 ) -> None:
-    """Write the newest stage in a form that other programs load, with a model card."""
-    console = Console(json=as_json)
+    """Write the newest stage in a format that other programs load, with a model card.
+
+    Examples:
+
+        besa export --format sparse --compress zstd
+        besa export --format gguf --type Q8_0 --run qwen
+        besa export --push-to my-name/my-model --dry-run
+    """
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import push
     from besa_cli.jobs.export import ExportJob
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
-    own = {"dtype": dtype, "shard_size": size, "type": type, "compress": compress}
-    exporter = exporters.load(format, {name: value for name, value in own.items() if value is not None})
-    options.require_run(run)
+    own = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
+    exporter = exporters.load(format, own)
+    options.require_run(into.run)
     if push_to is not None:
         push.check(push_to)
-        if not (yes or dry_run or sys.stdin.isatty()):
+        if not (yes or into.dry_run or sys.stdin.isatty()):
             raise UsageError(
                 "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
             )
-    with lock.hold_existing(run) if dry_run else lock.hold(run, f"besa export --run {run}"):
-        job = ExportJob(Run(run), exporter, restart=restart)
-        if dry_run:
+    with lock.hold_existing(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
+        job = ExportJob(Run(into.run), exporter, restart=into.restart)
+        if into.dry_run:
             forecast_view.job(job, console)
             return
         if job.done:
@@ -92,13 +90,20 @@ def export(
                 began = time.monotonic()
         _show(job, console)
     if push_to is not None:
-        _refuse_strangers(job)
-        if not yes:
-            size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
-            if not typer.confirm(f"Push {human_bytes(size)} to {push_to}?", err=True):
-                console.note(f"not pushed; the export is in {job.directory}")
-                return
-        console.note(f"pushed to {push.push(job.directory, push_to, private=private)}")
+        _push(job, push_to, console, private=private, ask=not yes)
+
+
+def _push(job: "ExportJob", repository: str, console: Console, *, private: bool, ask: bool) -> None:
+    """Upload the finished export, after asking."""
+    from besa_cli.jobs import push
+
+    _refuse_strangers(job)
+    if ask:
+        size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
+        if not typer.confirm(f"Push {human_bytes(size)} to {repository}?", err=True):
+            console.note(f"not pushed; the export is in {job.directory}")
+            return
+    console.note(f"pushed to {push.push(job.directory, repository, private=private)}")
 
 
 def _refuse_strangers(job: "ExportJob") -> None:

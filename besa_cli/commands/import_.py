@@ -12,14 +12,24 @@ from besa_cli.console import Console
 
 def import_(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", callback=options.directories, help="A directory that `besa export` made.")
+        Path,
+        typer.Argument(
+            metavar="DIR", callback=options.directories, help="Directory that besa export --format sparse wrote."
+        ),
     ],
     run: options.RunOption = options.DEFAULT_RUN,
     restart: options.RestartOption = False,
     config: options.ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Bring a sparse export back into a run directory, byte for byte the stage it was made from."""
+    """Restore the stage of a sparse export in a run directory, byte for byte.
+
+    Examples:
+
+        besa import besa-run/export/sparse --run copy
+        besa import downloads/my-model --run copy --restart
+        besa import downloads/my-model --json
+    """
     console = Console(json=as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs.import_ import ImportJob

@@ -1,14 +1,15 @@
 """`besa prune`: checkpoint + calibration set → pruned checkpoint."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from besa_cli import choices, models
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import options, stage_command
+from besa_cli.commands.shared import help, option_groups, options, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -20,143 +21,163 @@ if TYPE_CHECKING:
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
 
-def _besa(name: str, text: str, default: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel="BESA", **settings)
-
-
 SparsityOption = Annotated[
     float | None,
-    typer.Option("--sparsity", help="Share of the linears' weights to prune, from 0 to below 1.", show_default="0.5"),
+    help.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
 ]
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
 PatternOption = Annotated[
-    str | None, typer.Option("--nm", metavar="N:M", help="Prune N of every M columns instead (all methods but besa).")
-]
-PresetOption = Annotated[
-    choices.Preset | None,
-    _besa("--preset", "authors: the choices of the paper's released program; options given beside it win.", "none"),
-]
-WindowOption = Annotated[
     str | None,
-    _besa(
-        "--window", "What is reconstructed together: block, attn-mlp, or a number of blocks.", "block", metavar="WHAT"
-    ),
+    help.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
 ]
-GranularityOption = Annotated[
-    str | None,
-    _besa("--granularity", "What gets a sparsity of its own: row, layer, or a number of rows.", "row", metavar="WHAT"),
-]
-ImportanceOption = Annotated[choices.Importance | None, _besa("--importance", "What ranks a row's weights.", "wanda")]
-TargetOption = Annotated[
-    choices.Target | None,
-    _besa("--target", "What a block should keep: its own output, or the dense model's hidden states.", "block"),
-]
-LossOption = Annotated[
-    choices.Loss | None,
-    _besa("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
-]
-EpochsOption = Annotated[int | None, _besa("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
-BatchSizeOption = Annotated[int | None, _besa("--batch-size", "Samples in a learning step.", "1", min=1)]
-OptimizerOption = Annotated[choices.Optimizer | None, _besa("--optimizer", "What learns.", "adamw")]
-RateOption = Annotated[float | None, _besa("--lr", "Learning rate.", "1", min=0.0)]
-FactorOption = Annotated[float | None, _besa("--d-coef", "Prodigy: factor on its estimated rate.", "1", min=0.0)]
-PenaltyOption = Annotated[
+MethodOption = Annotated[str, help.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
+DampingOption = Annotated[
     float | None,
-    _besa(
-        "--penalty",
-        "Weight of a sparsity penalty in place of the budget in every step (0: the end alone keeps to it).",
-        "none",
+    help.SPARSITY(
+        "--damping",
+        "SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal.",
+        "0.01",
         min=0.0,
+        metavar="SHARE",
     ),
 ]
-CandidatesOption = Annotated[
-    int | None, _besa("--candidates", "Candidate sparsities are 0, 1/D, ... 1.", "100", min=1, max=1000)
-]
-
 BitsOption = Annotated[
-    int | None, _besa("--bits", "Quantize too, learned together: 2, 3, 4 or 8; into quantized/.", "none", metavar="N")
+    int | None,
+    help.QUANTIZATION(
+        "--bits",
+        "Also quantize to 2, 3, 4 or 8 bits, learned together with the sparsity; writes quantized/.",
+        metavar="N",
+    ),
 ]
 ClipRateOption = Annotated[
-    float | None, _besa("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)
+    float | None,
+    help.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BesaGroup:
+    """Options of how BESA learns; None where the method's default holds."""
+
+    preset: Annotated[
+        choices.Preset | None,
+        help.BESA(
+            "--preset", "authors: the settings of the paper's released program; other options that are given win."
+        ),
+    ] = None
+    window: Annotated[
+        str | None,
+        help.BESA(
+            "--window",
+            "Unit to reconstruct: block, attn-mlp (attention, then MLP), or a number of blocks together.",
+            "block",
+            metavar="UNIT",
+        ),
+    ] = None
+    granularity: Annotated[
+        str | None,
+        help.BESA(
+            "--granularity",
+            "Unit that gets its own sparsity: row, layer (a whole linear), or a number of rows.",
+            "row",
+            metavar="UNIT",
+        ),
+    ] = None
+    importance: Annotated[
+        choices.Importance | None, help.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
+    ] = None
+    target: Annotated[
+        choices.Target | None,
+        help.BESA(
+            "--target",
+            "Output to keep. block: that of the block itself on the pruned inputs; stream: the dense model's.",
+            "block",
+        ),
+    ] = None
+    loss: Annotated[
+        choices.Loss | None,
+        help.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+    ] = None
+    epochs: Annotated[
+        int | None, help.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+    ] = None
+    batch_size: Annotated[
+        int | None, help.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+    ] = None
+    optimizer: Annotated[
+        choices.Optimizer | None, help.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
+    ] = None
+    lr: Annotated[float | None, help.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
+    d_coef: Annotated[
+        float | None,
+        help.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
+    ] = None
+    penalty: Annotated[
+        float | None,
+        help.BESA(
+            "--penalty",
+            "Use a soft sparsity penalty of this weight instead of meeting the budget at every step "
+            "(0: meet it only at the end).",
+            min=0.0,
+            metavar="WEIGHT",
+        ),
+    ] = None
+    candidates: Annotated[
+        int | None,
+        help.BESA(
+            "--candidates", "The candidate sparsities are 0, 1/D, 2/D, ... 1.", "100", min=1, max=1000, metavar="D"
+        ),
+    ] = None
+
+
+@option_groups.expand
 def prune(
     context: typer.Context,
+    *,
     model: options.ModelOption = options.DEFAULT_MODEL,
-    sparsity: SparsityOption = None,
+    calibration: option_groups.CalibrationGroup,
     method: MethodOption = "besa",
+    sparsity: SparsityOption = None,
     nm: PatternOption = None,
-    preset: PresetOption = None,
-    window: WindowOption = None,
-    granularity: GranularityOption = None,
-    importance: ImportanceOption = None,
-    target: TargetOption = None,
-    loss: LossOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    optimizer: OptimizerOption = None,
-    lr: RateOption = None,
-    d_coef: FactorOption = None,
-    penalty: PenaltyOption = None,
-    candidates: CandidatesOption = None,
+    damping: DampingOption = None,
+    besa: BesaGroup,
     bits: BitsOption = None,
-    group_size: options.GroupOption = None,
-    symmetric: options.SymmetricOption = None,
+    grid: option_groups.GridGroup,
     clip_lr: ClipRateOption = None,
-    damping: options.DampingOption = None,
-    calibration: options.CalibrationOption = None,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    max_memory: options.MemoryOption = None,
-    seed: options.SeedOption = 0,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    compute: option_groups.ComputeGroup,
+    into: option_groups.RunGroup,
 ) -> None:
-    """Make a model sparse, block by block; run the same command again to go on after an interruption."""
-    own = {
-        "preset": preset, "window": window, "granularity": granularity, "importance": importance, "target": target,
-        "loss": loss, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr,
-        "d_coef": d_coef, "penalty": penalty, "candidates": candidates, "damping": damping,
-        "bits": bits, "group_size": group_size, "symmetric": symmetric, "clip_lr": clip_lr,
-    }  # fmt: skip
+    """Prune a model block by block. Re-run the same command to resume.
+
+    Examples:
+
+        besa prune --data bundled --samples 32 --seqlen 512
+        besa prune --model Qwen/Qwen3-0.6B --sparsity 0.6 --run qwen
+        besa prune --method wanda --nm 2:4 --dry-run
+    """
     pattern = _pattern(nm, sparsity)
-    console = Console(json=as_json)
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs import prune as job
+    from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
 
-    tokens_from = None if calibration is None else str(calibration.resolve())
-    request = job.request(
+    others = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
+    request = requests.request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        options={name: value for name, value in own.items() if value is not None},
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        calibration=tokens_from,
-        max_memory=options.size_of(max_memory),
+        options=option_groups.given(**asdict(besa), **others),
+        **compute.placement(calibration),
     )
     world = process.ranks(context)
-    if dry_run and world.size > 1:
+    if into.dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
     with world.main_process_first():  # what it fetches, the others find
         source = models.resolve(model, notify=console.note)
-    directory = Run(run)
-    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
+    directory = Run(into.run)
     made = stage_command.stage(
-        request, source, directory, calibration, wanted, data_dir, console,
-        restart=restart, dry_run=dry_run, world=world,
+        request, source, directory, calibration, console,
+        restart=into.restart, dry_run=into.dry_run, world=world,
     )  # fmt: skip
     if made is not None:
         _show(made, directory, console)

@@ -1,11 +1,10 @@
 """`besa quantize`: a stage or a dense checkpoint → the same with its linears on a grid."""
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import choices, models
-from besa_cli.commands.shared import calibration_source, options, stage_command
+from besa_cli.commands.shared import calibration_source, help, option_groups, options, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -19,101 +18,105 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in QUANTIZERS.items(
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
+    help.DATA(
         "--model",
+        "Model to quantize as it is: any stage, or a model as for besa prune.",
+        "the run's pruned stage",
         metavar="MODEL",
         callback=options.named,
-        help="A model to quantize as it is: a name or directory as of besa prune, or any stage.",
-        show_default="the run's pruned stage",
     ),
 ]
-MethodOption = Annotated[str, typer.Option("--method", metavar="NAME", help=f"{_METHODS}.")]
-BitsOption = Annotated[int, typer.Option("--bits", help="Bits of a weight: 2, 3, 4 or 8.")]
+BitsOption = Annotated[int, help.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
+MethodOption = Annotated[str, help.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
+DampingOption = Annotated[
+    float | None,
+    help.QUANTIZATION(
+        "--damping",
+        "GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
+        "0.01",
+        min=0.0,
+        metavar="SHARE",
+    ),
+]
 SearchOption = Annotated[
     bool | None,
-    typer.Option(
-        "--search/--no-search",
-        help="GPTQ: search how far each group's grid reaches, or lay it from extreme to extreme.",
-        show_default="--search",
+    help.QUANTIZATION(
+        "--search/--no-search", "GPTQ: search the range of each group's grid, or span its extremes.", "--search"
     ),
 ]
 
 
-def _clip(name: str, text: str, default: str, **settings: Any) -> Any:
-    return typer.Option(name, help=text, show_default=default, rich_help_panel="Learned clipping", **settings)
+@dataclass(frozen=True, kw_only=True)
+class ClipGroup:
+    """Options of learned clipping; None where the method's default holds."""
+
+    target: Annotated[
+        choices.Target | None,
+        help.CLIPPING(
+            "--target",
+            "Output to keep. block: that of the block itself on the quantized inputs; stream: the source model's.",
+            "block",
+        ),
+    ] = None
+    loss: Annotated[
+        choices.Loss | None,
+        help.CLIPPING(
+            "--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"
+        ),
+    ] = None
+    epochs: Annotated[
+        int | None, help.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+    ] = None
+    batch_size: Annotated[
+        int | None, help.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+    ] = None
+    lr: Annotated[
+        float | None,
+        help.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+    ] = None
 
 
-TargetOption = Annotated[
-    choices.Target | None,
-    _clip("--target", "What a block should keep: its own output, or the uncompressed model's hidden states.", "block"),
-]
-LossOption = Annotated[
-    choices.Loss | None,
-    _clip("--loss", "Squared error relative to each token's norm, each channel's, or the whole.", "token"),
-]
-EpochsOption = Annotated[int | None, _clip("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST)]
-BatchSizeOption = Annotated[int | None, _clip("--batch-size", "Samples in a learning step.", "1", min=1)]
-RateOption = Annotated[float | None, _clip("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0)]
-
-
+@option_groups.expand
 def quantize(
+    *,
     model: ModelOption = None,
-    bits: BitsOption = 4,
-    group_size: options.GroupOption = None,
-    symmetric: options.SymmetricOption = None,
+    calibration: option_groups.CalibrationGroup,
     method: MethodOption = "rtn",
-    damping: options.DampingOption = None,
+    bits: BitsOption = 4,
+    grid: option_groups.GridGroup,
+    damping: DampingOption = None,
     search: SearchOption = None,
-    target: TargetOption = None,
-    loss: LossOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchSizeOption = None,
-    lr: RateOption = None,
-    calibration: options.CalibrationOption = None,
-    data: options.DataOption = None,
-    samples: options.SamplesOption = None,
-    seqlen: options.SeqlenOption = None,
-    pack: options.PackOption = None,
-    data_dir: options.DataDirOption = None,
-    device: options.DeviceOption = "auto",
-    dtype: options.DtypeOption = "auto",
-    max_memory: options.MemoryOption = None,
-    seed: options.SeedOption = 0,
-    run: options.RunOption = options.DEFAULT_RUN,
-    restart: options.RestartOption = False,
-    dry_run: options.DryRunOption = False,
-    config: options.ConfigOption = None,
-    as_json: options.JsonOption = False,
+    clip: ClipGroup,
+    compute: option_groups.ComputeGroup,
+    into: option_groups.RunGroup,
 ) -> None:
-    """Give weights few bits, zeros staying zero; run the same command again to go on after an interruption."""
-    own: dict[str, Any] = {
-        "damping": damping, "search": search,
-        "target": target, "loss": loss, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-    }  # fmt: skip
-    console = Console(json=as_json)
+    """Quantize weights to a few bits; pruned weights stay exactly zero. Re-run the same command to resume.
+
+    Examples:
+
+        besa quantize
+        besa quantize --method gptq --bits 3 --group-size 64
+        besa quantize --model Qwen/Qwen3-0.6B --bits 8 --run qwen-8bit
+    """
+    console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
-    from besa_cli.jobs import quantize as job
+    from besa_cli.jobs import quantize as requests
     from besa_cli.ops import affine
 
-    request = job.request(
+    request = requests.request(
         method=method,
         bits=bits,
-        group_size=affine.GROUP if group_size is None else group_size,
-        symmetric=symmetric is not False,
-        options={name: value for name, value in own.items() if value is not None},
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        calibration=None if calibration is None else str(calibration.resolve()),
-        max_memory=options.size_of(max_memory),
+        group_size=affine.GROUP if grid.group_size is None else grid.group_size,
+        symmetric=grid.symmetric is not False,
+        options=option_groups.given(damping=damping, search=search, **asdict(clip)),
+        **compute.placement(calibration),
     )
-    wanted = {"data": data, "samples": samples, "seqlen": seqlen, "pack": pack}
     if not request.uses_calibration:
-        calibration_source.refuse_samples(calibration, wanted, method)
-    directory = Run(run)
+        calibration_source.refuse_samples(calibration, method)
+    directory = Run(into.run)
     source = _source(model, directory, console)
     made = stage_command.stage(
-        request, source, directory, calibration, wanted, data_dir, console, restart=restart, dry_run=dry_run
+        request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
     )
     if made is not None:
         show(made, directory, console)

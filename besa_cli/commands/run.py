@@ -34,12 +34,21 @@ def run(
     context: typer.Context,
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE.yaml...", callback=options.expanded, help="Experiment files, run in turn."),
+        typer.Argument(
+            metavar="FILE.yaml...", callback=options.expanded, help="Experiment files, run one after another."
+        ),
     ],
     data_dir: options.DataDirOption = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Run experiment files: each section is a command; typed again, it goes on where it stopped."""
+    """Run experiment files, in which each section is a command. Re-run the same command to resume.
+
+    Examples:
+
+        besa run experiment.yaml
+        besa run wanda.yaml sparsegpt.yaml besa.yaml
+        besa run examples/paper/llama-7b-row.yaml --data-dir ~/datasets
+    """
     console = Console(json=as_json)
     experiments = [_read(context, file) for file in files]
     _refuse_shared(experiments)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import quantize as quantized
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
@@ -24,19 +24,25 @@ def show(
         typer.Argument(
             metavar="DIR",
             callback=options.directories,
-            help="A run directory, a stage or any checkpoint.",
+            help="Run directory, stage or any other checkpoint.",
             show_default="the run directory",
         ),
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,
     config: Annotated[
-        bool, typer.Option("--config", help="Print the YAML that makes it again: besa prune --config FILE.yaml")
+        bool, help.OUTPUT("--config", "Print the options that made it as YAML, for --config of the same command.")
     ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """What a directory is, the commands that made it, and the sparsity of each linear, counted in the tensors.
+    """Show what a directory holds, the commands that made it, and the sparsity of each linear, counted in the tensors.
 
     Digests are not compared: besa eval and besa export do that.
+
+    Examples:
+
+        besa show
+        besa show besa-run/pruned --json
+        besa show besa-run/pruned --config
     """
     from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.runs import Run

@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.simulation_tables import show
 from besa_cli.console import Console
@@ -21,57 +19,54 @@ _DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items
 
 FuncOption = Annotated[
     str,
-    typer.Option(
+    help.SIMULATION(
         "--func",
+        "q, k, v, o, gate, up, down (qkv, gate_up where fused), attn, mlp, model, or the name of a linear; "
+        "dense: cycles of the dense model; sparsity: smallest, mean and largest sparsity.",
         metavar="NAME",
-        help="q, k, v, o, gate, up, down (qkv, gate_up where fused), attn, mlp, model, or a linear's own name; "
-        "dense: what the dense model takes; sparsity: least, mean and largest sparsity.",
     ),
 ]
 DataflowOption = Annotated[
-    list[str] | None,
-    typer.Option("--dataflow", metavar="NAME", help=f"Repeatable. {_DATAFLOWS}.", show_default="vitcod"),
+    list[str] | None, help.SIMULATION("--dataflow", f"{_DATAFLOWS}. Repeatable.", "vitcod", metavar="NAME")
 ]
 AcceleratorOption = Annotated[
     str,
-    typer.Option(
+    help.SIMULATION(
         "--accelerator",
+        "besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file in their format.",
         metavar="NAME|FILE",
         callback=os.path.expanduser,
-        help="besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file like theirs.",
     ),
 ]
 ThresholdOption = Annotated[
-    float, typer.Option("--threshold", metavar="SHARE", help="A column that keeps more of its rows is denser.")
+    float,
+    help.SIMULATION("--threshold", "A column that keeps more than this share is a denser column.", metavar="SHARE"),
 ]
 SearchOption = Annotated[
-    bool,
-    typer.Option("--search/--no-search", help="Move vitcod's threshold as the released program does."),
+    bool, help.SIMULATION("--search/--no-search", "Adjust vitcod's threshold as the released program does.")
 ]
-BatchOption = Annotated[int, typer.Option("--batch", metavar="N", help="Inputs that go through together.")]
+BatchOption = Annotated[int, help.SIMULATION("--batch", "Inputs processed together.", metavar="N")]
 BitsOption = Annotated[
-    int | None,
-    typer.Option("--word-bits", metavar="N", help="Bits of a stored weight.", show_default="the accelerator's: 8"),
+    int | None, help.SIMULATION("--word-bits", "Bits of a stored weight.", "the accelerator's: 8", metavar="N")
 ]
 BlocksOption = Annotated[
     bool | None,
-    typer.Option(
-        "--by-block/--mean", help="A line for every block, or the means alone.", show_default="lines for one linear"
-    ),
+    help.OUTPUT("--by-block/--mean", "A line for each block, or only the means.", "by block for a single linear"),
 ]
-CsvOption = Annotated[bool, typer.Option("--csv", help="Print CSV: a line a block, linear and dataflow.")]
+CsvOption = Annotated[bool, help.OUTPUT("--csv", "Print CSV: a line for each block, linear and dataflow.")]
 PlotOption = Annotated[
     Path | None,
-    typer.Option(
+    help.OUTPUT(
         "--plot",
+        "Draw cycles, speed-up and columns into a .png, .svg or .pdf file.",
         metavar="FILE",
         callback=options.expanded,
-        help="Draw cycles, speed-up and columns: .png, .svg or .pdf.",
     ),
 ]
 
 
 def simulate(
+    model: options.OtherModelOption = None,
     func: FuncOption = "model",
     dataflow: DataflowOption = None,
     accelerator: AcceleratorOption = "besa",
@@ -79,15 +74,21 @@ def simulate(
     search: SearchOption = False,
     batch: BatchOption = 1,
     word_bits: BitsOption = None,
-    by_block: BlocksOption = None,
-    plot: PlotOption = None,
-    model: options.OtherModelOption = None,
     run: subjects.RunOption = None,
     config: options.ConfigOption = None,
+    by_block: BlocksOption = None,
+    plot: PlotOption = None,
     as_csv: CsvOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """What the newest stage (or --model) takes on a sparse accelerator: cycles from its real masks, and the bounds."""
+    """Simulate the newest stage (or --model) on a sparse accelerator. Cycles follow from the real masks.
+
+    Examples:
+
+        besa simulate
+        besa simulate --func q --dataflow vitcod --dataflow roofline
+        besa simulate --accelerator vitcod --plot cycles.svg
+    """
     if as_csv and as_json:
         raise UsageError("--csv and --json cannot both be printed", "give one of them")
     console = Console(json=as_json)

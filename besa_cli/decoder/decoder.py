@@ -147,19 +147,19 @@ class Decoder(PartialModel):
             return caught.hidden
         raise BesaError(f"{type(self.model).__name__} did not call its blocks", _NOT_SUPPORTED)
 
-    def _run(self, tokens: Tensor, stand_in: StandIn, *, whole: bool = False, **options: Tensor) -> Any:
+    def _run(self, tokens: Tensor, stand_in: StandIn, *, with_head: bool = False, **options: Tensor) -> Any:
         """Run the model with `stand_in(number, hidden, ...)` in place of each block's forward."""
         with contextlib.ExitStack() as stack, torch.no_grad():
             for number, block in enumerate(self.blocks):
                 stack.enter_context(_replaced_forward(block, number, stand_in))
-            return self._ready(whole=whole)(input_ids=tokens.to(self.device), use_cache=False, **options)
+            return self._ready(with_head=with_head)(input_ids=tokens.to(self.device), use_cache=False, **options)
 
-    def _ready(self, *, whole: bool) -> nn.Module:
+    def _ready(self, *, with_head: bool) -> nn.Module:
         """Return the whole model, or its part without the head, after checking that all tensors it uses have values.
 
         The check is needed since some of torch's products return garbage, not an error, for tensors on the meta device.
         """
-        model = self.model if whole else self._body
+        model = self.model if with_head else self._body
         if model is self.model:
             self.load_embedding()
             self.load_head()
@@ -194,7 +194,7 @@ class Decoder(PartialModel):
     def head_inputs(self, tokens: Tensor) -> Tensor:
         """Run the whole model and return the inputs of its head, of shape (samples, seqlen, hidden)."""
         self.load_embedding()
-        states: Tensor = self._ready(whole=False)(input_ids=tokens.to(self.device), use_cache=False)[0]
+        states: Tensor = self._ready(with_head=False)(input_ids=tokens.to(self.device), use_cache=False)[0]
         return states
 
     def head_inputs_from(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -221,10 +221,10 @@ class Decoder(PartialModel):
         self.load_head()
         inject = self._injecting(hidden)
         if part is None or not self._keeps_logits:
-            logits: Tensor = self._run(tokens, inject, whole=True).logits
+            logits: Tensor = self._run(tokens, inject, with_head=True).logits
             return logits if part is None else logits[:, part]
         positions = torch.arange(part.start, part.stop, device=self.device)
-        logits = self._run(tokens, inject, whole=True, logits_to_keep=positions).logits
+        logits = self._run(tokens, inject, with_head=True, logits_to_keep=positions).logits
         return logits
 
     def forward(

@@ -12,12 +12,12 @@ Floats = NDArray[np.float64]
 _TIE = 1e-6  # in weights; remainders closer than this count as equal
 
 
-def window_counts(sparsity: float, sizes: Sequence[int]) -> list[int]:
+def window_counts(target_sparsity: float, sizes: Sequence[int]) -> list[int]:
     """Compute the weights that each window prunes: round(s·N_1…i) − round(s·N_1…i−1), N the windows' sizes in weights.
 
     The sparsity is parsed as a decimal number, so that 0.1 is exactly one tenth.
     """
-    ratio = Fraction(str(sparsity))
+    ratio = Fraction(str(target_sparsity))
     counts, total, pruned = [], 0, 0
     for size in sizes:
         total += size

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import benchmark_loader
 from typer.main import get_command
 
+from benchmarks.quality import ablation_plan as plans
+from benchmarks.quality import ablation_report as report
+from benchmarks.quality import ablations, protocol_a
+from benchmarks.results import recorded
+from benchmarks.shared import besa_runs
+from besa_cli import pruners
 from besa_cli.app import app
 from besa_cli.jobs import prune
 from besa_cli.pruners import besa
 
-BENCHMARKS = benchmark_loader.BENCHMARKS
+BENCHMARKS = besa_runs.RESULTS
 PAPER = json.loads((BENCHMARKS / "paper.json").read_text())
-
-
-besa_runs, plans, report, ablations, recorded, protocol_a = map(
-    benchmark_loader.load, ("besa_runs", "ablation_plan", "ablation_report", "ablations", "recorded", "protocol_a")
-)
 
 SETUP = plans.Setup()
 EXPERIMENTS = plans.experiments(SETUP.samples)
@@ -153,7 +153,7 @@ def test_a_line_of_an_older_method_or_of_other_defaults_counts_for_nothing(monke
     lines = [line(cell, 1.0) for cell in CELLS]
     found = plans.measured(lines, SETUP)
     assert set(found) == set(CELLS)
-    monkeypatch.setitem(recorded.PRUNERS, "wanda", 2)
+    monkeypatch.setitem(pruners.VERSIONS, "wanda", 2)
     assert {cell.setting.method for cell in set(CELLS) - set(plans.measured(lines, SETUP))} == {"wanda"}
     monkeypatch.undo()
     for each in lines:
@@ -165,7 +165,7 @@ def test_a_line_of_an_older_method_or_of_other_defaults_counts_for_nothing(monke
 def test_a_page_of_old_lines_alone_is_measured_again(tmp_path: Path, fake: "Besa") -> None:
     assert main(options(tmp_path, "--seeds", "0")) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recorded.PRUNERS, "besa", recorded.PRUNERS["besa"] + 1)
+        patch.setitem(pruners.VERSIONS, "besa", pruners.VERSIONS["besa"] + 1)
         fake.calls.clear()
         for place in (tmp_path / "work").rglob("report"):  # the weights are gone
             assert place.is_dir()
@@ -209,6 +209,7 @@ def test_a_line_names_no_directory_of_this_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [[36.4, 36.9], [36.4, 36.9, 35.2], [1001.6, 3.0, 3.0, 77.25]])
 def test_mean_and_deviation_over_the_seeds(values: list[float]) -> None:
     found = report.summary(values)
+    assert found is not None
     assert (found.mean, found.deviation) == (statistics.mean(values), statistics.stdev(values))
     text = page([line(plans.Cell(setting=BASE, seed=seed), value) for seed, value in enumerate(values)])
     shown = f"{statistics.mean(values):,.2f} ± {statistics.stdev(values):,.2f} (n={len(values)})"
@@ -355,7 +356,7 @@ def test_the_words_on_the_page_write_it_anew(tmp_path: Path, monkeypatch: pytest
     besa_runs.append_line(tmp_path / "ablations.jsonl", line(base, 36.45, setup))
     ablations.write_report(setup, tmp_path)
     written = (tmp_path / "ABLATIONS.md").read_text()
-    words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
+    words = next(each for each in written.splitlines() if each.startswith("    python -m ")).split()[3:]
     (tmp_path / "ABLATIONS.md").unlink()
     assert main(["--out", str(tmp_path), *words]) == 0
     assert (tmp_path / "ABLATIONS.md").read_text() == written
@@ -364,7 +365,7 @@ def test_the_words_on_the_page_write_it_anew(tmp_path: Path, monkeypatch: pytest
 def test_the_committed_page_is_that_of_its_lines() -> None:
     """Of the words on it: no line was added without it."""
     written = (BENCHMARKS / "ABLATIONS.md").read_text()
-    words = next(each for each in written.splitlines() if each.startswith("    python ")).split()[2:]
+    words = next(each for each in written.splitlines() if each.startswith("    python -m ")).split()[3:]
     asked = ablations.parser().parse_args(words)
     names = ("model", "samples", "seqlen", "context", "windows", "dtype", "device")
     setup = plans.Setup(data=tuple(asked.data), **{name: getattr(asked, name) for name in names})

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import benchmark_loader, calls
+from support import calls
 
-bench_prune, time_to_quality, results, recorded = map(
-    benchmark_loader.load, ("bench_prune", "time_to_quality", "learning_cost", "recorded")
-)
+from benchmarks.quality import time_to_quality
+from benchmarks.results import recorded
+from benchmarks.speed import bench_prune
+from benchmarks.speed import learning_cost as results
+from besa_cli.pruners.besa import learning as besa_learning
+
 HIDDEN, INTERMEDIATE, HEADS, GROUPS = 32, 48, 4, 2
 
 
@@ -38,7 +41,7 @@ def test_every_part_of_a_small_shape_is_measured(tmp_path: Path, monkeypatch: py
 def test_a_learning_step_is_held_against_stock_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(bench_prune.SHAPES, HIDDEN, (INTERMEDIATE, HEADS, GROUPS))
     made: list[str] = []
-    plain, learn = bench_prune.plain_steps, bench_prune.learn
+    plain, learn = bench_prune.plain_steps, besa_learning.learn
 
     def attention(block: Any) -> str:
         return str(block._window._decoder.model.config._attn_implementation)
@@ -77,8 +80,8 @@ def test_a_cell_is_measured_again_only_where_something_else_is_asked(
     assert len(measured) == 3
     time_to_quality.main([*words[:-1], "bfloat16"])
     assert len(measured) == 6
-    own = time_to_quality.Options
-    monkeypatch.setattr(time_to_quality, "Options", lambda window: own(window=window, candidates=7))
+    own = time_to_quality.BesaOptions
+    monkeypatch.setattr(time_to_quality, "BesaOptions", lambda window: own(window=window, candidates=7))
     time_to_quality.main(words)  # as if the default had changed
     assert len(measured) == 9
 

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import benchmark_loader
 
-recorded, stated, protocol_a, quant_protocol_a, learning_cost, besa_runs = map(
-    benchmark_loader.load, ("recorded", "stated", "protocol_a", "quant_protocol_a", "learning_cost", "besa_runs")
-)
+from benchmarks.quality import protocol_a, quant_protocol_a
+from benchmarks.results import recorded, stated
+from benchmarks.shared import besa_runs
+from benchmarks.speed import learning_cost
+from besa_cli import pruners, quantizers
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [README, *sorted((ROOT / "docs").glob("*.md"))]}
 LOG = [page for page in sorted((ROOT / "dev" / "log").glob("*.md")) if page.name != "README.md"]
-LINES = sorted(benchmark_loader.BENCHMARKS.glob("*.jsonl"))
+LINES = sorted(besa_runs.RESULTS.glob("*.jsonl"))
 
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _GENERATED = re.compile(r"<!-- results:[\w-]+ -->.*?<!-- /results -->", re.DOTALL)
@@ -53,7 +55,7 @@ def test_the_committed_page_of_few_bits_is_that_of_its_lines() -> None:
 @pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in stated.pages()])
 def test_what_a_page_says_of_measurements_is_made_from_the_lines(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert text == stated.rewritten(text), "make it anew: python benchmarks/results.py"
+    assert text == stated.rewritten(text), "make it anew: python -m benchmarks.results.results"
 
 
 def test_every_part_is_on_a_page_and_every_marker_is_that_of_a_part() -> None:
@@ -93,7 +95,7 @@ def figures(text: str) -> Iterator[str]:
 def test_no_figure_stands_outside_the_generated_parts(page: str) -> None:
     """cli.md is generated; elsewhere numbers that are not measurements are named above. The log is not looked at."""
     there, known = set(figures(PAGES[page].read_text(encoding="utf-8"))), STATED.get(page, {})
-    assert there - set(known) == set(), "quote it from a line (benchmarks/stated.py), or say above what it is"
+    assert there - set(known) == set(), "quote it from a line (benchmarks/results/stated.py), or say above what it is"
     assert set(known) - there == set(), "is not there any more"
 
 
@@ -141,8 +143,8 @@ def test_what_an_older_method_made_is_left_out_or_marked(monkeypatch: pytest.Mon
     before = protocol_a.perplexity("besa-row", 0.5, protocol_a.found())
     assert before != "-"
     assert "(old)" not in quant_protocol_a.shown(quant_protocol_a.known(), "gptq-g128")
-    monkeypatch.setitem(recorded.PRUNERS, "besa", recorded.PRUNERS["besa"] + 1)
-    monkeypatch.setitem(recorded.QUANTIZERS, "gptq", recorded.QUANTIZERS["gptq"] + 1)
+    monkeypatch.setitem(pruners.VERSIONS, "besa", pruners.VERSIONS["besa"] + 1)
+    monkeypatch.setitem(quantizers.VERSIONS, "gptq", quantizers.VERSIONS["gptq"] + 1)
     assert protocol_a.perplexity("besa-row", 0.5, protocol_a.found()) == "-"
     assert quant_protocol_a.shown(quant_protocol_a.known(), "gptq-g128").endswith(" (old)")
     assert "(old)" in learning_cost.speed(besa_runs.read_lines(learning_cost.SPEED))

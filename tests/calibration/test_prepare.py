@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from besa_cli.calibration import calibration_set, prepare
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import Model
 from besa_cli.models.tokenizer import tokenizer_digest, tokenizer_of
@@ -89,10 +90,8 @@ def test_the_digest_of_a_tokenizer_follows_its_files_alone(workplace: Path, mode
 
 
 def asked(model: Model, notes: list[str], **given: int | None) -> calibration_set.CalibrationOptions:
-    values: dict[str, int | None] = {"samples": None, "seqlen": None, **given}
-    return prepare.calibration_options(
-        model, data=None, samples=values["samples"], seqlen=values["seqlen"], seed=0, pack=None, notify=notes.append
-    )
+    request = CalibrationRequest(samples=given.get("samples"), seqlen=given.get("seqlen"))
+    return prepare.calibration_options(model, request, notes.append)
 
 
 def test_the_default_length_is_lowered_to_what_the_model_takes_and_said(model: Model) -> None:

@@ -1,7 +1,7 @@
 """Do harm to `besa` at random, type the command again, and compare what it makes with an undisturbed run.
 
     python tests/faults/interruptions.py                                        # `make faults`
-    python tests/faults/interruptions.py --tiny 400 --real 0 --seed 7 --write benchmarks/FAULTS.md
+    python tests/faults/interruptions.py --tiny 400 --real 0 --seed 7 --write benchmarks/results/FAULTS.md
 
 Two kinds of harm. *Interruptions* (SIGKILL, SIGTERM, SIGINT or a full disk at a random moment, a clock that jumps)
 come one to three in a row; then the same command has to end in the same bytes, `timing.jsonl` and the lock's files

@@ -3,9 +3,10 @@
 from types import ModuleType
 
 import pytest
-from support import benchmark_loader, toy_block
+from support import toy_block
 from torch import Tensor
 
+from benchmarks.reference import released_program
 from besa_cli.pruners import besa
 from besa_cli.pruners.besa.options import authors
 from besa_cli.stream.block import Block
@@ -14,7 +15,7 @@ from besa_cli.stream.block import Block
 @pytest.fixture(scope="module")
 def released() -> ModuleType:
     """The restatement that also runs on whole models."""
-    return benchmark_loader.load("released_program")
+    return released_program
 
 
 def large(share: float) -> Block:

@@ -1,4 +1,4 @@
-"""The memory of no command grows with the number of blocks (`benchmarks/bench_memory.py` at full size)."""
+"""The memory of no command grows with the number of blocks (`benchmarks/speed/bench_memory.py` at full size)."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SMALL = ["--hidden", "512", "--intermediate", "2048", "--method", "wanda", "--bl
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_four_more_blocks_cost_less_than_one(tmp_path: Path) -> None:
     kept = ["--lines", str(tmp_path / "lines.jsonl")]
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_memory.py"), *SMALL, *kept]
+    command = [sys.executable, "-m", "benchmarks.speed.bench_memory", *SMALL, *kept]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
 """The calibration set that a command works with: shared, the run's own, or made now."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.system.disk import MANIFEST
@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 def calibration(
     model: "Model",
     run: "Run",
-    shared: Path | None,
-    wanted: dict[str, Any],
-    seed: int,
-    data_dir: Path | None,
+    request: CalibrationRequest,
     console: Console,
     *,
     restart: bool,
@@ -31,21 +28,21 @@ def calibration(
 
     if keep:
         sets.recover(run.calibration)
-    given = [name for name, value in wanted.items() if value is not None]
-    if shared is not None:
+    given = list(request.given())
+    if request.shared is not None:
         if given:
             raise UsageError(
-                f"--calibration {shared} and --{given[0]} exclude each other",
+                f"--calibration {request.shared} and --{given[0]} exclude each other",
                 "the set was drawn with options of its own",
             )
-        return prepare.reuse(model, shared)
+        return prepare.reuse(model, request.shared)
     if not given and (run.calibration / MANIFEST).exists():
         return prepare.reuse(model, run.calibration)
-    drawn = prepare.calibration_options(model, **wanted, seed=seed, notify=console.note)
-    return prepare.calibrate(model, drawn, run.calibration, data_dir, console.note, restart=restart, keep=keep)
+    drawn = prepare.calibration_options(model, request, console.note)
+    return prepare.calibrate(model, drawn, run.calibration, request.data_dir, console.note, restart=restart, keep=keep)
 
 
-def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> None:
+def refuse_samples(request: CalibrationRequest, method: str) -> None:
     """Refuse options that say where samples come from, for a method that observes none.
 
     Raises
@@ -53,7 +50,7 @@ def refuse_samples(shared: Path | None, wanted: dict[str, Any], method: str) -> 
     UsageError
         There is such an option.
     """
-    for name, value in {"calibration": shared, **wanted}.items():
-        if value is not None:
-            said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
-            raise UsageError(f"{said} has no effect with --method {method}, which uses no samples", "leave it out")
+    shared = {} if request.shared is None else {"calibration": request.shared}
+    for name, value in {**shared, **request.given()}.items():
+        said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+        raise UsageError(f"{said} has no effect with --method {method}, which uses no samples", "leave it out")

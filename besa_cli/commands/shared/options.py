@@ -5,17 +5,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
-from besa_cli.commands.shared import config_file
+from besa_cli.commands.shared import config_file, help
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import DEMO
 
 DEFAULT_MODEL = DEMO
 DEFAULT_RUN = Path("besa-run")
-
-_MODEL = f"A hub name, a local directory, a GGUF file, or the demo model ({DEMO})"
-
 
 MOST = 1_000_000  # of anything that is counted one by one: more cannot be meant, and would be worked on for years
 
@@ -64,134 +59,54 @@ StoredDtype = Literal["float32", "bfloat16", "float16"]
 GgufType = Literal["F16", "BF16", "Q8_0", "Q4_0"]
 Compression = Literal["zstd"]
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", callback=named, help=f"{_MODEL}.")]
+_MODEL = f"Hub name, local directory, GGUF file, or {DEMO} (the demo model)."
+
+ModelOption = Annotated[str, help.DATA("--model", _MODEL, metavar="MODEL", callback=named)]
 OtherModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        callback=named,
-        help=f"{_MODEL}.",
-        show_default="the newest stage of the run directory",
-    ),
-]
-RunOption = Annotated[
-    Path,
-    typer.Option(
-        "--run",
-        metavar="DIR",
-        envvar="BESA_RUN",
-        callback=directories,
-        help="The run directory: where a run keeps all it makes.",
-    ),
-]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute; auto takes a GPU if there is one.")]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option("--dtype", help="What to compute in; auto is bfloat16 where the machine multiplies it fast."),
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        "--max-memory",
-        metavar="SIZE",
-        help="Memory that the process is to stay within, e.g. 4GB; hidden states go to files if need be.",
-        show_default="none",
-    ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of every random choice.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Begin anew; what was there is replaced when the new is finished.")
-]
-DryRunOption = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Only check everything, and say what memory, disk and time it would take; writes nothing."
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE.yaml",
-        is_eager=True,
-        callback=config_file.apply,
-        help="Options of this command from a YAML file (name: value); typed ones win.",
-    ),
-]
-
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        metavar="NAME|FILE",
-        help="Calibration text: c4, wikitext2, ptb, bundled, a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
-        show_default="c4",
-    ),
-]
-SamplesOption = Annotated[
-    int | None,
-    typer.Option("--samples", max=MOST, metavar="N", help="Number of calibration samples.", show_default="128"),
-]
-SeqlenOption = Annotated[
-    int | None,
-    typer.Option(
-        "--seqlen",
-        metavar="N",
-        help="Tokens of each sample.",
-        show_default="2048, or the model's maximum if less",
-    ),
-]
-PackOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--pack/--no-pack",
-        help="Join short documents to full samples, or draw each sample from one document that is long enough.",
-        show_default="packed where the data's documents are short",
-    ),
+    help.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=named),
 ]
 DataDirOption = Annotated[
     Path | None,
-    typer.Option(
+    help.DATA(
         "--data-dir",
+        "Directory with local copies of data sets and tasks, searched first (see docs/data.md, docs/tasks.md).",
         metavar="DIR",
         envvar="BESA_DATA",
         callback=expanded,
-        help="Where local copies of data sets and tasks are looked for first (see docs/data.md, docs/tasks.md).",
     ),
 ]
-
-
-CalibrationOption = Annotated[
+SeedOption = Annotated[int, help.DATA("--seed", "Seed of every random choice.", min=0, metavar="N")]
+DeviceOption = Annotated[
+    Device, help.COMPUTE("--device", "Device to compute on; auto: a GPU if there is one, else the CPU.")
+]
+DtypeOption = Annotated[
+    Dtype,
+    help.COMPUTE("--dtype", "Type of numbers to compute in; auto: bfloat16 where the machine multiplies it fast."),
+]
+RunOption = Annotated[
+    Path,
+    help.RUN(
+        "--run", "Directory that holds everything a run makes.", metavar="DIR", envvar="BESA_RUN", callback=directories
+    ),
+]
+RestartOption = Annotated[
+    bool, help.RUN("--restart", "Start over; what exists already is replaced once the new one is complete.")
+]
+DryRunOption = Annotated[
+    bool, help.RUN("--dry-run", "Run all checks and forecast memory, disk and time, but write nothing.")
+]
+ConfigOption = Annotated[
     Path | None,
-    typer.Option(
-        "--calibration", metavar="DIR", callback=directories, help="Use the calibration set in this directory."
+    help.RUN(
+        "--config",
+        "YAML file with options of this command (name: value); typed options win.",
+        metavar="FILE.yaml",
+        is_eager=True,
+        callback=config_file.apply,
     ),
 ]
-DampingOption = Annotated[
-    float | None,
-    typer.Option(
-        "--damping", min=0.0, help="SparseGPT, GPTQ: share of the mean Hessian diagonal added.", show_default="0.01"
-    ),
-]
-GroupOption = Annotated[
-    str | None,
-    typer.Option(
-        "--group-size",
-        metavar="N|channel",
-        help="Columns that share a scale; channel: a whole row.",
-        show_default="128",
-    ),
-]
-SymmetricOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--symmetric/--asymmetric",
-        help="Whether the grid's middle is 0 everywhere, or each group has a zero point.",
-        show_default="symmetric",
-    ),
-]
+JsonOption = Annotated[bool, help.OUTPUT("--json", "Print one JSON object instead of text.")]
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)

@@ -1,8 +1,8 @@
 """A command that makes a stage: its run is held, its samples are there, and it is forecast or done."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.commands.shared import calibration_source, forecast_view
 from besa_cli.console import Console
 
@@ -18,9 +18,7 @@ def stage(
     request: "StageRequest",
     source: "Model",
     run: "Run",
-    shared: Path | None,
-    wanted: dict[str, Any],
-    data_dir: Path | None,
+    calibration: CalibrationRequest,
     console: Console,
     *,
     restart: bool,
@@ -29,8 +27,7 @@ def stage(
 ) -> "StageManifest | None":
     """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
 
-    `shared`, `wanted` and `data_dir` say where the calibration samples come from: see `calibrating.calibration`; a
-    method that observes none takes none of them.
+    `calibration` has no effect with a method that uses no samples.
     """
     from besa_cli.calibration import prepare
     from besa_cli.jobs import ranks
@@ -43,9 +40,7 @@ def stage(
     name = request.command
     with lock.hold_existing(run.path) if dry_run else lock.hold(run.path, f"besa {name} --run {run.path}"):
         tokens = (
-            calibration_source.calibration(
-                source, run, shared, wanted, request.seed, data_dir, console, restart=restart, keep=not dry_run
-            )
+            calibration_source.calibration(source, run, calibration, console, restart=restart, keep=not dry_run)
             if request.uses_calibration
             else prepare.unobserved(source)
         )

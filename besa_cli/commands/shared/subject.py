@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from besa_cli import models
-from besa_cli.commands.shared import options
+from besa_cli.commands.shared import help, options
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 
@@ -19,17 +17,17 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[
     Path | None,
-    typer.Option(
+    help.RUN(
         "--run",
+        "Directory that holds everything a run makes.",
+        str(options.DEFAULT_RUN),
         metavar="DIR",
         envvar="BESA_RUN",
         callback=options.directories,
-        help="The run directory.",
-        show_default=str(options.DEFAULT_RUN),
     ),
 ]
 BaselineOption = Annotated[
-    bool, typer.Option("--baseline/--no-baseline", help="Measure the dense parent, too, or take its stored result.")
+    bool, help.DATA("--baseline/--no-baseline", "Also measure the dense model, or take its stored result.")
 ]
 
 

@@ -3,7 +3,7 @@
 python tests/faults/hostile                                   # all; part of `make faults`
 python tests/faults/hostile --kinds config index --every 3    # a part
 python tests/faults/hostile --subset                          # what `make test` does
-python tests/faults/hostile --write benchmarks/FAULTS.md      # and put the table there
+python tests/faults/hostile --write benchmarks/results/FAULTS.md      # and put the table there
 """
 
 import argparse

@@ -1,0 +1,55 @@
+"""`besa eval sample`: how a stage and the dense model it was made from continue a prompt."""
+
+import functools
+from typing import Annotated
+
+import typer
+
+from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import subject as subjects
+from besa_cli.console import Console
+
+_PROMPT = "The capital of France is"
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")] = _PROMPT,
+    model: options.OtherModelOption = None,
+    tokens: Annotated[
+        int, help.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
+    ] = 40,
+    dtype: options.DtypeOption = "auto",
+    run: subjects.RunOption = None,
+    config: options.ConfigOption = None,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Show how the dense and the pruned model continue a prompt (greedy decoding), side by side.
+
+    Examples:
+
+        besa eval sample
+        besa eval sample "Once upon a time" --tokens 100 --run qwen
+        besa eval sample "1, 2, 3," --model Qwen/Qwen3-0.6B
+    """
+    console = Console(json=as_json)
+    from besa_cli.evaluation import continuations
+    from besa_cli.system import compute
+
+    computed = compute.dtype(dtype, compute.device("cpu"))
+    subject = subjects.find(model, run, console)
+    subjects.digest(subject)  # refuses a stage that is not what was written
+    both = [each for each in (subject.parent, subject) if each is not None]
+    tokenizers = [subjects.tokenizer(each, console.note) for each in both]
+    prompts = [
+        continuations.encode_prompt(each.directory, tokenizer, prompt, tokens)
+        for each, tokenizer in zip(both, tokenizers, strict=True)
+    ]
+    said = {}
+    for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
+        with console.blocks(each.name, 1) as progress:
+            show = functools.partial(progress.step, total=tokens, phase="token")
+            said[each.name] = continuations.continuation(each.directory, tokenizer, inputs, tokens, computed, show)
+    console.table(
+        f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
+    )
+    console.emit_json({"prompt": prompt, "tokens": tokens, "continuations": said})
