@@ -1,6 +1,7 @@
 """Literal types of options with fixed choices, shared by the command line and the methods."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Importance = Literal["wanda", "magnitude", "sparsegpt"]
 Target = Literal["block", "stream"]
@@ -9,6 +10,7 @@ Optimizer = Literal["adamw", "prodigy"]
 Preset = Literal["authors"]
 
 OptionValue = str | int | float | bool | None | list[str] | tuple[int, int]  # value of an option, as manifests keep it
+GivenOptions = Mapping[str, Any]  # options of a method or a format that were given, by field; its class checks them
 
 DAMPING = 0.01  # default of --damping: share of the mean diagonal of XᵀX that is added to it
 CLIP_RATE = 0.03  # default of --clip-lr: AdamW's learning rate of the clipping strengths

@@ -48,6 +48,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.dequantize = True  # transformers then runs the operation `dequantize` and drops this configuration
 
 
+Parts = dict[str, Any]  # stored tensors by name, or lists of one
+
+
 class Expand(ConversionOps):
     """Conversion of the stored parts of a weight to the dense weight."""
 
@@ -56,7 +59,7 @@ class Expand(ConversionOps):
 
     def convert(
         self,
-        input_dict: dict[str, Any],
+        input_dict: Parts,
         source_patterns: list[str],
         target_patterns: list[str],
         **context: Any,
@@ -92,8 +95,8 @@ class Unchanged(ConversionOps):
     """Conversion that leaves tensors unchanged."""
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
-    ) -> dict[str, Any]:
+        self, input_dict: Parts, source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> Parts:
         """Return the input tensors."""
         return input_dict
 

@@ -64,7 +64,7 @@ class Sizes(TypedDict):
     rounded_to_zero: Count
 
 
-class Record(TypedDict):
+class ExportRecord(TypedDict):
     """The fields of `export.json`, but for the files."""
 
     format: Positive
@@ -80,7 +80,7 @@ class Record(TypedDict):
 
 
 @strict
-class Manifest(Record):
+class Manifest(ExportRecord):
     """`export.json`."""
 
     files: dict[str, File]

@@ -158,6 +158,7 @@ class StageManifest(_StageFields):
     digest: NotRequired[Digest]
 
 
+@strict
 class CalibratedModel(TypedDict):
     """The model that a calibration set was made for."""
 

@@ -174,7 +174,7 @@ def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear
 
 def maximum_length(config: "PretrainedConfig") -> int | None:
     """Return the longest sequence that the model supports, in tokens; None if its configuration does not say."""
-    value: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
+    value: object = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
 
 
@@ -182,8 +182,8 @@ def special_tokens(config: "PretrainedConfig") -> list[int]:
     """Return the ids that the model's code may treat specially: those in its configuration, and 0, 1 and 2; sorted."""
     text = config.get_text_config()
     kinds = ("pad", "bos", "eos", "unk", "sep", "cls", "mask")
-    values: list[Any] = [getattr(source, f"{kind}_token_id", None) for source in (config, text) for kind in kinds]
-    ids = [0, 1, 2]
+    values: list[object] = [getattr(source, f"{kind}_token_id", None) for source in (config, text) for kind in kinds]
+    ids: list[object] = [0, 1, 2]
     for value in values:
         ids += value if isinstance(value, list) else [value]
     return sorted({token for token in ids if isinstance(token, int) and 0 <= token < text.vocab_size})

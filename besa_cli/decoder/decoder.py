@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Keywords = Mapping[str, Any]
+Arguments = tuple[tuple[object, ...], Keywords]  # of a block, but for the hidden states
+StandIn = Callable[..., object]  # in place of a block: called with its number and all its arguments
 
 _TRIAL_TOKENS = 4  # length of the sample on which the first block is tried
 _NOT_SUPPORTED = "use another model: this decoder cannot be pruned block by block"
@@ -52,12 +54,12 @@ class Decoder(PartialModel):
         self._body = _body(self.model, self.blocks)
         if quick and device.type == "cpu":
             attention.use_chunked_attention(self.model)
-        self._keywords: dict[tuple[int, int], list[tuple[tuple[Any, ...], Keywords]]] = {}
+        self._keywords: dict[tuple[int, int], list[Arguments]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._outputs = 0  # length of the tuple that a block returns; 0 if it returns the hidden states alone
         self._try_first_block()
 
-    def keywords(self, index: int, tokens: Tensor) -> tuple[tuple[Any, ...], Keywords]:
+    def keywords(self, index: int, tokens: Tensor) -> Arguments:
         """Return the positional (after the hidden states) and keyword arguments that the model passes to block `index`.
 
         They are recorded once for each shape of `tokens` (samples, seqlen): the model runs over stand-ins for its
@@ -95,11 +97,11 @@ class Decoder(PartialModel):
         changed[:, places] = special[(places // 2) % len(special)]
         return changed
 
-    def _recorded(self, tokens: Tensor) -> list[tuple[tuple[Any, ...], Keywords]]:
+    def _recorded(self, tokens: Tensor) -> list[Arguments]:
         """Run the model over stand-ins and return the arguments of each block other than the hidden states."""
-        records: list[tuple[tuple[Any, ...], Keywords]] = []
+        records: list[Arguments] = []
 
-        def note(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def note(number: int, hidden: Tensor, *args: object, **kwargs: object) -> object:
             records.append((args, _without_cache(kwargs)))
             return self._as_block_output(hidden)
 
@@ -112,14 +114,14 @@ class Decoder(PartialModel):
             )
         return records
 
-    def _as_block_output(self, hidden: Tensor) -> Any:
+    def _as_block_output(self, hidden: Tensor) -> object:
         return hidden if not self._outputs else (hidden, *[None] * (self._outputs - 1))
 
     def _try_first_block(self) -> None:
         """Run the first block to see if it returns a tuple, and refuse one in which tokens attend to later tokens."""
-        call: list[tuple[tuple[Any, ...], Keywords]] = []
+        call: list[Arguments] = []
 
-        def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def catch(number: int, hidden: Tensor, *args: object, **kwargs: object) -> object:
             call.append((args, _without_cache(kwargs)))
             raise Caught(hidden)
 
@@ -137,7 +139,7 @@ class Decoder(PartialModel):
         if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding differs little
             raise not_causal(self.model)
 
-    def _first_inputs(self, tokens: Tensor, catch: Callable[..., Any]) -> Tensor:
+    def _first_inputs(self, tokens: Tensor, catch: StandIn) -> Tensor:
         """Return the inputs of the first block; `catch` replaces every block's forward and raises `Caught`."""
         try:
             self._run(tokens, catch)
@@ -145,7 +147,7 @@ class Decoder(PartialModel):
             return caught.hidden
         raise BesaError(f"{type(self.model).__name__} did not call its blocks", _NOT_SUPPORTED)
 
-    def _run(self, tokens: Tensor, stand_in: Callable[..., Any], *, with_head: bool = False, **options: Any) -> Any:
+    def _run(self, tokens: Tensor, stand_in: StandIn, *, with_head: bool = False, **options: Tensor) -> Any:
         """Run the model with `stand_in(number, hidden, ...)` in place of each block's forward."""
         with contextlib.ExitStack() as stack, torch.no_grad():
             for number, block in enumerate(self.blocks):
@@ -174,17 +176,17 @@ class Decoder(PartialModel):
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the hidden states that enter the first block, of shape (samples, seqlen, hidden)."""
 
-        def catch(number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def catch(number: int, hidden: Tensor, *args: object, **kwargs: object) -> object:
             raise Caught(hidden)
 
         self.load_embedding()
         return self._first_inputs(tokens, catch)
 
-    def _injecting(self, hidden: Tensor) -> Callable[..., Any]:
+    def _injecting(self, hidden: Tensor) -> StandIn:
         """Return a stand-in for the blocks: the last returns `hidden`, the others their inputs."""
         last = len(self) - 1
 
-        def inject(number: int, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def inject(number: int, states: Tensor, *args: object, **kwargs: object) -> object:
             return self._as_block_output(hidden if number == last else states)
 
         return inject
@@ -259,13 +261,13 @@ def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
     return next((module for module in inner if blocks in set(module.modules())), model)
 
 
-def states_of(output: Any) -> Tensor:
+def states_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Return the hidden states in the output of a block or of one of its modules."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
-def _same_tensors(first: Any, second: Any) -> bool:
+def _same_tensors(first: object, second: object) -> bool:
     """Check that nested arguments hold equal tensors; other values than tensors and containers are not compared."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.equal(first, second)
@@ -276,7 +278,7 @@ def _same_tensors(first: Any, second: Any) -> bool:
     return isinstance(first, Tensor) == isinstance(second, Tensor)
 
 
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _without_cache(kwargs: Keywords) -> dict[str, object]:
     """Return the arguments without the key-value cache, which whole sequences do not need."""
     return {
         name: value for name, value in kwargs.items() if name not in ("past_key_values", "past_key_value", "layer_past")
@@ -303,10 +305,10 @@ def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced_forward(block: nn.Module, number: int, stand_in: Callable[..., Any]) -> Iterator[None]:
+def _replaced_forward(block: nn.Module, number: int, stand_in: StandIn) -> Iterator[None]:
     """Replace a block's forward by `stand_in(number, hidden, ...)` within the context."""
 
-    def forward(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(hidden: Tensor | None = None, *args: object, **kwargs: object) -> object:
         states = hidden if hidden is not None else kwargs.pop("hidden_states")
         return stand_in(number, states, *args, **kwargs)
 

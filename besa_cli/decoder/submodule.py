@@ -1,7 +1,6 @@
 """Inputs and outputs of one submodule of a block, without computing the rest of the block."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ def forward_to(
     `hidden`, `tokens` and `weights` are the parameters of `Decoder.forward`.
     """
 
-    def catch(_module: nn.Module, _args: object, output: Any) -> None:
+    def catch(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         raise Caught(states_of(output))
 
     return _caught(decoder, index, part, hidden, tokens, weights, "register_forward_hook", catch)
@@ -37,7 +36,7 @@ def inputs_of(decoder: Decoder, index: int, part: str, hidden: Tensor, tokens: T
         The submodule receives anything else than one tensor.
     """
 
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def catch(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         inputs = [*args, *kwargs.values()]
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise BesaError(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
 from annotated_types import Ge
 from typing_extensions import TypedDict
@@ -20,9 +20,10 @@ from besa_cli.checkpoint.stages import STAGES, require_finished
 from besa_cli.errors import BesaError
 from besa_cli.evaluation.texts import EVALUATION_SETS
 from besa_cli.system import disk, records
+from besa_cli.system.disk import Json, JsonObject
 from besa_cli.system.records import strict
 
-Record = Mapping[str, Any]
+Record = Json
 
 _ACCURACIES = ("acc", "acc_norm")
 _TITLE_OPTIONS = ("method", "sparsity", "nm", "model")
@@ -58,7 +59,7 @@ class Column:
     name: str
     metric: Literal["perplexity", "acc", "acc_norm"]
     shown: tuple[str, ...]
-    hidden: tuple[tuple[str, Any], ...] = ()
+    hidden: tuple[tuple[str, str | float | None], ...] = ()
 
     @property
     def title(self) -> str:
@@ -109,7 +110,7 @@ class _Result(TypedDict):
     """Fields that every result has; the others depend on its kind."""
 
     kind: NotRequired[str]
-    model: NotRequired[str | dict[str, Any] | None]
+    model: NotRequired[str | JsonObject | None]
     model_digest: NotRequired[str | None]
 
 
@@ -287,7 +288,7 @@ def _accuracies(record: Record) -> Iterator[tuple[Column, float]]:
             yield column, float(value)
 
 
-def _hashable(value: Record | list[Any] | str | float | None) -> str | float | None:
+def _hashable(value: Record | list[object] | str | float | None) -> str | float | None:
     """Return a scalar unchanged, and the digest of a list or mapping."""
     if not isinstance(value, Mapping | list):
         return value

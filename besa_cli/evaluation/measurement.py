@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.evaluation.texts import EvaluationText
 from besa_cli.stream.memory_model import HEAD_TOKENS
 from besa_cli.system import compute, disk
+from besa_cli.system.disk import JsonObject
 from besa_cli.text.spool import Numbers
 from besa_cli.text.tokenizing import Encoder
 
@@ -186,7 +187,7 @@ class PerplexityMeasurement:
         self.windows, in_text = windows(ids, settings, text.name)
         self.device = compute.device(settings.device)
         self.dtype = compute.dtype(settings.dtype, self.device)
-        self._facts: dict[str, Any] = {
+        self._facts: JsonObject = {
             "dataset": text.name,
             "split": text.split,
             "text_digest": text.digest,
@@ -200,7 +201,7 @@ class PerplexityMeasurement:
             "device": self.device.type,
             "dtype": compute.name_of(self.dtype),
         }
-        self._origin: dict[str, Any] = {
+        self._origin: JsonObject = {
             name: getattr(text, name) for name in ("source", "file", "revision", "records", "official", "note")
         }
 

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from typing_extensions import TypedDict
 
 from besa_cli.checkpoint import manifests
 from besa_cli.system import disk, records
+from besa_cli.system.disk import Json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result", bound="DataclassInstance")
 
 
-def save(
-    result: "DataclassInstance", file: Path, kind: str, model: Mapping[str, Any], versions: Mapping[str, str]
-) -> None:
+def save(result: "DataclassInstance", file: Path, kind: str, model: Json, versions: Mapping[str, str]) -> None:
     """Write a result with its model; the caller holds the lock. Temporary files of killed processes are deleted."""
     record = {"format": manifests.FORMAT, "kind": kind, "model": dict(model), **asdict(result)}
     disk.sweep(file)

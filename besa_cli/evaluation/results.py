@@ -1,10 +1,9 @@
 """Perplexity results of a run: one file per result and, while measuring, one with the losses of its windows so far."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import Positive
@@ -12,6 +11,7 @@ from besa_cli.errors import BesaError
 from besa_cli.evaluation import result_files
 from besa_cli.evaluation.measurement import Loss, Perplexity, PerplexityMeasurement
 from besa_cli.system import disk, lock, records
+from besa_cli.system.disk import Json
 
 
 @records.strict
@@ -90,7 +90,7 @@ class Results:
             disk.sweep(self._windows_file(job))
             disk.write_json(self._windows_file(job), record)
 
-    def save(self, job: PerplexityMeasurement, result: Perplexity, model: Mapping[str, Any]) -> None:
+    def save(self, job: PerplexityMeasurement, result: Perplexity, model: Json) -> None:
         """Write a result with its model, and delete the losses of its windows."""
         with lock.hold_results(self._directory.parent):
             disk.sweep(self._windows_file(job))
@@ -98,7 +98,7 @@ class Results:
             self._windows_file(job).unlink(missing_ok=True)
 
 
-def save(result: Perplexity, file: Path, model: Mapping[str, Any]) -> None:
+def save(result: Perplexity, file: Path, model: Json) -> None:
     """Write a result with its model."""
     result_files.save(result, file, "perplexity", model, manifests.versions())
 

@@ -5,14 +5,17 @@
 """
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from besa_cli.choices import GivenOptions
 from besa_cli.errors import require_options, unknown
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from besa_cli.checkpoint.exports import ExportOptions
     from besa_cli.exporters.source import Piece, StageSource
 
@@ -28,13 +31,13 @@ EXPORTERS = {
 class FormatModule(Protocol):
     """Protocol of the module of a format."""
 
-    def pieces(self, source: "StageSource", options: Any) -> int:
+    def pieces(self, source: "StageSource", options: "DataclassInstance") -> int:
         """Return the number of pieces that `write` yields; refuse a stage that the format does not support."""
 
-    def write(self, source: "StageSource", target: Path, options: Any) -> "Iterator[Piece]":
+    def write(self, source: "StageSource", target: Path, options: "DataclassInstance") -> "Iterator[Piece]":
         """Write the export to the directory, piece by piece."""
 
-    def loading(self, options: Any) -> str:
+    def loading(self, options: "DataclassInstance") -> str:
         """Return instructions for loading the export, in Markdown."""
 
 
@@ -54,8 +57,8 @@ class Exporter:
     """
 
     name: str
-    options: Any
-    given: Mapping[str, Any]
+    options: "DataclassInstance"
+    given: GivenOptions
     module: FormatModule
 
     def record(self) -> "ExportOptions":
@@ -63,7 +66,7 @@ class Exporter:
         return cast("ExportOptions", {"format": self.name, **asdict(self.options)})
 
 
-def load(name: str, given: Mapping[str, Any] | None = None) -> Exporter:
+def load(name: str, given: GivenOptions | None = None) -> Exporter:
     """Resolve an export format.
 
     Raises

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from besa_cli.models.headers import INDEX
 from besa_cli.ops import affine, packing
 from besa_cli.ops.affine import Quantized
 from besa_cli.system import disk
+from besa_cli.system.disk import JsonObject
 
 _BITS = (4, 8)
 _WORD = 4  # bytes
@@ -105,7 +105,7 @@ def packed(quantized: Quantized, width: int) -> dict[str, Tensor]:
     }
 
 
-def _configuration(source: StageSource) -> dict[str, Any]:
+def _configuration(source: StageSource) -> JsonObject:
     size, bits = group_size(source), source.grid["bits"] if source.grid else 0
     weights = {
         "num_bits": bits,

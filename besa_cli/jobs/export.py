@@ -159,7 +159,7 @@ class ExportJob:
         }
         stage = self.source.manifest
         model = {name: value for name, value in stage["model"].items() if name != "directory"}
-        record: exports.Record = {
+        record: exports.ExportRecord = {
             "format": FORMAT,
             "command": "export",
             "options": self.record,

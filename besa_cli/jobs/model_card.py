@@ -7,7 +7,7 @@ from typing import Annotated, NotRequired
 from annotated_types import Ge, Gt
 from typing_extensions import TypedDict
 
-from besa_cli.checkpoint.exports import Record
+from besa_cli.checkpoint.exports import ExportRecord
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.runs import Run
 from besa_cli.system import disk, records, redaction
@@ -46,7 +46,7 @@ def perplexities(run: Run, stage: StageManifest) -> list[tuple[str, CardResult]]
     return [(names[each["model_digest"]], each) for each in found]
 
 
-def text(manifest: Record, results: Sequence[tuple[str, CardResult]], loading: str) -> str:
+def text(manifest: ExportRecord, results: Sequence[tuple[str, CardResult]], loading: str) -> str:
     """Return the card in Markdown, with the hub's front matter.
 
     Parameters
@@ -62,14 +62,14 @@ def text(manifest: Record, results: Sequence[tuple[str, CardResult]], loading: s
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
-def _front(manifest: Record) -> str:
+def _front(manifest: ExportRecord) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- besa", "- sparse"]
     if manifest["model"]["kind"] == "hub":
         lines.append(f"base_model: {_plain(manifest['model']['name'].partition('@')[0])}")
     return "\n".join([*lines, "---"])
 
 
-def _done(manifest: Record) -> str:
+def _done(manifest: ExportRecord) -> str:
     model, counts = manifest["model"], manifest["counts"]
     revision = f" (revision {model['revision']})" if model["revision"] else ""
     lines = [
@@ -91,7 +91,7 @@ def _done(manifest: Record) -> str:
     return "\n".join(lines)
 
 
-def _sizes(manifest: Record) -> str:
+def _sizes(manifest: ExportRecord) -> str:
     sizes, options = manifest["sizes"], manifest["options"]
     chosen = ", ".join(f"{name} {value}" for name, value in options.items() if name != "format" and value is not None)
     rows = [

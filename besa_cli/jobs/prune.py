@@ -1,11 +1,9 @@
 """Requests of `besa prune`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from typing_extensions import Unpack
 
 from besa_cli import pruners
+from besa_cli.choices import GivenOptions
 from besa_cli.errors import UsageError
 from besa_cli.jobs.request import Placement, StageRequest
 from besa_cli.stream.method import MethodOptions
@@ -16,7 +14,7 @@ def request(
     method: str = "besa",
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: GivenOptions | None = None,
     **placement: Unpack[Placement],
 ) -> StageRequest:
     """Check what is asked of `besa prune`, and resolve its method.

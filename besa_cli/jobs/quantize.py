@@ -1,11 +1,9 @@
 """Requests of `besa quantize`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from typing_extensions import Unpack
 
 from besa_cli import quantizers
+from besa_cli.choices import GivenOptions
 from besa_cli.jobs.request import Placement, StageRequest
 from besa_cli.ops import affine
 
@@ -16,7 +14,7 @@ def request(
     bits: int = 4,
     group_size: str = affine.GROUP,
     symmetric: bool = True,
-    options: Mapping[str, Any] | None = None,
+    options: GivenOptions | None = None,
     **placement: Unpack[Placement],
 ) -> StageRequest:
     """Check what is asked of `besa quantize`, and resolve its method.

@@ -4,11 +4,11 @@
 included. A new method is a file in this folder and a line in `PRUNERS`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from besa_cli.choices import GivenOptions
     from besa_cli.ops.affine import Grid
     from besa_cli.stream.block import Block, Decision
     from besa_cli.stream.method import MethodOptions
@@ -28,7 +28,7 @@ VERSIONS: dict[str, int] = {"besa": 3}
 class PruneFunction(Protocol):
     """Function `prune` of a method's module."""
 
-    def __call__(self, block: "Block", options: Any) -> "Decision":
+    def __call__(self, block: "Block", options: "MethodOptions") -> "Decision":
         """Decide the masks of a block, and its weights where they change."""
 
 
@@ -50,7 +50,7 @@ class Pruner:
         return self.prune(block, self.options)
 
 
-def load(name: str, given: Mapping[str, Any]) -> Pruner:
+def load(name: str, given: "GivenOptions") -> Pruner:
     """Resolve a pruning method.
 
     Parameters

@@ -4,11 +4,11 @@
 memory needed, and whether calibration samples are. A new method is a file in this folder and a line in `QUANTIZERS`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from besa_cli.choices import GivenOptions
     from besa_cli.ops.affine import Grid
     from besa_cli.stream.block import Block, Decision
     from besa_cli.stream.method import MethodOptions
@@ -26,7 +26,7 @@ VERSIONS: dict[str, int] = {"gptq": 2, "clip": 2}
 class QuantizeFunction(Protocol):
     """Function `quantize` of a method's module."""
 
-    def __call__(self, block: "Block", grid: "Grid", options: Any) -> "Decision":
+    def __call__(self, block: "Block", grid: "Grid", options: "MethodOptions") -> "Decision":
         """Decide the codes of a block; pruned weights stay exactly zero."""
 
 
@@ -44,7 +44,7 @@ class Quantizer:
         return self.quantize(block, self.grid, self.options)
 
 
-def load(name: str, grid: "Grid", given: Mapping[str, Any]) -> Quantizer:
+def load(name: str, grid: "Grid", given: "GivenOptions") -> Quantizer:
     """Resolve a quantization method.
 
     Parameters

@@ -6,9 +6,14 @@ A dataflow is a file in this folder (``-`` in its name is ``_`` in the file's) w
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from besa_cli.errors import unknown
+
+if TYPE_CHECKING:
+    from besa_cli.sim.accelerator import Accelerator
+    from besa_cli.sim.cost import Cost, SimulationSettings
+    from besa_cli.sim.workload import Workload
 
 DATAFLOWS: dict[str, str] = {
     "dense": "every weight is multiplied, zero or not",
@@ -18,7 +23,14 @@ DATAFLOWS: dict[str, str] = {
 }
 
 
-def dataflow(name: str) -> Any:
+class Dataflow(Protocol):
+    """Module of a dataflow."""
+
+    def simulate(self, workload: "Workload", accelerator: "Accelerator", settings: "SimulationSettings") -> "Cost":
+        """Return the cost of a linear."""
+
+
+def dataflow(name: str) -> Dataflow:
     """Import the module of a dataflow, whose `simulate(workload, accelerator, settings)` returns a `cost.Cost`.
 
     Raises
@@ -28,4 +40,4 @@ def dataflow(name: str) -> Any:
     """
     if name not in DATAFLOWS:
         raise unknown("dataflow", name, DATAFLOWS)
-    return importlib.import_module(f"besa_cli.sim.{name.replace('-', '_')}")
+    return cast("Dataflow", importlib.import_module(f"besa_cli.sim.{name.replace('-', '_')}"))

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError, UsageError, reason_of, unknown
 from besa_cli.system import disk
+from besa_cli.system.disk import JsonObject
 
 _LARGEST = 1 << 20  # bytes of a file
 _GREATEST = 10**15  # limit of all numbers: more bytes per second than any memory transfers
@@ -89,7 +89,7 @@ def _parse(text: str, place: str) -> Accelerator:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place}: invalid TOML: {reason_of(error)}", "compare it with the shipped files") from error
-    values: dict[str, Any] = {"title": str(table.get("title", Path(place).stem))[:_LONGEST_TITLE]}
+    values: JsonObject = {"title": str(table.get("title", Path(place).stem))[:_LONGEST_TITLE]}
     for name in _SECTIONS:
         section = table.get(name, {})
         if not isinstance(section, Mapping):

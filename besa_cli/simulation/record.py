@@ -3,17 +3,17 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.runs import Run
 from besa_cli.sim.cost import Cost
 from besa_cli.simulation.run import BlockCost, LinearCost, MlpCost, SimulationRequest, summaries
 from besa_cli.system import disk, lock
+from besa_cli.system.disk import Json, JsonObject
 
 _LINEAR = ("block", "name", "label", "rows", "cols", "kept", "sparsity", "empty_rows", "empty_columns")
 _COST = ("dense_cycles", "cycles", "speedup", "utilisation")
@@ -22,7 +22,7 @@ _ROOF = ("bound", "compute_cycles", "memory_cycles", "value_bytes", "mask_bytes"
          "output_bytes", "bytes", "dense_bytes")  # fmt: skip
 
 
-def record(block_costs: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any]:
+def record(block_costs: Sequence[BlockCost], request: SimulationRequest) -> JsonObject:
     """Return the results and the settings of a simulation as JSON data; infinite numbers become None."""
     return {
         "func": request.func,
@@ -37,7 +37,7 @@ def record(block_costs: Sequence[BlockCost], request: SimulationRequest) -> dict
     }
 
 
-def dead_neurons(block_costs: Sequence[BlockCost], request: SimulationRequest) -> dict[str, Any] | None:
+def dead_neurons(block_costs: Sequence[BlockCost], request: SimulationRequest) -> JsonObject | None:
     """Return the dead neurons of all MLPs, their weights, cycles and places; None if no whole MLP was simulated."""
     mlps = [mlp for block in block_costs for mlp in block.mlps]
     if not mlps:
@@ -50,17 +50,17 @@ def dead_neurons(block_costs: Sequence[BlockCost], request: SimulationRequest) -
     }
 
 
-def _mlp(mlp: MlpCost) -> dict[str, Any]:
+def _mlp(mlp: MlpCost) -> JsonObject:
     return {"block": mlp.block, "name": mlp.name, **asdict(mlp.dead), "cycles": dict(mlp.cycles)}
 
 
-def _linear(linear: LinearCost) -> dict[str, Any]:
+def _linear(linear: LinearCost) -> JsonObject:
     costs = {name: {key: value for key, value in _cost(cost).items() if value is not None}
              for name, cost in linear.costs.items()}  # fmt: skip
     return {**_counts(linear), "costs": costs}
 
 
-def _counts(linear: LinearCost) -> dict[str, Any]:
+def _counts(linear: LinearCost) -> JsonObject:
     workload = linear.workload
     return {
         "block": linear.block,
@@ -75,10 +75,10 @@ def _counts(linear: LinearCost) -> dict[str, Any]:
     }
 
 
-def _cost(cost: Cost) -> dict[str, Any]:
+def _cost(cost: Cost) -> JsonObject:
     """Return a cost by the names of `_COST`, `_SPLIT` and `_ROOF`; None for values that the dataflow lacks."""
     split, roof = cost.split, cost.roof
-    flat: dict[str, Any] = {name: getattr(cost, name) for name in _COST}
+    flat: JsonObject = {name: getattr(cost, name) for name in _COST}
     flat |= dict.fromkeys((*_SPLIT, *_ROOF))
     if split:
         flat |= {
@@ -93,7 +93,7 @@ def _cost(cost: Cost) -> dict[str, Any]:
     return _finite(flat)
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(values: Json) -> JsonObject:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
@@ -116,7 +116,7 @@ def _plain(value: object) -> str:
     return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
-def save(simulation: Mapping[str, Any], run: Run, model: Mapping[str, Any], digest: str) -> Path:
+def save(simulation: Json, run: Run, model: Json, digest: str) -> Path:
     """Write a simulation of a run's stage to ``simulate/`` and return the file; equal settings give the same name.
 
     Parameters

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
-from besa_cli.choices import OptionValue, Target
+from besa_cli.choices import GivenOptions, OptionValue, Target
 from besa_cli.errors import require_options, unknown
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
@@ -31,7 +31,7 @@ class MethodOptions:
         return [field.name for field in fields(cls)]
 
     @classmethod
-    def from_given(cls, given: Mapping[str, Any]) -> Self:
+    def from_given(cls, given: GivenOptions) -> Self:
         """Build the options from those that were given on the command line; the others keep their defaults."""
         return cls(**given)
 
@@ -92,7 +92,7 @@ def module_of(package: str, methods: Mapping[str, str], name: str) -> Any:
     return importlib.import_module(f"besa_cli.{package}.{name}")
 
 
-def options_of(package: str, methods: Mapping[str, str], name: str, given: Mapping[str, Any]) -> MethodOptions:
+def options_of(package: str, methods: Mapping[str, str], name: str, given: GivenOptions) -> MethodOptions:
     """Build a method's options from those that were given.
 
     Parameters

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.errors import BesaError, reason_of
+from besa_cli.system.disk import Json, JsonObject
 from besa_cli.text import documents, row_files
 
 if TYPE_CHECKING:
     import pyarrow
 
-Row = Mapping[str, Any]
+Row = Json
 
 STEMS = {  # possible names of a split's file; the first existing one is used
     "train": ("train", "train_xl", "Train"),
@@ -45,7 +46,7 @@ class Form:
     folders: tuple[str, ...]
     prefix: str
     columns: Mapping[str, str]
-    row: Callable[[Row], dict[str, Any]]
+    row: Callable[[Row], JsonObject]
     label_file: str | None = None
 
     def schema(self) -> "pyarrow.Schema":
@@ -68,7 +69,7 @@ class Form:
             yield from (Path(f"{start}{stem}{ending}") for stem in STEMS[split] for ending in ENDINGS)
 
 
-def read(form: Form, path: Path) -> list[dict[str, Any]]:
+def read(form: Form, path: Path) -> list[JsonObject]:
     """Read all rows of a file, converted to the columns that lm-eval's definition reads.
 
     Raises
@@ -151,11 +152,11 @@ def _index(row: Row, name: str, below: int) -> int:
     return int(index)
 
 
-def _piqa(row: Row) -> dict[str, Any]:
+def _piqa(row: Row) -> JsonObject:
     return {**{name: _text(row, name) for name in ("goal", "sol1", "sol2")}, "label": _index(row, "label", 2)}
 
 
-def _arc(row: Row) -> dict[str, Any]:
+def _arc(row: Row) -> JsonObject:
     """Convert a row of the hub's format (`choices` with `text` and `label`) or the original one (`question.stem`)."""
     inner = row.get("question")
     if isinstance(inner, Mapping):
@@ -174,13 +175,13 @@ def _arc(row: Row) -> dict[str, Any]:
     return {"question": _text(row, "question"), "choices": {"text": texts, "label": labels}, "answerKey": answer}
 
 
-def _hellaswag(row: Row) -> dict[str, Any]:
+def _hellaswag(row: Row) -> JsonObject:
     endings = _texts(row.get("endings"), "endings")
     texts = {name: _text(row, name, blank=name == "ctx_b") for name in ("activity_label", "ctx_a", "ctx_b")}
     return {**texts, "endings": endings, "label": str(_index(row, "label", len(endings)))}
 
 
-def _winogrande(row: Row) -> dict[str, Any]:
+def _winogrande(row: Row) -> JsonObject:
     texts = {name: _text(row, name) for name in ("sentence", "option1", "option2", "answer")}
     if "_" not in texts["sentence"]:
         raise ValueError("'sentence' has no blank (_)")
@@ -189,7 +190,7 @@ def _winogrande(row: Row) -> dict[str, Any]:
     return texts
 
 
-def _boolq(row: Row) -> dict[str, Any]:
+def _boolq(row: Row) -> JsonObject:
     """Convert a row of SuperGLUE's format or the original one, with `answer` and a separate `title` of the passage."""
     passage = _text(row, "passage")
     if "label" not in row and "answer" in row:

@@ -19,13 +19,18 @@ from besa_cli.evaluation.zeroshot import definitions
 from besa_cli.evaluation.zeroshot.definitions import LocalData
 from besa_cli.evaluation.zeroshot.forms import FORMS
 from besa_cli.models import answers
+from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
 from besa_cli.text import documents
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
 PAPER = tuple(FORMS)
+Loaded = Mapping[str, Any]  # what lm-eval loads: its tasks and groups, by name
+
 _TEXT_ONLY = "besa measures log-likelihoods of text only and never runs code that a model writes; leave the task out"
 
 
@@ -44,7 +49,7 @@ class Tasks:
 
     names: tuple[str, ...]
     local: Mapping[str, LocalData]
-    manager: Any
+    manager: "TaskManager"
 
 
 @contextlib.contextmanager
@@ -113,7 +118,7 @@ def _entry(name: str) -> Any:
     return lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).task_index[name]
 
 
-def _manager(names: Sequence[str], directory: Path, notify: Notify) -> Any:
+def _manager(names: Sequence[str], directory: Path, notify: Notify) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
     others = [name for name in names if name not in FORMS]
@@ -146,7 +151,7 @@ def _prepared_data() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE)
 
 
-def load(tasks: Tasks, name: str, notify: Notify) -> Any:
+def load(tasks: Tasks, name: str, notify: Notify) -> Loaded:
     """Load a task or group of tasks with its data; returns lm-eval's dict of loaded tasks.
 
     Raises
@@ -158,7 +163,7 @@ def load(tasks: Tasks, name: str, notify: Notify) -> Any:
 
     try:
         with _quiet(notify), answers.guarded():
-            loaded = tasks.manager.load([name])
+            loaded: Loaded = tasks.manager.load([name])
     except (OSError, ValueError, KeyError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BesaError(
@@ -180,7 +185,7 @@ def in_memory(
     dtype: str,
     batch_size: str,
     notify: Notify,
-) -> Any:
+) -> "LM":
     """Load a checkpoint into lm-eval's own model class, without running code of the checkpoint.
 
     Parameters
@@ -216,7 +221,7 @@ def in_memory(
     return model
 
 
-def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, notify: Notify) -> dict[str, Any]:
+def evaluate(model: "LM", loaded: Loaded, *, shots: int | None, limit: int | None, notify: Notify) -> JsonObject:
     """Evaluate loaded tasks and return the output of lm-eval's `evaluate`, without samples, as plain JSON values.
 
     Seeds and the number of examples in the prompt are set as in lm-eval's `simple_evaluate`; its fields for host and
@@ -246,7 +251,7 @@ def evaluate(model: Any, loaded: Any, *, shots: int | None, limit: int | None, n
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     with _quiet(notify):
         output = evaluator.evaluate(model, loaded, limit=limit, log_samples=False)
-    plain: dict[str, Any] = json.loads(json.dumps(output, default=handle_non_serializable))
+    plain: JsonObject = json.loads(json.dumps(output, default=handle_non_serializable))
     return plain
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from besa_cli.checkpoint import manifests
 from besa_cli.errors import UsageError
 from besa_cli.evaluation import result_files
 from besa_cli.system import disk, lock, records
+from besa_cli.system.disk import Json
 
 AVERAGED = "acc"  # metric of the average: the paper does not name it, but its values are those of this metric
 
@@ -92,14 +92,14 @@ class TaskResult:
     streamed: bool
     model_digest: str
     tokenizer_digest: str
-    harness: Mapping[str, Any]
+    harness: Json
 
     def scores(self) -> list[Score]:
         """Return every metric of the task, or of the group and its tasks, in lm-eval's order."""
         return [score for name in self.harness["results"] for score in self._scores(name)]
 
     def _scores(self, name: str) -> list[Score]:
-        values: Mapping[str, Any] = self.harness["results"][name]
+        values: Json = self.harness["results"][name]
         counts = self.harness.get("n-samples", {}).get(name, {})
         scores = []
         for key, value in values.items():
@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
     return {**manifests.versions(), **{name: version(name) for name in ("datasets", "lm_eval")}}
 
 
-def file_name(facts: Mapping[str, Any]) -> str:
+def file_name(facts: Json) -> str:
     """Return the file name of a result, with a digest of everything that determines its values.
 
     The batch size and the choice between streamed and in-memory evaluation are not part of it.
@@ -155,7 +155,7 @@ def file_name(facts: Mapping[str, Any]) -> str:
     return f"tasks-{disk.safe_name(facts['task'])}-{shots}shot-{part}-{facts['model_digest'][:8]}-{key}.json"
 
 
-def save(result: TaskResult, file: Path, model: Mapping[str, Any]) -> None:
+def save(result: TaskResult, file: Path, model: Json) -> None:
     """Write a result with its model, holding the lock of the run."""
     with lock.hold_results(file.parent.parent):
         result_files.save(result, file, "tasks", model, versions())

@@ -1,19 +1,20 @@
 """Evaluation of one checkpoint on several tasks, one result file per task."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from besa_cli.evaluation.zeroshot import harness, results
 from besa_cli.evaluation.zeroshot.harness import Tasks
 from besa_cli.evaluation.zeroshot.results import TaskResult, TaskSettings
 from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.system import compute
+from besa_cli.system.disk import Json, JsonObject
 from besa_cli.system.notes import Notify
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from transformers import PreTrainedTokenizerBase
 
 _TRIALS = (2, 2, 8)  # questions of a task in each trial of a forecast; the first trial only warms up
@@ -55,9 +56,9 @@ class TaskMeasurement:
         self._directory, self._tokenizer = directory, tokenizer
         self._tasks, self._settings = tasks, settings
         self._digests = {"model_digest": digest, "tokenizer_digest": tokenizer_digest}
-        self._model: Any = None
+        self._model: LM | None = None
 
-    def facts(self, name: str) -> dict[str, Any]:
+    def facts(self, name: str) -> JsonObject:
         """Return the fields of the task's `TaskResult` except `harness`."""
         local = self._tasks.local.get(name)
         data = {"split": local.evaluated, "data": local.record()} if local else {"split": None, "data": None}
@@ -74,7 +75,7 @@ class TaskMeasurement:
         self,
         name: str,
         kept: Path | None,
-        model: Mapping[str, Any],
+        model: Json,
         *,
         progress: Progress = no_progress,
         notify: Notify = lambda line: None,
@@ -130,7 +131,7 @@ class TaskMeasurement:
     def _file(self, name: str, directory: Path) -> Path:
         return directory / results.file_name(self.facts(name))
 
-    def _build_model(self, progress: Progress, notify: Notify) -> Any:
+    def _build_model(self, progress: Progress, notify: Notify) -> "LM":
         """Return the model for lm-eval: streamed, or in memory, which is loaded once and kept for all tasks."""
         settings = self._settings
         if settings.streamed:

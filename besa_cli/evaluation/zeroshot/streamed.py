@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval import utils
@@ -23,6 +23,7 @@ from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.stream import propagation
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: "Sequence[Instance]", disable_tqdm: bool = False) -> list[str]:
         """Reject tasks that generate text, because every new token would load all blocks again.
 
         Raises
@@ -109,12 +110,12 @@ class StreamedLM(TemplateLM):  # type: ignore[misc]
             "give --in-memory, or leave the task out",
         )
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Scored]:
+    def loglikelihood(self, requests: "Sequence[Instance]", disable_tqdm: bool = True) -> list[Scored]:
         """Return (log-likelihood of the continuation, True if greedy decoding gives it) for each request."""
         scored: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: "Sequence[Instance]", disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each whole text, split into windows so that each token is predicted once."""
         owners: list[int] = []
         windows: list[_Request] = []

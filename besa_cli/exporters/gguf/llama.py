@@ -1,8 +1,7 @@
 """Names and metadata of a LLaMA-architecture model in llama.cpp, and its order of rows."""
 
-from typing import Any
-
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError
 from besa_cli.exporters.source import StageSource
+from besa_cli.system.disk import JsonObject
 
 ARCHITECTURE = "llama"
 ROPE_FACTORS = "rope_freqs.weight"
@@ -55,7 +55,7 @@ def check(source: StageSource) -> None:
         tensor_name(source, name)
 
 
-def _rope(source: StageSource) -> dict[str, Any]:
+def _rope(source: StageSource) -> JsonObject:
     config = architecture.config_of(source.directory)
     return {"rope_type": "default", **(config.rope_parameters or {})}
 
@@ -109,7 +109,7 @@ def add_metadata(writer: GGUFWriter, source: StageSource) -> None:
     writer.add_quantization_version(2)
 
 
-def rope_factors(source: StageSource) -> "np.ndarray[Any, Any] | None":
+def rope_factors(source: StageSource) -> "npt.NDArray[np.float32] | None":
     """Return the divisor of each rotary frequency, shape (channels / 2,), as in transformers; None if not "llama3"."""
     if _rope(source)["rope_type"] != "llama3":
         return None

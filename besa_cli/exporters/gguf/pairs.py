@@ -1,11 +1,11 @@
 """Checks that llama.cpp merges pairs to tokens exactly as the exported tokenizer does."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from besa_cli.errors import BesaError
+from besa_cli.system.disk import Json
 
 _REMEDY = "export as hf, and convert that with llama.cpp's own script"
 
@@ -30,7 +30,7 @@ def require_bytes(wanted: Collection[str], vocabulary: Collection[str], path: Pa
         raise BesaError(f"{path} has no token for {len(missing)} of 256 bytes, such as {missing[0]!r}", _REMEDY)
 
 
-def require_reached(model: Mapping[str, Any], path: Path) -> None:
+def require_reached(model: Json, path: Path) -> None:
     """Refuse tokens that the merges do not produce: either llama.cpp or the tokenizer matches them as whole words.
 
     Raises
@@ -55,7 +55,7 @@ def parts(pair: str | list[str]) -> list[str]:
     return pair.split(" ") if isinstance(pair, str) else pair
 
 
-def scores(tokens: list[str], model: Mapping[str, Any], added: Collection[int], path: Path) -> list[float]:
+def scores(tokens: list[str], model: Json, added: Collection[int], path: Path) -> list[float]:
     """Return each token's score: minus the rank of its first merge; tokens without a merge come after all others.
 
     llama.cpp merges any two neighbours that form a token, the highest score first. Therefore all pairs that form a

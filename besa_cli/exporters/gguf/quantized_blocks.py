@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def check(source: StageSource) -> None:
             )
 
 
-def blocks(quantized: Quantized) -> "np.ndarray[Any, Any]":
+def blocks(quantized: Quantized) -> "npt.NDArray[np.uint8]":
     """Return the bytes of a weight as Q4_0 or Q8_0, shape (rows, bytes): for each block its fp16 scale, then its codes.
 
     In Q4_0, the low four bits of a byte hold a code of the block's first half, the high four bits one of the second.
@@ -57,5 +58,5 @@ def blocks(quantized: Quantized) -> "np.ndarray[Any, Any]":
     return np.ascontiguousarray(np.concatenate([first, data.astype(np.uint8)], axis=2).reshape(rows, -1))
 
 
-def _numpy(tensor: Tensor) -> "np.ndarray[Any, Any]":
+def _numpy(tensor: Tensor) -> "npt.NDArray[Any]":
     return tensor.contiguous().numpy()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
@@ -17,6 +17,7 @@ from besa_cli.models import Model
 from besa_cli.models.gguf.splits import WAYS, Step
 from besa_cli.models.tokenizer import tokenizer_of
 from besa_cli.system import disk
+from besa_cli.system.disk import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,7 +125,7 @@ def _stock(directory: Path, path: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _require_plain(added: Mapping[int, Mapping[str, Any]], path: Path) -> None:
+def _require_plain(added: Mapping[int, Json], path: Path) -> None:
     """Refuse added tokens that strip spaces or match only whole words."""
     for token in added.values():
         for key in ("lstrip", "rstrip", "single_word"):
@@ -147,8 +148,8 @@ def _frame(stock: "PreTrainedTokenizerFast", path: Path) -> dict[str, bool]:
 def _kind(
     number: int,
     names: Mapping[int, str],
-    added: Mapping[int, Mapping[str, Any]],
-    model: Mapping[str, Any],
+    added: Mapping[int, Json],
+    model: Json,
     byte_fallback: bool,
 ) -> int:
     if number not in names:
@@ -163,7 +164,7 @@ def _kind(
     return int(TokenType.NORMAL)
 
 
-def _steps(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+def _steps(stage: Json | None, inner: str) -> list[Json]:
     """List the steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if not stage:
         return []
@@ -172,7 +173,7 @@ def _steps(stage: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any
     return [step for part in stage.get(inner, []) for step in _steps(part, inner)]
 
 
-def _prefixed(content: Mapping[str, Any], path: Path) -> bool:
+def _prefixed(content: Json, path: Path) -> bool:
     """Return True if the tokenizer adds a space before a text; refuse any other normalization or splitting."""
     normalizers = _steps(content.get("normalizer"), "normalizers")
     splits = [step for step in _steps(content.get("pre_tokenizer"), "pretokenizers") if step != _NO_SPACES]
@@ -191,7 +192,7 @@ def _prefixed(content: Mapping[str, Any], path: Path) -> bool:
     )
 
 
-def _split(content: Mapping[str, Any], path: Path) -> str:
+def _split(content: Json, path: Path) -> str:
     """Return llama.cpp's name for the rule by which a byte-level tokenizer splits words."""
     steps = tuple(_named_steps(content))
     pre = next((name for name in _WRITTEN if WAYS[name].steps == steps), None)
@@ -201,7 +202,7 @@ def _split(content: Mapping[str, Any], path: Path) -> str:
     return pre
 
 
-def _named_steps(content: Mapping[str, Any]) -> Iterator[Step | tuple[str, None]]:
+def _named_steps(content: Json) -> Iterator[Step | tuple[str, None]]:
     """Yield the type and the distinguishing setting of each step; None, which matches nothing, for unusual ones."""
     for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
         kind = str(step.get("type"))

@@ -9,9 +9,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quants
 from gguf import GGMLQuantizationType as Kind
@@ -85,7 +86,7 @@ def write(source: StageSource, target: Path, options: GgufOptions) -> Iterator[P
                 tensor = llama.arranged(source, name, source.read(name))
                 kind = stored_as(source, name, options)
                 if name in coded and kind is Kind[options.type]:
-                    data = quantized_blocks.blocks(arranged(source, name, coded[name]))
+                    data: npt.NDArray[np.generic] = quantized_blocks.blocks(arranged(source, name, coded[name]))
                 else:
                     data = encoded(name, tensor, kind)
                 writer.write_tensor_data(data)
@@ -111,7 +112,7 @@ def arranged(source: StageSource, name: str, quantized: Quantized) -> Quantized:
     return replace(quantized, codes=codes, scales=scales)
 
 
-def encoded(name: str, tensor: Tensor, kind: Kind) -> "np.ndarray[Any, Any]":
+def encoded(name: str, tensor: Tensor, kind: Kind) -> "npt.NDArray[np.generic]":
     """Encode a tensor in the bytes of a type.
 
     Raises
@@ -124,7 +125,7 @@ def encoded(name: str, tensor: Tensor, kind: Kind) -> "np.ndarray[Any, Any]":
     return np.ascontiguousarray(quants.quantize(values, kind))
 
 
-def decoded(data: "np.ndarray[Any, Any]", kind: Kind) -> Tensor:
+def decoded(data: "npt.NDArray[np.generic]", kind: Kind) -> Tensor:
     """Decode the bytes of a type to the values that a reader computes, in fp32."""
     return torch.from_numpy(np.ascontiguousarray(quants.dequantize(data, kind)))
 

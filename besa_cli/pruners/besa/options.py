@@ -1,12 +1,11 @@
 """Options of BESA, and the learning rules of its presets."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 from typing_extensions import override
 
-from besa_cli.choices import CLIP_RATE, Importance, Loss, Optimizer, OptionValue, Preset, Target
+from besa_cli.choices import CLIP_RATE, GivenOptions, Importance, Loss, Optimizer, OptionValue, Preset, Target
 from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
@@ -139,7 +138,7 @@ class BesaOptions(MethodOptions):
 
     @classmethod
     @override
-    def from_given(cls, given: Mapping[str, Any]) -> Self:
+    def from_given(cls, given: GivenOptions) -> Self:
         """Parse ``bits``, ``group_size`` and ``symmetric`` into a grid; a preset gives defaults of its own."""
         expanded = {**authors(given.get("granularity", "row")), **given} if given.get("preset") == "authors" else given
         own = {name: value for name, value in expanded.items() if name not in _GRID_OPTIONS}
@@ -205,7 +204,7 @@ class BesaOptions(MethodOptions):
 Options = BesaOptions
 
 
-def authors(granularity: str = "row") -> dict[str, Any]:
+def authors(granularity: str = "row") -> GivenOptions:
     """Return the options of the released program: see docs/method.md, section 4."""
     target = "stream" if granularity == "layer" else "block"
     return {"target": target, "loss": "channel", "optimizer": "prodigy", "d_coef": 5.0, "penalty": _AUTHORS_PENALTY}
