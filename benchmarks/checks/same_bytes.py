@@ -36,6 +36,8 @@ LEFT_OUT = {
     "*:transformers_version": "a version; transformers writes it into the configuration of the tiny models",
     "*:files.*.json.*": "of an export: digest and size of a JSON file, which is compared itself",
     "*:files.README.md.*": "of an export: digest and size of the model card, which is compared itself",
+    "*/show*.json:bytes": "size of a stage with its timing.jsonl and the paths in its manifest",
+    "*/show*.json:stages.*.bytes": "the same",
     "*-dry.json:memory": "memory that a trial took",
     "*-dry.json:seconds": "time that a trial took",
     "*-dry.json:free": "free space of the disk",
@@ -463,7 +465,7 @@ def _placed(text: str, work: Path) -> str:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """What differs between two results, a line each; fields are named where both results have them."""
+    """List the differences of two results, a line each; fields are named where both results have them."""
     lines = [dict(line.split("  ", 1)[::-1] for line in file.read_text().splitlines()) for file in (before, after)]
     fields = [json.loads(_fields_of(file).read_text()) for file in (before, after)]
     found = []

@@ -32,7 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(work: Path, file: Path) -> Path:
-    """What `run` writes of a workplace as it is."""
+    """Write the result of a workplace as it is, as `run` does."""
     found = same_bytes.Result()
     for folder in ("llama", "models", "printed"):
         found.add(work, folder)

@@ -51,6 +51,7 @@ def test_much_goes_to_a_file_that_has_no_name(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
+    gc.collect()  # files that earlier tests left open
     open_before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     one = spool.Spool(kept=10)
     one.append(b"0123456789abc")
