@@ -1,4 +1,4 @@
-"""`besa export`: the newest stage → a directory that other programs load."""
+"""`besa export`: write the newest stage in a format that other programs load."""
 
 import sys
 import time
@@ -66,19 +66,19 @@ def export(
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
-    own = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
-    exporter = exporters.load(format, own)
+    chosen = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
+    exporter = exporters.load(format, chosen)
     options.require_run(into.run)
     if push_to is not None:
         push.check(push_to)
         if not (yes or into.dry_run or sys.stdin.isatty()):
             raise UsageError(
-                "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
+                "--push-to asks before it uploads, but there is no terminal to ask on", "give --yes as well"
             )
     with lock.hold_existing(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
         job = ExportJob(Run(into.run), exporter, restart=into.restart)
         if into.dry_run:
-            forecast_view.job(job, console)
+            forecast_view.show_job(job, console)
             return
         if job.done:
             console.note(f"{job.directory} is finished already, with the same options")
@@ -96,7 +96,7 @@ def _push(job: "ExportJob", repository: str, console: Console, *, private: bool,
     """Upload the finished export, after asking."""
     from besa_cli.jobs import push
 
-    _refuse_strangers(job)
+    _refuse_foreign_files(job)
     if ask:
         size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
         if not typer.confirm(f"Push {human_bytes(size)} to {repository}?", err=True):
@@ -105,15 +105,15 @@ def _push(job: "ExportJob", repository: str, console: Console, *, private: bool,
     console.note(f"pushed to {push.push(job.directory, repository, private=private)}")
 
 
-def _refuse_strangers(job: "ExportJob") -> None:
-    """Nothing goes out that is not of the export."""
+def _refuse_foreign_files(job: "ExportJob") -> None:
+    """Refuse to upload files that are not part of the export."""
     from besa_cli.checkpoint import ownership
 
-    strangers = ownership.strangers(job.directory)
-    if strangers:
+    foreign = ownership.strangers(job.directory)
+    if foreign:
         raise BesaError(
-            f"not pushed: {job.directory} holds {strangers[0]}, which is not of the export",
-            "move it away, and run the same command again",
+            f"not pushed: {job.directory} holds {foreign[0]}, which is not part of the export",
+            "move it away and run the same command again",
         )
 
 

@@ -1,4 +1,4 @@
-"""`besa prune`: checkpoint + calibration set → pruned checkpoint."""
+"""`besa prune`: make a pruned checkpoint from a model and a calibration set."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ ClipRateOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class BesaGroup:
-    """Options of how BESA learns; None where the method's default holds."""
+    """Options of BESA's learning; None stands for the method's default."""
 
     preset: Annotated[
         choices.Preset | None,
@@ -159,27 +159,27 @@ def prune(
     from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
 
-    others = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
+    rest = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
     request = requests.request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        options=option_groups.given(**asdict(besa), **others),
+        options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),
     )
     world = process.ranks(context)
     if into.dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
-    with world.main_process_first():  # what it fetches, the others find
+    with world.main_process_first():  # the other ranks then find the model in the cache
         source = models.resolve(model, notify=console.note)
     directory = Run(into.run)
-    made = stage_command.stage(
+    manifest = stage_command.stage(
         request, source, directory, calibration, console,
         restart=into.restart, dry_run=into.dry_run, world=world,
     )  # fmt: skip
-    if made is not None:
-        _show(made, directory, console)
+    if manifest is not None:
+        _show(manifest, directory, console)
 
 
 def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
@@ -187,10 +187,10 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
         return None
     if sparsity is not None:
         raise UsageError(f"--nm {nm} and --sparsity {sparsity} exclude each other", "give one of the two")
-    found = re.fullmatch(r"(\d+):(\d+)", nm)
-    if not found:
+    match = re.fullmatch(r"(\d+):(\d+)", nm)
+    if not match:
         raise UsageError(f"--nm '{nm}' is not an N:M pattern", "2:4 prunes 2 of every 4 columns")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
@@ -204,6 +204,6 @@ def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
         console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if counts["blocks_kept_uniform"]:
         console.line(
-            f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"
+            f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not improve on it"
         )
     console.emit_json({"directory": str(directory), **manifest})

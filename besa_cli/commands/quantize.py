@@ -1,4 +1,4 @@
-"""`besa quantize`: a stage or a dense checkpoint → the same with its linears on a grid."""
+"""`besa quantize`: quantize the linears of a stage or a dense model."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ ModelOption = Annotated[
         "Model to quantize as it is: any stage, or a model as for besa prune.",
         "the run's pruned stage",
         metavar="MODEL",
-        callback=options.named,
+        callback=options.require_utf8,
     ),
 ]
 BitsOption = Annotated[int, help.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
@@ -47,7 +47,7 @@ SearchOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ClipGroup:
-    """Options of learned clipping; None where the method's default holds."""
+    """Options of learned clipping; None stands for the method's default."""
 
     target: Annotated[
         choices.Target | None,
@@ -114,15 +114,15 @@ def quantize(
         calibration_source.refuse_samples(calibration, method)
     directory = Run(into.run)
     source = _source(model, directory, console)
-    made = stage_command.stage(
+    manifest = stage_command.stage(
         request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
     )
-    if made is not None:
-        show(made, directory, console)
+    if manifest is not None:
+        _show(manifest, directory, console)
 
 
 def _source(model: str | None, run: "Run", console: Console) -> "Model":
-    """What is quantized: `--model`, else the run's pruned stage.
+    """Return the model to quantize: `--model`, else the run's pruned stage.
 
     Raises
     ------
@@ -143,31 +143,30 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 
-def show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
-    """What a quantized stage came to."""
+def _show(manifest: dict[str, Any], run: "Run", console: Console) -> None:
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage("quantized")
     console.line(f"{directory}: {chosen['model']} quantized with {chosen['method']} to {grid_in_words(manifest)}")
     console.line(in_words(counts))
     if kept := counts["blocks_kept_uniform"]:
-        console.line(f"{kept} blocks kept the nearest codes: learning did not beat them there")
+        console.line(f"{kept} blocks kept the nearest codes: learning did not improve on them")
     console.emit_json({"directory": str(directory), **manifest})
 
 
 def grid_in_words(manifest: dict[str, Any]) -> str:
-    """The grid of a quantized stage."""
+    """Describe the grid of a quantized stage."""
     from besa_cli.ops.affine import Grid
 
     return str(Grid(**manifest["quantization"]))
 
 
 def bits_in_words(counts: dict[str, Any]) -> str:
-    """What a weight of a quantized stage takes."""
-    return f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
+    """Describe the size of a weight of a quantized stage."""
+    return f"{counts['bits_per_weight']:.3f} bits per weight, including scales and, where it saves space, a mask"
 
 
 def in_words(counts: dict[str, Any]) -> str:
-    """Counts of a quantized stage in one line."""
+    """Describe the counts of a quantized stage in one line."""
     return (
         f"{bits_in_words(counts)}; "
         f"{counts['pruned']:,} of {counts['weights']:,} weights pruned ({human_share(counts['sparsity'])}), "

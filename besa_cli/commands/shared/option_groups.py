@@ -29,10 +29,11 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_groups(**values: Any) -> None:
-        made = {
-            name: hints[name](**{own.name: values.pop(own.name) for own in group}) for name, group in groups.items()
+        arguments = {
+            name: hints[name](**{option.name: values.pop(option.name) for option in group})
+            for name, group in groups.items()
         }
-        command(**values, **made)
+        command(**values, **arguments)
 
     with_groups.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return with_groups
@@ -52,7 +53,7 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGroup(CalibrationRequest):
-    """Options that say which calibration samples are drawn."""
+    """Options that choose the calibration samples to draw."""
 
     data: Annotated[
         list[str] | None,
@@ -83,7 +84,7 @@ class SampleGroup(CalibrationRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationGroup(SampleGroup):
-    """Options that say which calibration samples a stage is made with: a finished set, or how they are drawn."""
+    """Options that choose the calibration samples of a stage: a finished set, or the samples to draw."""
 
     shared: Annotated[
         Path | None,
@@ -91,14 +92,14 @@ class CalibrationGroup(SampleGroup):
             "--calibration",
             "Use the finished calibration set in this directory.",
             metavar="DIR",
-            callback=options.directories,
+            callback=options.expand_utf8,
         ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridGroup:
-    """Options of the grid that weights are put on, besides its bits."""
+    """Options of the quantization grid, except its bits."""
 
     group_size: Annotated[
         str | None,
@@ -116,7 +117,7 @@ class GridGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeGroup:
-    """Options that say where and in what a stage is computed."""
+    """Options of the computation of a stage: device, data type and memory."""
 
     device: options.DeviceOption = "auto"
     dtype: options.DtypeOption = "auto"
@@ -130,7 +131,7 @@ class ComputeGroup:
     ] = None
 
     def placement(self, calibration: CalibrationRequest) -> "Placement":
-        """Return what a `StageRequest` keeps of these options and of the request for samples.
+        """Return the fields of a `StageRequest` that these options and the request for samples give.
 
         Raises
         ------
@@ -148,7 +149,7 @@ class ComputeGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class RunGroup:
-    """Options of a command that makes something large in a run directory."""
+    """Options of a command that writes a stage or an export into a run directory."""
 
     run: options.RunOption = options.DEFAULT_RUN
     restart: options.RestartOption = False
