@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_perplexity, human_share
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def compare(
         list[Path],
         typer.Argument(metavar="RUN...", callback=options.expand_utf8, help="Run directories that hold results."),
     ],
-    form: Annotated[Format, help.OUTPUT("--format", "table, markdown, csv or json.", metavar="NAME")] = "table",
+    form: Annotated[Format, panels.OUTPUT("--format", "table, markdown, csv or json.", metavar="NAME")] = "table",
 ) -> None:
     """Show the results of several runs in one table: a row per method, a column per data set, the dense model once.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, help, options
+from besa_cli.commands.shared import forecast_view, options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.subject import Subject
 from besa_cli.console import Console, human_perplexity
@@ -30,15 +30,15 @@ def ppl(
     model: options.OtherModelOption = None,
     baseline: subjects.BaselineOption = True,
     data_dir: options.DataDirOption = None,
-    seqlen: Annotated[int, help.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
+    seqlen: Annotated[int, panels.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
     stride: Annotated[
         int | None,
-        help.MEASUREMENT("--stride", "Tokens from one window's start to the next.", "no overlap", metavar="N"),
+        panels.MEASUREMENT("--stride", "Tokens from one window's start to the next.", "no overlap", metavar="N"),
     ] = None,
     limit: Annotated[
-        int | None, help.MEASUREMENT("--limit", "Number of windows to measure.", "all", metavar="N")
+        int | None, panels.MEASUREMENT("--limit", "Number of windows to measure.", "all", metavar="N")
     ] = None,
-    batch_size: Annotated[int, help.COMPUTE("--batch-size", "Windows per pass.", metavar="N")] = 1,
+    batch_size: Annotated[int, panels.COMPUTE("--batch-size", "Windows per pass.", metavar="N")] = 1,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.console import Console
 
@@ -16,7 +16,7 @@ def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")] = _PROMPT,
     model: options.OtherModelOption = None,
     tokens: Annotated[
-        int, help.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
+        int, panels.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
     ] = 40,
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, help, options, subject
+from besa_cli.commands.shared import forecast_view, options, panels, subject
 from besa_cli.console import Console, human_bytes, human_seconds
 from besa_cli.errors import Interrupted
 
@@ -31,7 +31,7 @@ TasksArgument = Annotated[
 ]
 ShotsOption = Annotated[
     int | None,
-    help.MEASUREMENT(
+    panels.MEASUREMENT(
         "--num-fewshot",
         "Solved examples in each prompt.",
         "the task's own: 0 for the six",
@@ -39,24 +39,26 @@ ShotsOption = Annotated[
         metavar="N",
     ),
 ]
-LimitOption = Annotated[int | None, help.MEASUREMENT("--limit", "Questions per task.", "all", metavar="N")]
-RestartOption = Annotated[bool, help.MEASUREMENT("--restart", "Measure again, ignoring stored results.")]
+LimitOption = Annotated[int | None, panels.MEASUREMENT("--limit", "Questions per task.", "all", metavar="N")]
+RestartOption = Annotated[bool, panels.MEASUREMENT("--restart", "Measure again, ignoring stored results.")]
 BatchOption = Annotated[
     str,
-    help.COMPUTE("--batch-size", "Requests per pass; auto: the largest number that fits.", metavar="N|auto"),
+    panels.COMPUTE("--batch-size", "Requests per pass; auto: the largest number that fits.", metavar="N|auto"),
 ]
 StreamedOption = Annotated[
     bool | None,
-    help.COMPUTE(
+    panels.COMPUTE(
         "--streamed/--in-memory",
         "Measure block by block, or with the whole model in memory.",
         "streamed if the model would not fit",
     ),
 ]
-DryRunOption = Annotated[bool, help.RUN("--dry-run", "Run all checks and forecast memory and time, but write nothing.")]
+DryRunOption = Annotated[
+    bool, panels.RUN("--dry-run", "Run all checks and forecast memory and time, but write nothing.")
+]
 DefinitionsOption = Annotated[
     Path | None,
-    help.OUTPUT(
+    panels.OUTPUT(
         "--definitions",
         "Keep the generated task definitions in this directory, for lm_eval --include_path.",
         "deleted at the end",

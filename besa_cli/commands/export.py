@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli import exporters
-from besa_cli.commands.shared import forecast_view, help, option_groups, options
+from besa_cli.commands.shared import forecast_view, option_groups, options, panels
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
-FormatOption = Annotated[str, help.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
+FormatOption = Annotated[str, panels.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
 StoredOption = Annotated[
-    options.StoredDtype | None, help.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
+    options.StoredDtype | None, panels.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
 ]
 ShardOption = Annotated[
-    str | None, help.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
+    str | None, panels.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
 ]
-TypeOption = Annotated[options.GgufType | None, help.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
+TypeOption = Annotated[options.GgufType | None, panels.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
 CompressOption = Annotated[
     options.Compression | None,
-    help.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
+    panels.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
 ]
 PushOption = Annotated[
     str | None,
-    help.HUB(
+    panels.HUB(
         "--push-to", "Upload the export to this repository on the Hugging Face hub, after asking.", metavar="ORG/NAME"
     ),
 ]
-PrivateOption = Annotated[bool, help.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
-YesOption = Annotated[bool, help.HUB("--yes", "Upload without asking.")]
+PrivateOption = Annotated[bool, panels.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
+YesOption = Annotated[bool, panels.HUB("--yes", "Upload without asking.")]
 
 
 @option_groups.expand

@@ -9,7 +9,7 @@ import typer
 from besa_cli import choices, models
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import help, option_groups, options, stage_command
+from besa_cli.commands.shared import option_groups, options, panels, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -22,16 +22,16 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
 SparsityOption = Annotated[
     float | None,
-    help.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
+    panels.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
 ]
 PatternOption = Annotated[
     str | None,
-    help.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
+    panels.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
 ]
-MethodOption = Annotated[str, help.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
+MethodOption = Annotated[str, panels.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    help.SPARSITY(
+    panels.SPARSITY(
         "--damping",
         "SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",
@@ -41,7 +41,7 @@ DampingOption = Annotated[
 ]
 BitsOption = Annotated[
     int | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--bits",
         "Also quantize to 2, 3, 4 or 8 bits, learned together with the sparsity; writes quantized/.",
         metavar="N",
@@ -49,7 +49,7 @@ BitsOption = Annotated[
 ]
 ClipRateOption = Annotated[
     float | None,
-    help.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+    panels.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
 ]
 
 
@@ -59,13 +59,13 @@ class BesaGroup:
 
     preset: Annotated[
         choices.Preset | None,
-        help.BESA(
+        panels.BESA(
             "--preset", "authors: the settings of the paper's released program; other options that are given win."
         ),
     ] = None
     window: Annotated[
         str | None,
-        help.BESA(
+        panels.BESA(
             "--window",
             "Unit to reconstruct: block, attn-mlp (attention, then MLP), or a number of blocks together.",
             "block",
@@ -74,7 +74,7 @@ class BesaGroup:
     ] = None
     granularity: Annotated[
         str | None,
-        help.BESA(
+        panels.BESA(
             "--granularity",
             "Unit that gets its own sparsity: row, layer (a whole linear), or a number of rows.",
             "row",
@@ -82,11 +82,11 @@ class BesaGroup:
         ),
     ] = None
     importance: Annotated[
-        choices.Importance | None, help.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
+        choices.Importance | None, panels.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
     ] = None
     target: Annotated[
         choices.Target | None,
-        help.BESA(
+        panels.BESA(
             "--target",
             "Output to keep. block: that of the block itself on the pruned inputs; stream: the dense model's.",
             "block",
@@ -94,25 +94,25 @@ class BesaGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        help.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+        panels.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
     ] = None
     epochs: Annotated[
-        int | None, help.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+        int | None, panels.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
     ] = None
     batch_size: Annotated[
-        int | None, help.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+        int | None, panels.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
     ] = None
     optimizer: Annotated[
-        choices.Optimizer | None, help.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
+        choices.Optimizer | None, panels.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
     ] = None
-    lr: Annotated[float | None, help.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
+    lr: Annotated[float | None, panels.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
     d_coef: Annotated[
         float | None,
-        help.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
+        panels.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
     ] = None
     penalty: Annotated[
         float | None,
-        help.BESA(
+        panels.BESA(
             "--penalty",
             "Use a soft sparsity penalty of this weight instead of meeting the budget at every step "
             "(0: meet it only at the end).",
@@ -122,7 +122,7 @@ class BesaGroup:
     ] = None
     candidates: Annotated[
         int | None,
-        help.BESA(
+        panels.BESA(
             "--candidates", "The candidate sparsities are 0, 1/D, 2/D, ... 1.", "100", min=1, max=1000, metavar="D"
         ),
     ] = None

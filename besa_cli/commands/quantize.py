@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from besa_cli import choices, models
-from besa_cli.commands.shared import calibration_source, help, option_groups, options, stage_command
+from besa_cli.commands.shared import calibration_source, option_groups, options, panels, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -17,7 +17,7 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in QUANTIZERS.items(
 
 ModelOption = Annotated[
     str | None,
-    help.DATA(
+    panels.DATA(
         "--model",
         "Model to quantize as it is: any stage, or a model as for besa prune.",
         "the run's pruned stage",
@@ -25,11 +25,11 @@ ModelOption = Annotated[
         callback=options.require_utf8,
     ),
 ]
-BitsOption = Annotated[int, help.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
-MethodOption = Annotated[str, help.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
+BitsOption = Annotated[int, panels.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
+MethodOption = Annotated[str, panels.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--damping",
         "GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",
@@ -39,7 +39,7 @@ DampingOption = Annotated[
 ]
 SearchOption = Annotated[
     bool | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--search/--no-search", "GPTQ: search the range of each group's grid, or span its extremes.", "--search"
     ),
 ]
@@ -51,7 +51,7 @@ class ClipGroup:
 
     target: Annotated[
         choices.Target | None,
-        help.CLIPPING(
+        panels.CLIPPING(
             "--target",
             "Output to keep. block: that of the block itself on the quantized inputs; stream: the source model's.",
             "block",
@@ -59,19 +59,19 @@ class ClipGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        help.CLIPPING(
+        panels.CLIPPING(
             "--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"
         ),
     ] = None
     epochs: Annotated[
-        int | None, help.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+        int | None, panels.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
     ] = None
     batch_size: Annotated[
-        int | None, help.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+        int | None, panels.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
     ] = None
     lr: Annotated[
         float | None,
-        help.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+        panels.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
     ] = None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import quantize as quantized
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
@@ -29,7 +29,7 @@ def show(
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,
     config: Annotated[
-        bool, help.OUTPUT("--config", "Print the options that made it as YAML, for --config of the same command.")
+        bool, panels.OUTPUT("--config", "Print the options that made it as YAML, for --config of the same command.")
     ] = False,
     as_json: options.JsonOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.simulation_tables import show
 from besa_cli.console import Console
@@ -19,7 +19,7 @@ _DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items
 
 FuncOption = Annotated[
     str,
-    help.SIMULATION(
+    panels.SIMULATION(
         "--func",
         "q, k, v, o, gate, up, down (qkv, gate_up where fused), attn, mlp, model, or the name of a linear; "
         "dense: cycles of the dense model; sparsity: smallest, mean and largest sparsity.",
@@ -27,11 +27,11 @@ FuncOption = Annotated[
     ),
 ]
 DataflowOption = Annotated[
-    list[str] | None, help.SIMULATION("--dataflow", f"{_DATAFLOWS}. Repeatable.", "vitcod", metavar="NAME")
+    list[str] | None, panels.SIMULATION("--dataflow", f"{_DATAFLOWS}. Repeatable.", "vitcod", metavar="NAME")
 ]
 AcceleratorOption = Annotated[
     str,
-    help.SIMULATION(
+    panels.SIMULATION(
         "--accelerator",
         "besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file in their format.",
         metavar="NAME|FILE",
@@ -40,23 +40,23 @@ AcceleratorOption = Annotated[
 ]
 ThresholdOption = Annotated[
     float,
-    help.SIMULATION("--threshold", "A column that keeps more than this share is a denser column.", metavar="SHARE"),
+    panels.SIMULATION("--threshold", "A column that keeps more than this share is a denser column.", metavar="SHARE"),
 ]
 SearchOption = Annotated[
-    bool, help.SIMULATION("--search/--no-search", "Adjust vitcod's threshold as the released program does.")
+    bool, panels.SIMULATION("--search/--no-search", "Adjust vitcod's threshold as the released program does.")
 ]
-BatchOption = Annotated[int, help.SIMULATION("--batch", "Inputs processed together.", metavar="N")]
+BatchOption = Annotated[int, panels.SIMULATION("--batch", "Inputs processed together.", metavar="N")]
 BitsOption = Annotated[
-    int | None, help.SIMULATION("--word-bits", "Bits of a stored weight.", "the accelerator's: 8", metavar="N")
+    int | None, panels.SIMULATION("--word-bits", "Bits of a stored weight.", "the accelerator's: 8", metavar="N")
 ]
 BlocksOption = Annotated[
     bool | None,
-    help.OUTPUT("--by-block/--mean", "A line for each block, or only the means.", "by block for a single linear"),
+    panels.OUTPUT("--by-block/--mean", "A line for each block, or only the means.", "by block for a single linear"),
 ]
-CsvOption = Annotated[bool, help.OUTPUT("--csv", "Print CSV: a line for each block, linear and dataflow.")]
+CsvOption = Annotated[bool, panels.OUTPUT("--csv", "Print CSV: a line for each block, linear and dataflow.")]
 PlotOption = Annotated[
     Path | None,
-    help.OUTPUT(
+    panels.OUTPUT(
         "--plot",
         "Draw cycles, speed-up and columns into a .png, .svg or .pdf file.",
         metavar="FILE",

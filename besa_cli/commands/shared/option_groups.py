@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.choices import OptionValue
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 
 if TYPE_CHECKING:
     from besa_cli.jobs.request import Placement
@@ -57,7 +57,7 @@ class SampleGroup(CalibrationRequest):
 
     data: Annotated[
         list[str] | None,
-        help.DATA(
+        panels.DATA(
             "--data",
             "Calibration text: c4, wikitext2, ptb, bundled, or a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
             "c4",
@@ -65,14 +65,14 @@ class SampleGroup(CalibrationRequest):
         ),
     ] = None
     samples: Annotated[
-        int | None, help.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
+        int | None, panels.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
     ] = None
     seqlen: Annotated[
-        int | None, help.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
+        int | None, panels.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
     ] = None
     pack: Annotated[
         bool | None,
-        help.DATA(
+        panels.DATA(
             "--pack/--no-pack",
             "Join short documents into full samples, or draw each sample from one document that is long enough.",
             "pack if the documents of the data are short",
@@ -88,7 +88,7 @@ class CalibrationGroup(SampleGroup):
 
     shared: Annotated[
         Path | None,
-        help.DATA(
+        panels.DATA(
             "--calibration",
             "Use the finished calibration set in this directory.",
             metavar="DIR",
@@ -103,13 +103,13 @@ class GridGroup:
 
     group_size: Annotated[
         str | None,
-        help.QUANTIZATION(
+        panels.QUANTIZATION(
             "--group-size", "Columns that share a scale; channel: the whole row.", "128", metavar="N|channel"
         ),
     ] = None
     symmetric: Annotated[
         bool | None,
-        help.QUANTIZATION(
+        panels.QUANTIZATION(
             "--symmetric/--asymmetric", "Grid centred at 0, or with a zero point for each group.", "symmetric"
         ),
     ] = None
@@ -123,7 +123,7 @@ class ComputeGroup:
     dtype: options.DtypeOption = "auto"
     max_memory: Annotated[
         str | None,
-        help.COMPUTE(
+        panels.COMPUTE(
             "--max-memory",
             "Memory that the process must stay within, e.g. 4GB; hidden states go to files where they would not fit.",
             metavar="SIZE",

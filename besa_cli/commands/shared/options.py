@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from besa_cli.commands.shared import config_file, help
+from besa_cli.commands.shared import config_file, panels
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import DEMO
 
@@ -61,14 +61,14 @@ Compression = Literal["zstd"]
 
 _MODEL = f"Hub name, local directory, GGUF file, or {DEMO} (the demo model)."
 
-ModelOption = Annotated[str, help.DATA("--model", _MODEL, metavar="MODEL", callback=require_utf8)]
+ModelOption = Annotated[str, panels.DATA("--model", _MODEL, metavar="MODEL", callback=require_utf8)]
 OtherModelOption = Annotated[
     str | None,
-    help.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=require_utf8),
+    panels.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=require_utf8),
 ]
 DataDirOption = Annotated[
     Path | None,
-    help.DATA(
+    panels.DATA(
         "--data-dir",
         "Directory with local copies of data sets and tasks, searched first (see docs/data.md, docs/tasks.md).",
         metavar="DIR",
@@ -76,29 +76,29 @@ DataDirOption = Annotated[
         callback=expand_home,
     ),
 ]
-SeedOption = Annotated[int, help.DATA("--seed", "Seed of every random choice.", min=0, metavar="N")]
+SeedOption = Annotated[int, panels.DATA("--seed", "Seed of every random choice.", min=0, metavar="N")]
 DeviceOption = Annotated[
-    Device, help.COMPUTE("--device", "Device to compute on; auto: a GPU if there is one, else the CPU.")
+    Device, panels.COMPUTE("--device", "Device to compute on; auto: a GPU if there is one, else the CPU.")
 ]
 DtypeOption = Annotated[
     Dtype,
-    help.COMPUTE("--dtype", "Type of numbers to compute in; auto: bfloat16 where the machine multiplies it fast."),
+    panels.COMPUTE("--dtype", "Type of numbers to compute in; auto: bfloat16 where the machine multiplies it fast."),
 ]
 RunOption = Annotated[
     Path,
-    help.RUN(
+    panels.RUN(
         "--run", "Directory that holds everything a run makes.", metavar="DIR", envvar="BESA_RUN", callback=expand_utf8
     ),
 ]
 RestartOption = Annotated[
-    bool, help.RUN("--restart", "Start over; what exists already is replaced once the new one is complete.")
+    bool, panels.RUN("--restart", "Start over; what exists already is replaced once the new one is complete.")
 ]
 DryRunOption = Annotated[
-    bool, help.RUN("--dry-run", "Run all checks and forecast memory, disk and time, but write nothing.")
+    bool, panels.RUN("--dry-run", "Run all checks and forecast memory, disk and time, but write nothing.")
 ]
 ConfigOption = Annotated[
     Path | None,
-    help.RUN(
+    panels.RUN(
         "--config",
         "YAML file with options of this command (name: value); typed options win.",
         metavar="FILE.yaml",
@@ -106,7 +106,7 @@ ConfigOption = Annotated[
         callback=config_file.apply,
     ),
 ]
-JsonOption = Annotated[bool, help.OUTPUT("--json", "Print one JSON object instead of text.")]
+JsonOption = Annotated[bool, panels.OUTPUT("--json", "Print one JSON object instead of text.")]
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from besa_cli import models
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[
     Path | None,
-    help.RUN(
+    panels.RUN(
         "--run",
         "Directory that holds everything a run makes.",
         str(options.DEFAULT_RUN),
@@ -25,7 +25,7 @@ RunOption = Annotated[
     ),
 ]
 BaselineOption = Annotated[
-    bool, help.DATA("--baseline/--no-baseline", "Also measure the dense model, or take its stored result.")
+    bool, panels.DATA("--baseline/--no-baseline", "Also measure the dense model, or take its stored result.")
 ]
 
 
