@@ -25,7 +25,7 @@ from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
 from besa_cli.commands.shared.config_file import origin
 from besa_cli.commands.shared.context import ProcessSettings
-from besa_cli.commands.shared.help import HelpCommand, HelpGroup
+from besa_cli.commands.shared.panels import HelpCommand, HelpGroup
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
 from besa_cli.console import show_error

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file a verb: parse, call one function, show."""
+"""Commands of the command line, one per file: each parses its options, runs a job and shows the result."""

@@ -1,4 +1,4 @@
-"""`besa calibrate`: text → calibration set."""
+"""`besa calibrate`: draw a calibration set from text."""
 
 from typing import TYPE_CHECKING
 
@@ -37,21 +37,27 @@ def calibrate(
     directory = run / "calibration"
     with lock.hold(run, "besa calibrate"):
         calibration_set.recover(directory)
-        made = prepare.calibrate(source, drawn, directory, samples.data_dir, console.note, restart=restart)
-    _show(made, console, str(directory))
+        calibration = prepare.calibrate(source, drawn, directory, samples.data_dir, console.note, restart=restart)
+    _show(calibration, console, str(directory))
 
 
-def _show(made: "CalibrationSet", console: Console, directory: str) -> None:
-    manifest = made.manifest
-    samples, seqlen = made.tokens.shape
+def _show(calibration: "CalibrationSet", console: Console, directory: str) -> None:
+    manifest = calibration.manifest
+    samples, seqlen = calibration.tokens.shape
     console.line(
         f"{samples} samples of {seqlen} tokens ({manifest['sampling']}, seed {manifest['seed']}) in {directory}"
     )
     columns = ("asked", "source", "file", "documents", "sha256")
     rows = [
-        (each["asked"], each["source"], each["file"], each.get("documents", each.get("rows")), each["sha256"][:12])
-        for each in manifest["sources"]
+        (
+            source["asked"],
+            source["source"],
+            source["file"],
+            source.get("documents", source.get("rows")),
+            source["sha256"][:12],
+        )
+        for source in manifest["sources"]
     ]
     console.table("", columns, rows)
-    console.line(f"tokens {made.digest[:12]}")
+    console.line(f"tokens {calibration.digest[:12]}")
     console.emit_json({"directory": directory, **manifest})

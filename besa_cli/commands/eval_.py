@@ -6,7 +6,7 @@ from besa_cli.commands.eval_compare import compare
 from besa_cli.commands.eval_ppl import ppl
 from besa_cli.commands.eval_sample import sample
 from besa_cli.commands.eval_tasks import tasks
-from besa_cli.commands.shared.help import HelpCommand, HelpGroup
+from besa_cli.commands.shared.panels import HelpCommand, HelpGroup
 
 _HELP = """Measure the quality lost.
 

@@ -1,11 +1,11 @@
-"""`besa eval compare`: several runs in one table."""
+"""`besa eval compare`: results of several runs in one table."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_perplexity, human_share
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ Format = Literal["table", "markdown", "csv", "json"]
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", callback=options.directories, help="Run directories that hold results."),
+        typer.Argument(metavar="RUN...", callback=options.expand_utf8, help="Run directories that hold results."),
     ],
-    form: Annotated[Format, help.OUTPUT("--format", "table, markdown, csv or json.", metavar="NAME")] = "table",
+    form: Annotated[Format, panels.OUTPUT("--format", "table, markdown, csv or json.", metavar="NAME")] = "table",
 ) -> None:
     """Show the results of several runs in one table: a row per method, a column per data set, the dense model once.
 
@@ -32,25 +32,26 @@ def compare(
     from besa_cli.evaluation import comparison
 
     console = Console(json=form == "json")
-    found = comparison.compare(runs)
-    for note in found.notes:
+    compared = comparison.compare(runs)
+    for note in compared.notes:
         console.note(note)
-    header = ["method", *found.columns]
+    header = ["method", *compared.columns]
     if form == "csv":
         exact = [
-            [row.title, *(_exact(row.figures.get(column)) for column in found.columns.values())] for row in found.rows
+            [row.title, *(_exact(row.figures.get(column)) for column in compared.columns.values())]
+            for row in compared.rows
         ]
         console.text(comparison.comma_separated(header, exact))
         return
     rows = [
-        [row.title, *(_short(column, row.figures.get(column)) for column in found.columns.values())]
-        for row in found.rows
+        [row.title, *(_short(column, row.figures.get(column)) for column in compared.columns.values())]
+        for row in compared.rows
     ]
     if form == "markdown":
         console.text(comparison.markdown(header, rows))
     else:
         console.table("", header, rows)
-    console.emit_json(_record(found))
+    console.emit_json(_record(compared))
 
 
 def _exact(value: float | None) -> str:
@@ -63,8 +64,8 @@ def _short(column: "Column", value: float | None) -> str:
     return human_perplexity(value) if column.metric == "perplexity" else human_share(value)
 
 
-def _record(found: "Comparison") -> dict[str, object]:
-    """The comparison as one JSON object; figures by the titles of their columns."""
+def _record(compared: "Comparison") -> dict[str, object]:
+    """Return the comparison as one JSON object, figures by the titles of their columns."""
     return {
         "columns": [
             {
@@ -73,17 +74,17 @@ def _record(found: "Comparison") -> dict[str, object]:
                 "metric": column.metric,
                 **dict(column.hidden),
             }
-            for title, column in found.columns.items()
+            for title, column in compared.columns.items()
         ],
         "rows": [
             {
                 "method": row.title,
                 "run": None if row.run is None else str(row.run),
                 "figures": {
-                    title: row.figures[column] for title, column in found.columns.items() if column in row.figures
+                    title: row.figures[column] for title, column in compared.columns.items() if column in row.figures
                 },
             }
-            for row in found.rows
+            for row in compared.rows
         ],
-        "notes": found.notes,
+        "notes": compared.notes,
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, help, options
+from besa_cli.commands.shared import forecast_view, options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.subject import Subject
 from besa_cli.console import Console, human_perplexity
@@ -30,15 +30,15 @@ def ppl(
     model: options.OtherModelOption = None,
     baseline: subjects.BaselineOption = True,
     data_dir: options.DataDirOption = None,
-    seqlen: Annotated[int, help.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
+    seqlen: Annotated[int, panels.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
     stride: Annotated[
         int | None,
-        help.MEASUREMENT("--stride", "Tokens from one window's start to the next.", "no overlap", metavar="N"),
+        panels.MEASUREMENT("--stride", "Tokens from one window's start to the next.", "no overlap", metavar="N"),
     ] = None,
     limit: Annotated[
-        int | None, help.MEASUREMENT("--limit", "Number of windows to measure.", "all", metavar="N")
+        int | None, panels.MEASUREMENT("--limit", "Number of windows to measure.", "all", metavar="N")
     ] = None,
-    batch_size: Annotated[int, help.COMPUTE("--batch-size", "Windows per pass.", metavar="N")] = 1,
+    batch_size: Annotated[int, panels.COMPUTE("--batch-size", "Windows per pass.", metavar="N")] = 1,
     device: options.DeviceOption = "auto",
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
@@ -68,21 +68,21 @@ def ppl(
     )
     documents.check_directory(data_dir)
     hub = hub_files.from_environment()
-    wanted = [
+    selected = [
         texts.evaluation_text(name, data_dir=data_dir, hub=hub, notify=console.note)
         for name in dict.fromkeys(datasets or ["wikitext2"])
     ]
     subject = subjects.find(model, run, console, baseline=baseline)
     if dry_run:
         started = compute.age()
-        both = [each for each in (subject, subject.parent) if each is not None]
-        found = forecast.combine([_forecast(each, wanted, settings) for each in both])
-        forecast_view.show(replace(found, seconds=started + found.seconds), console)
+        models = [model for model in (subject, subject.parent) if model is not None]
+        total = forecast.combine([_forecast(model, selected, settings) for model in models])
+        forecast_view.show(replace(total, seconds=started + total.seconds), console)
         return
-    measured = _measure(subject, wanted, settings, console)
+    measured = _measure(subject, selected, settings, console)
     dense: Sequence[Perplexity | None] = [None] * len(measured)
     if subject.parent is not None:
-        dense = _measure(subject.parent, wanted, settings, console, parent=True)
+        dense = _measure(subject.parent, selected, settings, console, parent=True)
     _show(subject, list(zip(measured, dense, strict=True)), console)
 
 
@@ -94,9 +94,9 @@ def _measure(
     *,
     parent: bool = False,
 ) -> "list[Perplexity]":
-    """The perplexity on each text: results of the run where they are there, one walk through the model for all others.
+    """Return the perplexity on each text: stored results, and one pass through the model for all others.
 
-    A stage is looked at before its results are taken; of its parent they are taken as they are.
+    The digest of a stage is checked before its stored results are used; that of its parent is not.
     """
     from besa_cli.evaluation.results import Results
 
@@ -104,21 +104,21 @@ def _measure(
     digest = str(subject.digest) if parent else subjects.digest(subject)
     jobs = _jobs(subject, digest, texts, settings, console.note)
     stored = [(number, results.load(job)) for number, job in enumerate(jobs)] if results else []
-    found = {number: result for number, result in stored if result}
+    by_job = {number: result for number, result in stored if result}
     for number, job in enumerate(jobs):
-        if results and number in found:
+        if results and number in by_job:
             console.note(f"{subject.name}: result taken from {results.file(job)}")
-    left = [number for number in range(len(jobs)) if number not in found]
+    left = [number for number in range(len(jobs)) if number not in by_job]
     if left and parent:
         subjects.refuse_changed(subject)
     if left:
-        made = _walk(subject, [jobs[number] for number in left], results, console)
-        found.update(zip(left, made, strict=True))
-    return [found[number] for number in range(len(jobs))]
+        measured = _walk(subject, [jobs[number] for number in left], results, console)
+        by_job.update(zip(left, measured, strict=True))
+    return [by_job[number] for number in range(len(jobs))]
 
 
 def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "Forecast":
-    """What measuring one model would take, all checks included."""
+    """Forecast the measurement of one model; the time includes that of the checks."""
     from besa_cli.evaluation import results
     from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.system import disk
@@ -130,8 +130,8 @@ def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "Pe
     left = [job for job in jobs if not (subject.results and results.load(subject.results / job.file))]
     walk = PerplexityRun(left or jobs)
     checks = time.perf_counter() - began
-    found = walk.forecast(subject.results or subject.directory)
-    return replace(found, seconds=(found.seconds if left else 0.0) + checks, left=found.left if left else 0)
+    forecast = walk.forecast(subject.results or subject.directory)
+    return replace(forecast, seconds=(forecast.seconds if left else 0.0) + checks, left=forecast.left if left else 0)
 
 
 def _walk(
@@ -142,7 +142,9 @@ def _walk(
     known = [results.load_losses(job) if results else [] for job in jobs]
     for job, losses in zip(jobs, known, strict=True):
         if losses:
-            console.note(f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured")
+            console.note(
+                f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured already"
+            )
     walk = PerplexityRun(jobs, known)
     for note in walk.notes:
         console.note(note)
@@ -155,20 +157,20 @@ def _walk(
                     for number in step.measured:
                         results.save_losses(jobs[number], walk.losses[number])
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(_way_on(results, jobs)) from interrupt
-    made = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
+        raise Interrupted(_hint(results, jobs)) from interrupt
+    measured = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
     if results:
-        for job, result in zip(jobs, made, strict=True):
+        for job, result in zip(jobs, measured, strict=True):
             results.save(job, result, {"name": subject.name, "directory": str(subject.directory)})
-    return made
+    return measured
 
 
-def _way_on(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") -> str:
-    """What is true of an interrupted evaluation."""
+def _hint(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") -> str:
+    """Return the hint after an interruption."""
     if results is None:
-        return "nothing was kept; with --run DIR what is measured goes there, and the same command goes on from it"
+        return "nothing was kept; with --run DIR results are stored there, and the same command resumes from them"
     count = sum(len(results.load_losses(job)) for job in jobs)
-    return f"{count} windows are measured and kept; run the same command again to go on from there"
+    return f"{count} windows are measured and kept; run the same command again to resume"
 
 
 def _jobs(
@@ -182,8 +184,10 @@ def _jobs(
     from besa_cli.models.tokenizer import tokenizer_digest
 
     tokenizer = subjects.tokenizer(subject, notify)
-    made_of = tokenizer_digest(subject.directory)
-    return [PerplexityMeasurement(subject.directory, digest, text, tokenizer, made_of, settings) for text in texts]
+    tokenizer_hash = tokenizer_digest(subject.directory)
+    return [
+        PerplexityMeasurement(subject.directory, digest, text, tokenizer, tokenizer_hash, settings) for text in texts
+    ]
 
 
 def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:

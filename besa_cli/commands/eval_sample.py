@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.console import Console
 
@@ -16,7 +16,7 @@ def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")] = _PROMPT,
     model: options.OtherModelOption = None,
     tokens: Annotated[
-        int, help.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
+        int, panels.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
     ] = 40,
     dtype: options.DtypeOption = "auto",
     run: subjects.RunOption = None,
@@ -37,19 +37,21 @@ def sample(
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
-    subjects.digest(subject)  # refuses a stage that is not what was written
-    both = [each for each in (subject.parent, subject) if each is not None]
-    tokenizers = [subjects.tokenizer(each, console.note) for each in both]
+    subjects.digest(subject)  # refuses a damaged stage
+    models = [measured for measured in (subject.parent, subject) if measured is not None]
+    tokenizers = [subjects.tokenizer(measured, console.note) for measured in models]
     prompts = [
-        continuations.encode_prompt(each.directory, tokenizer, prompt, tokens)
-        for each, tokenizer in zip(both, tokenizers, strict=True)
+        continuations.encode_prompt(measured.directory, tokenizer, prompt, tokens)
+        for measured, tokenizer in zip(models, tokenizers, strict=True)
     ]
-    said = {}
-    for each, tokenizer, inputs in zip(both, tokenizers, prompts, strict=True):
-        with console.blocks(each.name, 1) as progress:
+    texts = {}
+    for measured, tokenizer, inputs in zip(models, tokenizers, prompts, strict=True):
+        with console.blocks(measured.name, 1) as progress:
             show = functools.partial(progress.step, total=tokens, phase="token")
-            said[each.name] = continuations.continuation(each.directory, tokenizer, inputs, tokens, computed, show)
+            texts[measured.name] = continuations.continuation(
+                measured.directory, tokenizer, inputs, tokens, computed, show
+            )
     console.table(
-        f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in said.items()]
+        f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in texts.items()]
     )
-    console.emit_json({"prompt": prompt, "tokens": tokens, "continuations": said})
+    console.emit_json({"prompt": prompt, "tokens": tokens, "continuations": texts})

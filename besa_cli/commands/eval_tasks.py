@@ -1,4 +1,4 @@
-"""`besa eval tasks`: what was lost, as the accuracy on zero-shot tasks."""
+"""`besa eval tasks`: accuracy of a stage and of the dense model it was made from on zero-shot tasks."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands.shared import forecast_view, help, options, subject
+from besa_cli.commands.shared import forecast_view, options, panels, subject
 from besa_cli.console import Console, human_bytes, human_seconds
 from besa_cli.errors import Interrupted
 
@@ -31,7 +31,7 @@ TasksArgument = Annotated[
 ]
 ShotsOption = Annotated[
     int | None,
-    help.MEASUREMENT(
+    panels.MEASUREMENT(
         "--num-fewshot",
         "Solved examples in each prompt.",
         "the task's own: 0 for the six",
@@ -39,29 +39,31 @@ ShotsOption = Annotated[
         metavar="N",
     ),
 ]
-LimitOption = Annotated[int | None, help.MEASUREMENT("--limit", "Questions per task.", "all", metavar="N")]
-RestartOption = Annotated[bool, help.MEASUREMENT("--restart", "Measure again, ignoring stored results.")]
+LimitOption = Annotated[int | None, panels.MEASUREMENT("--limit", "Questions per task.", "all", metavar="N")]
+RestartOption = Annotated[bool, panels.MEASUREMENT("--restart", "Measure again, ignoring stored results.")]
 BatchOption = Annotated[
     str,
-    help.COMPUTE("--batch-size", "Requests per pass; auto: the largest number that fits.", metavar="N|auto"),
+    panels.COMPUTE("--batch-size", "Requests per pass; auto: the largest number that fits.", metavar="N|auto"),
 ]
 StreamedOption = Annotated[
     bool | None,
-    help.COMPUTE(
+    panels.COMPUTE(
         "--streamed/--in-memory",
         "Measure block by block, or with the whole model in memory.",
         "streamed if the model would not fit",
     ),
 ]
-DryRunOption = Annotated[bool, help.RUN("--dry-run", "Run all checks and forecast memory and time, but write nothing.")]
+DryRunOption = Annotated[
+    bool, panels.RUN("--dry-run", "Run all checks and forecast memory and time, but write nothing.")
+]
 DefinitionsOption = Annotated[
     Path | None,
-    help.OUTPUT(
+    panels.OUTPUT(
         "--definitions",
         "Keep the generated task definitions in this directory, for lm_eval --include_path.",
         "deleted at the end",
         metavar="DIR",
-        callback=options.expanded,
+        callback=options.expand_home,
     ),
 ]
 
@@ -97,7 +99,7 @@ def tasks(
     from besa_cli.evaluation.zeroshot.results import TaskSettings
     from besa_cli.system import compute
 
-    wanted = harness.split_names(names or [])
+    selected = harness.split_names(names or [])
     where = compute.device(device)
     resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
     settings = TaskSettings(
@@ -105,22 +107,22 @@ def tasks(
         streamed=bool(streamed),
     )  # fmt: skip
     with harness.prepare(
-        wanted, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
+        selected, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
     ) as ready:
         measured = subject.find(model, run, console, baseline=baseline)
         if streamed is None:
-            settings = _chosen(measured, settings, console)
+            settings = _with_memory_mode(measured, settings, console)
         parent = measured.parent
         if dry_run:
-            _forecast([each for each in (measured, parent) if each], ready, settings, console, restart=restart)
+            _forecast([model for model in (measured, parent) if model], ready, settings, console, restart=restart)
             return
         results = _measure(measured, ready, settings, console, restart=restart)
         dense = _measure(parent, ready, settings, console, restart=restart, parent=True) if parent else None
     _show(measured, results, dense, console)
 
 
-def _chosen(measured: "Subject", settings: "TaskSettings", console: Console) -> "TaskSettings":
-    """Streamed where the model would not fit; the dense one is as large, and both are measured in the same way."""
+def _with_memory_mode(measured: "Subject", settings: "TaskSettings", console: Console) -> "TaskSettings":
+    """Stream if the model would not fit in memory; its dense model is as large, and is measured in the same way."""
     from besa_cli.evaluation.zeroshot import memory
     from besa_cli.system import compute
 
@@ -140,71 +142,72 @@ def _measure(
     restart: bool,
     parent: bool = False,
 ) -> "list[TaskResult]":
-    """Every task's result: from the run where it is there, else measured now.
+    """Return the result of every task: the stored one, else measure it now.
 
-    A stage is looked at before its results are taken; of its parent they are taken as they are.
+    The digest of a stage is checked before its stored results are used; that of its parent is not.
     """
     from besa_cli.system import lock
 
-    job, found = _begun(measured, ready, settings, restart=restart, parent=parent)
+    job, by_task = _checked(measured, ready, settings, restart=restart, parent=parent)
     kept = measured.results
-    if kept and not all(found.values()):
+    if kept and not all(by_task.values()):
         lock.require_writable(kept.parent)
-    about = {"name": measured.name, "directory": str(measured.directory)}
+    origin = {"name": measured.name, "directory": str(measured.directory)}
     try:
-        for name, result in found.items():
+        for name, result in by_task.items():
             console.note(f"{name}, {measured.name}: {'measured already' if result else 'measuring'}")
             if result is None:
                 progress = _progress(name, measured.name, console)
-                found[name] = job.measure(name, kept, about, progress=progress, notify=console.note)
+                by_task[name] = job.measure(name, kept, origin, progress=progress, notify=console.note)
     except KeyboardInterrupt as interrupt:
-        raise Interrupted(_way_on(kept, len([result for result in found.values() if result]))) from interrupt
-    return [result for result in found.values() if result]
+        raise Interrupted(_hint(kept, len([result for result in by_task.values() if result]))) from interrupt
+    return [result for result in by_task.values() if result]
 
 
-def _begun(
+def _checked(
     measured: "Subject", ready: "Tasks", settings: "TaskSettings", *, restart: bool, parent: bool
 ) -> "tuple[TaskMeasurement, dict[str, TaskResult | None]]":
-    """The measurement of a model after all checks of it, and every task's result where it is there."""
+    """Check a model; return its measurement and the stored result of every task, or None."""
     digest = str(measured.digest) if parent else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
-    found = {name: job.load(name, kept) if kept and not restart else None for name in ready.names}
-    if parent and not all(found.values()):
+    by_task = {name: job.load(name, kept) if kept and not restart else None for name in ready.names}
+    if parent and not all(by_task.values()):
         subject.refuse_changed(measured)
-    return job, found
+    return job, by_task
 
 
 def _forecast(
     models: "Sequence[Subject]", ready: "Tasks", settings: "TaskSettings", console: Console, *, restart: bool
 ) -> None:
-    """Show what the tasks that are not measured yet would take, each tried on its first questions."""
+    """Show memory and time of the tasks that are not measured yet, each tried on its first questions."""
     from besa_cli.system import compute, disk
 
-    seconds, rows, told = compute.age(), [], []
+    seconds, rows, records = compute.age(), [], []
     for number, measured in enumerate(models):
         began = time.perf_counter()
-        job, found = _begun(measured, ready, settings, restart=restart, parent=number > 0)
+        job, by_task = _checked(measured, ready, settings, restart=restart, parent=number > 0)
         if measured.results:
             disk.require_writable(measured.results)
         seconds += time.perf_counter() - began
-        for trial in (job.forecast(name, notify=console.note) for name, result in found.items() if result is None):
+        for trial in (job.forecast(name, notify=console.note) for name, result in by_task.items() if result is None):
             seconds += trial.seconds
             rows.append((trial.task, measured.name, str(trial.questions), human_seconds(trial.seconds)))
-            told.append({"model": measured.name, **asdict(trial)})
+            records.append({"model": measured.name, **asdict(trial)})
     if not rows:
-        console.note("all of it is measured already: nothing would be done")
+        console.note("everything is measured already: nothing to do")
         console.emit_json({"done": True})
         return
-    taken, available = compute.peak_resident(), forecast_view.available()
-    console.table("", ("task", "model", "questions", "takes"), [*rows, ("all", "", "", human_seconds(seconds))])
-    console.line(f"main memory: {human_bytes(taken)} of {human_bytes(available)}, as far as the tried questions show")
-    console.emit_json({"done": False, "memory": taken, "available": available, "seconds": seconds, "tasks": told})
+    used, available = compute.peak_resident(), forecast_view.available()
+    console.table("", ("task", "model", "questions", "time"), [*rows, ("all", "", "", human_seconds(seconds))])
+    console.line(f"main memory: {human_bytes(used)} of {human_bytes(available)}, as measured on the first questions")
+    console.emit_json({"done": False, "memory": used, "available": available, "seconds": seconds, "tasks": records})
 
 
-def _way_on(kept: Path | None, count: int) -> str:
+def _hint(kept: Path | None, count: int) -> str:
+    """Return the hint after an interruption."""
     if kept is None:
-        return "nothing was kept; with --run DIR each task's result goes there, and the same command goes on from it"
-    return f"{count} tasks of this model are measured and kept; run the same command again to go on from there"
+        return "nothing was kept; with --run DIR results are stored there, and the same command resumes from them"
+    return f"{count} tasks of this model are measured and kept; run the same command again to resume"
 
 
 def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "TaskSettings") -> "TaskMeasurement":
@@ -212,12 +215,12 @@ def _job(measured: "Subject", digest: str, ready: "Tasks", settings: "TaskSettin
     from besa_cli.models.tokenizer import tokenizer_digest
 
     tokenizer = subject.tokenizer(measured)
-    made_of = tokenizer_digest(measured.directory)
-    return TaskMeasurement(measured.directory, digest, tokenizer, made_of, ready, settings)
+    tokenizer_hash = tokenizer_digest(measured.directory)
+    return TaskMeasurement(measured.directory, digest, tokenizer, tokenizer_hash, ready, settings)
 
 
 def _progress(task: str, model: str, console: Console) -> "Progress":
-    """The console's display of blocks, on the stderr of now: the harness's own is turned away while it works."""
+    """Return the console's progress display, writing to the present stderr: the harness redirects it while it works."""
     stderr = sys.stderr
 
     @contextlib.contextmanager
@@ -261,7 +264,7 @@ def _show(
 
 
 def _pairs(result: "TaskResult", dense: "TaskResult | None") -> "list[tuple[str, Score, Score | None]]":
-    """Every score with its split and the dense model's."""
+    """Return every score with its split and the score of the dense model."""
     others = {(score.task, score.metric): score for score in dense.scores()} if dense else {}
     return [(result.split or "-", score, others.get((score.task, score.metric))) for score in result.scores()]
 
@@ -273,10 +276,10 @@ def _cells(split: str, score: "Score", dense: "Score | None") -> tuple[str, ...]
 
 
 def _numbers(value: float, stderr: float | None, dense: float | None, spread: float | None) -> tuple[str, ...]:
-    """In four decimals, as lm-eval prints them."""
-    own = [*(f"{number:.4f}" if number is not None else "-" for number in (value, stderr, dense, spread))]
+    """Format value and error of both models, and the difference, with four decimals as lm-eval does."""
+    cells = [*(f"{number:.4f}" if number is not None else "-" for number in (value, stderr, dense, spread))]
     difference = _difference(value, dense)
-    return (*own, "-" if difference is None else f"{difference:+.4f}")
+    return (*cells, "-" if difference is None else f"{difference:+.4f}")
 
 
 def _difference(value: float | None, dense: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""`besa export`: the newest stage → a directory that other programs load."""
+"""`besa export`: write the newest stage in a format that other programs load."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from besa_cli import exporters
-from besa_cli.commands.shared import forecast_view, help, option_groups, options
+from besa_cli.commands.shared import forecast_view, option_groups, options, panels
 from besa_cli.console import Console, human_bytes
 from besa_cli.errors import BesaError, UsageError
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 _FORMATS = "; ".join(f"{name}: {summary}" for name, summary in exporters.EXPORTERS.items())
 
-FormatOption = Annotated[str, help.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
+FormatOption = Annotated[str, panels.EXPORT("--format", f"{_FORMATS}.", metavar="NAME")]
 StoredOption = Annotated[
-    options.StoredDtype | None, help.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
+    options.StoredDtype | None, panels.EXPORT("--dtype", "hf: type of the stored weights.", "as in the stage")
 ]
 ShardOption = Annotated[
-    str | None, help.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
+    str | None, panels.EXPORT("--shard-size", "hf: maximum size of a file, e.g. 2GB.", "5GB", metavar="SIZE")
 ]
-TypeOption = Annotated[options.GgufType | None, help.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
+TypeOption = Annotated[options.GgufType | None, panels.EXPORT("--type", "gguf: type of the stored matrices.", "BF16")]
 CompressOption = Annotated[
     options.Compression | None,
-    help.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
+    panels.EXPORT("--compress", "sparse: compress every file of weights, for downloads.", "uncompressed"),
 ]
 PushOption = Annotated[
     str | None,
-    help.HUB(
+    panels.HUB(
         "--push-to", "Upload the export to this repository on the Hugging Face hub, after asking.", metavar="ORG/NAME"
     ),
 ]
-PrivateOption = Annotated[bool, help.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
-YesOption = Annotated[bool, help.HUB("--yes", "Upload without asking.")]
+PrivateOption = Annotated[bool, panels.HUB("--private/--public", "Visibility of a repository that --push-to creates.")]
+YesOption = Annotated[bool, panels.HUB("--yes", "Upload without asking.")]
 
 
 @option_groups.expand
@@ -67,19 +67,19 @@ def export(
     from besa_cli.system import lock
 
     size = options.size_of(shard_size, "--shard-size")
-    own = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
-    exporter = exporters.load(format, own)
+    chosen = option_groups.given(dtype=dtype, shard_size=size, type=type, compress=compress)
+    exporter = exporters.load(format, chosen)
     options.require_run(into.run)
     if push_to is not None:
         push.check(push_to)
         if not (yes or into.dry_run or sys.stdin.isatty()):
             raise UsageError(
-                "--push-to asks before it pushes, and there is no terminal to ask on", "give --yes with it"
+                "--push-to asks before it uploads, but there is no terminal to ask on", "give --yes as well"
             )
     with lock.hold_existing(into.run) if into.dry_run else lock.hold(into.run, f"besa export --run {into.run}"):
         job = ExportJob(Run(into.run), exporter, restart=into.restart)
         if into.dry_run:
-            forecast_view.job(job, console)
+            forecast_view.show_job(job, console)
             return
         if job.done:
             console.note(f"{job.directory} is finished already, with the same options")
@@ -97,7 +97,7 @@ def _push(job: "ExportJob", repository: str, console: Console, *, private: bool,
     """Upload the finished export, after asking."""
     from besa_cli.jobs import push
 
-    _refuse_strangers(job)
+    _refuse_foreign_files(job)
     if ask:
         size = sum(file.stat().st_size for file in job.directory.rglob("*") if file.is_file())
         if not typer.confirm(f"Push {human_bytes(size)} to {repository}?", err=True):
@@ -106,15 +106,15 @@ def _push(job: "ExportJob", repository: str, console: Console, *, private: bool,
     console.note(f"pushed to {push.push(job.directory, repository, private=private)}")
 
 
-def _refuse_strangers(job: "ExportJob") -> None:
-    """Nothing goes out that is not of the export."""
+def _refuse_foreign_files(job: "ExportJob") -> None:
+    """Refuse to upload files that are not part of the export."""
     from besa_cli.checkpoint import ownership
 
-    strangers = ownership.strangers(job.directory)
-    if strangers:
+    foreign = ownership.strangers(job.directory)
+    if foreign:
         raise BesaError(
-            f"not pushed: {job.directory} holds {strangers[0]}, which is not of the export",
-            "move it away, and run the same command again",
+            f"not pushed: {job.directory} holds {foreign[0]}, which is not part of the export",
+            "move it away and run the same command again",
         )
 
 

@@ -1,4 +1,4 @@
-"""`besa import`: a sparse export → the stage that it was made from."""
+"""`besa import`: restore the stage that a sparse export was made from."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ def import_(
     directory: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", callback=options.directories, help="Directory that besa export --format sparse wrote."
+            metavar="DIR", callback=options.expand_utf8, help="Directory that besa export --format sparse wrote."
         ),
     ],
     run: options.RunOption = options.DEFAULT_RUN,

@@ -1,4 +1,4 @@
-"""`besa prune`: checkpoint + calibration set → pruned checkpoint."""
+"""`besa prune`: make a pruned checkpoint from a model and a calibration set."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import typer
 from besa_cli import choices, models
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import help, option_groups, options, stage_command
+from besa_cli.commands.shared import option_groups, options, panels, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -23,16 +23,16 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
 
 SparsityOption = Annotated[
     float | None,
-    help.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
+    panels.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
 ]
 PatternOption = Annotated[
     str | None,
-    help.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
+    panels.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
 ]
-MethodOption = Annotated[str, help.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
+MethodOption = Annotated[str, panels.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    help.SPARSITY(
+    panels.SPARSITY(
         "--damping",
         "SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",
@@ -42,7 +42,7 @@ DampingOption = Annotated[
 ]
 BitsOption = Annotated[
     int | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--bits",
         "Also quantize to 2, 3, 4 or 8 bits, learned together with the sparsity; writes quantized/.",
         metavar="N",
@@ -50,23 +50,23 @@ BitsOption = Annotated[
 ]
 ClipRateOption = Annotated[
     float | None,
-    help.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+    panels.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BesaGroup:
-    """Options of how BESA learns; None where the method's default holds."""
+    """Options of BESA's learning; None stands for the method's default."""
 
     preset: Annotated[
         choices.Preset | None,
-        help.BESA(
+        panels.BESA(
             "--preset", "authors: the settings of the paper's released program; other options that are given win."
         ),
     ] = None
     window: Annotated[
         str | None,
-        help.BESA(
+        panels.BESA(
             "--window",
             "Unit to reconstruct: block, attn-mlp (attention, then MLP), or a number of blocks together.",
             "block",
@@ -75,7 +75,7 @@ class BesaGroup:
     ] = None
     granularity: Annotated[
         str | None,
-        help.BESA(
+        panels.BESA(
             "--granularity",
             "Unit that gets its own sparsity: row, layer (a whole linear), or a number of rows.",
             "row",
@@ -83,11 +83,11 @@ class BesaGroup:
         ),
     ] = None
     importance: Annotated[
-        choices.Importance | None, help.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
+        choices.Importance | None, panels.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
     ] = None
     target: Annotated[
         choices.Target | None,
-        help.BESA(
+        panels.BESA(
             "--target",
             "Output to keep. block: that of the block itself on the pruned inputs; stream: the dense model's.",
             "block",
@@ -95,25 +95,25 @@ class BesaGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        help.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+        panels.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
     ] = None
     epochs: Annotated[
-        int | None, help.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+        int | None, panels.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
     ] = None
     batch_size: Annotated[
-        int | None, help.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+        int | None, panels.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
     ] = None
     optimizer: Annotated[
-        choices.Optimizer | None, help.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
+        choices.Optimizer | None, panels.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
     ] = None
-    lr: Annotated[float | None, help.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
+    lr: Annotated[float | None, panels.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
     d_coef: Annotated[
         float | None,
-        help.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
+        panels.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
     ] = None
     penalty: Annotated[
         float | None,
-        help.BESA(
+        panels.BESA(
             "--penalty",
             "Use a soft sparsity penalty of this weight instead of meeting the budget at every step "
             "(0: meet it only at the end).",
@@ -123,7 +123,7 @@ class BesaGroup:
     ] = None
     candidates: Annotated[
         int | None,
-        help.BESA(
+        panels.BESA(
             "--candidates", "The candidate sparsities are 0, 1/D, 2/D, ... 1.", "100", min=1, max=1000, metavar="D"
         ),
     ] = None
@@ -160,27 +160,27 @@ def prune(
     from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
 
-    others = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
+    rest = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
     request = requests.request(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        options=option_groups.given(**asdict(besa), **others),
+        options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),
     )
     world = process.ranks(context)
     if into.dry_run and world.size > 1:
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
-    with world.main_process_first():  # what it fetches, the others find
+    with world.main_process_first():  # the other ranks then find the model in the cache
         source = models.resolve(model, notify=console.note)
     directory = Run(into.run)
-    made = stage_command.stage(
+    manifest = stage_command.stage(
         request, source, directory, calibration, console,
         restart=into.restart, dry_run=into.dry_run, world=world,
     )  # fmt: skip
-    if made is not None:
-        _show(made, directory, console)
+    if manifest is not None:
+        _show(manifest, directory, console)
 
 
 def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
@@ -188,10 +188,10 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
         return None
     if sparsity is not None:
         raise UsageError(f"--nm {nm} and --sparsity {sparsity} exclude each other", "give one of the two")
-    found = re.fullmatch(r"(\d+):(\d+)", nm)
-    if not found:
+    match = re.fullmatch(r"(\d+):(\d+)", nm)
+    if not match:
         raise UsageError(f"--nm '{nm}' is not an N:M pattern", "2:4 prunes 2 of every 4 columns")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
@@ -205,6 +205,6 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if counts["blocks_kept_uniform"]:
         console.line(
-            f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not beat it there"
+            f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not improve on it"
         )
     console.emit_json({"directory": str(directory), **manifest})

@@ -1,10 +1,10 @@
-"""`besa quantize`: a stage or a dense checkpoint → the same with its linears on a grid."""
+"""`besa quantize`: quantize the linears of a stage or a dense model."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import choices, models
-from besa_cli.commands.shared import calibration_source, help, option_groups, options, stage_command
+from besa_cli.commands.shared import calibration_source, option_groups, options, panels, stage_command
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 from besa_cli.quantizers import QUANTIZERS
@@ -18,19 +18,19 @@ _METHODS = "; ".join(f"{name}: {summary}" for name, summary in QUANTIZERS.items(
 
 ModelOption = Annotated[
     str | None,
-    help.DATA(
+    panels.DATA(
         "--model",
         "Model to quantize as it is: any stage, or a model as for besa prune.",
         "the run's pruned stage",
         metavar="MODEL",
-        callback=options.named,
+        callback=options.require_utf8,
     ),
 ]
-BitsOption = Annotated[int, help.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
-MethodOption = Annotated[str, help.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
+BitsOption = Annotated[int, panels.QUANTIZATION("--bits", "Bits of a weight: 2, 3, 4 or 8.", metavar="N")]
+MethodOption = Annotated[str, panels.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--damping",
         "GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",
@@ -40,7 +40,7 @@ DampingOption = Annotated[
 ]
 SearchOption = Annotated[
     bool | None,
-    help.QUANTIZATION(
+    panels.QUANTIZATION(
         "--search/--no-search", "GPTQ: search the range of each group's grid, or span its extremes.", "--search"
     ),
 ]
@@ -48,11 +48,11 @@ SearchOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ClipGroup:
-    """Options of learned clipping; None where the method's default holds."""
+    """Options of learned clipping; None stands for the method's default."""
 
     target: Annotated[
         choices.Target | None,
-        help.CLIPPING(
+        panels.CLIPPING(
             "--target",
             "Output to keep. block: that of the block itself on the quantized inputs; stream: the source model's.",
             "block",
@@ -60,19 +60,19 @@ class ClipGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        help.CLIPPING(
+        panels.CLIPPING(
             "--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"
         ),
     ] = None
     epochs: Annotated[
-        int | None, help.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
+        int | None, panels.CLIPPING("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
     ] = None
     batch_size: Annotated[
-        int | None, help.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
+        int | None, panels.CLIPPING("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
     ] = None
     lr: Annotated[
         float | None,
-        help.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+        panels.CLIPPING("--lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
     ] = None
 
 
@@ -115,15 +115,15 @@ def quantize(
         calibration_source.refuse_samples(calibration, method)
     directory = Run(into.run)
     source = _source(model, directory, console)
-    made = stage_command.stage(
+    manifest = stage_command.stage(
         request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
     )
-    if made is not None:
-        show(made, directory, console)
+    if manifest is not None:
+        _show(manifest, directory, console)
 
 
 def _source(model: str | None, run: "Run", console: Console) -> "Model":
-    """What is quantized: `--model`, else the run's pruned stage.
+    """Return the model to quantize: `--model`, else the run's pruned stage.
 
     Raises
     ------
@@ -144,31 +144,30 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 
-def show(manifest: "StageManifest", run: "Run", console: Console) -> None:
-    """What a quantized stage came to."""
+def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage("quantized")
     console.line(f"{directory}: {chosen['model']} quantized with {chosen['method']} to {grid_in_words(manifest)}")
     console.line(in_words(counts))
     if kept := counts["blocks_kept_uniform"]:
-        console.line(f"{kept} blocks kept the nearest codes: learning did not beat them there")
+        console.line(f"{kept} blocks kept the nearest codes: learning did not improve on them")
     console.emit_json({"directory": str(directory), **manifest})
 
 
 def grid_in_words(manifest: "StageManifest") -> str:
-    """The grid of a quantized stage."""
+    """Describe the grid of a quantized stage."""
     from besa_cli.ops.affine import Grid
 
     return str(Grid(**manifest["quantization"]))
 
 
 def bits_in_words(counts: "Counts") -> str:
-    """What a weight of a quantized stage takes."""
-    return f"{counts['bits_per_weight']:.3f} bits a weight, scales and, where it saves, a mask included"
+    """Describe the size of a weight of a quantized stage."""
+    return f"{counts['bits_per_weight']:.3f} bits per weight, including scales and, where it saves space, a mask"
 
 
 def in_words(counts: "Counts") -> str:
-    """Counts of a quantized stage in one line."""
+    """Describe the counts of a quantized stage in one line."""
     return (
         f"{bits_in_words(counts)}; "
         f"{counts['pruned']:,} of {counts['weights']:,} weights pruned ({human_share(counts['sparsity'])}), "

@@ -1,4 +1,4 @@
-"""`besa run`: the commands of an experiment file one after the other, and all that was measured in one table."""
+"""`besa run`: run the commands of experiment files one after another, then show all results in one table."""
 
 import os
 import shlex
@@ -15,15 +15,15 @@ from besa_cli.commands.shared import config_file, options
 from besa_cli.console import Console
 from besa_cli.errors import BesaError, Interrupted, UsageError
 
-# With -P nothing is imported from the current directory, where experiments of others lie. The place of this very
-# program comes last, for one that is not installed.
+# With -P nothing is imported from the current directory, which may hold files of others. The directory of this program
+# comes last on the path: it is needed only if the program is not installed.
 _PACKAGES = str(Path(__file__).parents[2])
 _BESA = "import sys; sys.path.append(sys.argv.pop(1)); from besa_cli.app import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A file, the commands it has sections for, and the run directory that they all work on."""
+    """Experiment file, the commands that it has sections for, and the run directory of all of them."""
 
     file: Path
     commands: tuple[str, ...]
@@ -35,7 +35,7 @@ def run(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE.yaml...", callback=options.expanded, help="Experiment files, run one after another."
+            metavar="FILE.yaml...", callback=options.expand_home, help="Experiment files, run one after another."
         ),
     ],
     data_dir: options.DataDirOption = None,
@@ -51,14 +51,14 @@ def run(
     """
     console = Console(json=as_json)
     experiments = [_read(context, file) for file in files]
-    _refuse_shared(experiments)
+    _require_own_runs(experiments)
     environment = {**os.environ, **({} if data_dir is None else {"BESA_DATA": str(data_dir)})}
     for experiment in experiments:
         for command in experiment.commands:
             words = [*command.split(), "--config", str(experiment.file)]
             console.note(f"besa {shlex.join(words)}")
             _call(words, environment, silent=as_json)
-    measured = [str(each.run) for each in experiments if any((each.run / "eval").glob("*.json"))]
+    measured = [str(experiment.run) for experiment in experiments if any((experiment.run / "eval").glob("*.json"))]
     if measured:
         _call(["eval", "compare", *measured, "--format", "json" if as_json else "table"], environment)
     else:
@@ -66,43 +66,48 @@ def run(
 
 
 def _read(context: typer.Context, file: Path) -> Experiment:
-    """Every section parsed as its command would parse it, before any of them runs."""
+    """Parse every section as its command would, before any of them runs."""
     _, sections = config_file.read(file)
     if not sections:
-        raise UsageError(f"{file} has no sections", "write 'prune:' with options below it, then 'eval ppl:' and others")
+        raise UsageError(f"{file} has no sections", "write 'prune:' with options below it, then 'eval ppl:' and so on")
     runs: dict[str, Path] = {}
     for name, section in sections.items():
         place = f"in {file}, line {section.line}"
         command = config_file.command(context, name, place)
         if not {"config", "run"} <= {parameter.name for parameter in command.params}:
-            raise UsageError(f"'{name}' {place} cannot be part of an experiment", "prune, eval ppl and others can")
+            raise UsageError(
+                f"'{name}' {place} cannot be part of an experiment",
+                "use commands with --run, such as prune and eval ppl",
+            )
         root = type(context)(context.find_root().command, info_name="besa")
         parsed = command.make_context(name, ["--config", str(file)], parent=root)
         runs[name] = parsed.params["run"] or options.DEFAULT_RUN
     if len(set(runs.values())) > 1:
-        named = ", ".join(f"{name}: {place}" for name, place in runs.items())
-        raise UsageError(f"{file} names several run directories ({named})", "write 'run:' once, above the sections")
+        listed = ", ".join(f"{name}: {directory}" for name, directory in runs.items())
+        raise UsageError(f"{file} names several run directories ({listed})", "write 'run:' once, above the sections")
     return Experiment(file, tuple(sections), next(iter(runs.values())))
 
 
-def _refuse_shared(experiments: Sequence[Experiment]) -> None:
+def _require_own_runs(experiments: Sequence[Experiment]) -> None:
     owners: dict[Path, Path] = {}
     for experiment in experiments:
         other = owners.setdefault(experiment.run.resolve(), experiment.file)
         if other is not experiment.file:
             raise UsageError(
                 f"{other} and {experiment.file} both work on {experiment.run}",
-                "write 'run: DIR' in each file, another for each, and unset BESA_RUN",
+                "write 'run: DIR' with a different directory in each file, and unset BESA_RUN",
             )
 
 
 def _call(words: Sequence[str], environment: Mapping[str, str], *, silent: bool = False) -> None:
-    """Run one command in a process of its own, which gives back all its memory.
+    """Run one command in a separate process, whose memory is all freed at its end.
 
     Raises
     ------
     typer.Exit
-        It failed, and has said why; its exit code is passed on.
+        The command failed and has shown why; its exit code is passed on.
+    BesaError
+        A signal killed it.
     """
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", _BESA, _PACKAGES, *words],
@@ -112,16 +117,16 @@ def _call(words: Sequence[str], environment: Mapping[str, str], *, silent: bool 
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        _end(process)
-        raise Interrupted("run the same command again: what is finished is not done anew") from None
+        _wait_or_terminate(process)
+        raise Interrupted("run the same command again to resume") from None
     if code < 0:
-        raise BesaError(f"besa {words[0]} was killed by signal {-code}", "run the same command again to go on")
+        raise BesaError(f"besa {words[0]} was killed by signal {-code}", "run the same command again to resume")
     if code:
         raise typer.Exit(code)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ctrl-C reached the command, too; a signal to this process alone did not."""
+def _wait_or_terminate(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for the command to end; terminate it if the interrupt reached only this process (Ctrl-C reaches both)."""
     try:
         process.wait(0.5)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""`besa show`: what is in a directory, who made it, how sparse is each linear."""
+"""`besa show`: contents of a directory, the commands that made it, and the sparsity of each linear."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besa_cli.commands import quantize as quantized
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_bytes, human_share, short_names
 from besa_cli.errors import BesaError
 
@@ -23,14 +23,14 @@ def show(
         Path | None,
         typer.Argument(
             metavar="DIR",
-            callback=options.directories,
+            callback=options.expand_utf8,
             help="Run directory, stage or any other checkpoint.",
             show_default="the run directory",
         ),
     ] = None,
     run: options.RunOption = options.DEFAULT_RUN,
     config: Annotated[
-        bool, help.OUTPUT("--config", "Print the options that made it as YAML, for --config of the same command.")
+        bool, panels.OUTPUT("--config", "Print the options that made it as YAML, for --config of the same command.")
     ] = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -48,49 +48,49 @@ def show(
     from besa_cli.checkpoint.runs import Run
 
     console = Console(json=as_json)
-    place = directory if directory is not None else run
-    kind = inspection.kind_of(place)
+    shown = directory if directory is not None else run
+    kind = inspection.kind_of(shown)
     if config:
-        _print_config(_made(place) if kind == "run" else place, console)
+        _print_config(_newest_part(shown) if kind == "run" else shown, console)
         return
-    facts: dict[str, Any] = {"directory": str(place), "kind": kind}
+    facts: dict[str, Any] = {"directory": str(shown), "kind": kind}
     if kind == "run":
-        facts |= _show_run(Run(place), console)
+        facts |= _show_run(Run(shown), console)
     elif kind == "calibration":
-        facts |= _show_calibration(place, console)
+        facts |= _show_calibration(shown, console)
     elif kind == "export":
-        facts |= _show_export(place, console)
+        facts |= _show_export(shown, console)
     else:
-        facts |= _show_model(place, console)
+        facts |= _show_model(shown, console)
     console.emit_json(facts)
 
 
-def _made(run: Path) -> Path:
-    """The newest thing in a run that options made: a stage, else the calibration set."""
+def _newest_part(run: Path) -> Path:
+    """Return the directory of the newest stage of a run, else of its calibration set."""
     from besa_cli.checkpoint import inspection
     from besa_cli.checkpoint.manifests import MANIFEST
     from besa_cli.checkpoint.runs import Run
 
-    there = [
+    parts = [
         path for path in (Run(run).calibration, *inspection.stage_directories(Run(run))) if (path / MANIFEST).exists()
     ]
-    if not there:
-        raise BesaError(f"{run} holds no stage and no calibration set", "make one: besa prune")
-    return there[-1]
+    if not parts:
+        raise BesaError(f"{run} has no stage and no calibration set", "make one: besa prune")
+    return parts[-1]
 
 
-def _print_config(place: Path, console: Console) -> None:
+def _print_config(directory: Path, console: Console) -> None:
     import yaml
 
     from besa_cli.checkpoint import inspection, manifests
 
-    if (place / manifests.EXPORT).exists():
-        raise BesaError(f"{place} is an export and no stage", f"what made it is in {place / manifests.EXPORT}")
-    if not (place / manifests.MANIFEST).exists():
+    if (directory / manifests.EXPORT).exists():
+        raise BesaError(f"{directory} is an export, not a stage", f"its options are in {directory / manifests.EXPORT}")
+    if not (directory / manifests.MANIFEST).exists():
         raise BesaError(
-            f"{place} was not made by besa: it has no {manifests.MANIFEST}", "name a stage: besa show --config DIR"
+            f"{directory} was not made by besa: it has no {manifests.MANIFEST}", "name a stage: besa show --config DIR"
         )
-    manifest = manifests.read(place)
+    manifest = manifests.read(directory)
     values = inspection.options_to_repeat(manifest)
     text = yaml.safe_dump({name.replace("_", "-"): value for name, value in values.items()}, sort_keys=False)
     console.text(f"# besa {manifest['command']} --config FILE.yaml\n{text.rstrip()}")
@@ -179,29 +179,29 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _grid(manifest: "StageManifest") -> str:
-    """The grid of a quantized stage and, once it is complete, what a weight takes on it."""
+    """Describe the grid of a quantized stage and, once it is complete, the bits per weight."""
     grid, counts = quantized.grid_in_words(manifest), manifest.get("counts")
     return f"{grid}: {quantized.bits_in_words(counts)}" if counts else grid
 
 
 def _packed(manifest: "StageManifest | None", directory: Path) -> str:
-    """What the tensors of a quantized stage would take with its linears packed."""
+    """Describe the size of a quantized stage with its linears packed."""
     from besa_cli.checkpoint import inspection
 
     if manifest is None or "bits" not in manifest.get("counts", {}):
         return ""
-    whole = inspection.packed_size(directory, manifest["counts"])
-    return f"; {human_bytes(whole)} with the quantized linears packed"
+    packed = inspection.packed_size(directory, manifest["counts"])
+    return f"; {human_bytes(packed)} with the quantized linears packed"
 
 
 def _title(manifest: "StageManifest | None") -> str:
     if manifest is None:
         return "checkpoint that besa did not make"
     origin = manifest["model"]
-    what = f"{manifest['stage']} stage of {origin['name']}"
+    title = f"{manifest['stage']} stage of {origin['name']}"
     if manifest["status"] == "complete":
-        return f"{what}, complete"
-    return f"{what}, unfinished"
+        return f"{title}, complete"
+    return f"{title}, unfinished"
 
 
 def _show_history(manifest: "StageManifest", directory: Path, console: Console) -> None:
@@ -215,16 +215,16 @@ def _show_history(manifest: "StageManifest", directory: Path, console: Console) 
         console.line(f"  made by: {line}")
         return
     stage = Stage(directory, int(manifest["blocks"]))
-    console.line(f"  {stage.finished()} of {stage.blocks} blocks are done; to go on: {line}")
+    console.line(f"  {stage.finished()} of {stage.blocks} blocks are done; to resume: {line}")
 
 
 def _run_of(directory: Path) -> Path | None:
-    """What `--run` has to be for a part of a run directory; None for the default."""
+    """Return the value of `--run` for a part of a run directory; None for the default."""
     return None if directory.parent == options.DEFAULT_RUN else directory.parent
 
 
 def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
-    """One row a block: the share of zeros in each linear and in all, and the errors of the block's report."""
+    """Print a row for each block: the share of zeros in each linear and in all, and the errors of its report."""
     labels = list(dict.fromkeys(_label(linear.name) for block in counts for linear in block.linears))
     reported = any(block.report is not None for block in counts)
     rows = []
@@ -234,11 +234,11 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
             errors = (block.report.error_before, block.report.error_after) if block.report else (None, None)
             row += ["-" if error is None else f"{error:.2e}" for error in errors]
         rows.append(row)
-    everything = [linear for block in counts for linear in block.linears]
-    rows.append(["all", *_shares(labels, everything), *(["-", "-"] if reported else [])])
+    linears = [linear for block in counts for linear in block.linears]
+    rows.append(["all", *_shares(labels, linears), *(["-", "-"] if reported else [])])
     columns = ["block", *short_names(labels), "all", *(["error before", "error after"] if reported else [])]
     console.table("", columns, rows)
-    total = _sum(everything)
+    total = _sum(linears)
     weights, zeros, pruned = total["weights"], total["zeros"], total["pruned"]
     if not weights:
         return
@@ -257,15 +257,15 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
 
 
 def _label(linear: str) -> str:
-    """The linear's name with all experts under one: `mlp.experts.3.up_proj` → `mlp.experts.*.up_proj`."""
+    """Merge the names of experts: return `mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
     return re.sub(r"\.\d+\.", ".*.", linear)
 
 
 def _shares(labels: Sequence[str], linears: "Sequence[LinearCount]") -> list[str]:
-    """Zeros in percent for each label, and for all."""
+    """Return the zeros in percent for each label, and for all."""
     groups = [[linear for linear in linears if _label(linear.name) == label] for label in labels]
     sums = [_sum(group) for group in (*groups, linears)]
-    return [f"{100 * each['zeros'] / each['weights']:.2f}" if each["weights"] else "-" for each in sums]
+    return [f"{100 * total['zeros'] / total['weights']:.2f}" if total["weights"] else "-" for total in sums]
 
 
 def _sum(linears: "Sequence[LinearCount]") -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""`besa simulate`: what a sparse accelerator would make of the pruned model."""
+"""`besa simulate`: cycles of the pruned model on a sparse accelerator."""
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.simulation_tables import show
 from besa_cli.console import Console
@@ -19,7 +19,7 @@ _DATAFLOWS = "; ".join(f"{name}: {summary}" for name, summary in DATAFLOWS.items
 
 FuncOption = Annotated[
     str,
-    help.SIMULATION(
+    panels.SIMULATION(
         "--func",
         "q, k, v, o, gate, up, down (qkv, gate_up where fused), attn, mlp, model, or the name of a linear; "
         "dense: cycles of the dense model; sparsity: smallest, mean and largest sparsity.",
@@ -27,11 +27,11 @@ FuncOption = Annotated[
     ),
 ]
 DataflowOption = Annotated[
-    list[str] | None, help.SIMULATION("--dataflow", f"{_DATAFLOWS}. Repeatable.", "vitcod", metavar="NAME")
+    list[str] | None, panels.SIMULATION("--dataflow", f"{_DATAFLOWS}. Repeatable.", "vitcod", metavar="NAME")
 ]
 AcceleratorOption = Annotated[
     str,
-    help.SIMULATION(
+    panels.SIMULATION(
         "--accelerator",
         "besa (64 x 64 elements, as in the paper's table), vitcod (64 x 8), or a TOML file in their format.",
         metavar="NAME|FILE",
@@ -40,27 +40,27 @@ AcceleratorOption = Annotated[
 ]
 ThresholdOption = Annotated[
     float,
-    help.SIMULATION("--threshold", "A column that keeps more than this share is a denser column.", metavar="SHARE"),
+    panels.SIMULATION("--threshold", "A column that keeps more than this share is a denser column.", metavar="SHARE"),
 ]
 SearchOption = Annotated[
-    bool, help.SIMULATION("--search/--no-search", "Adjust vitcod's threshold as the released program does.")
+    bool, panels.SIMULATION("--search/--no-search", "Adjust vitcod's threshold as the released program does.")
 ]
-BatchOption = Annotated[int, help.SIMULATION("--batch", "Inputs processed together.", metavar="N")]
+BatchOption = Annotated[int, panels.SIMULATION("--batch", "Inputs processed together.", metavar="N")]
 BitsOption = Annotated[
-    int | None, help.SIMULATION("--word-bits", "Bits of a stored weight.", "the accelerator's: 8", metavar="N")
+    int | None, panels.SIMULATION("--word-bits", "Bits of a stored weight.", "the accelerator's: 8", metavar="N")
 ]
 BlocksOption = Annotated[
     bool | None,
-    help.OUTPUT("--by-block/--mean", "A line for each block, or only the means.", "by block for a single linear"),
+    panels.OUTPUT("--by-block/--mean", "A line for each block, or only the means.", "by block for a single linear"),
 ]
-CsvOption = Annotated[bool, help.OUTPUT("--csv", "Print CSV: a line for each block, linear and dataflow.")]
+CsvOption = Annotated[bool, panels.OUTPUT("--csv", "Print CSV: a line for each block, linear and dataflow.")]
 PlotOption = Annotated[
     Path | None,
-    help.OUTPUT(
+    panels.OUTPUT(
         "--plot",
         "Draw cycles, speed-up and columns into a .png, .svg or .pdf file.",
         metavar="FILE",
-        callback=options.expanded,
+        callback=options.expand_home,
     ),
 ]
 
@@ -90,7 +90,7 @@ def simulate(
         besa simulate --accelerator vitcod --plot cycles.svg
     """
     if as_csv and as_json:
-        raise UsageError("--csv and --json cannot both be printed", "give one of them")
+        raise UsageError("--csv and --json exclude each other", "give one of them")
     console = Console(json=as_json)
     from besa_cli import sim
     from besa_cli.sim import accelerator as accelerators
@@ -110,48 +110,48 @@ def simulate(
     if plot is not None:
         plots.require(plot)
     subject = subjects.find(model, run, console, baseline=False)
-    found = _simulated(subject.directory, request, console)
-    record = _kept(subject, found, request, console)
+    costs = _simulate(subject.directory, request, console)
+    record = _store(subject, costs, request, console)
     if as_csv:
-        _print_csv(found, console)
+        _print_csv(costs, console)
     else:
-        show(found, request, console, by_block=by_block)
+        show(costs, request, console, by_block=by_block)
     if plot is not None:
-        plots.draw(found, request, plot, title=subject.name)
+        plots.draw(costs, request, plot, title=subject.name)
         console.note(f"drawn: {plot}")
     console.emit_json({"model": subject.name, "directory": str(subject.directory), **record})
 
 
-def _simulated(directory: Path, request: "SimulationRequest", console: Console) -> "list[BlockCost]":
+def _simulate(directory: Path, request: "SimulationRequest", console: Console) -> "list[BlockCost]":
     from besa_cli.checkpoint import inspection
     from besa_cli.simulation.run import blocks, chosen
 
-    wanted = chosen(request.func, directory)
+    linears = chosen(request.func, directory)
     total = inspection.number_of_blocks(directory)
-    found = []
+    costs = []
     with console.blocks("simulating", total) as progress:
-        for number, block in enumerate(blocks(directory, request, wanted), start=1):
+        for number, block in enumerate(blocks(directory, request, linears), start=1):
             progress.step(number, total, "block")
-            found.append(block)
-    return found
+            costs.append(block)
+    return costs
 
 
-def _kept(
-    subject: "Subject", found: "list[BlockCost]", request: "SimulationRequest", console: Console
+def _store(
+    subject: "Subject", costs: "list[BlockCost]", request: "SimulationRequest", console: Console
 ) -> dict[str, Any]:
-    """The record; of a run's stage it is written into the run as well."""
+    """Return the record; write it into the run directory if the subject is a stage of a run."""
     from besa_cli.checkpoint.runs import Run
     from besa_cli.simulation import record
 
-    made = record.record(found, request)
+    result = record.record(costs, request)
     if subject.results is not None:
         model = {"name": subject.name, "directory": str(subject.directory)}
-        record.save(made, Run(subject.results.parent), model, subjects.digest(subject))
-    return made
+        record.save(result, Run(subject.results.parent), model, subjects.digest(subject))
+    return result
 
 
-def _print_csv(found: "list[BlockCost]", console: Console) -> None:
+def _print_csv(costs: "list[BlockCost]", console: Console) -> None:
     from besa_cli.evaluation import comparison
     from besa_cli.simulation import record
 
-    console.text(comparison.comma_separated(*record.rows(found)))
+    console.text(comparison.comma_separated(*record.rows(costs)))

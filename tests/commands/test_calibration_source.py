@@ -37,7 +37,7 @@ def test_a_finished_set_and_options_that_draw_one_exclude_each_other(
     [
         (CalibrationRequest(shared=Path("set"), samples=4), "--calibration set"),
         (CalibrationRequest(data=["c4", "ptb"]), "--data c4 ptb"),
-        (CalibrationRequest(pack=False), "--pack False"),
+        (CalibrationRequest(pack=False), "--no-pack"),
     ],
 )
 def test_a_method_without_samples_refuses_options_that_draw_them(request_: CalibrationRequest, said: str) -> None:

@@ -111,8 +111,8 @@ def test_an_unknown_option_names_file_line_and_the_nearest(config: Callable[[str
         ("sparsity\n", 1, "not a mapping"),
         ("sparsity: 0.5\n  device: [\n", 2, "broken YAML"),
         ("sparsity: 0.5\nbatch-size: 1\nbatch_size: 2\n", 3, "is given twice"),
-        ("sparsity: 0.5\ndata: {a: b}\n", 2, "no list of words"),
-        ("device: [cpu]\n", 1, "is no word"),
+        ("sparsity: 0.5\ndata: {a: b}\n", 2, "is not a list of words"),
+        ("device: [cpu]\n", 1, "is not a single word"),
         ("\nconfig: other.yaml\n", 2, "unknown option 'config'"),
         ("device: !!python/object/apply:os.getcwd []\n", 1, "broken YAML"),
         ("device: !!python/name:os.system ''\n", 1, "broken YAML"),
@@ -121,9 +121,9 @@ def test_an_unknown_option_names_file_line_and_the_nearest(config: Callable[[str
         ("data: [a, !!binary eA==]\n", 1, "broken YAML"),
         ("run: r\n? [a, b]\n: c\n", 2, "cannot be the name of an option"),
         (f"{'a' * 500}: c\n", 1, "cannot be the name of an option"),
-        ("data: [[a]]\n", 1, "no list of words"),
-        ("data: &a [*a]\n", 1, "no list of words"),
-        ("run: r\ndata: {<<: [{a: b}]}\n", 2, "no list of words"),
+        ("data: [[a]]\n", 1, "is not a list of words"),
+        ("data: &a [*a]\n", 1, "is not a list of words"),
+        ("run: r\ndata: {<<: [{a: b}]}\n", 2, "is not a list of words"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_one_line(config: Callable[[str], str], text: str, line: int, what: str) -> None:
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[" * 100_000, "data: " + "[" * 100_000, "a: {" * 50_000])
 def test_nests_without_end_are_one_line(config: Callable[[str], str], text: str) -> None:
     path = config(text)
-    with pytest.raises(UsageError, match=f"{path}.* (lists within lists|broken YAML)"):
+    with pytest.raises(UsageError, match=f"{path}.* (lists are nested|broken YAML)"):
         verb("--config", path)
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from besa_cli.app import app
-from besa_cli.commands.shared import help
+from besa_cli.commands.shared import panels
 
 Besa = Callable[..., Any]  # conftest.Outcome
 
@@ -81,15 +81,15 @@ def test_the_help_fits_the_terminal_and_states_no_default_that_is_none(
 def test_every_option_is_in_its_panel_and_shown_once(name: str, besa: Besa) -> None:
     command = dict(commands(get_command(app)))[name]
     shown = sections(besa(*name.split()[1:], "--help").out)
-    panels = {value.title for value in vars(help).values() if isinstance(value, help.Panel)}
-    assert set(shown) - {"Arguments", "Examples"} <= panels
+    titles = {value.title for value in vars(panels).values() if isinstance(value, panels.Panel)}
+    assert set(shown) - {"Arguments", "Examples"} <= titles
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     for option in options:
-        assert option.rich_help_panel in panels, option.opts
+        assert option.rich_help_panel in titles, option.opts
         places = [title for title, lines in shown.items() for line in lines if line.split()[:1] == option.opts]
         assert places == [option.rich_help_panel], option.opts
     assert [line.split()[0] for line in shown["Output"] if line.startswith("--")][-1] == "--help"
-    lines = [line for title in set(shown) & panels for line in shown[title] if line.startswith("--")]
+    lines = [line for title in set(shown) & titles for line in shown[title] if line.startswith("--")]
     assert len(lines) == len(options) + 1  # --help
 
 
@@ -115,5 +115,5 @@ def test_lists_of_commands_show_whole_sentences(besa: Besa) -> None:
 
 def test_examples_are_the_lines_below_their_title() -> None:
     text = "Do it.\n\nMore of it.\n\nExamples:\n\n    besa one\n    besa two --three\n"
-    assert help.examples(text) == ["besa one", "besa two --three"]
-    assert help.examples("Do it.") == help.examples(None) == []
+    assert panels.examples(text) == ["besa one", "besa two --three"]
+    assert panels.examples("Do it.") == panels.examples(None) == []

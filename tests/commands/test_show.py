@@ -154,7 +154,7 @@ def test_an_unfinished_stage_says_how_far_it_is_and_how_to_go_on(besa: Besa, sou
     directory = stage(Path("runs/one"), source, blocks=1)
     out = besa("show", directory).out
     assert "unfinished" in out
-    assert "1 of 2 blocks are done; to go on: besa prune --model some/model" in out
+    assert "1 of 2 blocks are done; to resume: besa prune --model some/model" in out
     assert "--run runs/one" in out
     assert "27 were pruned (50.00 %)" in out
 

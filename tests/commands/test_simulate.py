@@ -389,7 +389,7 @@ def test_what_cannot_be_simulated_is_one_line_with_a_remedy(
         (("--threshold", "50"), 2, "--threshold 50.0 is not a share of the rows"),
         (("--batch", "0"), 2, "--batch 0 is not a number of inputs"),
         (("--word-bits", "99"), 2, "--word-bits 99 is not a width of a weight"),
-        (("--csv", "--json"), 2, "--csv and --json cannot both be printed"),
+        (("--csv", "--json"), 2, "--csv and --json exclude each other"),
         (("--plot", "p.bmp"), 2, "--plot p.bmp is not a picture file"),
         (("--plot", "gone/p.png"), 1, "cannot write gone/p.png: the directory gone does not exist"),
         (("--model", "half"), 1, f"{workplace}/half/model.safetensors is"),

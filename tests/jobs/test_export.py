@@ -245,7 +245,7 @@ def test_sizes_are_those_of_the_files(runs: Callable[..., Run], tmp_path: Path) 
         (("--format", "onnx"), 2, "unknown format 'onnx'"),
         (("--format", "sparse", "--dtype", "float16"), 2, "--dtype is not an option of --format sparse"),
         (("--format", "hf", "--type", "F16"), 2, "--type is not an option of --format hf"),
-        (("--shard-size", "big"), 2, "--shard-size 'big' is no size"),
+        (("--shard-size", "big"), 2, "--shard-size 'big' is not a size"),
         (("--shard-size", "9" * 400 + "GB"), 2, "9GB' is too large"),
         (("--run", "nowhere"), 1, "no run directory nowhere"),
     ],

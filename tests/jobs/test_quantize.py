@@ -199,7 +199,7 @@ def test_the_command_line(besa: Besa, tmp_path: Path) -> None:
     assert made["quantization"] == {"bits": 3, "group_size": None, "symmetric": False}
     shown = besa("show", "run/quantized")
     assert "3 bits in channels, asymmetric" in shown.out
-    assert f"{made['counts']['bits_per_weight']:.3f} bits a weight" in shown.out
+    assert f"{made['counts']['bits_per_weight']:.3f} bits per weight" in shown.out
     assert "--asymmetric" in shown.out
     again = besa("quantize", "--bits", 3, "--group-size", "channel", "--asymmetric", "--run", "run")
     assert "run/quantized is finished already" in again.err

@@ -1,4 +1,4 @@
-"""The calibration set that a command works with: shared, the run's own, or made now."""
+"""Choice of the calibration set: the one of `--calibration`, the one in the run directory, or a new one."""
 
 from typing import TYPE_CHECKING
 
@@ -22,35 +22,59 @@ def calibration(
     restart: bool,
     keep: bool = True,
 ) -> "CalibrationSet":
-    """The set of `--calibration`, or of the run directory; made now where there is none, and kept there."""
+    """Return the calibration set of `--calibration` or of the run directory; without one, draw it.
+
+    Parameters
+    ----------
+    model : Model
+        Its tokenizer and limits are used.
+    run : Run
+        Directory that a new set is written to.
+    request : CalibrationRequest
+    console : Console
+    restart : bool
+        Replace the set in the run directory if options say which samples to draw.
+    keep : bool, default=True
+        Write a new set.
+
+    Raises
+    ------
+    UsageError
+        Options to draw samples beside `--calibration`.
+    BesaError
+        The set does not fit the model or the options, or cannot be drawn.
+    """
     from besa_cli.calibration import calibration_set as sets
     from besa_cli.calibration import prepare
 
     if keep:
         sets.recover(run.calibration)
-    given = list(request.given())
+    names = list(request.given())
     if request.shared is not None:
-        if given:
+        if names:
             raise UsageError(
-                f"--calibration {request.shared} and --{given[0]} exclude each other",
-                "the set was drawn with options of its own",
+                f"--calibration {request.shared} and --{names[0]} exclude each other",
+                "leave one out: the set has its own samples",
             )
         return prepare.reuse(model, request.shared)
-    if not given and (run.calibration / MANIFEST).exists():
+    if not names and (run.calibration / MANIFEST).exists():
         return prepare.reuse(model, run.calibration)
     drawn = prepare.calibration_options(model, request, console.note)
     return prepare.calibrate(model, drawn, run.calibration, request.data_dir, console.note, restart=restart, keep=keep)
 
 
 def refuse_samples(request: CalibrationRequest, method: str) -> None:
-    """Refuse options that say where samples come from, for a method that observes none.
+    """Refuse options that choose calibration samples, for a method that uses none.
 
     Raises
     ------
     UsageError
-        There is such an option.
+        Such an option is given.
     """
     shared = {} if request.shared is None else {"calibration": request.shared}
     for name, value in {**shared, **request.given()}.items():
-        said = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
-        raise UsageError(f"{said} has no effect with --method {method}, which uses no samples", "leave it out")
+        if isinstance(value, bool):
+            option = f"--{name}" if value else f"--no-{name}"
+        else:
+            option = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+        raise UsageError(f"{option} has no effect with --method {method}, which uses no samples", "leave it out")

@@ -1,4 +1,4 @@
-"""`--config FILE.yaml`: options of a command, or of the several commands of an experiment; what is typed wins."""
+"""Files of `--config`: options of one command, or of the commands of an experiment; typed options win."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,18 +15,18 @@ from besa_cli.system import disk
 
 _NULL = "tag:yaml.org,2002:null"
 _TAGS = {_NULL, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))}
-_FORM = "write one 'option: value' a line"
+_FORM = "write one 'option: value' per line"
 _LARGEST = 1 << 18  # bytes of a file
 _LONGEST = 80  # characters of an option's or a command's name
 
-# Consent to publish is typed. What a file may say of these, and what not, by the option's name.
+# Consent to publish must be typed: the values that a file may give these options.
 _CONSENT = {"push-to": (None,), "yes": (None,), "public": (None,), "private": (None, "true", "yes", "on", "1")}
 
 
 class _AsTyped(yaml.SafeLoader):
-    """YAML whose scalars stay the characters in the file, so that they are read as if typed.
+    """YAML loader that keeps scalars as the characters in the file, as if they were typed.
 
-    (YAML 1.1 would make 124 of `nm: 2:4` and False of `data: no`.) An empty value, `~` and `null` mean "not given".
+    YAML 1.1 would read `nm: 2:4` as 124 and `data: no` as False. An empty value, `~` and `null` mean "not given".
     """
 
 
@@ -38,7 +38,7 @@ _AsTyped.yaml_implicit_resolvers = {
 
 @dataclass(frozen=True)
 class ConfigEntry:
-    """One option in a file."""
+    """Option in a file, with its line."""
 
     name: str
     value: Any
@@ -46,29 +46,29 @@ class ConfigEntry:
 
     @property
     def option(self) -> str:
-        """The option's long name without its dashes."""
+        """Long name of the option without its dashes."""
         return self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Section:
-    """The options of one command."""
+    """Options of one command in a file."""
 
     line: int
     entries: list[ConfigEntry] = field(default_factory=list)
 
 
 def apply(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the values in a YAML file the defaults of the command that is being parsed (an eager option's callback).
+    """Make the values in a YAML file the defaults of the command that is being parsed; callback of an eager option.
 
-    What is typed goes before an environment variable, that before the file, and that before the default. Keys are the
-    options' long names, with ``-`` or ``_``. A key whose value is a mapping is a section: it names a command
-    (``prune``, ``eval ppl``), and what it holds is for that command alone.
+    Typed options win over environment variables, those over the file, and the file over the defaults. Keys are the
+    long names of options, with ``-`` or ``_``. A key whose value is a mapping is a section: it names a command
+    (``prune``, ``eval ppl``) and holds options of that command only.
 
     Raises
     ------
     UsageError
-        The file cannot be read, is no mapping of options to values, or names an option or a command that is not there.
+        The file cannot be read, is not a mapping of options to values, or names an unknown option or command.
     """
     if path is None or context.resilient_parsing:
         return path
@@ -87,13 +87,13 @@ def apply(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def read(path: Path) -> tuple[list[ConfigEntry], dict[str, Section]]:
-    """What a file says for all commands, and its sections by the names of their commands, in the file's order.
+    """Read a file: the options for all commands, and the sections by the names of their commands, in the file's order.
 
     Raises
     ------
     UsageError
-        The file cannot be read, is broken, consents to publish a model, or names one model for all sections: an `eval`
-        would measure that model instead of what `prune` made of it.
+        The file cannot be read, is broken, consents to publish a model, or names one model for all sections: `eval`
+        would then measure that model instead of the pruned one.
     """
     shared, sections = [], {}
     with _explained(path):
@@ -102,39 +102,48 @@ def read(path: Path) -> tuple[list[ConfigEntry], dict[str, Section]]:
             if not isinstance(node, yaml.MappingNode):
                 shared.append(entry)
             elif entry.name in sections:
-                raise UsageError(f"section '{entry.name}' is given twice in {path}, line {entry.line}", "join the two")
+                raise UsageError(f"section '{entry.name}' is given twice in {path}, line {entry.line}", "merge the two")
             else:
                 sections[entry.name] = Section(entry.line, [_entry(name, value, path) for name, value in node.value])
     for entry in shared:
         if sections and entry.option == "model":
             raise UsageError(
-                f"'model' stands outside of the sections in {path}, line {entry.line}", "move it into 'prune:'"
+                f"'model' stands outside the sections in {path}, line {entry.line}", "move it into 'prune:'"
             )
     return shared, sections
 
 
 def command(context: typer.Context, name: str, place: str) -> Any:
-    """The command with this name (``prune``, ``eval ppl``).
+    """Return the command with this name (``prune``, ``eval ppl``).
+
+    Parameters
+    ----------
+    context : Context
+        Of any command of the program.
+    name : str
+    place : str
+        File and line of the name, for the error.
 
     Raises
     ------
     UsageError
-        There is none; `place` says where the name stands.
+        The name is unknown, or that of a group of commands.
     """
-    found = context.find_root().command
+    current = context.find_root().command
     for word in name.split() or [name]:
-        known = getattr(found, "commands", {})
+        known = getattr(current, "commands", {})
         if word not in known:
             error = unknown("command", name, _names(context.find_root().command))
             raise UsageError(f"{error.message} {place}", error.hint)
-        found = known[word]
-    if hasattr(found, "commands"):
-        raise UsageError(f"'{name}' {place} is several commands", f"name one: {', '.join(_names(found, f'{name} '))}")
-    return found
+        current = known[word]
+    if hasattr(current, "commands"):
+        members = ", ".join(_names(current, f"{name} "))
+        raise UsageError(f"'{name}' {place} is a group of commands", f"name one of them: {members}")
+    return current
 
 
 def origin(context: typer.Context, name: str) -> str:
-    """Where a parameter's value came from, if it was a configuration file: `` (from FILE)``, else nothing."""
+    """Return `` (from FILE)`` if a parameter's value came from a configuration file, else an empty string."""
     source = context.get_parameter_source(name)
     if source is None or source.name != "DEFAULT_MAP":
         return ""
@@ -142,15 +151,15 @@ def origin(context: typer.Context, name: str) -> str:
 
 
 def _names(group: Any, prefix: str = "") -> list[str]:
-    """The names of all commands below a group."""
-    found: list[str] = []
+    """Return the names of all commands below a group."""
+    names: list[str] = []
     for name, below in getattr(group, "commands", {}).items():
-        found += _names(below, f"{prefix}{name} ") if hasattr(below, "commands") else [prefix + name]
-    return found
+        names += _names(below, f"{prefix}{name} ") if hasattr(below, "commands") else [prefix + name]
+    return names
 
 
 def _values(parameters: Mapping[str, Any], entries: Iterable[ConfigEntry], path: Path) -> dict[str, Any]:
-    """What the entries give the parameters, by the parameters' names."""
+    """Return the values of the entries by the names of their parameters."""
     values: dict[str, Any] = {}
     for entry in entries:
         place = f"in {path}, line {entry.line}"
@@ -178,21 +187,22 @@ def _fits(value: object, parameter: Any) -> bool:
 
 
 def _unfit(name: str, place: str, parameter: Any) -> UsageError:
-    return UsageError(f"the value of '{name}' {place} is no {'list of words' if _takes_many(parameter) else 'word'}")
+    kind = "a list of words" if _takes_many(parameter) else "a single word"
+    return UsageError(f"the value of '{name}' {place} is not {kind}")
 
 
 def _parameters(command: Any) -> dict[str, Any]:
-    """Every parameter of the command by the long name of its option (an argument: its own name)."""
-    found = {}
+    """Return the parameters of a command, without `--config`, by the long name of the option or the argument's name."""
+    parameters = {}
     for parameter in command.params:
         long = [opt for opt in parameter.opts if opt.startswith("--")]
         name = long[0] if long else parameter.name
-        found[name.lstrip("-").replace("_", "-")] = parameter
-    return {name: parameter for name, parameter in found.items() if name != "config"}
+        parameters[name.lstrip("-").replace("_", "-")] = parameter
+    return {name: parameter for name, parameter in parameters.items() if name != "config"}
 
 
 def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> ConfigEntry:
-    """One key and its value; nothing is constructed that an option cannot be: no objects, no nests, no copies."""
+    """Read one key and its value; objects, nested collections and copies are not constructed."""
     line = key.start_mark.line + 1
     if not isinstance(key, yaml.ScalarNode) or len(key.value) > _LONGEST:
         raise UsageError(f"{path}, line {line}: a key that cannot be the name of an option or command", _FORM)
@@ -200,27 +210,28 @@ def _entry(key: yaml.Node, node: yaml.Node, path: Path) -> ConfigEntry:
     allowed = _CONSENT.get(entry.option)
     if allowed is not None and (entry.value.lower() if isinstance(entry.value, str) else entry.value) not in allowed:
         raise UsageError(
-            f"'{entry.name}' stands in {path}, line {line}, but consent to publish a model is typed, never read",
-            f"take it out of the file, and type --{entry.option}",
+            f"'{entry.name}' stands in {path}, line {line}, but consent to publish a model must be typed",
+            f"remove it from the file and type --{entry.option}",
         )
     return entry
 
 
 def _value(node: yaml.Node, path: Path) -> str | list[str] | yaml.Node | None:
-    """The value as it would be typed; the node itself where it can be no option's."""
+    """Return the value as it would be typed, or the node itself if it cannot be the value of an option."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else []
-    for each in (node, *nodes):
-        if isinstance(each, yaml.Node) and each.tag not in _TAGS:
-            raise UsageError(f"{path}, line {each.start_mark.line + 1}: broken YAML: no tags: {each.tag[:80]}", _FORM)
+    for item in (node, *nodes):
+        if isinstance(item, yaml.Node) and item.tag not in _TAGS:
+            line = item.start_mark.line + 1
+            raise UsageError(f"{path}, line {line}: broken YAML: tags are not allowed: {item.tag[:80]}", _FORM)
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == _NULL else str(node.value)
-    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in nodes):
-        return [each.value for each in nodes]
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in nodes):
+        return [item.value for item in nodes]
     return node
 
 
 def _root(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The keys and values of the file's mapping."""
+    """Return the keys and values of the file's mapping."""
     root = _AsTyped(disk.read_text(path, _LARGEST)).get_single_node()
     if root is None:
         return []
@@ -231,7 +242,7 @@ def _root(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """One line for every way in which a file cannot be read."""
+    """Turn every error of reading a file into a usage error of one line."""
     try:
         yield
     except UsageError:
@@ -239,7 +250,7 @@ def _explained(path: Path) -> Iterator[None]:
     except BesaError as error:
         raise UsageError(error.message, "name a YAML file") from error
     except RecursionError as error:
-        raise UsageError(f"{path}: too many lists within lists", _FORM) from error
+        raise UsageError(f"{path}: lists are nested too deeply", _FORM) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{path}, line {line}: broken YAML: {error.problem}", _FORM) from error

@@ -1,4 +1,4 @@
-"""What the options before the verb say, and what one process of a command knows of itself."""
+"""State of one process: the options before the command, signals, and ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class ProcessSettings:
-    """Settings of one command line.
+    """Settings of one process.
 
     Attributes
     ----------
     debug : bool
-        Show the traceback of an error, too.
+        Also show the traceback of an error.
     signals : list of int
-        Those that ended the run.
+        Signals that ended the run.
     failed : bool
-        One of several ranks has met an error, and is about to end; `torchrun` may terminate it for that of another.
+        This rank has met an error and is about to end; `torchrun` may terminate it because another rank failed.
     ranks : Ranks, optional
-        The ranks of a command that `torchrun` started several times.
+        Ranks of a command that `torchrun` started several times.
     speaks : function to bool
-        Asked once, when something fails: whether this process says so. Of several ranks one does.
+        Called once, when something fails: return whether this process shows the error. Of several ranks one does.
     """
 
     debug: bool = False
@@ -36,7 +36,7 @@ class ProcessSettings:
 
 
 def ranks(context: typer.Context) -> "Ranks":
-    """The ranks of this command; one alone where it was started once."""
+    """Return the ranks of this command; a single one if it was started once."""
     from besa_cli.system.ranks import Ranks
 
     settings = context.find_object(ProcessSettings)

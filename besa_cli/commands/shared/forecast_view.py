@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: memory, disk and time of a command that is not run."""
+"""Output of `--dry-run`: memory, disk space and time that a command would take."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
@@ -10,32 +10,32 @@ if TYPE_CHECKING:
 
 
 class ForecastJob(Protocol):
-    """What can be forecast: a stage that is made, or an export."""
+    """Job that can be forecast: a stage or an export."""
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """True if nothing is left to do."""
 
     @property
     def title(self) -> str:
-        """What would be done, in one line."""
+        """Description of the job in one line."""
 
     def forecast(self) -> "Forecast":
-        """What it would take."""
+        """Return memory, disk space and time of the job."""
 
 
-def job(made: ForecastJob, console: Console) -> None:
-    """Show what a dry job would take."""
-    if made.done:
-        console.note("it is finished already, with the same options: nothing would be done")
+def show_job(job: ForecastJob, console: Console) -> None:
+    """Show the forecast of a job, or that it is finished."""
+    if job.done:
+        console.note("finished already, with the same options: nothing to do")
         console.emit_json({"done": True})
         return
-    console.note(made.title)
-    show(made.forecast(), console)
+    console.note(job.title)
+    show(job.forecast(), console)
 
 
 def available() -> int:
-    """Bytes of main memory that this process could hold at most: what is free, and what it has."""
+    """Return the bytes of main memory that this process could use: those that are free, and those it uses already."""
     from besa_cli.evaluation.zeroshot import memory
     from besa_cli.system import compute
 
@@ -43,16 +43,16 @@ def available() -> int:
 
 
 def show(forecast: "Forecast", console: Console) -> None:
-    """Show a forecast beside what the machine has."""
-    there = available()
+    """Show a forecast beside the memory and disk space that the machine has."""
+    memory = available()
     hidden = {None: "", True: "; hidden states in files", False: "; hidden states in memory"}[forecast.in_files]
     rows = [
-        ("memory", human_bytes(forecast.memory), human_bytes(there), f"most in: {forecast.phase}{hidden}"),
+        ("memory", human_bytes(forecast.memory), human_bytes(memory), f"most in: {forecast.phase}{hidden}"),
         ("disk", human_bytes(forecast.disk), human_bytes(forecast.free), ""),
         ("time", human_seconds(forecast.seconds), "", f"{forecast.left} of {forecast.blocks} blocks are left"),
     ]
-    console.table("", ("", "takes", "there is", ""), rows)
-    if forecast.memory > there:
-        smaller = ": give --max-memory, a shorter --seqlen or a narrower --window" if hidden else ""
-        console.note(f"this is more memory than there is{smaller}")
-    console.emit_json({"done": False, **asdict(forecast), "available": there})
+    console.table("", ("", "needed", "available", ""), rows)
+    if forecast.memory > memory:
+        remedy = ": give --max-memory, a shorter --seqlen or a narrower --window" if hidden else ""
+        console.note(f"this is more memory than available{remedy}")
+    console.emit_json({"done": False, **asdict(forecast), "available": memory})

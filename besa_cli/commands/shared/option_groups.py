@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.choices import OptionValue
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 
 if TYPE_CHECKING:
     from besa_cli.jobs.request import Placement
@@ -29,10 +29,11 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_groups(**values: Any) -> None:
-        made = {
-            name: hints[name](**{own.name: values.pop(own.name) for own in group}) for name, group in groups.items()
+        arguments = {
+            name: hints[name](**{option.name: values.pop(option.name) for option in group})
+            for name, group in groups.items()
         }
-        command(**values, **made)
+        command(**values, **arguments)
 
     with_groups.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return with_groups
@@ -52,11 +53,11 @@ def _options_of(group: Any) -> list[inspect.Parameter]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGroup(CalibrationRequest):
-    """Options that say which calibration samples are drawn."""
+    """Options that choose the calibration samples to draw."""
 
     data: Annotated[
         list[str] | None,
-        help.DATA(
+        panels.DATA(
             "--data",
             "Calibration text: c4, wikitext2, ptb, bundled, or a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
             "c4",
@@ -64,14 +65,14 @@ class SampleGroup(CalibrationRequest):
         ),
     ] = None
     samples: Annotated[
-        int | None, help.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
+        int | None, panels.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
     ] = None
     seqlen: Annotated[
-        int | None, help.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
+        int | None, panels.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
     ] = None
     pack: Annotated[
         bool | None,
-        help.DATA(
+        panels.DATA(
             "--pack/--no-pack",
             "Join short documents into full samples, or draw each sample from one document that is long enough.",
             "pack if the documents of the data are short",
@@ -83,32 +84,32 @@ class SampleGroup(CalibrationRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationGroup(SampleGroup):
-    """Options that say which calibration samples a stage is made with: a finished set, or how they are drawn."""
+    """Options that choose the calibration samples of a stage: a finished set, or the samples to draw."""
 
     shared: Annotated[
         Path | None,
-        help.DATA(
+        panels.DATA(
             "--calibration",
             "Use the finished calibration set in this directory.",
             metavar="DIR",
-            callback=options.directories,
+            callback=options.expand_utf8,
         ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridGroup:
-    """Options of the grid that weights are put on, besides its bits."""
+    """Options of the quantization grid, except its bits."""
 
     group_size: Annotated[
         str | None,
-        help.QUANTIZATION(
+        panels.QUANTIZATION(
             "--group-size", "Columns that share a scale; channel: the whole row.", "128", metavar="N|channel"
         ),
     ] = None
     symmetric: Annotated[
         bool | None,
-        help.QUANTIZATION(
+        panels.QUANTIZATION(
             "--symmetric/--asymmetric", "Grid centred at 0, or with a zero point for each group.", "symmetric"
         ),
     ] = None
@@ -116,13 +117,13 @@ class GridGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeGroup:
-    """Options that say where and in what a stage is computed."""
+    """Options of the computation of a stage: device, data type and memory."""
 
     device: options.DeviceOption = "auto"
     dtype: options.DtypeOption = "auto"
     max_memory: Annotated[
         str | None,
-        help.COMPUTE(
+        panels.COMPUTE(
             "--max-memory",
             "Memory that the process must stay within, e.g. 4GB; hidden states go to files where they would not fit.",
             metavar="SIZE",
@@ -130,7 +131,7 @@ class ComputeGroup:
     ] = None
 
     def placement(self, calibration: CalibrationRequest) -> "Placement":
-        """Return what a `StageRequest` keeps of these options and of the request for samples.
+        """Return the fields of a `StageRequest` that these options and the request for samples give.
 
         Raises
         ------
@@ -148,7 +149,7 @@ class ComputeGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class RunGroup:
-    """Options of a command that makes something large in a run directory."""
+    """Options of a command that writes a stage or an export into a run directory."""
 
     run: options.RunOption = options.DEFAULT_RUN
     restart: options.RestartOption = False

@@ -1,55 +1,55 @@
-"""The options that several verbs share, each with its help text written once."""
+"""Options that several commands share, and the checks of their values."""
 
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from besa_cli.commands.shared import config_file, help
+from besa_cli.commands.shared import config_file, panels
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.models import DEMO
 
 DEFAULT_MODEL = DEMO
 DEFAULT_RUN = Path("besa-run")
 
-MOST = 1_000_000  # of anything that is counted one by one: more cannot be meant, and would be worked on for years
+MOST = 1_000_000  # upper limit of options that count steps or tokens; more would take years
 
 
-def expanded(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """Paths with the home directory for a leading ``~``, which shells leave as it is after ``=`` and in variables.
+def expand_home(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Replace a leading ``~`` of paths by the home directory; callback of options that are paths.
 
-    The callback of every option that is a path. A ``~`` that stands for nobody's home stays.
+    Shells do not expand it after ``=`` and in variables. A ``~`` of an unknown user stays.
     """
     if isinstance(value, Path):
         return Path(os.path.expanduser(value))  # noqa: PTH111  (Path.expanduser fails without a home)
-    return value and [Path(os.path.expanduser(each)) for each in value]  # noqa: PTH111
+    return value and [Path(os.path.expanduser(path)) for path in value]  # noqa: PTH111
 
 
-def directories(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """The same for directories of weights, which cannot lie below a name that is not UTF-8: safetensors opens none.
+def expand_utf8(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Do the same and require UTF-8; callback of options that are directories of weights.
 
     Raises
     ------
     UsageError
-        One of them is not UTF-8.
+        A path is not UTF-8; the safetensors library cannot open files there.
     """
-    found = expanded(value)
-    for each in found if isinstance(found, list) else [found]:
-        named(None if each is None else str(each))
-    return found
+    expanded = expand_home(value)
+    for path in expanded if isinstance(expanded, list) else [expanded]:
+        require_utf8(None if path is None else str(path))
+    return expanded
 
 
-def named(value: str | None) -> str | None:
-    """Refuse a name that is not UTF-8; the callback of the options that name a model.
+def require_utf8(value: str | None) -> str | None:
+    """Require that a name is UTF-8; callback of options that name a model.
 
     Raises
     ------
     UsageError
-        It is not.
+        The name is not UTF-8.
     """
     shown = os.fsencode(value or "").decode("utf-8", "backslashreplace")
     if value and shown != value:
-        raise UsageError(f"'{shown}' is not a name in UTF-8, and no weights can be read or written there", "rename it")
+        raise UsageError(f"'{shown}' is not UTF-8: weights cannot be read or written there", "rename it")
     return value
 
 
@@ -61,44 +61,44 @@ Compression = Literal["zstd"]
 
 _MODEL = f"Hub name, local directory, GGUF file, or {DEMO} (the demo model)."
 
-ModelOption = Annotated[str, help.DATA("--model", _MODEL, metavar="MODEL", callback=named)]
+ModelOption = Annotated[str, panels.DATA("--model", _MODEL, metavar="MODEL", callback=require_utf8)]
 OtherModelOption = Annotated[
     str | None,
-    help.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=named),
+    panels.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=require_utf8),
 ]
 DataDirOption = Annotated[
     Path | None,
-    help.DATA(
+    panels.DATA(
         "--data-dir",
         "Directory with local copies of data sets and tasks, searched first (see docs/data.md, docs/tasks.md).",
         metavar="DIR",
         envvar="BESA_DATA",
-        callback=expanded,
+        callback=expand_home,
     ),
 ]
-SeedOption = Annotated[int, help.DATA("--seed", "Seed of every random choice.", min=0, metavar="N")]
+SeedOption = Annotated[int, panels.DATA("--seed", "Seed of every random choice.", min=0, metavar="N")]
 DeviceOption = Annotated[
-    Device, help.COMPUTE("--device", "Device to compute on; auto: a GPU if there is one, else the CPU.")
+    Device, panels.COMPUTE("--device", "Device to compute on; auto: a GPU if there is one, else the CPU.")
 ]
 DtypeOption = Annotated[
     Dtype,
-    help.COMPUTE("--dtype", "Type of numbers to compute in; auto: bfloat16 where the machine multiplies it fast."),
+    panels.COMPUTE("--dtype", "Type of numbers to compute in; auto: bfloat16 where the machine multiplies it fast."),
 ]
 RunOption = Annotated[
     Path,
-    help.RUN(
-        "--run", "Directory that holds everything a run makes.", metavar="DIR", envvar="BESA_RUN", callback=directories
+    panels.RUN(
+        "--run", "Directory that holds everything a run makes.", metavar="DIR", envvar="BESA_RUN", callback=expand_utf8
     ),
 ]
 RestartOption = Annotated[
-    bool, help.RUN("--restart", "Start over; what exists already is replaced once the new one is complete.")
+    bool, panels.RUN("--restart", "Start over; what exists already is replaced once the new one is complete.")
 ]
 DryRunOption = Annotated[
-    bool, help.RUN("--dry-run", "Run all checks and forecast memory, disk and time, but write nothing.")
+    bool, panels.RUN("--dry-run", "Run all checks and forecast memory, disk and time, but write nothing.")
 ]
 ConfigOption = Annotated[
     Path | None,
-    help.RUN(
+    panels.RUN(
         "--config",
         "YAML file with options of this command (name: value); typed options win.",
         metavar="FILE.yaml",
@@ -106,26 +106,26 @@ ConfigOption = Annotated[
         callback=config_file.apply,
     ),
 ]
-JsonOption = Annotated[bool, help.OUTPUT("--json", "Print one JSON object instead of text.")]
+JsonOption = Annotated[bool, panels.OUTPUT("--json", "Print one JSON object instead of text.")]
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", re.IGNORECASE)
 
 
 def require_run(run: Path) -> None:
-    """Refuse a run directory that is not there, before a lock makes it.
+    """Require that a run directory exists, before a lock creates it.
 
     Raises
     ------
     BesaError
-        There is no such directory.
+        The directory does not exist.
     """
     if not run.is_dir():
         raise BesaError(f"there is no run directory {run}", f"make one: besa prune --run {run}")
 
 
 def size_of(text: str | None, option: str = "--max-memory") -> int | None:
-    """Bytes of ``4GB``, ``512 MiB`` or ``1.5g``.
+    """Parse ``4GB``, ``512 MiB`` or ``1.5g`` into bytes.
 
     Raises
     ------
@@ -134,11 +134,11 @@ def size_of(text: str | None, option: str = "--max-memory") -> int | None:
     """
     if text is None:
         return None
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"{option} '{text}' is no size", "4GB and 512MiB are sizes")
-    power = "KMGT".index(found[2].upper()) + 1
-    size = float(found[1]) * (1024 if found[3] else 1000) ** power
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{option} '{text}' is not a size", "4GB and 512MiB are sizes")
+    power = "KMGT".index(match[2].upper()) + 1
+    size = float(match[1]) * (1024 if match[3] else 1000) ** power
     if size >= 1 << 63:
         raise UsageError(f"{option} '{text}' is too large", "give less than 2^63 bytes (9 million TB)")
     return int(size)

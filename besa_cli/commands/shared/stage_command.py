@@ -1,4 +1,4 @@
-"""A command that makes a stage: its run is held, its samples are there, and it is forecast or done."""
+"""Shared driver of `prune` and `quantize`: lock the run, get the calibration set, then run or forecast the job."""
 
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,29 @@ def stage(
     dry_run: bool,
     world: "Ranks | None" = None,
 ) -> "StageManifest | None":
-    """The manifest of the finished stage; None of a dry run, which shows its forecast, and on all ranks but the first.
+    """Make a stage, or show its forecast if `dry_run`.
 
-    `calibration` has no effect with a method that uses no samples.
+    Parameters
+    ----------
+    request : StageRequest
+    source : Model
+        Checkpoint to prune or quantize.
+    run : Run
+        Directory that the stage is written to.
+    calibration : CalibrationRequest
+        Samples to use; no effect with a method that uses none.
+    console : Console
+    restart : bool
+        Start over.
+    dry_run : bool
+        Write nothing.
+    world : Ranks, optional
+        Ranks that share the samples.
+
+    Returns
+    -------
+    dict or None
+        Manifest of the finished stage; None after a dry run, and on all ranks but the main one.
     """
     from besa_cli.calibration import prepare
     from besa_cli.jobs import ranks
@@ -45,7 +65,7 @@ def stage(
             else prepare.unobserved(source)
         )
         if dry_run:
-            forecast_view.job(StageJob(run, source, tokens, request, restart=restart), console)
+            forecast_view.show_job(StageJob(run, source, tokens, request, restart=restart), console)
             return None
         recover(run, request.stage)
         job = StageJob(run, source, tokens, request, restart=restart, notify=console.note, world=world)

@@ -1,4 +1,4 @@
-"""What `besa eval` looks at: the newest stage of a run directory or `--model`, and the dense model it was made from."""
+"""Subjects of `besa eval` and `besa simulate`: `--model` or the newest stage of a run, and its parent model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import models
-from besa_cli.commands.shared import help, options
+from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_share
 from besa_cli.errors import BesaError
 
@@ -17,23 +17,36 @@ if TYPE_CHECKING:
 
 RunOption = Annotated[
     Path | None,
-    help.RUN(
+    panels.RUN(
         "--run",
         "Directory that holds everything a run makes.",
         str(options.DEFAULT_RUN),
         metavar="DIR",
         envvar="BESA_RUN",
-        callback=options.directories,
+        callback=options.expand_utf8,
     ),
 ]
 BaselineOption = Annotated[
-    bool, help.DATA("--baseline/--no-baseline", "Also measure the dense model, or take its stored result.")
+    bool, panels.DATA("--baseline/--no-baseline", "Also measure the dense model, or take its stored result.")
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A checkpoint to look at, and the dense one it was made from."""
+    """Checkpoint to measure.
+
+    Attributes
+    ----------
+    name : str
+        Title in tables.
+    directory : Path
+    digest : str, optional
+        Content digest that the manifest states; None for a model that is not part of a run.
+    parent : Subject, optional
+        Model that the stage was made from.
+    results : Path, optional
+        Directory of stored results.
+    """
 
     name: str
     directory: Path
@@ -43,27 +56,32 @@ class Subject:
 
 
 def find(model: str | None, run: Path | None, console: Console, *, baseline: bool = True) -> Subject:
-    """What `--model` names; else the newest stage of the run directory; else, where none was named, the demo model.
+    """Find the checkpoint to measure.
+
+    It is `model` if given, else the newest stage of the run directory, else, if no run directory is given, the demo
+    model. `baseline` adds the stage's parent.
 
     Raises
     ------
     BesaError
-        The run directory that was named has no finished stage.
+        The given run directory has no finished stage.
     """
     from besa_cli.checkpoint import stages
     from besa_cli.checkpoint.runs import Run
 
-    place = Run(run or options.DEFAULT_RUN)
+    source = Run(run or options.DEFAULT_RUN)
     if model is not None:
-        found = models.resolve(model, notify=console.note)
-        return Subject(name=model, directory=found.directory, digest=None, results=place.evaluations if run else None)
-    newest = place.newest()
+        resolved = models.resolve(model, notify=console.note)
+        return Subject(
+            name=model, directory=resolved.directory, digest=None, results=source.evaluations if run else None
+        )
+    newest = source.newest()
     if newest is None and run is not None:
         raise BesaError(f"{run} has no stage", f"make one: besa prune --run {run}")
     if newest is None:
-        console.note(f"{place.path} has no finished stage: taking the demo model {models.DEMO}")
-        found = models.resolve(models.DEMO, notify=console.note)
-        return Subject(name=models.DEMO, directory=found.directory, digest=None)
+        console.note(f"{source.path} has no finished stage: using the demo model {models.DEMO}")
+        resolved = models.resolve(models.DEMO, notify=console.note)
+        return Subject(name=models.DEMO, directory=resolved.directory, digest=None)
     manifest = stages.require_finished(newest)
     counts = manifest["counts"]
     bits = f", {manifest['quantization']['bits']} bits" if "quantization" in manifest else ""
@@ -71,13 +89,13 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         name=f"{manifest['options'].get('method', manifest['stage'])} {human_share(counts['sparsity'])}{bits}",
         directory=newest,
         digest=manifest["digest"],
-        parent=_parent(manifest, place.evaluations, console) if baseline else None,
-        results=place.evaluations,
+        parent=_parent(manifest, source.evaluations, console) if baseline else None,
+        results=source.evaluations,
     )
 
 
 def _parent(manifest: "StageManifest", results: Path, console: Console) -> Subject:
-    """The model that a stage was made from; fetched again where it is gone."""
+    """Return the model that a stage was made from; fetch it again if it is gone."""
     origin = manifest["model"]
     directory = Path(origin["directory"])
     if not directory.is_dir():
@@ -89,47 +107,47 @@ def _parent(manifest: "StageManifest", results: Path, console: Console) -> Subje
 
 
 def digest(subject: Subject) -> str:
-    """The content digest of what lies in the directory now.
+    """Compute the content digest of the files in the subject's directory.
 
     Raises
     ------
     BesaError
-        It is a stage that is not what was written.
+        The digest of a stage differs from that of its manifest.
     """
     from besa_cli.checkpoint import preflight, weights
     from besa_cli.models import cache
 
-    found = weights.check(weights.Weights(subject.directory))
-    cache.confirm(subject.directory, found)
+    computed = weights.check(weights.Weights(subject.directory))
+    cache.confirm(subject.directory, computed)
     if subject.digest is not None:
-        preflight.refuse_damaged(subject.directory, found)
-    return found
+        preflight.refuse_damaged(subject.directory, computed)
+    return computed
 
 
 def refuse_changed(parent: Subject) -> None:
-    """A stage is compared with the model that it was made from, or with none.
+    """Refuse a parent model that has changed since the stage was made from it.
 
     Raises
     ------
     BesaError
-        The model has changed since.
+        Its digest differs from that of the stage's manifest.
     """
     from besa_cli.checkpoint import weights
     from besa_cli.models import cache
 
-    found = weights.check(weights.Weights(parent.directory))
-    cache.confirm(parent.directory, found)
-    if found != parent.digest:
+    computed = weights.check(weights.Weights(parent.directory))
+    cache.confirm(parent.directory, computed)
+    if computed != parent.digest:
         raise BesaError(
             f"the model in {parent.directory} has changed since the stage was made from it "
-            f"({str(parent.digest)[:12]} then, {found[:12]} now)",
+            f"({str(parent.digest)[:12]} then, {computed[:12]} now)",
             "measure the stage alone with --no-baseline",
         )
 
 
 def tokenizer(subject: Subject, notify: Callable[[str], None] = lambda _: None) -> "PreTrainedTokenizerBase":
-    """The tokenizer that lies with the checkpoint; see `besa_cli.models.tokenizer.tokenizer_of`."""
+    """Load the tokenizer of the checkpoint: see `besa_cli.models.tokenizer.tokenizer_of`."""
     from besa_cli.models.tokenizer import tokenizer_of
 
-    place = models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
-    return tokenizer_of(place, notify)
+    model = models.Model(name=subject.name, kind="local", directory=subject.directory, revision=None)
+    return tokenizer_of(model, notify)

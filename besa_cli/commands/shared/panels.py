@@ -1,7 +1,7 @@
 """Help of a command: its options in panels, and examples at the end.
 
-Typer shows panels only with rich, whose import would take longer than the help itself: these classes write them as
-plain text.
+Typer shows panels only with rich, whose import would take longer than the rest of the help. These classes write them
+as plain text.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
-_EXAMPLES = "\n\nExamples:\n\n"  # in the docstring of a command; an indented command line a line follows
-_WIDEST = 27  # characters of the column of names; what is wider gets a line of its own
+_EXAMPLES = "\n\nExamples:\n\n"  # heading in the docstring of a command; indented command lines follow
+_WIDEST = 27  # characters of the column of names; the text of a wider name begins on the next line
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Section of the help; called, it describes an option of the section."""
+    """Section of the help; calling it describes an option of the section."""
 
     title: str
 
@@ -33,11 +33,11 @@ class Panel:
         name : str
             ``--name``, or ``--name/--no-name``.
         text : str
-            What the help says of it.
+            Help text.
         default : str, optional
-            What the help says of the default; the default of the parameter itself if not given.
+            Text for the default, instead of the default of the parameter itself.
         **settings
-            Those of `typer.Option`.
+            Other arguments of `typer.Option`.
         """
         shown = True if default is None else default
         return typer.Option(name, help=text, show_default=shown, rich_help_panel=self.title, **settings)
@@ -74,7 +74,7 @@ class _WithExamples:
             formatter.write_text(_about(self.help))
 
     def format_epilog(self, ctx: "Context", formatter: "HelpFormatter") -> None:
-        """Write the examples, each in one line however narrow the terminal is: they are there to be copied."""
+        """Write the examples, one per line and never wrapped, so that they can be copied."""
         with formatter.section("Examples"):
             for line in examples(self.help):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
@@ -85,7 +85,7 @@ class HelpCommand(_WithExamples, TyperCommand):
 
     @override
     def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
-        """Write a section for each panel, all in the same two columns; what has no panel comes with the output."""
+        """Write a section for each panel, all with the same two columns; options without a panel join the last one."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
