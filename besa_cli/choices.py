@@ -14,3 +14,4 @@ GivenOptions = Mapping[str, Any]  # options of a method or a format that were gi
 
 DAMPING = 0.01  # default of --damping: share of the mean diagonal of XᵀX that is added to it
 CLIP_RATE = 0.03  # default of --clip-lr: AdamW's learning rate of the clipping strengths
+ROUTERS = ("router", "gate")  # names of linears that choose experts; never pruned

@@ -15,6 +15,7 @@ from besa_cli.checkpoint.manifests import EXPORT, MANIFEST, Counts
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, Stage
+from besa_cli.choices import ROUTERS
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import headers
 from besa_cli.ops import masks
@@ -26,7 +27,6 @@ _OPPOSITES = {"--symmetric": "--asymmetric"}
 Kind = Literal["run", "calibration", "stage", "export", "checkpoint"]
 
 _IN_BLOCK = re.compile(r"(?P<list>.*?)(?:^|\.)(?P<block>\d{1,9})\.(?P<linear>.+)\.weight", re.ASCII)
-_ROUTERS = ("router", "gate")  # linears that choose experts; never pruned
 _KINDS = ("weight", "bias")
 _STORED_AS_IN_OUT = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")  # Conv1D: the weight is transposed
 
@@ -268,7 +268,7 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
     lists: dict[str, dict[int, dict[str, str]]] = {}
     for name in source.names:
         match = _IN_BLOCK.fullmatch(name)
-        if match and match["linear"].rpartition(".")[2] not in _ROUTERS:
+        if match and match["linear"].rpartition(".")[2] not in ROUTERS:
             numbered = lists.setdefault(match["list"], {})
             numbered.setdefault(int(match["block"]), {})[name] = match["linear"]
     if not lists:

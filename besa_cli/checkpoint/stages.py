@@ -22,7 +22,7 @@ from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
-_CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
+CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
 class Stage:
@@ -131,7 +131,7 @@ class Stage:
         return list(weights.tensor_sizes(self._codes(index))) if self._has_codes(index) else []
 
     def _codes(self, index: int) -> Path:
-        return self.directory / _CODES / self.shard(index).name
+        return self.directory / CODES / self.shard(index).name
 
     def _has_codes(self, index: int) -> bool:
         """Return True if the block's report lists codes, whose file must then exist; other codes are ignored."""
@@ -305,6 +305,6 @@ def require_finished(directory: Path) -> manifests.StageManifest:
 
 def sweep(directory: Path) -> None:
     """Remove the partial files that a killed process left."""
-    for pattern in (".*.partial", f"{_CODES}/.*.partial"):
+    for pattern in (".*.partial", f"{CODES}/.*.partial"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)

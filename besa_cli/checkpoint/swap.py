@@ -1,9 +1,10 @@
 """Replacement and removal of stages, with recovery after a crash in between."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from besa_cli.checkpoint import manifests, ownership
+from besa_cli.errors import BesaError
 from besa_cli.system import disk
 
 
@@ -20,6 +21,31 @@ def replace_stage(old: Path, new: Path) -> None:
     new.rename(old)
     disk.flush_directory(old.parent)
     _remove_aside(old)
+
+
+def begin_partial(partial: Path, marker: str, manifest: Mapping[str, object]) -> None:
+    """Make an empty directory to write to, marked as besa's so that the next command may remove it after a kill.
+
+    Parameters
+    ----------
+    partial : Path
+        What an earlier command left there is removed.
+    marker : str
+        File name of the manifest.
+    manifest : mapping
+        Content of the manifest until the directory is finished.
+
+    Raises
+    ------
+    BesaError
+        The directory cannot be made.
+    """
+    ownership.remove(partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BesaError(f"cannot make {partial}: {error.strerror}", "name another --run") from error
+    disk.write_json(partial / marker, manifest)
 
 
 def recover(old: Path, new: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from besa_cli.choices import ROUTERS
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import config_json
 from besa_cli.models.config_json import SUITED as _SUITED
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-_ROUTERS = ("router", "gate")
 
 
 def config_of(directory: Path) -> "PretrainedConfig":
@@ -166,7 +165,7 @@ def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear
     for name, module in block.named_modules():
         if type(module) is not nn.Linear:
             continue
-        if module.out_features in experts and name.rsplit(".", 1)[-1] in _ROUTERS:
+        if module.out_features in experts and name.rsplit(".", 1)[-1] in ROUTERS:
             continue
         by_name[name] = module
     return by_name

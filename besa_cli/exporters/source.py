@@ -20,7 +20,6 @@ from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.system import disk
 
-CODES = "codes"  # directory of a quantized stage with the codes of its weights
 STAGE_FILES = "stage"  # directory of a sparse export with the small files of the stage
 DENSE_BITS = 16  # bits of a weight of the dense model that sizes are compared with
 _REMEDY = "make the stage again with --restart"

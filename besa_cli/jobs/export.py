@@ -137,15 +137,10 @@ class ExportJob:
 
     def _begin(self) -> None:
         """Make the partial directory and mark it as besa's, so that the next command may remove it after a kill."""
-        ownership.remove(self._partial)
-        try:
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
         small = [path.name for path in self.source.directory.iterdir()]
         files: dict[str, JsonObject] = {name: {} for own in small for name in (own, f"{STAGE_FILES}/{own}")}
         started = {"format": FORMAT, "command": "export", "status": "running", "files": files}
-        disk.write_json(self._partial / EXPORT, started)
+        swap.begin_partial(self._partial, EXPORT, started)
 
     def _finish(self, linear_bytes: int, rounded: int) -> None:
         stored = _sizes(self._partial, ".safetensors", ".gguf", zstd.SUFFIX)

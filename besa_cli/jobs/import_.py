@@ -8,9 +8,10 @@ from torch import Tensor
 from besa_cli.checkpoint import manifests, ownership, preflight, sparse_format, stages, swap, weights, zstd
 from besa_cli.checkpoint.manifests import MANIFEST
 from besa_cli.checkpoint.runs import Run
+from besa_cli.checkpoint.stages import CODES
 from besa_cli.errors import BesaError
 from besa_cli.exporters.opened import Opened
-from besa_cli.exporters.source import CODES, StageSource
+from besa_cli.exporters.source import StageSource
 from besa_cli.system import compute, disk
 
 _ROOM = 1 << 20  # bytes beside the weights, a block: headers, reports
@@ -73,13 +74,8 @@ class ImportJob:
         """Expand file by file beside the final place; yield the name of each."""
         if self.done:
             return
-        ownership.remove(self._partial)
-        try:
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise BesaError(f"cannot make {self._partial}: {error.strerror}", "name another --run") from error
         started = {**self._manifest, "status": "beginning", "files": list(self._small)}  # says whose the directory is
-        disk.write_json(self._partial / MANIFEST, started)
+        swap.begin_partial(self._partial, MANIFEST, started)
         for name in self._small:
             if name != MANIFEST:
                 self._write(name)

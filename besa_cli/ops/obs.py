@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from besa_cli.choices import DAMPING
 from besa_cli.errors import BesaError
 from besa_cli.ops import masks
 
@@ -51,7 +52,7 @@ def prune(
     *,
     n_of_m: tuple[int, int] | None = None,
     width: int = 128,
-    damping: float = 0.01,
+    damping: float = DAMPING,
 ) -> tuple[Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
     """Prune column by column; the remaining columns compensate for the error of each.
 

@@ -7,15 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from besa_cli.choices import Importance
+from besa_cli.choices import DAMPING, Importance
 from besa_cli.ops import affine, allocation, budget, importance, kernels, masks, obs
 from besa_cli.ops.affine import Quantized
 from besa_cli.ops.clipping import Clipped
 from besa_cli.pruners.besa.options import BesaOptions
 from besa_cli.stream import uniform
 from besa_cli.stream.block import Block
-
-_DAMPING = 0.01
 
 
 class BesaLinear:
@@ -127,7 +125,7 @@ def _scores(block: Block, kind: Importance, norms: Mapping[str, Tensor]) -> Call
         diagonals: dict[int, Tensor] = {}
         for gram in grams.values():
             if id(gram) not in diagonals:
-                diagonals[id(gram)] = obs.inverse_diagonal(gram, _DAMPING)
+                diagonals[id(gram)] = obs.inverse_diagonal(gram, DAMPING)
         columns = {name: diagonals[id(gram)] for name, gram in grams.items()}
         return lambda name, weight: importance.sparsegpt(weight, columns[name])
     return lambda name, weight: importance.wanda(weight, norms[name])
