@@ -296,7 +296,7 @@ def measured(lines: Iterable[Line], setup: Setup) -> dict[Cell, Line]:
     return {
         cell: line
         for cell, line in found.items()
-        if line["options"] == cell.setting.options() and not recorded.is_old(line)
+        if recorded.same_options(line["options"], cell.setting.options()) and not recorded.is_old(line)
     }
 
 

@@ -152,7 +152,7 @@ class Cells:
         source = str(self.make(before)[0]) if before else self._model
         run, last = self._work / cell, step(cell)
         words = [*last.words(), "--model", source, "--dtype", self._dtype]
-        if last.method != "rtn":  # which looks at no samples
+        if last.command == "prune" or quantize.request(method=last.method).uses_calibration:
             words += ["--calibration", str(calibrated(self._tokens, self._work, self._model))]
         return run / ("quantized" if last.group_size else "pruned"), besa(*words, "--run", str(run))
 

@@ -48,3 +48,9 @@ def explained(text: str) -> str:
 def marked(text: str, *lines: Line) -> str:
     """The text with a word where any of its lines is old."""
     return f"{text} (old)" if any(is_old(line) for line in lines) else text
+
+
+def same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """True if options are equal; one that is absent, since it did not exist yet, equals one that is None."""
+    names = one.keys() | other.keys()
+    return all(one.get(name) == other.get(name) for name in names)

@@ -112,6 +112,8 @@ def _compared(settings: Mapping[tuple[str, str], Setting], found: Found) -> str:
         both = sorted(own.keys() & theirs.keys())
         below = [point for point in both if own[point] < theirs[point]]
         parts.append(f"{series} at {len(below)} of {len(both)}" + _but(both, below))
+    if not own:
+        return "-"
     highest = max(own)
     ends = ", ".join(f"{series} {theirs[highest]:,.1f}" for series, theirs in values.items() if highest in theirs)
     return (

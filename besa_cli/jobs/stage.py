@@ -30,7 +30,7 @@ from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
 
 
-def recover(run: Run, stage: str) -> None:
+def finish_exchange(run: Run, stage: str) -> None:
     """Complete an exchange of stages that a crash interrupted; to be called before a `StageJob` is made."""
     swap.recover(run.stage(stage), run.next_stage(stage))
 
@@ -107,7 +107,7 @@ class StageJob:
         self._reading = time.perf_counter() - began
         preflight.refuse_damaged(model.directory, self._digest)
         new = stage_manifest.new_manifest(run, model, self._digest, calibration, request, self._world.size)
-        self._directory, self.manifest = stage_manifest.place(self._final, next_stage, new, restart=restart)
+        self._directory, self.manifest = stage_manifest.find_or_plan(self._final, next_stage, new, restart=restart)
         if self.manifest["status"] == "complete":
             preflight.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
             preflight.refuse_incomplete(self._directory)
@@ -231,7 +231,7 @@ class StageJob:
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
-        self._begin()
+        self._begin_or_resume()
         memory = self._plan.memory
         files = self._directory if memory.in_files else None
         ranks.run_main(
@@ -245,7 +245,7 @@ class StageJob:
                 self._note_time(report)
                 yield report
 
-    def _begin(self) -> None:
+    def _begin_or_resume(self) -> None:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
         if self._is_new:
             swap.discard(self._directory, self._final, self._sources())

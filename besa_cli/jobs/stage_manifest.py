@@ -83,7 +83,7 @@ def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> 
     return {name: options[name] for name in ("data", "samples", "seqlen", "pack")}
 
 
-def place(
+def find_or_plan(
     final: Path, beside: Path, new: NewStageManifest, *, restart: bool
 ) -> tuple[Path, StageManifest | NewStageManifest]:
     """Return the directory and manifest of the stage that was begun with the same options, or of a new one.

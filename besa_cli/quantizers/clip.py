@@ -11,8 +11,8 @@ from besa_cli.errors import require_counts, require_factors
 from besa_cli.ops import affine, importance
 from besa_cli.ops.affine import Grid, Quantized
 from besa_cli.ops.clipping import Clipped
-from besa_cli.quantizers import rtn
-from besa_cli.stream import learning
+from besa_cli.stream import descent
+from besa_cli.stream import quantized as quantized_blocks
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
@@ -61,11 +61,11 @@ Options = ClipOptions
 
 def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
     """Learn the block's grids; keep round to nearest if learning did not beat it on the same samples."""
-    nearest = rtn.nearest(block, grid)
+    nearest = quantized_blocks.round_to_nearest(block, grid)
     learned, loss = _learn(block, grid, options)
     before, after = (_errors(block, each, options.loss) for each in (nearest, learned))
     better = after[0] < before[0]
-    return rtn.decided(
+    return quantized_blocks.decision(
         block,
         learned if better else nearest,
         error_before=before[1],
@@ -80,8 +80,8 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
-    optimizer = learning.adamw(list(logits.values()), options.lr)
-    measure, samples = learning.MEASURES[options.loss], len(block.inputs)
+    optimizer = descent.adamw(list(logits.values()), options.lr)
+    measure, samples = descent.MEASURES[options.loss], len(block.inputs)
     generator = torch.Generator().manual_seed(block.seed)
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]
@@ -93,18 +93,18 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
             output = block.forward(block.inputs[chosen], weights)
             loss = measure(output, block.target[chosen].to(output.device))
             (output[..., 0].numel() * loss).backward()
-            optimizer.param_groups[0]["lr"] = options.lr * learning.half_cosine(len(history) / len(steps))
+            optimizer.param_groups[0]["lr"] = options.lr * descent.half_cosine(len(history) / len(steps))
             optimizer.step()
             optimizer.zero_grad()
-            history.append(learning.require_finite(float(loss.detach()), block.index, "--lr"))
+            history.append(descent.require_finite(float(loss.detach()), block.index, "--lr"))
             block.on_step(len(history), len(steps), "learning")
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
-    return found, learning.tail_mean(history)
+    return found, descent.tail_mean(history)
 
 
 def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:
     """Return the mean loss and the mean relative error per token on these grids."""
     dtype = next(iter(block.linears.values())).weight.dtype
-    return learning.compare_errors(
+    return descent.compare_errors(
         block, {name: affine.dequantize(each).to(dtype) for name, each in quantized.items()}, loss
     )

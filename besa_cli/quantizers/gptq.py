@@ -9,7 +9,7 @@ from besa_cli.choices import DAMPING
 from besa_cli.errors import require_factors
 from besa_cli.ops import gptq, importance, obs
 from besa_cli.ops.affine import Grid
-from besa_cli.quantizers import rtn
+from besa_cli.stream import quantized as quantized_blocks
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
@@ -52,4 +52,4 @@ def quantize(block: Block, grid: Grid, options: GptqOptions) -> Decision:
             factors = {id(gram): obs.inverse_factor(gram, options.damping)}  # linears of one input follow each other
         quantized[name] = gptq.quantize(weight, weight != 0, factors[id(gram)], grid, search=options.search)
         block.on_step(done, len(block.weights), "update")
-    return rtn.decided(block, quantized)
+    return quantized_blocks.decision(block, quantized)

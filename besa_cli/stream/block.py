@@ -91,7 +91,7 @@ class Block:
         rank_share: RankShare | None = None,
     ) -> None:
         self._activations = activations or ActivationStore()
-        self.share = rank_share or RankShare(len(inputs))
+        self.rank_share = rank_share or RankShare(len(inputs))
         self.index, self.inputs, self.tokens, self.batch = window.blocks[0], inputs, tokens, batch
         self.must_meet_budget = budget is not None
         self.budget = budget or 0
@@ -115,7 +115,7 @@ class Block:
         chosen : integer Tensor of shape (samples in the step,)
             Sample numbers from 0 to `share.samples` − 1; the same on all ranks.
         """
-        inputs, target = self.share.fetch(chosen, self.inputs, self.target)
+        inputs, target = self.rank_share.fetch(chosen, self.inputs, self.target)
         return inputs, target
 
     def batches(self, batch: int | None = None) -> Iterator[slice]:
@@ -178,7 +178,7 @@ class Block:
                 f"{unused[0]} of block {self.index} is never called in a forward pass",
                 "besa computes importance from a linear's inputs; this model cannot be pruned",
             )
-        self.share.world.all_reduce_list_(list(sums.values()))
+        self.rank_share.world.all_reduce_list_(list(sums.values()))
         return {name: sums[leaders[name]] for name in self.linears}
 
     def _pass(self, after_batch: Callable[[], None], phase: str) -> None:

@@ -52,7 +52,7 @@ def check_counts(block: Block, decision: Decision) -> None:
     """
     if set(decision.masks) != set(block.linears):
         raise RuntimeError(
-            f"the pruner returned masks for {sorted(decision.masks)}, but the block has {sorted(block.linears)}"
+            f"the method returned masks for {sorted(decision.masks)}, but the block has {sorted(block.linears)}"
         )
     existing = sum(masks.count_zeros(weight) for weight in block.weights.values())
     count = sum(masks.count_zeros(mask) for mask in decision.masks.values())

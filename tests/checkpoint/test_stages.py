@@ -14,7 +14,7 @@ from besa_cli.checkpoint import manifests, preflight, swap, weights
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.errors import BesaError
-from besa_cli.jobs.stage import StageJob, recover
+from besa_cli.jobs.stage import StageJob, finish_exchange
 from besa_cli.ops import kernels
 
 ROWS = tiny_models.tokens(3, 12)
@@ -41,7 +41,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def job(run: Path, model: Path, request: Any = REQUEST, *, restart: bool = False) -> StageJob:
-    recover(Run(run), request.stage)
+    finish_exchange(Run(run), request.stage)
     return StageJob(Run(run), tiny_models.local(model), tiny_models.calibration_set(ROWS), request, restart=restart)
 
 

@@ -20,7 +20,7 @@ from besa_cli.errors import BesaError
 from besa_cli.evaluation import results
 from besa_cli.jobs import prune
 from besa_cli.jobs.request import StageRequest
-from besa_cli.jobs.stage import StageJob, recover
+from besa_cli.jobs.stage import StageJob, finish_exchange
 from besa_cli.system import compute, disk
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -107,7 +107,7 @@ def job(
     run: Path, model: Path, request: StageRequest, *, restart: bool = False, notes: list[str] | None = None
 ) -> StageJob:
     noted = [] if notes is None else notes
-    recover(Run(run), request.stage)
+    finish_exchange(Run(run), request.stage)
     return StageJob(
         Run(run),
         tiny_models.local(model),

@@ -154,9 +154,9 @@ def test_the_order_of_columns_and_the_size_of_rows_do_not_matter_to_the_masks(
         made.inputs = made.inputs[..., columns]
         window = RankedWindow(made, options)
         sparsities = allocation.project(
-            logits[: len(window.sizes)], window.sizes, window.candidates, window.target_sparsity
+            logits[: len(window.sizes)], window.sizes, window.candidates, window.budget_share
         )
-        return deciding._masks(window, window.shares(sparsities))[0]
+        return deciding._masks(window, window.wished_counts(sparsities))[0]
 
     same = torch.arange(hidden)
     first, second = masks(weights, same, options), masks(moved, order, options)
@@ -191,7 +191,7 @@ def test_the_budget_is_exact_where_scores_are_alike(
     logits = 3 * random(len(window.sizes), 21, seed=seed).float()
     there = sum(int((weight == 0).sum()) for weight in weights.values())
     if there < made.budget < toy_block.size(weights):
-        sparsities = allocation.project(logits, window.sizes, window.candidates, window.target_sparsity)
-        (kept,) = deciding._masks(window, window.shares(sparsities))
+        sparsities = allocation.project(logits, window.sizes, window.candidates, window.budget_share)
+        (kept,) = deciding._masks(window, window.wished_counts(sparsities))
         assert toy_block.pruned(kept) == made.budget
         assert not any(bool((kept[name] & (weight == 0)).any()) for name, weight in weights.items())

@@ -180,7 +180,7 @@ def sparsities_while_learning(options: besa.Options) -> list[float]:
         found, mixture = original(window, *others)
         assert mixture is not None
         pruned = (mixture.detach().double() @ window.candidates.double() * window.sizes).sum()
-        noted.append(abs(float(pruned / window.sizes.sum()) - window.target_sparsity))
+        noted.append(abs(float(pruned / window.sizes.sum()) - window.budget_share))
         return found, mixture
 
     with pytest.MonkeyPatch.context() as patch:

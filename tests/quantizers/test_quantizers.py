@@ -11,8 +11,9 @@ from besa_cli.errors import UsageError
 from besa_cli.ops import affine, importance, obs
 from besa_cli.ops import gptq as columns
 from besa_cli.ops.affine import Grid
-from besa_cli.quantizers import QUANTIZERS, clip, gptq, rtn
-from besa_cli.stream import learning
+from besa_cli.quantizers import QUANTIZERS, clip, gptq
+from besa_cli.stream import descent
+from besa_cli.stream import quantized as quantized_blocks
 from besa_cli.stream.block import Block, Decision
 
 COARSE = Grid(bits=2, group_size=5, symmetric=False)
@@ -58,11 +59,11 @@ def test_round_to_nearest_and_gptq_are_their_operators_on_the_blocks_inputs() ->
 def test_learned_clipping_beats_rounding_on_the_samples_it_compares(
     least: int, tokens: int, compared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning, "_SAMPLES", least)
-    monkeypatch.setattr(learning, "_COMPARED", tokens)  # of 5 a sample
+    monkeypatch.setattr(descent, "_SAMPLES", least)
+    monkeypatch.setattr(descent, "_COMPARED", tokens)  # of 5 a sample
     block = toy_block.block(toy_block.source(), 0, samples=24)
     made = clip.quantize(block, COARSE, clip.Options(lr=0.1, epochs=4))
-    plain = rtn.nearest(block, COARSE)
+    plain = quantized_blocks.round_to_nearest(block, COARSE)
     before, after = (
         _error(block, {name: affine.dequantize(each)[None] for name, each in chosen.items()}, compared)
         for chosen in (plain, made.quantized)
@@ -87,7 +88,7 @@ def test_rounding_is_kept_where_nothing_was_learned() -> None:
     made = clip.quantize(block, Grid(bits=8, group_size=None, symmetric=True), clip.Options(lr=50.0))
     assert made.kept_uniform
     assert made.error_after == made.error_before
-    for name, each in rtn.nearest(block, Grid(bits=8, group_size=None, symmetric=True)).items():
+    for name, each in quantized_blocks.round_to_nearest(block, Grid(bits=8, group_size=None, symmetric=True)).items():
         assert torch.equal(made.quantized[name].codes, each.codes)
 
 

@@ -51,7 +51,7 @@ def stage(
     """
     from besa_cli.calibration import prepare
     from besa_cli.jobs import ranks
-    from besa_cli.jobs.stage import StageJob, recover
+    from besa_cli.jobs.stage import StageJob, finish_exchange
     from besa_cli.system import lock
 
     if world is not None and not world.is_main:
@@ -67,7 +67,7 @@ def stage(
         if dry_run:
             forecast_view.show_job(StageJob(run, source, tokens, request, restart=restart), console)
             return None
-        recover(run, request.stage)
+        finish_exchange(run, request.stage)
         job = StageJob(run, source, tokens, request, restart=restart, notify=console.note, world=world)
         if job.done:
             console.note(f"{run.stage(request.stage)} is finished already, with the same options")

@@ -11,7 +11,7 @@ from besa_cli.ops.affine import Quantized
 from besa_cli.pruners.besa.learning import learn
 from besa_cli.pruners.besa.options import BesaOptions
 from besa_cli.pruners.besa.window import RankedWindow
-from besa_cli.stream import learning
+from besa_cli.stream import descent
 from besa_cli.stream.block import Block, Decision
 
 
@@ -28,19 +28,19 @@ def prune(block: Block, options: BesaOptions) -> Decision:
 def _decide(window: RankedWindow) -> Decision:
     options = window.options
     if window.budget_met and not window.clipped:
-        (kept,) = _masks(window, window.uniform_shares())
+        (kept,) = _masks(window, window.uniform_counts())
         return Decision(masks=kept)
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
         window.linears[name].set_quantized(each)
     if window.budget_met:
-        (kept,) = _masks(window, window.uniform_shares())
+        (kept,) = _masks(window, window.uniform_counts())
         return Decision(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
     if not options.rules.meets_budget:
         return Decision(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
-    sparsities = allocation.project(theta, window.sizes, window.candidates, window.target_sparsity)
-    uniform, learned = _masks(window, window.uniform_shares(), window.shares(sparsities))
+    sparsities = allocation.project(theta, window.sizes, window.candidates, window.budget_share)
+    uniform, learned = _masks(window, window.uniform_counts(), window.wished_counts(sparsities))
     before, after = (_errors(window, kept) for kept in (uniform, learned))
     better = after[0] < before[0]
     kept = learned if better else uniform
@@ -65,7 +65,7 @@ def _learned_masks(window: RankedWindow, theta: Tensor) -> dict[str, Tensor]:
     alpha = allocation.expected_sparsity(window.mixture(theta), window.candidates)
     return {
         name: masks.mask_from_ranks(linear.ranks, allocation.repeat_rows(count, linear.group, linear.rows))
-        for (name, linear), count in zip(window.linears.items(), window.counts(alpha), strict=True)
+        for (name, linear), count in zip(window.linears.items(), window.learning_counts(alpha), strict=True)
     }
 
 
@@ -97,4 +97,4 @@ def _errors(window: RankedWindow, kept: Mapping[str, Tensor]) -> tuple[float, fl
         name: linear.masked.copy_(linear.weight).masked_fill_(~kept[name], 0.0)
         for name, linear in window.linears.items()
     }
-    return learning.compare_errors(window.block, weights, window.options.loss)
+    return descent.compare_errors(window.block, weights, window.options.loss)

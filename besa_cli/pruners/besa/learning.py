@@ -10,7 +10,7 @@ from torch import Tensor
 from besa_cli.ops import allocation, losses
 from besa_cli.pruners.besa.options import BesaOptions
 from besa_cli.pruners.besa.window import RankedWindow
-from besa_cli.stream import learning
+from besa_cli.stream import descent
 from besa_cli.system import compute
 
 
@@ -26,9 +26,9 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
     theta = _initial_logits(window).requires_grad_()
     strengths = {name: logits.clone().requires_grad_() for name, logits in window.start.items()}
     learners = optimizers(theta, list(strengths.values()), options)
-    samples = block.share.samples
+    samples = block.rank_share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    measure, world = learning.MEASURES[options.loss], block.share.world
+    measure, world = descent.MEASURES[options.loss], block.rank_share.world
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):
@@ -49,37 +49,40 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
             )
             if keeps_budget and mixture is not None and theta.grad is not None:
                 theta.grad = allocation.project_gradient(theta.grad, mixture.detach(), window.sizes, window.candidates)
+            factor = _rate_factor(options, len(history) / steps)
             for optimizer, rate in learners:
-                if rules.decaying:
-                    # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
-                    optimizer.param_groups[0]["lr"] = rate * learning.half_cosine(len(history) / steps)
+                # no scheduler of torch: with its optimizer it would lie in memory until a garbage collection
+                optimizer.param_groups[0]["lr"] = rate * factor
                 optimizer.step()
                 optimizer.zero_grad()
             history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
-    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, learning.tail_mean(history)
+    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, descent.tail_mean(history)
+
+
+def _rate_factor(options: BesaOptions, progress: float) -> float:
+    """Return the factor on the learning rates at a share of the steps, in [0, 1)."""
+    return descent.half_cosine(progress) if options.rules.decaying else 1.0
 
 
 def _project_to_budget(window: RankedWindow, theta: Tensor) -> None:
     """Project the mixtures back onto the budget, in place."""
     with torch.no_grad():
-        theta += (
-            allocation.newton_tilt(theta, window.sizes, window.candidates, window.target_sparsity) * window.candidates
-        )
+        theta += allocation.newton_tilt(theta, window.sizes, window.candidates, window.budget_share) * window.candidates
 
 
 def _penalty(window: RankedWindow, mixture: Tensor | None) -> Tensor | float:
     if mixture is None or not window.options.penalty:
         return 0.0
     sparsity, _ = allocation.mean_and_slope(mixture, window.sizes, window.candidates)
-    return window.options.penalty * losses.sparsity_penalty(sparsity, window.target_sparsity)
+    return window.options.penalty * losses.sparsity_penalty(sparsity, window.budget_share)
 
 
 def _initial_logits(window: RankedWindow) -> Tensor:
     if window.budget_met or window.options.rules.sigmoid_logits:
         return torch.zeros(len(window.sizes), len(window.candidates), device=window.device)
-    return allocation.initial_logits(len(window.sizes), window.candidates, window.target_sparsity)
+    return allocation.initial_logits(len(window.sizes), window.candidates, window.budget_share)
 
 
 def _chosen(samples: int, options: BesaOptions, seed: int) -> Iterator[Tensor]:
@@ -108,14 +111,14 @@ def optimizers(
         )
         found = [(prodigy, options.rate)]
     else:
-        found = [(learning.adamw([theta], options.rate), options.rate)]
+        found = [(descent.adamw([theta], options.rate), options.rate)]
     if strengths:
-        found.append((learning.adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
+        found.append((descent.adamw(strengths, options.clip_lr or 0.0), options.clip_lr or 0.0))
     return found
 
 
 def _finite(value: float, index: int) -> float:
-    return learning.require_finite(value, index, "--lr", "--penalty")
+    return descent.require_finite(value, index, "--lr", "--penalty")
 
 
 def _soft_weights(
@@ -141,7 +144,7 @@ def _soft_weights(
             floored=window.options.rules.floor_counts,
         )
         for (name, linear), part, count in zip(
-            window.linears.items(), window.split(mixture), window.counts(alpha), strict=True
+            window.linears.items(), window.split(mixture), window.learning_counts(alpha), strict=True
         )
     }
     return weights, mixture

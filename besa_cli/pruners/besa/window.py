@@ -83,7 +83,7 @@ class RankedWindow:
         self.sizes = torch.cat([linear.group_sizes() for linear in self.linears.values()])
         self.cols = torch.cat([torch.full((x.groups,), float(x.cols)) for x in self.linears.values()]).to(self.device)
         self.candidates = allocation.candidates(options.candidates).to(self.device)
-        self.target_sparsity = block.budget / sum(linear.size for linear in self.linears.values())
+        self.budget_share = block.budget / sum(linear.size for linear in self.linears.values())
         self.budget_met = block.budget <= sum(linear.zeros for linear in self.linears.values())
 
     def score(self, name: str) -> Tensor:
@@ -99,21 +99,21 @@ class RankedWindow:
         """Return the mixtures β of the logits."""
         return allocation.mixture(theta.sigmoid() if self.options.rules.sigmoid_logits else theta)
 
-    def counts(self, alpha: Tensor) -> list[Tensor]:
+    def learning_counts(self, alpha: Tensor) -> list[Tensor]:
         """Return how many weights each row of a group prunes while learning; one tensor per linear."""
         real = alpha.detach() * self.cols
         return self.split((real.floor() if self.options.rules.floor_counts else real.round()).to(torch.int32))
 
-    def shares(self, sparsities: Tensor) -> dict[str, budget.Floats]:
+    def wished_counts(self, sparsities: Tensor) -> dict[str, budget.Floats]:
         """Return real-valued counts for each row from each group's sparsity."""
         return {
             name: (allocation.repeat_rows(alpha, linear.group, linear.rows) * linear.cols).cpu().numpy()
             for (name, linear), alpha in zip(self.linears.items(), self.split(sparsities), strict=True)
         }
 
-    def uniform_shares(self) -> dict[str, budget.Floats]:
+    def uniform_counts(self) -> dict[str, budget.Floats]:
         """Return the same share for every row."""
-        return {name: np.full(linear.rows, self.target_sparsity * linear.cols) for name, linear in self.linears.items()}
+        return {name: np.full(linear.rows, self.budget_share * linear.cols) for name, linear in self.linears.items()}
 
 
 def _scores(block: Block, kind: Importance, norms: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:

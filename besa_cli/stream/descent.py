@@ -58,8 +58,8 @@ def compare_errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> t
     weights : mapping of linear name to Tensor of shape (rows, cols), in the compute dtype
     loss : {"token", "channel", "frobenius"}
     """
-    world, measure = block.share.world, MEASURES[loss]
-    compared = min(block.share.samples, max(math.ceil(_COMPARED / block.tokens.shape[1]), _SAMPLES))
+    world, measure = block.rank_share.world, MEASURES[loss]
+    compared = min(block.rank_share.samples, max(math.ceil(_COMPARED / block.tokens.shape[1]), _SAMPLES))
     pairs: list[tuple[float, float]] = []  # (loss, relative error) of each sample
     with torch.no_grad(), compute.repeated_passes():
         for chosen in torch.split(torch.arange(compared), world.size):
