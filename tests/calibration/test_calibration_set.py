@@ -504,6 +504,7 @@ def test_a_changed_token_is_noticed(text: Path, place: Path) -> None:
         ({"format": 2}, "has format 2, this besa .* reads 1"),
         ({"samples": "3"}, "samples: input should be a valid integer, not '3'"),
         ({"sources": [{"asked": 1}]}, r"sources\.0\.asked: "),
+        ({"documents": -1}, "documents: input should be greater than or equal to 0, not -1"),
         ({"samples": 4}, "does not have the shape"),
         ({"seqlen": 9}, "does not have the shape"),
         ({"tokens_digest": "0" * 64}, "was changed"),
