@@ -307,13 +307,13 @@ def test_the_simulation_page_lists_the_dataflows_the_accelerators_and_the_defaul
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The method in docs/add-a-pruner.md, written to a file and added by its one line."""
-    page = text(DOCS / "add-a-pruner.md")
+    """The method in docs/add-a-method.md, written to a file and added by its one line."""
+    page = text(DOCS / "add-a-method.md")
     (line,) = re.findall(r'^    ("\w+": ".*"),$', page, re.MULTILINE)
     ((name, summary),) = json.loads(f"{{{line}}}").items()
     assert name not in pruners.PRUNERS
     file = tmp_path / f"{name}.py"
-    (code,) = fenced(DOCS / "add-a-pruner.md", "python")
+    (code,) = fenced(DOCS / "add-a-method.md", "python")
     file.write_text(code, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(f"besa_cli.pruners.{name}", file)
     assert spec
