@@ -26,7 +26,7 @@ def a_total(data: st.DataObject, matrix: Tensor) -> int:
 
 @few
 @given(some_masks())
-def test_keep_above_finds_a_mask_again_from_ranks_that_put_its_pruned_columns_first(keep: Tensor) -> None:
+def test_mask_from_ranks_finds_a_mask_again_from_ranks_that_put_its_pruned_columns_first(keep: Tensor) -> None:
     assert torch.equal(masks.mask_from_ranks(kernels.ranks(keep.float()), (~keep).sum(1)), keep)
 
 
