@@ -1,6 +1,7 @@
 """Methods as jobs use them: a pruner or a quantizer with its options, resolved once from names."""
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
@@ -14,7 +15,7 @@ from besa_cli.stream.memory_model import MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
+class MethodOptions(ABC):
     """Base class of the options of every method; a method overrides the answers that differ for it.
 
     Attributes
@@ -39,9 +40,9 @@ class MethodOptions:
         """Return the options with their values, under the names of `option_names`, for a manifest."""
         return {name: getattr(self, name) for name in self.option_names()}
 
+    @abstractmethod
     def memory_use(self) -> MemoryUse:
         """Return the extra memory that the method needs with these options."""
-        raise NotImplementedError
 
     def reconstruction_window(self) -> str:
         """Return what is reconstructed together: see `besa_cli.stream.windows.segments`."""
