@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-OnStep = Callable[[int, int, str], None]
+# Phases of the work on a window. The duration of all but "update" grows with the number of samples: see forecast.py.
+Phase = Literal["statistics", "target", "learning", "update", "propagation"]
+OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class Block:
         self._window = window
         self._target = target
 
-    def on_step(self, done: int, total: int, phase: str) -> None:
+    def on_step(self, done: int, total: int, phase: Phase) -> None:
         """Report progress within this window; must be called after every batch."""
         self._activations.release()
         self._on_step(done, total, phase)
@@ -181,7 +184,7 @@ class Block:
         self.rank_share.world.all_reduce_list_(list(sums.values()))
         return {name: sums[leaders[name]] for name in self.linears}
 
-    def _pass(self, after_batch: Callable[[], None], phase: str) -> None:
+    def _pass(self, after_batch: Callable[[], None], phase: Phase) -> None:
         """Run the unchanged window over all samples of this rank; store its output as the target if there is none."""
         new = self._target is None
         target = self._activations.empty(self.inputs.shape, self.inputs.dtype) if new else self._target

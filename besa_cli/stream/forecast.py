@@ -10,9 +10,10 @@ from torch import Tensor
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.stream import propagation, windows
 from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.block import Phase
 from besa_cli.stream.walk import BlockWalk, PrunePlan
 
-_FIXED = ("update",)  # phases whose duration does not depend on the number of samples
+_FIXED: tuple[Phase, ...] = ("update",)  # phases whose duration does not depend on the number of samples
 _BATCHES = 2  # batches that the trial passes through the window
 
 
@@ -55,12 +56,13 @@ class Meter:
     """Stopwatch for the phases of a window, used to extrapolate their duration to more samples."""
 
     def __init__(self) -> None:
-        self._phase, self._done, self._last = "", 0, 0.0
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._units: dict[str, int] = defaultdict(int)
-        self._total: dict[str, int] = defaultdict(int)
+        self._phase: Phase | None = None
+        self._done, self._last = 0, 0.0
+        self._seconds: dict[Phase, float] = defaultdict(float)
+        self._units: dict[Phase, int] = defaultdict(int)
+        self._total: dict[Phase, int] = defaultdict(int)
 
-    def step(self, done: int, total: int, phase: str) -> None:
+    def step(self, done: int, total: int, phase: Phase) -> None:
         """Record one step, as `besa_cli.stream.block.OnStep`; the first step of a phase only starts its clock."""
         now = time.perf_counter()
         if phase == self._phase and done > self._done:
@@ -79,7 +81,7 @@ class Meter:
         """Return the duration, in seconds, of one pass over `factor` times as many samples as the trial had."""
         return factor * self._rate("propagation") * self._total.get("propagation", 0)
 
-    def _rate(self, phase: str) -> float:
+    def _rate(self, phase: Phase) -> float:
         units = self._units[phase]
         return self._seconds[phase] / units if units else 0.0
 

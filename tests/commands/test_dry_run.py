@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from besa_cli.checkpoint.runs import Run
 from besa_cli.jobs.stage import StageJob
 from besa_cli.stream import forecast
+from besa_cli.stream.block import Phase
 from besa_cli.system import compute
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -160,7 +161,7 @@ def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.Mo
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def walk(samples: int) -> Iterator[tuple[float, int, int, str]]:
+    def walk(samples: int) -> Iterator[tuple[float, int, int, Phase]]:
         yield from ((0.5, done, samples, "statistics") for done in range(1, samples + 1))
         yield from ((3.0, done, samples, "learning") for done in range(1, samples + 1))
         yield from ((1.0, done, 4, "update") for done in range(1, 5))
