@@ -113,10 +113,10 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     assert len(by_row.sizes) == int(rows.sum())
     if not 0 < budget < toy_block.size(weights):
         return
-    one = allocation.project(theta, by_layer.sizes, by_layer.candidates, by_layer.target_sparsity)
-    many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.candidates, by_row.target_sparsity)
+    one = allocation.project(theta, by_layer.sizes, by_layer.candidates, by_layer.budget_share)
+    many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.candidates, by_row.budget_share)
     assert torch.allclose(one.repeat_interleave(rows), many, atol=1e-9)
-    (first,), (second,) = deciding._masks(by_layer, by_layer.shares(one)), deciding._masks(by_row, by_row.shares(many))
+    (first,), (second,) = deciding._masks(by_layer, by_layer.wished_counts(one)), deciding._masks(by_row, by_row.wished_counts(many))
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
     assert toy_block.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
