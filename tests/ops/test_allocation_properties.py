@@ -116,7 +116,10 @@ def test_rows_with_equal_logits_are_pruned_as_their_linear_is(
     one = allocation.project(theta, by_layer.sizes, by_layer.candidates, by_layer.budget_share)
     many = allocation.project(theta.repeat_interleave(rows, 0), by_row.sizes, by_row.candidates, by_row.budget_share)
     assert torch.allclose(one.repeat_interleave(rows), many, atol=1e-9)
-    (first,), (second,) = deciding._masks(by_layer, by_layer.wished_counts(one)), deciding._masks(by_row, by_row.wished_counts(many))
+    (first,), (second,) = (
+        deciding._masks(by_layer, by_layer.wished_counts(one)),
+        deciding._masks(by_row, by_row.wished_counts(many)),
+    )
     for name, mask in first.items():
         assert torch.equal(mask, second[name]), name
     assert toy_block.pruned(first) == max(budget, sum(int((weight == 0).sum()) for weight in weights.values()))
