@@ -13,5 +13,5 @@ OptionValue = str | int | float | bool | None | list[str] | tuple[int, int]  # v
 GivenOptions = Mapping[str, Any]  # options of a method or a format that were given, by field; its class checks them
 
 DAMPING = 0.01  # default of --damping: share of the mean diagonal of XᵀX that is added to it
-CLIP_RATE = 0.03  # default of --clip-lr: AdamW's learning rate of the clipping strengths
+CLIP_RATE = 0.03  # default of --clip-lr, and of quantize's --lr: AdamW's rate of the clipping strengths
 ROUTERS = ("router", "gate")  # names of linears that choose experts; never pruned

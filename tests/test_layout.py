@@ -117,7 +117,7 @@ def test_methods_offered_are_the_files_and_folders_there_are(folder: str) -> Non
 
 
 @pytest.mark.parametrize(("folder", "name"), [(folder, name) for folder, names in METHODS.items() for name in names])
-def test_a_method_is_options_and_two_functions(folder: str, name: str) -> None:
+def test_a_method_is_options_and_a_function(folder: str, name: str) -> None:
     module = importlib.import_module(f"besa_cli.{folder}.{name}")
     options: type[MethodOptions] = module.Options
     assert is_dataclass(options)

@@ -65,7 +65,7 @@ def load(name: str, given: "GivenOptions") -> Pruner:
     UsageError
         The method is unknown, it lacks one of the options, or a value is invalid.
     """
-    from besa_cli.stream.method import module_of, options_of
+    from besa_cli.stream.method import resolve
 
-    options = options_of("pruners", PRUNERS, name, given)
-    return Pruner(name=name, options=options, prune=module_of("pruners", PRUNERS, name).prune)
+    module, options = resolve("pruners", PRUNERS, name, given)
+    return Pruner(name=name, options=options, prune=module.prune)

@@ -61,7 +61,7 @@ def load(name: str, grid: "Grid", given: "GivenOptions") -> Quantizer:
     UsageError
         The method is unknown, it lacks one of the options, or a value is invalid.
     """
-    from besa_cli.stream.method import module_of, options_of
+    from besa_cli.stream.method import resolve
 
-    options = options_of("quantizers", QUANTIZERS, name, given)
-    return Quantizer(name=name, options=options, grid=grid, quantize=module_of("quantizers", QUANTIZERS, name).quantize)
+    module, options = resolve("quantizers", QUANTIZERS, name, given)
+    return Quantizer(name=name, options=options, grid=grid, quantize=module.quantize)

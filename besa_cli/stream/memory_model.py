@@ -26,7 +26,7 @@ _ROOM = 80 << 20  # allocator fragmentation, matrix-product buffers, lazily load
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """Extra memory of a method, beside the block and its source, as returned by its `memory_use(options)`.
+    """Extra memory of a method, beside the block and its source, as returned by `MethodOptions.memory_use`.
 
     Attributes
     ----------

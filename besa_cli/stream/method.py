@@ -4,7 +4,8 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol, Self
+from types import ModuleType
+from typing import ClassVar, Protocol, Self
 
 from besa_cli.choices import GivenOptions, OptionValue, Target
 from besa_cli.errors import require_options, unknown
@@ -80,21 +81,10 @@ class Method(Protocol):
         """Decide which weights of a block are pruned, and their codes where they are quantized."""
 
 
-def module_of(package: str, methods: Mapping[str, str], name: str) -> Any:
-    """Import the module of a method: ``besa_cli.{package}.{name}``.
-
-    Raises
-    ------
-    UsageError
-        The package has no method of this name.
-    """
-    if name not in methods:
-        raise unknown("method", name, methods)
-    return importlib.import_module(f"besa_cli.{package}.{name}")
-
-
-def options_of(package: str, methods: Mapping[str, str], name: str, given: GivenOptions) -> MethodOptions:
-    """Build a method's options from those that were given.
+def resolve(
+    package: str, methods: Mapping[str, str], name: str, given: GivenOptions
+) -> tuple[ModuleType, MethodOptions]:
+    """Import the module of a method, ``besa_cli.{package}.{name}``, and build its options from those that were given.
 
     Parameters
     ----------
@@ -103,15 +93,20 @@ def options_of(package: str, methods: Mapping[str, str], name: str, given: Given
         Methods of the package, by name.
     name : str
     given : mapping
-        Values by the names of the fields of the method's ``Options``.
+        Values by the names of the method's options; see `MethodOptions.option_names`.
 
     Raises
     ------
     UsageError
         The method is unknown, it lacks one of the options, or a value is invalid.
     """
-    cls: type[MethodOptions] = module_of(package, methods, name).Options
-    require_options(
-        given, "method", name, methods, lambda other: module_of(package, methods, other).Options.option_names()
-    )
-    return cls.from_given(given)
+    if name not in methods:
+        raise unknown("method", name, methods)
+
+    def module_of(method: str) -> ModuleType:
+        return importlib.import_module(f"besa_cli.{package}.{method}")
+
+    require_options(given, "method", name, methods, lambda other: module_of(other).Options.option_names())
+    module = module_of(name)
+    options: MethodOptions = module.Options.from_given(given)
+    return module, options
