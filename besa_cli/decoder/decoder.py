@@ -147,9 +147,11 @@ class Decoder(PartialModel):
             return caught.hidden
         raise BesaError(f"{type(self.model).__name__} did not call its blocks", _NOT_SUPPORTED)
 
-    def _run(self, tokens: Tensor, stand_in: StandIn, *, with_head: bool = False, **options: Tensor) -> Any:
+    def _run(
+        self, tokens: Tensor, stand_in: StandIn, *, with_head: bool = False, gradients: bool = False, **options: Tensor
+    ) -> Any:
         """Run the model with `stand_in(number, hidden, ...)` in place of each block's forward."""
-        with contextlib.ExitStack() as stack, torch.no_grad():
+        with contextlib.ExitStack() as stack, torch.set_grad_enabled(gradients):
             for number, block in enumerate(self.blocks):
                 stack.enter_context(_replaced_forward(block, number, stand_in))
             return self._ready(with_head=with_head)(input_ids=tokens.to(self.device), use_cache=False, **options)
@@ -203,7 +205,7 @@ class Decoder(PartialModel):
         states: Tensor = self._run(tokens, self._injecting(hidden))[0]
         return states
 
-    def finish(self, hidden: Tensor, tokens: Tensor, part: slice | None = None) -> Tensor:
+    def finish(self, hidden: Tensor, tokens: Tensor, part: slice | None = None, *, gradients: bool = False) -> Tensor:
         """Compute the logits from the outputs of the last block.
 
         Parameters
@@ -212,6 +214,8 @@ class Decoder(PartialModel):
         tokens : Tensor of shape (samples, seqlen)
         part : slice, optional
             Positions to compute logits for; all by default.
+        gradients : bool
+            Let gradients of the logits reach `hidden`.
 
         Returns
         -------
@@ -221,10 +225,10 @@ class Decoder(PartialModel):
         self.load_head()
         inject = self._injecting(hidden)
         if part is None or not self._keeps_logits:
-            logits: Tensor = self._run(tokens, inject, with_head=True).logits
+            logits: Tensor = self._run(tokens, inject, with_head=True, gradients=gradients).logits
             return logits if part is None else logits[:, part]
         positions = torch.arange(part.start, part.stop, device=self.device)
-        logits = self._run(tokens, inject, with_head=True, logits_to_keep=positions).logits
+        logits = self._run(tokens, inject, with_head=True, gradients=gradients, logits_to_keep=positions).logits
         return logits
 
     def forward(
