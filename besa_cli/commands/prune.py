@@ -41,7 +41,7 @@ DampingOption = Annotated[
     ),
 ]
 GlobalEpochsOption = Annotated[
-    int,
+    int | None,
     panels.WHOLE_MODEL(
         "--global-epochs",
         "Passes over the samples, after the blocks, in which all rows of the model learn their sparsities together "
@@ -155,7 +155,7 @@ def prune(
     nm: PatternOption = None,
     damping: DampingOption = None,
     besa: BesaGroup,
-    global_epochs: GlobalEpochsOption = 0,
+    global_epochs: GlobalEpochsOption = None,
     global_lr: GlobalRateOption = None,
     bits: BitsOption = None,
     grid: option_groups.GridGroup,
@@ -182,7 +182,7 @@ def prune(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        global_epochs=global_epochs,
+        global_epochs=global_epochs or 0,
         global_lr=global_lr,
         options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),

@@ -12,7 +12,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, memory_model, walk, windows
+from besa_cli.stream import forecast, global_rates, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
@@ -113,7 +113,14 @@ class StageWorker:
 
     def seconds(self, finished: int, batch: int) -> float:
         """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
+        options = self._request.whole_model
+        return forecast.seconds(
+            self.decoder,
+            self._tokens,
+            self._prune_plan(batch),
+            finished,
+            passes_after=0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape),
+        )
 
     def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(
