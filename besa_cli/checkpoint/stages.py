@@ -21,6 +21,7 @@ from besa_cli.system import disk, records
 from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
+SENSITIVITY = "sensitivity.safetensors"  # of the channels; only until the stage is finished
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
@@ -220,6 +221,7 @@ class Stage:
         """
         for index in set(range(self.blocks)) - self._verified:
             self.read(index)
+        (self.directory / SENSITIVITY).unlink(missing_ok=True)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)

@@ -99,6 +99,7 @@ METHODS = {
     "wanda": tiny_models.request("wanda"),
     "sparsegpt": tiny_models.request("sparsegpt", nm=(2, 4)),
     "besa": tiny_models.request("besa", sparsity=0.4),
+    "besa-sensitivity": tiny_models.request("besa", loss="sensitivity"),
     "besa-stream": tiny_models.request("besa", target="stream", granularity="layer", epochs=2),
 }
 
