@@ -157,6 +157,19 @@ def test_killed_at_a_point_and_run_again(
     assert left_in(tmp_path) == expected
 
 
+@pytest.mark.parametrize("point", ["before sensitivity.safetensors", "after sensitivity.safetensors", *POINTS[6:]])
+def test_killed_at_a_point_with_the_sensitivity_of_channels(
+    point: str, fate: Fate, model: Path, uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    expected = uninterrupted("besa-sensitivity")
+    fate.at(point)
+    with pytest.raises(Killed):
+        tiny_models.run(job(tmp_path, model, METHODS["besa-sensitivity"]))
+    fate.at(None)
+    tiny_models.run(job(tmp_path, model, METHODS["besa-sensitivity"]))
+    assert left_in(tmp_path) == expected
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "wanda"])
 @pytest.mark.parametrize("point", [f"after {SHARDS[1]}.safetensors", f"before {SHARDS[2]}.safetensors"])
 def test_every_method_goes_on_as_if_nothing_had_happened(
