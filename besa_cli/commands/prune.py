@@ -110,7 +110,12 @@ class BesaGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        panels.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+        panels.BESA(
+            "--loss",
+            "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
+            "channels weighted by their effect on the model's predictions.",
+            "token",
+        ),
     ] = None
     epochs: Annotated[
         int | None, panels.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.manifests import Compute
@@ -12,7 +13,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, global_rates, memory_model, walk, windows
+from besa_cli.stream import forecast, global_rates, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
@@ -50,20 +51,32 @@ class StageWorker:
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
-    def demand(self, batch: int) -> memory_model.Demand:
-        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
+    def demand(self, batch: int, *, measures: bool = False) -> memory_model.Demand:
+        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients.
+
+        If this rank `measures` the sensitivity of the channels, it needs memory for that, too.
+        """
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         shape = memory_model.shape(self.decoder, self.segments)
-        blockwise = memory_model.prune_demand(
+        demand = memory_model.prune_demand(
             shape,
             method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
         )
+        if measures:
+            demand = memory_model.with_sensitivity(
+                demand,
+                shape,
+                blocks=len(self.decoder),
+                tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
         if self._request.whole_model is None:
-            return blockwise
+            return demand
         together = memory_model.global_demand(
             shape,
             len(self.decoder),
@@ -72,7 +85,7 @@ class StageWorker:
             seqlen=self._seqlen,
             resident=self.resident,
         )
-        return memory_model.larger(blockwise, together)
+        return memory_model.larger(demand, together)
 
     @cached_property
     def resident(self) -> bool:
@@ -96,10 +109,20 @@ class StageWorker:
         )
 
     def reports(
-        self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
+        self,
+        store: Store | None,
+        activations: ActivationStore,
+        on_step: OnStep,
+        *,
+        batch: int,
+        prefetch: bool,
+        channels: Tensor | None = None,
     ) -> Iterator[BlockReport]:
-        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store."""
-        plan, world = self._prune_plan(batch), self._world
+        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store.
+
+        `channels` is the sensitivity of the channels, of shape (blocks, hidden), if the method needs it.
+        """
+        plan, world = self._prune_plan(batch, channels), self._world
         return walk.compress(
             self.decoder,
             store,
@@ -111,18 +134,24 @@ class StageWorker:
             world=world,
         )
 
-    def seconds(self, finished: int, batch: int) -> float:
-        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
+    def seconds(self, finished: int, batch: int, *, measures: bool = False) -> float:
+        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window.
+
+        If this rank `measures` the sensitivity of the channels, the time of that is included.
+        """
+        first = sensitivity.seconds(self.decoder, self._tokens) if measures else 0.0
+        needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
+        channels = torch.ones(len(self.decoder), hidden) if needed else None
         options = self._request.whole_model
-        return forecast.seconds(
+        return first + forecast.seconds(
             self.decoder,
             self._tokens,
-            self._prune_plan(batch),
+            self._prune_plan(batch, channels),
             finished,
             passes_after=0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape),
         )
 
-    def _prune_plan(self, batch: int) -> walk.PrunePlan:
+    def _prune_plan(self, batch: int, channels: Tensor | None) -> walk.PrunePlan:
         return walk.PrunePlan(
             decide=self._request.method.decide,
             segments=self.segments,
@@ -130,4 +159,5 @@ class StageWorker:
             target=self._request.method.options.learning_target(),
             batch=batch,
             seed=self._request.seed,
+            sensitivity=channels,
         )
