@@ -151,6 +151,25 @@ class NewStageManifest(_StageFields):
 
 
 @strict
+class WholeModel(TypedDict):
+    """Result of the passes in which the whole model learned the sparsities of its rows.
+
+    `divergence` is the KL divergence to the dense model, in nats per token, on `held_out` samples that were not learned
+    from: before the first pass, and after each. The rates are those after pass `kept`; 0 stands for the start.
+    """
+
+    held_out: Count
+    divergence: list[Annotated[float, Ge(0)]]
+    kept: Count
+
+
+class AddedFields(TypedDict, total=False):
+    """Fields that a job adds to the manifest of a finished stage."""
+
+    whole_model: WholeModel
+
+
+@strict
 class StageManifest(_StageFields):
     """`besa.json` of a stage."""
 
@@ -160,6 +179,7 @@ class StageManifest(_StageFields):
     restart: NotRequired[bool]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
+    whole_model: NotRequired[WholeModel]
 
 
 @strict

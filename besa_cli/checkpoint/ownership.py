@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import SENSITIVITY, TIMING
+from besa_cli.checkpoint.stages import DRAFT, RATES, SENSITIVITY, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -24,7 +24,9 @@ Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
 _SENSITIVITY = re.compile(r"sensitivity-[0-9a-f]{16}\.safetensors")
-_SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")
+_SHARD = re.compile(
+    r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
+)
 _WEIGHTS = re.compile(r"(?:model|sparse)-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?|model-[A-Z0-9_]+\.gguf")
 _SMALL = re.compile(
     r"(?:[a-z]+_)*config\.json|tokenizer\.(?:json|model)(?:\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
@@ -226,7 +228,7 @@ def _of_export(manifest: Json, directory: Path) -> _Owned:
 def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, INDEX, SENSITIVITY, *manifest.get("files", [])}),
+        listed=frozenset({MANIFEST, TIMING, INDEX, SENSITIVITY, f"{DRAFT}/{RATES}", *manifest.get("files", [])}),
         shards=manifest["blocks"] + 1,
         origin=Path(manifest["model"]["directory"]),
     )

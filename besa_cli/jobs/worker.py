@@ -1,6 +1,7 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -9,14 +10,18 @@ from torch import Tensor
 from besa_cli.checkpoint.manifests import Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
+from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, memory_model, sensitivity, walk, windows
+from besa_cli.stream import forecast, global_rates, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
+
+_RESIDENT = 4  # share of the free memory that the blocks may fill while the whole model learns: one of so many
 
 
 class StageWorker:
@@ -37,6 +42,7 @@ class StageWorker:
     def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
+        self._all_tokens = tokens
         self._tokens = tokens if request.uses_calibration else tokens[:0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
@@ -60,15 +66,46 @@ class StageWorker:
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
         )
-        if not measures:
+        if measures:
+            demand = memory_model.with_sensitivity(
+                demand,
+                shape,
+                blocks=len(self.decoder),
+                tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
+        if self._request.whole_model is None:
             return demand
-        return memory_model.with_sensitivity(
-            demand,
+        together = memory_model.global_demand(
             shape,
-            blocks=len(self.decoder),
-            tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
+            len(self.decoder),
+            tokens=self._samples * self._seqlen,
+            passing=min(self._samples, batch) * self._seqlen,
             seqlen=self._seqlen,
-            head=self.decoder.head_bytes(),
+            resident=self.resident,
+        )
+        return memory_model.larger(demand, together)
+
+    @cached_property
+    def resident(self) -> bool:
+        """True if all blocks stay loaded while the whole model learns; changes no result."""
+        blocks = sum(parameter.numel() for block in self.decoder.blocks for parameter in block.parameters())
+        needed = blocks * self.decoder.dtype.itemsize
+        return self._request.max_memory is None and needed * _RESIDENT < memory.available(self.decoder.device)
+
+    def global_rates(
+        self, start: Store, state: StateFile, activations: ActivationStore, on_step: OnStep, *, batch: int
+    ) -> GlobalRates:
+        """Return the learner of all rows' sparsities, from the finished blocks of `start`; of the main rank alone."""
+        options = self._request.whole_model
+        if options is None:
+            raise ValueError("the request asks for no learning of the whole model")
+        plan = GlobalPlan(
+            epochs=options.epochs, rate=options.rate, batch=batch, seed=self._request.seed, resident=self.resident
+        )
+        return GlobalRates(
+            self.decoder, start, self._all_tokens, plan, state=state, activations=activations, on_step=on_step
         )
 
     def reports(
@@ -105,7 +142,14 @@ class StageWorker:
         first = sensitivity.seconds(self.decoder, self._tokens) if measures else 0.0
         needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
         channels = torch.ones(len(self.decoder), hidden) if needed else None
-        return first + forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch, channels), finished)
+        options = self._request.whole_model
+        return first + forecast.seconds(
+            self.decoder,
+            self._tokens,
+            self._prune_plan(batch, channels),
+            finished,
+            passes_after=0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape),
+        )
 
     def _prune_plan(self, batch: int, channels: Tensor | None) -> walk.PrunePlan:
         return walk.PrunePlan(

@@ -70,3 +70,11 @@ def channel(
 def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
     """Compute ((s − ŝ)/ŝ)², the penalty on missing ŝ (BESA Eq. 1 in the released program's relative form)."""
     return ((sparsity - target) / target).square()
+
+
+def divergence(
+    logits: Float[Tensor, "*batch vocabulary"], target: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, ""]:
+    """Compute Σ KL(softmax(target) ‖ softmax(logits)) over all positions, in nats and fp32; the target is constant."""
+    wanted = target.detach().float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
