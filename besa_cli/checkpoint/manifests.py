@@ -111,6 +111,18 @@ class Counts(TypedDict):
 
 
 @strict
+class HeldOut(TypedDict):
+    """Result of the check on held-out samples: mean divergence per token from the dense model, in nats.
+
+    A figure is None if logits were beyond the range of the compute dtype.
+    """
+
+    samples: Positive
+    kl: float | None
+    kl_uniform: float | None
+
+
+@strict
 class StageHistory(TypedDict):
     """An earlier stage that this one was made from."""
 
@@ -154,6 +166,7 @@ class StageManifest(_StageFields):
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
     files: NotRequired[list[str]]
     restart: NotRequired[bool]
+    held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
 

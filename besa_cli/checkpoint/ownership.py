@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import TIMING
+from besa_cli.checkpoint.stages import HELD_OUT, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -221,7 +221,7 @@ def _of_export(manifest: Json, directory: Path) -> _Owned:
 def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, INDEX, *manifest.get("files", [])}),
+        listed=frozenset({MANIFEST, TIMING, HELD_OUT, INDEX, *manifest.get("files", [])}),
         shards=manifest["blocks"] + 1,
         origin=Path(manifest["model"]["directory"]),
     )

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
@@ -22,6 +23,7 @@ from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
+HELD_OUT = "held-out.streams"  # state of the check on held-out samples, while the stage is being made
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
@@ -150,8 +152,17 @@ class Stage:
         """Read the reports of all finished blocks."""
         return (self.report(index) for index in range(self.finished()))
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Write a block's report, codes and tensors, the shard last."""
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a block's report, codes and tensors, the shard last; then the `state` of the check on held-out samples.
+
+        A state that is stored thus never is ahead of the blocks.
+        """
         digests = {"digest": weights.digest(tensors)} | ({"codes_digest": weights.digest(codes)} if codes else {})
         record = {**report.record(), **digests}
         disk.write_json(self._report(report.index), {**record, "seal": _seal(record)})
@@ -160,6 +171,34 @@ class Stage:
             self._save(self._codes(report.index), codes)
         self._save(self.shard(report.index), tensors)
         self._verified.add(report.index)
+        if state is not None:
+            digest = torch.frombuffer(bytearray.fromhex(weights.digest(state)), dtype=torch.uint8)
+            self._save(self.directory / HELD_OUT, {**state, "digest": digest})
+
+    def read_state(self) -> dict[str, Tensor]:
+        """Read the state of the check on held-out samples that was written last; empty if there is none.
+
+        Raises
+        ------
+        BesaError
+            It differs from what was written.
+        """
+        path = self.directory / HELD_OUT
+        if not path.exists():
+            return {}
+        tensors = weights.read_file(path)
+        digest = tensors.pop("digest", None)
+        if digest is None or bytes(digest.tolist()).hex() != weights.digest(tensors):
+            raise BesaError(
+                f"{path} is damaged: it does not hold what was written",
+                f"delete {path}; the same command then computes all blocks again",
+            )
+        return tensors
+
+    def write_held_out(self, figures: manifests.HeldOut) -> None:
+        """Write the result of the check on held-out samples into the manifest."""
+        manifest = manifests.read_stage(self.directory)
+        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "held_out": figures})
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that belong to no block."""
@@ -241,6 +280,7 @@ class Stage:
         manifest.pop("restart", None)
         if "quantization" in manifest:
             counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
+        (self.directory / HELD_OUT).unlink(missing_ok=True)
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest

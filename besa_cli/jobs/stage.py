@@ -21,7 +21,7 @@ from besa_cli.jobs import ranks, stage_manifest
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream import forecast, memory_model
+from besa_cli.stream import forecast, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
@@ -94,7 +94,8 @@ class StageJob:
         began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._world, self._notify = world or Ranks(), notify
-        ranks.require_samples(len(calibration.tokens), self._world)
+        samples = len(calibration.tokens)
+        ranks.require_samples(samples - request.method.options.held_out(samples), self._world)
         self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
         for place in (self._final, next_stage):
             preflight.refuse_foreign(place, model.directory)
@@ -176,10 +177,11 @@ class StageJob:
     def _bytes_to_write(self, worker: StageWorker, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes of the blocks that are left, their codes, and the hidden states that lie in files."""
         hidden = worker.demand(memory.batch).hidden * self._world.size if memory.in_files else 0
+        hidden += worker.state_bytes()
         whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
         if self._is_new:
             return whole + hidden
-        return whole * (self._stage.blocks - self._stage.finished()) // self._stage.blocks + hidden
+        return whole * (self._stage.blocks - self._resumable(worker)) // self._stage.blocks + hidden
 
     def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
@@ -196,7 +198,7 @@ class StageJob:
             The run directory cannot be written.
         """
         disk.require_writable(self._directory)
-        plan, finished = self._plan, 0 if self._is_new else self._stage.finished()
+        plan, finished = self._plan, 0 if self._is_new else self._resumable(self._plan.worker)
         working = plan.worker.seconds(finished, plan.memory.batch)
         return forecast.Forecast(
             memory=plan.memory.peak,
@@ -240,8 +242,9 @@ class StageJob:
         )  # fmt: skip
         with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
             for report in self._plan.worker.reports(
-                store, ActivationStore(files), on_step, batch=memory.batch, prefetch=memory.overlapping
-            ):
+                store, ActivationStore(files), on_step,
+                batch=memory.batch, prefetch=memory.overlapping, check=self._checks(self._plan.worker),
+            ):  # fmt: skip
                 self._note_time(report)
                 yield report
 
@@ -251,8 +254,7 @@ class StageJob:
             swap.discard(self._directory, self._final, self._sources())
             self._stage.begin(self.manifest, self.model.directory)
         else:
-            done = self._stage.finished()
-            self._notify(f"{self._directory}: {done} of {self._stage.blocks} blocks are done, resuming from there")
+            self._note_resumption()
         stages.sweep(self._directory)
         if self._plan.memory.in_files:
             self._notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
@@ -261,6 +263,24 @@ class StageJob:
             self._stage.check_rest(weights.digest(self._source.read(rest)))
         else:
             self._stage.write_rest(self._source.read(rest))
+
+    def _checks(self, worker: StageWorker) -> bool:
+        """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
+        return worker.checked and "held_out" not in self.manifest
+
+    def _resumable(self, worker: StageWorker) -> int:
+        """Return the number of finished blocks from which the work is resumed."""
+        return rank_share.resumable(self._stage, checked=self._checks(worker))
+
+    def _note_resumption(self) -> None:
+        done, blocks = self._resumable(self._plan.worker), self._stage.blocks
+        if not done and self._stage.finished():
+            self._notify(
+                f"{self._directory}: {stages.HELD_OUT} is missing or ahead of the blocks, so all {blocks} are "
+                "computed again"
+            )
+        else:
+            self._notify(f"{self._directory}: {done} of {blocks} blocks are done, resuming from there")
 
     def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""

@@ -10,7 +10,7 @@ from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, memory_model, walk, windows
+from besa_cli.stream import forecast, held_out, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.rank_share import Store
@@ -36,7 +36,9 @@ class StageWorker:
     def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
-        self._tokens = tokens if request.uses_calibration else tokens[:0]
+        observed = self._samples - request.method.options.held_out(self._samples) if request.uses_calibration else 0
+        self._tokens = tokens[:observed]
+        self._held_out = tokens[observed:] if request.uses_calibration and observed < self._samples else None
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
@@ -54,13 +56,36 @@ class StageWorker:
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
+            held_out=0 if self._held_out is None else self._held_out.numel(),
+            head=self.decoder.head_bytes(),
         )
 
+    @property
+    def checked(self) -> bool:
+        """True if some samples are held out to check the result."""
+        return self._held_out is not None
+
+    def state_bytes(self) -> int:
+        """Return the bytes on disk that the state of this check takes while a new one replaces it; 0 without it."""
+        tokens = 0 if self._held_out is None else self._held_out.numel()
+        hidden = memory_model.shape(self.decoder, self.segments).hidden
+        return 2 * len(held_out.STREAMS) * tokens * hidden * self.decoder.dtype.itemsize
+
     def reports(
-        self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
+        self,
+        store: Store | None,
+        activations: ActivationStore,
+        on_step: OnStep,
+        *,
+        batch: int,
+        prefetch: bool,
+        check: bool = False,
     ) -> Iterator[BlockReport]:
-        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store."""
-        plan, world = self._prune_plan(batch), self._world
+        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store.
+
+        With `check`, also of the main rank alone, the samples that are held out pass through the blocks, too.
+        """
+        plan, world = self._prune_plan(batch, check=check), self._world
         return walk.compress(
             self.decoder,
             store,
@@ -74,9 +99,9 @@ class StageWorker:
 
     def seconds(self, finished: int, batch: int) -> float:
         """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
+        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch, check=True), finished)
 
-    def _prune_plan(self, batch: int) -> walk.PrunePlan:
+    def _prune_plan(self, batch: int, *, check: bool) -> walk.PrunePlan:
         return walk.PrunePlan(
             decide=self._request.method.decide,
             segments=self.segments,
@@ -84,4 +109,5 @@ class StageWorker:
             target=self._request.method.options.learning_target(),
             batch=batch,
             seed=self._request.seed,
+            held_out=self._held_out if check else None,
         )

@@ -1,5 +1,7 @@
 """Learning losses: the distance of the output from its target, and of the sparsity from the target sparsity.
 
+Beside them the divergence of a model's predictions from another's.
+
 If a step's samples are spread over several ranks, each computes its part of a loss, and the parts add up to the loss of
 all samples: `total` turns a sum over one rank's tokens into the sum over all ranks.
 """
@@ -52,3 +54,12 @@ def channel(
 def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
     """Compute ((s − ŝ)/ŝ)², the penalty on missing ŝ (BESA Eq. 1 in the released program's relative form)."""
     return ((sparsity - target) / target).square()
+
+
+def divergence(
+    logits: Float[Tensor, "*batch vocabulary"], expected: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, "*batch"]:
+    """Compute KL(p ‖ q) of each token in nats, p the distribution of the logits `expected` and q that of `logits`."""
+    wanted = expected.float().log_softmax(-1)
+    ratio = logits.float().log_softmax(-1).neg_().add_(wanted)
+    return ratio.mul_(wanted.exp_()).sum(-1)
