@@ -159,6 +159,26 @@ class NewStageManifest(_StageFields):
 
 
 @strict
+class WholeModel(TypedDict):
+    """Result of the passes in which the whole model learned the sparsities of its rows.
+
+    `divergence` is the KL divergence to the dense model, in nats per token, on `held_out` samples that were not learned
+    from: before the first pass, and after each. The rates are those after pass `kept`; 0 stands for the start.
+    """
+
+    held_out: Count
+    divergence: list[Annotated[float, Ge(0)]]
+    kept: Count
+
+
+class AddedFields(TypedDict, total=False):
+    """Fields that a job adds to the manifest of a finished stage."""
+
+    whole_model: WholeModel
+    held_out: HeldOut
+
+
+@strict
 class StageManifest(_StageFields):
     """`besa.json` of a stage."""
 
@@ -169,6 +189,7 @@ class StageManifest(_StageFields):
     held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
+    whole_model: NotRequired[WholeModel]
 
 
 @strict

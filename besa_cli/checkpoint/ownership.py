@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import HELD_OUT, TIMING
+from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, RATES, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -23,7 +23,10 @@ from besa_cli.system.disk import Json
 Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
-_SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")
+_STATES = (HELD_OUT, f"{DRAFT}/{HELD_OUT}", f"{DRAFT}/{RATES}")  # of an unfinished stage
+_SHARD = re.compile(
+    r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
+)
 _WEIGHTS = re.compile(r"(?:model|sparse)-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?|model-[A-Z0-9_]+\.gguf")
 _SMALL = re.compile(
     r"(?:[a-z]+_)*config\.json|tokenizer\.(?:json|model)(?:\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
@@ -221,7 +224,7 @@ def _of_export(manifest: Json, directory: Path) -> _Owned:
 def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, HELD_OUT, INDEX, *manifest.get("files", [])}),
+        listed=frozenset({MANIFEST, TIMING, INDEX, *_STATES, *manifest.get("files", [])}),
         shards=manifest["blocks"] + 1,
         origin=Path(manifest["model"]["directory"]),
     )

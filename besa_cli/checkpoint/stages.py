@@ -23,7 +23,9 @@ from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
-HELD_OUT = "held-out.streams"  # state of the check on held-out samples, while the stage is being made
+DRAFT = "draft"  # folder of an unfinished stage with its blocks as they were pruned one after the other
+RATES = "rates.safetensors"  # file in it: the state of the learning of the whole model
+HELD_OUT = "held-out.streams"  # state of the check on held-out samples, beside blocks that are pruned
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
@@ -38,10 +40,13 @@ class Stage:
     directory : Path
     blocks : int
         Number of blocks of the model.
+    home : Path, optional
+        Directory with the manifest; `directory` by default.
     """
 
-    def __init__(self, directory: Path, blocks: int) -> None:
+    def __init__(self, directory: Path, blocks: int, *, home: Path | None = None) -> None:
         self.directory = directory
+        self._home = home or directory
         self.blocks = blocks
         self._verified: set[int] = set()  # blocks that this process wrote, or read and compared with their digests
 
@@ -98,7 +103,7 @@ class Stage:
     @cached_property
     def _sealed(self) -> bool:
         """True if the reports have a seal; those of old stages, whose manifest names no processor, have none."""
-        return "processor" in manifests.read_stage(self.directory)["compute"]
+        return "processor" in manifests.read_stage(self._home)["compute"]
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
@@ -197,8 +202,8 @@ class Stage:
 
     def write_held_out(self, figures: manifests.HeldOut) -> None:
         """Write the result of the check on held-out samples into the manifest."""
-        manifest = manifests.read_stage(self.directory)
-        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "held_out": figures})
+        manifest = manifests.read_stage(self._home)
+        disk.write_json(self._home / manifests.MANIFEST, {**manifest, "held_out": figures})
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that belong to no block."""
@@ -249,8 +254,8 @@ class Stage:
         copy_small_files(source, self.directory)
         disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running"})
 
-    def finish(self) -> manifests.StageManifest:
-        """Write the index, then the manifest with counts and digest; returns the manifest.
+    def finish(self, added: manifests.AddedFields | None = None) -> manifests.StageManifest:
+        """Write the index, then the manifest with counts, digest and the fields `added`; returns the manifest.
 
         Raises
         ------
@@ -280,6 +285,10 @@ class Stage:
         manifest.pop("restart", None)
         if "quantization" in manifest:
             counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
+        if added and "whole_model" in added:
+            manifest["whole_model"] = added["whole_model"]
+        if added and "held_out" in added:
+            manifest["held_out"] = added["held_out"]
         (self.directory / HELD_OUT).unlink(missing_ok=True)
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
@@ -345,6 +354,17 @@ def require_finished(directory: Path) -> manifests.StageManifest:
 
 def sweep(directory: Path) -> None:
     """Remove the partial files that a killed process left."""
-    for pattern in (".*.partial", f"{CODES}/.*.partial"):
+    for pattern in (".*.partial", f"{CODES}/.*.partial", f"{DRAFT}/.*.partial"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def drop_draft(directory: Path) -> None:
+    """Remove the blocks that the whole model learned from, once the stage is finished."""
+    draft = directory / DRAFT
+    if draft.is_dir():
+        for pattern in (RATES, HELD_OUT, "model-*.safetensors", "model-*.json"):
+            for path in draft.glob(pattern):
+                path.unlink(missing_ok=True)
+        if not any(draft.iterdir()):
+            draft.rmdir()

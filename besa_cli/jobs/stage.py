@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from besa_cli.calibration.calibration_set import CalibrationSet
-from besa_cli.checkpoint import ownership, preflight, stages, swap, weights
-from besa_cli.checkpoint.manifests import StageManifest
-from besa_cli.checkpoint.reports import BlockReport
+from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
+from besa_cli.checkpoint.manifests import AddedFields, StageManifest
+from besa_cli.checkpoint.rates_file import RatesFile
+from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verify import SMALL, verify
@@ -21,11 +22,13 @@ from besa_cli.jobs import ranks, stage_manifest
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream import forecast, memory_model, rank_share
+from besa_cli.stream import forecast, global_rates, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.held_out import samples_held_out
 from besa_cli.system import compute, disk
+from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
 
@@ -174,14 +177,31 @@ class StageJob:
             overlapping=compute.overlaps(worker.decoder.device),
         )
 
+    @property
+    def _draft(self) -> Stage:
+        """The blocks as they were pruned one after the other, while the whole model learns from them."""
+        return Stage(self._directory / stages.DRAFT, self._stage.blocks, home=self._directory)
+
+    @property
+    def _blocks(self) -> Stage:
+        """The stage into which blocks are pruned one after the other."""
+        return self._stage if self.request.whole_model is None else self._draft
+
+    def _finished(self, worker: StageWorker) -> int:
+        """Return the number of pruned blocks, from which the work is resumed."""
+        done = rank_share.resumable(self._blocks, checked=self._checks(worker))
+        return done if self.request.whole_model is None else max(done, self._stage.finished())
+
     def _bytes_to_write(self, worker: StageWorker, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes of the blocks that are left, their codes, and the hidden states that lie in files."""
         hidden = worker.demand(memory.batch).hidden * self._world.size if memory.in_files else 0
         hidden += worker.state_bytes()
         whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
+        draft = whole if self.request.whole_model else 0
         if self._is_new:
-            return whole + hidden
-        return whole * (self._stage.blocks - self._resumable(worker)) // self._stage.blocks + hidden
+            return whole + draft + hidden
+        left = self._stage.blocks - self._stage.finished()
+        return (whole * left + draft * (self._stage.blocks - self._finished(worker))) // self._stage.blocks + hidden
 
     def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
@@ -198,7 +218,7 @@ class StageJob:
             The run directory cannot be written.
         """
         disk.require_writable(self._directory)
-        plan, finished = self._plan, 0 if self._is_new else self._resumable(self._plan.worker)
+        plan, finished = self._plan, 0 if self._is_new else self._finished(self._plan.worker)
         working = plan.worker.seconds(finished, plan.memory.batch)
         return forecast.Forecast(
             memory=plan.memory.peak,
@@ -228,19 +248,27 @@ class StageJob:
         return self._stage.blocks
 
     def blocks(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Do block after block; each report is yielded when its block is on disk, or is the only one being written."""
+        """Do block after block; each report is yielded when its block is on disk, or is the only one being written.
+
+        If the whole model learns afterwards, these are the blocks that it starts from: see `passes`.
+        """
         if self.done:
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
         self._begin_or_resume()
+        if self._written and not self._checks(self._plan.worker):
+            ranks.stop_workers(self._world)
+            yield from self._stage.reports()
+            return
         memory = self._plan.memory
         files = self._directory if memory.in_files else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
             prefetch=memory.overlapping,
         )  # fmt: skip
-        with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
+        stage = self._blocks
+        with BackgroundWriter(stage) if memory.overlapping else contextlib.nullcontext(stage) as store:
             for report in self._plan.worker.reports(
                 store, ActivationStore(files), on_step,
                 batch=memory.batch, prefetch=memory.overlapping, check=self._checks(self._plan.worker),
@@ -264,17 +292,9 @@ class StageJob:
         else:
             self._stage.write_rest(self._source.read(rest))
 
-    def _checks(self, worker: StageWorker) -> bool:
-        """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
-        return worker.checked and "held_out" not in self.manifest
-
-    def _resumable(self, worker: StageWorker) -> int:
-        """Return the number of finished blocks from which the work is resumed."""
-        return rank_share.resumable(self._stage, checked=self._checks(worker))
-
     def _note_resumption(self) -> None:
-        done, blocks = self._resumable(self._plan.worker), self._stage.blocks
-        if not done and self._stage.finished():
+        done, blocks = self._finished(self._plan.worker), self._stage.blocks
+        if not done and self._blocks.finished():
             self._notify(
                 f"{self._directory}: {stages.HELD_OUT} is missing or ahead of the blocks, so all {blocks} are "
                 "computed again"
@@ -282,22 +302,73 @@ class StageJob:
         else:
             self._notify(f"{self._directory}: {done} of {blocks} blocks are done, resuming from there")
 
+    def _checks(self, worker: StageWorker) -> bool:
+        """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
+        return worker.checked and "held_out" not in self.manifest
+
+    @property
+    def _written(self) -> bool:
+        """True if all blocks have been written as they stay."""
+        return self._stage.finished() == self._stage.blocks
+
+    @property
+    def _rates(self) -> RatesFile:
+        return RatesFile(self._draft.directory / stages.RATES)
+
+    def passes(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[PassReport]:
+        """Let the whole model learn the sparsities of its rows, if the request asks for it, and write its blocks.
+
+        Comes after `blocks`, and yields a report before the first pass over the samples and after each.
+        """
+        if self.done or self.request.whole_model is None or self._written:
+            return
+        memory, began = self._plan.memory, time.perf_counter()
+        activations = ActivationStore(self._directory if memory.in_files else None)
+        worker = self._plan.worker
+        learner = worker.global_rates(self._draft, self._rates, activations, on_step, batch=memory.batch)
+        for report in learner.learn():
+            now = time.perf_counter()
+            self._append_time({"pass": report.number}, now - began, resumed=report.resumed)
+            began = now
+            yield report
+        learner.write(self._stage)
+
     def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""
         if self.manifest["status"] == "complete":
+            stages.drop_draft(self._directory)
             return self.manifest
-        manifest = self._stage.finish()
+        for _ in self.passes():
+            pass
+        manifest = self._stage.finish(self._whole_model())
+        stages.drop_draft(self._directory)
         if self._directory != self._final:
             swap.replace_stage(self._final, self._directory)
         return manifest
 
+    def _whole_model(self) -> AddedFields:
+        """Return the entry of the manifest on the learning of the whole model; empty if there was none."""
+        state = self._rates.read() if self.request.whole_model else None
+        if state is None:
+            return {}
+        divergence, kept = global_rates.result(state)
+        held_out = samples_held_out(len(self.calibration.tokens))
+        added: AddedFields = {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
+        checked = manifests.read_stage(self._directory).get("held_out")
+        if checked and kept:  # the same samples
+            added["held_out"] = {**checked, "kl": divergence[kept]}
+        return added
+
     def _note_time(self, report: BlockReport) -> None:
+        self._append_time({"block": report.index}, report.seconds, resumed=report.resumed, memory=report.peak_memory)
+
+    def _append_time(self, part: JsonObject, seconds: float, *, resumed: bool, memory: int | None = None) -> None:
         line = {
-            "block": report.index,
-            "resumed": report.resumed,
+            **part,
+            "resumed": resumed,
             "ranks": self._world.size,
-            "seconds": round(report.seconds, 3),
-            "peak_memory": report.peak_memory,
+            "seconds": round(seconds, 3),
+            "peak_memory": compute.peak_memory() if memory is None else memory,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }

@@ -1,6 +1,7 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -8,14 +9,18 @@ from torch import Tensor
 from besa_cli.checkpoint.manifests import Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
+from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
 from besa_cli.stream import forecast, held_out, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
+
+_RESIDENT = 4  # share of the free memory that the blocks may fill while the whole model learns: one of so many
 
 
 class StageWorker:
@@ -37,6 +42,7 @@ class StageWorker:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
         observed = self._samples - request.method.options.held_out(self._samples) if request.uses_calibration else 0
+        self._all_tokens = tokens
         self._tokens = tokens[:observed]
         self._held_out = tokens[observed:] if request.uses_calibration and observed < self._samples else None
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
@@ -50,14 +56,47 @@ class StageWorker:
         """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
-        return memory_model.prune_demand(
-            memory_model.shape(self.decoder, self.segments),
+        shape = memory_model.shape(self.decoder, self.segments)
+        blockwise = memory_model.prune_demand(
+            shape,
             method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
             held_out=0 if self._held_out is None else self._held_out.numel(),
             head=self.decoder.head_bytes(),
+        )
+        if self._request.whole_model is None:
+            return blockwise
+        together = memory_model.global_demand(
+            shape,
+            len(self.decoder),
+            tokens=self._samples * self._seqlen,
+            passing=min(self._samples, batch) * self._seqlen,
+            seqlen=self._seqlen,
+            resident=self.resident,
+        )
+        return memory_model.larger(blockwise, together)
+
+    @cached_property
+    def resident(self) -> bool:
+        """True if all blocks stay loaded while the whole model learns; changes no result."""
+        blocks = sum(parameter.numel() for block in self.decoder.blocks for parameter in block.parameters())
+        needed = blocks * self.decoder.dtype.itemsize
+        return self._request.max_memory is None and needed * _RESIDENT < memory.available(self.decoder.device)
+
+    def global_rates(
+        self, start: Store, state: StateFile, activations: ActivationStore, on_step: OnStep, *, batch: int
+    ) -> GlobalRates:
+        """Return the learner of all rows' sparsities, from the finished blocks of `start`; of the main rank alone."""
+        options = self._request.whole_model
+        if options is None:
+            raise ValueError("the request asks for no learning of the whole model")
+        plan = GlobalPlan(
+            epochs=options.epochs, rate=options.rate, batch=batch, seed=self._request.seed, resident=self.resident
+        )
+        return GlobalRates(
+            self.decoder, start, self._all_tokens, plan, state=state, activations=activations, on_step=on_step
         )
 
     @property

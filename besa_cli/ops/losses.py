@@ -57,9 +57,8 @@ def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor
 
 
 def divergence(
-    logits: Float[Tensor, "*batch vocabulary"], expected: Float[Tensor, "*batch vocabulary"]
-) -> Float[Tensor, "*batch"]:
-    """Compute KL(p ‖ q) of each token in nats, p the distribution of the logits `expected` and q that of `logits`."""
-    wanted = expected.float().log_softmax(-1)
-    ratio = logits.float().log_softmax(-1).neg_().add_(wanted)
-    return ratio.mul_(wanted.exp_()).sum(-1)
+    logits: Float[Tensor, "*batch vocabulary"], target: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, ""]:
+    """Compute Σ KL(softmax(target) ‖ softmax(logits)) over all positions, in nats and fp32; the target is constant."""
+    wanted = target.detach().float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)

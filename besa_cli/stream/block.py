@@ -16,7 +16,7 @@ from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
 # Phases of the work on a window. The duration of all but "update" grows with the number of samples: see forecast.py.
-Phase = Literal["statistics", "target", "learning", "update", "propagation"]
+Phase = Literal["statistics", "target", "learning", "update", "propagation", "global"]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 

@@ -69,7 +69,7 @@ class HeldOutCheck:
                 dense = self._logits("dense", sample, positions)
                 for name in ("pruned", "uniform"):
                     found = self._logits(name, sample, positions)
-                    sums[name] += float(losses.divergence(found, dense).sum(dtype=torch.float64))
+                    sums[name] += float(losses.divergence(found, dense))
         mean = {name: total / self._tokens.numel() for name, total in sums.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in mean.items()}
         return {"samples": len(self._tokens), "kl": finite["pruned"], "kl_uniform": finite["uniform"]}

@@ -141,6 +141,15 @@ class Demand:
         return self.phases[self.phase] + _ROOM + beside + (0 if in_files else self.hidden)
 
 
+def larger(first: Demand, second: Demand) -> Demand:
+    """Return the demand of two parts of a command that follow one another."""
+    return Demand(
+        phases={**first.phases, **second.phases},
+        hidden=max(first.hidden, second.hidden),
+        beside=max(first.beside, second.beside),
+    )
+
+
 def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     """Return the dimensions of the window with the most weights, of a decoder whose blocks need not be loaded."""
     sized = [(segment, window) for segment in segments for window in segment.windows]
@@ -211,12 +220,47 @@ def prune_demand(
         phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
     if held_out:
         phases["propagation"] += round(shape.weights * shape.source)  # the block's weights under the uniform masks
-        phases["check"] = head + CHECK_TOKENS * shape.vocabulary * (2 * compute + 4 * 4)
+        phases["check"] = head + CHECK_TOKENS * shape.vocabulary * (2 * compute + 5 * 4)
     freed = {name: 0 if name in ("embeddings", "check") else shape.embedding for name in phases}
     streams = _CHECKED * held_out * shape.hidden * compute
     phases = {name: max(needed - freed[name], 0) + streams for name, needed in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
+
+
+def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqlen: int, resident: bool) -> Demand:
+    """Return the memory demand of the passes in which the whole model learns its rates.
+
+    Parameters
+    ----------
+    shape : Shape
+        Of the window with the most weights.
+    blocks : int
+        Blocks of the model.
+    tokens : int
+        Tokens of all calibration samples.
+    passing : int
+        Tokens in a pass without gradients.
+    seqlen : int
+        Tokens of a sample, and so of a learning step.
+    resident : bool
+        All blocks stay loaded.
+    """
+    compute = shape.dtype.itemsize
+    loaded, weights = shape.loaded // shape.blocks, shape.weights // shape.blocks
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    block = round(loaded * (compute + shape.source)) + 2 * weights * compute  # masked weights and their gradient
+    learning = round(seqlen * widths * _KEPT) * compute + attention.KEPT + 2 * blocks * seqlen * shape.hidden * compute
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 5 * 4)
+    rows = 8 * 4 * blocks * sum(shape.rows)  # logits, moments, gradient and counts of every row
+    kept = loaded * compute * (blocks - 1) if resident else 0
+    wide = max(cols for cols in shape.columns) >= _SHORT
+    return Demand(
+        phases={
+            "whole model": kept + shape.rest + rows + max(block + learning, logits, block + passing * widths * compute)
+        },
+        hidden=(tokens + 2 * seqlen) * shape.hidden * compute + weights * blocks * (4 if wide else 2),
+    )
 
 
 def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:

@@ -17,6 +17,7 @@ from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.runs import Run
 from besa_cli.commands.shared import held_out_view
 from besa_cli.errors import BesaError
+from besa_cli.jobs import prune
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.stage import StageJob
 from besa_cli.ops import allocation
@@ -258,6 +259,24 @@ def test_a_finished_block_is_not_computed_again(model: Path, tmp_path: Path) -> 
     half_done(tmp_path, model)
     again = job(tmp_path, model)
     assert [report.resumed for report in again.blocks()] == [True, True, False]
+
+
+def test_after_passes_of_the_whole_model_the_figure_is_that_of_its_result(model: Path, tmp_path: Path) -> None:
+    request = prune.request(method="besa", options={}, global_epochs=1, global_lr=0.05, device="cpu", dtype="float32")
+    apart = pruned(tmp_path / "apart", model)["held_out"]
+    made = job(tmp_path / "run", model, request)
+    list(made.blocks())
+    list(job(tmp_path / "run", model, request).passes())  # resumed by another process
+    found = job(tmp_path / "run", model, request).finish()
+    whole, held_out = found["whole_model"], found["held_out"]
+    assert whole["kept"] == 1
+    assert whole["held_out"] == held_out["samples"]
+    assert whole["divergence"] == pytest.approx([apart["kl"], held_out["kl"]], rel=1e-4)
+    assert held_out["kl_uniform"] == apart["kl_uniform"]
+    stage = stock(tmp_path / "run" / "pruned", torch.float32)
+    assert held_out["kl"] == pytest.approx(divergence(stage, stock(model, torch.float32), ROWS[-2:]), rel=1e-4)
+    assert ownership.strangers(tmp_path / "run" / "pruned") == []
+    assert not (tmp_path / "run" / "pruned" / stages.DRAFT).exists()
 
 
 @pytest.mark.parametrize("lost", [stages.HELD_OUT, "model-00003-of-00004.safetensors"])
