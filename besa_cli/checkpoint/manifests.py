@@ -80,10 +80,14 @@ class Quantization(TypedDict):
 
 @strict
 class Calibration(TypedDict):
-    """The calibration tokens that a stage was made with; None and empty for methods that use none."""
+    """The calibration tokens that a stage was made with; None and empty for methods that use none.
+
+    `sensitivity` is the digest of the channels' sensitivity, for methods that weigh by it.
+    """
 
     tokens_digest: Digest | None
     sources: list[SourceRecord]
+    sensitivity: NotRequired[Digest]
 
 
 class GridCounts(TypedDict, total=False):

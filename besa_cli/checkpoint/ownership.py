@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, RATES, TIMING
+from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, RATES, SENSITIVITY, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -23,7 +23,8 @@ from besa_cli.system.disk import Json
 Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
-_STATES = (HELD_OUT, f"{DRAFT}/{HELD_OUT}", f"{DRAFT}/{RATES}")  # of an unfinished stage
+_STATES = (HELD_OUT, f"{DRAFT}/{HELD_OUT}", f"{DRAFT}/{RATES}", SENSITIVITY)  # of an unfinished stage
+_SENSITIVITY = re.compile(r"sensitivity-[0-9a-f]{16}\.safetensors")
 _SHARD = re.compile(
     r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
 )
@@ -52,12 +53,15 @@ class _Owned:
         The directory that a stage's small files were copied from.
     unfinished : bool
         An interrupted export or import, which has no list yet.
+    samples : bool
+        A calibration set, beside which the sensitivity of channels is kept.
     """
 
     listed: frozenset[str] = frozenset()
     shards: int = 0
     origin: Path | None = None
     unfinished: bool = False
+    samples: bool = False
 
     def has(self, directory: Path, name: str) -> bool:
         """Return True if besa wrote the file of this name."""
@@ -68,6 +72,7 @@ class _Owned:
             name in self.listed
             or self._is_shard(name)
             or (bool(self.shards) and (_SMALL.fullmatch(name) is not None or self._is_copy(directory, name)))
+            or (self.samples and _SENSITIVITY.fullmatch(name) is not None)
             or (self.unfinished and self._may_be_exported(name))
         )
 
@@ -202,7 +207,7 @@ def _owned(directory: Path) -> _Owned | None:
         return _of_export(_read(manifests.read_export, directory), directory)
     manifest = _read(manifests.read, directory)
     if manifest["stage"] == "calibration":
-        return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
+        return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}), samples=True)
     return _of_stage(manifest)
 
 

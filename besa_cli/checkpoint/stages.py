@@ -22,6 +22,7 @@ from besa_cli.system import disk, records
 from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
+SENSITIVITY = "sensitivity.safetensors"  # of the channels; only until the stage is finished
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
 DRAFT = "draft"  # folder of an unfinished stage with its blocks as they were pruned one after the other
 RATES = "rates.safetensors"  # file in it: the state of the learning of the whole model
@@ -264,6 +265,7 @@ class Stage:
         """
         for index in set(range(self.blocks)) - self._verified:
             self.read(index)
+        (self.directory / SENSITIVITY).unlink(missing_ok=True)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)

@@ -41,7 +41,7 @@ DampingOption = Annotated[
     ),
 ]
 GlobalEpochsOption = Annotated[
-    int,
+    int | None,
     panels.WHOLE_MODEL(
         "--global-epochs",
         "Passes over the samples, after the blocks, in which all rows of the model learn their sparsities together "
@@ -110,7 +110,12 @@ class BesaGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        panels.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+        panels.BESA(
+            "--loss",
+            "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
+            "channels weighted by their effect on the model's predictions.",
+            "token",
+        ),
     ] = None
     epochs: Annotated[
         int | None, panels.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
@@ -155,7 +160,7 @@ def prune(
     nm: PatternOption = None,
     damping: DampingOption = None,
     besa: BesaGroup,
-    global_epochs: GlobalEpochsOption = 0,
+    global_epochs: GlobalEpochsOption = None,
     global_lr: GlobalRateOption = None,
     bits: BitsOption = None,
     grid: option_groups.GridGroup,
@@ -182,7 +187,7 @@ def prune(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
-        global_epochs=global_epochs,
+        global_epochs=global_epochs or 0,
         global_lr=global_lr,
         options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),

@@ -60,6 +60,7 @@ def run_main(
     world: Ranks,
     *,
     prefetch: bool,
+    channels: Tensor | None = None,
 ) -> None:
     """Send the worker ranks what `run_worker` needs; called by the main rank.
 
@@ -75,12 +76,14 @@ def run_main(
         Where the hidden states lie in files.
     prefetch : bool
         Read blocks before they are wanted.
+    channels : Tensor of shape (blocks, hidden), optional
+        Sensitivity of the channels.
     """
     world.broadcast_json(
         {"settings": settings, "files": None if files is None else str(files.resolve()), "prefetch": prefetch}
     )
     world.require_equal(_facts(request, digest))
-    world.broadcast_tensors({"tokens": tokens})
+    world.broadcast_tensors({"tokens": tokens} if channels is None else {"tokens": tokens, "channels": channels})
 
 
 def stop_workers(world: Ranks) -> None:
@@ -103,7 +106,8 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     if told is None:
         return
     world.require_equal(_facts(request, digest))
-    tokens = world.broadcast_tensors({})["tokens"]
+    received = world.broadcast_tensors({})
+    tokens = received["tokens"]
     files = None if told["files"] is None else Path(told["files"])
     if files is not None:
         files.mkdir(parents=True, exist_ok=True)  # on a machine of its own
@@ -116,6 +120,7 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         lambda done, total, phase: None,
         batch=told["settings"]["batch"],
         prefetch=told["prefetch"],
+        channels=received.get("channels"),
     ):
         pass
 

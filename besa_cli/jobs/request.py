@@ -28,7 +28,7 @@ class Placement(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalOptions:
-    """How the sparsities of all rows are learned together: see `besa_cli.stream.global_rates`.
+    """Options of the learning of all rows together: see `besa_cli.stream.global_rates`.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class StageRequest:
     max_memory : int, optional
         Bytes of memory that the process may take; the hidden states go to files where they would not fit.
     whole_model : GlobalOptions, optional
-        How the sparsities of all rows are learned together after the blocks; None leaves the blocks as they are.
+        Learning of all rows together after the blocks; None leaves the blocks as they are.
 
     Raises
     ------

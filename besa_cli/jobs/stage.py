@@ -6,9 +6,11 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
@@ -19,6 +21,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verify import SMALL, verify
 from besa_cli.jobs import ranks, stage_manifest
+from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
@@ -142,6 +145,7 @@ class StageJob:
         torch.set_num_threads(ranks.threads(settings, self._world))
         worker = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(worker.decoder))
+        self._channels = self._channel_sensitivity(worker)
         worker.decoder.weights.refuse_change(self._source)
         names = worker.decoder.linear_tensors()
         worker.decoder.weights.require_floats(names)
@@ -172,7 +176,7 @@ class StageJob:
             self.request.max_memory,
             compute.resident(),
             self.manifest["compute"]["batch"],
-            worker.demand,
+            partial(worker.demand, measures=self._measures),
             fixed=not self._is_new,
             overlapping=compute.overlaps(worker.decoder.device),
         )
@@ -192,9 +196,28 @@ class StageJob:
         done = rank_share.resumable(self._blocks, checked=self._checks(worker))
         return done if self.request.whole_model is None else max(done, self._stage.finished())
 
+    def _channel_sensitivity(self, worker: StageWorker) -> ChannelSensitivity | None:
+        """Return where the sensitivity of the channels comes from; None if the method needs none."""
+        if not self.request.method.options.needs_sensitivity():
+            return None
+        return ChannelSensitivity(
+            decoder=worker.decoder,
+            calibration=self.calibration,
+            model=self._digest,
+            stage=self._directory,
+            recorded=self.manifest["calibration"].get("sensitivity"),
+        )
+
+    @property
+    def _measures(self) -> bool:
+        """True if the sensitivity of the channels must be measured."""
+        return self._channels is not None and self._channels.place is None
+
     def _bytes_to_write(self, worker: StageWorker, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes of the blocks that are left, their codes, and the hidden states that lie in files."""
-        hidden = worker.demand(memory.batch).hidden * self._world.size if memory.in_files else 0
+        hidden = (
+            worker.demand(memory.batch, measures=self._measures).hidden * self._world.size if memory.in_files else 0
+        )
         hidden += worker.state_bytes()
         whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
         draft = whole if self.request.whole_model else 0
@@ -219,7 +242,7 @@ class StageJob:
         """
         disk.require_writable(self._directory)
         plan, finished = self._plan, 0 if self._is_new else self._finished(self._plan.worker)
-        working = plan.worker.seconds(finished, plan.memory.batch)
+        working = plan.worker.seconds(finished, plan.memory.batch, measures=self._measures)
         return forecast.Forecast(
             memory=plan.memory.peak,
             phase=plan.memory.phase,
@@ -256,25 +279,45 @@ class StageJob:
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
+        memory = self._plan.memory
+        channels = self._sensitivity_values(on_step)
         self._begin_or_resume()
         if self._written and not self._checks(self._plan.worker):
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
-        memory = self._plan.memory
+        if self._channels is not None and channels is not None:
+            self._channels.keep_in_stage(channels)
         files = self._directory if memory.in_files else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            prefetch=memory.overlapping,
+            prefetch=memory.overlapping, channels=channels,
         )  # fmt: skip
         stage = self._blocks
         with BackgroundWriter(stage) if memory.overlapping else contextlib.nullcontext(stage) as store:
             for report in self._plan.worker.reports(
-                store, ActivationStore(files), on_step,
-                batch=memory.batch, prefetch=memory.overlapping, check=self._checks(self._plan.worker),
-            ):  # fmt: skip
+                store,
+                ActivationStore(files),
+                on_step,
+                batch=memory.batch,
+                prefetch=memory.overlapping,
+                check=self._checks(self._plan.worker),
+                channels=channels,
+            ):
                 self._note_time(report)
                 yield report
+
+    def _sensitivity_values(self, on_step: OnStep) -> Tensor | None:
+        """Return the sensitivity of the channels, whose digest goes to the manifest; None if the method needs none.
+
+        It is ready before the stage begins, and what lies in files meanwhile does so in the run directory.
+        """
+        if self._channels is None:
+            return None
+        files = self._directory.parent if self._plan.memory.in_files else None
+        values = self._channels.values(on_step, ActivationStore(files), self._notify)
+        self.manifest["calibration"]["sensitivity"] = self._channels.digest(values)
+        return values
 
     def _begin_or_resume(self) -> None:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""

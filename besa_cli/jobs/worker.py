@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.manifests import Compute
@@ -12,7 +13,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, held_out, memory_model, walk, windows
+from besa_cli.stream import forecast, global_rates, held_out, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
@@ -52,12 +53,15 @@ class StageWorker:
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
-    def demand(self, batch: int) -> memory_model.Demand:
-        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
+    def demand(self, batch: int, *, measures: bool = False) -> memory_model.Demand:
+        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients.
+
+        If this rank `measures` the sensitivity of the channels, it needs memory for that, too.
+        """
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         shape = memory_model.shape(self.decoder, self.segments)
-        blockwise = memory_model.prune_demand(
+        demand = memory_model.prune_demand(
             shape,
             method,
             tokens=passed * self._seqlen,
@@ -66,8 +70,17 @@ class StageWorker:
             held_out=0 if self._held_out is None else self._held_out.numel(),
             head=self.decoder.head_bytes(),
         )
+        if measures:
+            demand = memory_model.with_sensitivity(
+                demand,
+                shape,
+                blocks=len(self.decoder),
+                tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
         if self._request.whole_model is None:
-            return blockwise
+            return demand
         together = memory_model.global_demand(
             shape,
             len(self.decoder),
@@ -76,7 +89,7 @@ class StageWorker:
             seqlen=self._seqlen,
             resident=self.resident,
         )
-        return memory_model.larger(blockwise, together)
+        return memory_model.larger(demand, together)
 
     @cached_property
     def resident(self) -> bool:
@@ -119,12 +132,14 @@ class StageWorker:
         batch: int,
         prefetch: bool,
         check: bool = False,
+        channels: Tensor | None = None,
     ) -> Iterator[BlockReport]:
         """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store.
 
         With `check`, also of the main rank alone, the samples that are held out pass through the blocks, too.
+        `channels` is the sensitivity of the channels, of shape (blocks, hidden), if the method needs it.
         """
-        plan, world = self._prune_plan(batch, check=check), self._world
+        plan, world = self._prune_plan(batch, channels, check=check), self._world
         return walk.compress(
             self.decoder,
             store,
@@ -136,11 +151,24 @@ class StageWorker:
             world=world,
         )
 
-    def seconds(self, finished: int, batch: int) -> float:
-        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch, check=True), finished)
+    def seconds(self, finished: int, batch: int, *, measures: bool = False) -> float:
+        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window.
 
-    def _prune_plan(self, batch: int, *, check: bool) -> walk.PrunePlan:
+        If this rank `measures` the sensitivity of the channels, the time of that is included.
+        """
+        first = sensitivity.seconds(self.decoder, self._tokens) if measures else 0.0
+        needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
+        channels = torch.ones(len(self.decoder), hidden) if needed else None
+        options = self._request.whole_model
+        return first + forecast.seconds(
+            self.decoder,
+            self._tokens,
+            self._prune_plan(batch, channels, check=True),
+            finished,
+            passes_after=0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape),
+        )
+
+    def _prune_plan(self, batch: int, channels: Tensor | None, *, check: bool) -> walk.PrunePlan:
         return walk.PrunePlan(
             decide=self._request.method.decide,
             segments=self.segments,
@@ -148,5 +176,6 @@ class StageWorker:
             target=self._request.method.options.learning_target(),
             batch=batch,
             seed=self._request.seed,
+            sensitivity=channels,
             held_out=self._held_out if check else None,
         )

@@ -385,7 +385,7 @@ class _Divergence:
 
 @dataclass(kw_only=True)
 class _State:
-    """What a step changes, and the norms that the ranks follow from.
+    """State that a step changes, and the norms that the ranks follow from.
 
     Attributes
     ----------
@@ -461,6 +461,15 @@ def result(tensors: Mapping[str, Tensor]) -> tuple[list[float], int]:
     """Return what a stored state says: the divergences on samples held out, and the pass whose rates are kept."""
     held = tensors["held"].tolist()
     return held, int(np.argmin(held))
+
+
+def passes(epochs: int, samples: int, seqlen: int) -> float:
+    """Return about how many passes without gradients over all samples the learning takes.
+
+    One gives the dense outputs, and a part of one the norms; an epoch passes forward, forward again and backward, which
+    costs as much as two, and through the head several times.
+    """
+    return 1 + min(1.0, NORM_TOKENS / (samples * seqlen)) + 5 * epochs
 
 
 def _norms_of(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:

@@ -5,7 +5,7 @@ compares it with measurements.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -261,6 +261,30 @@ def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqle
         },
         hidden=(tokens + 2 * seqlen) * shape.hidden * compute + weights * blocks * (4 if wide else 2),
     )
+
+
+def with_sensitivity(demand: Demand, shape: Shape, *, blocks: int, tokens: int, seqlen: int, head: int) -> Demand:
+    """Return the demand of a command that measures the sensitivity of the channels first, sample by sample.
+
+    Parameters
+    ----------
+    demand : Demand
+        Memory demand of the rest.
+    shape : Shape
+    blocks : int
+        Blocks of the model.
+    tokens, seqlen : int
+        Tokens of all samples that are measured, and of one.
+    head : int
+        Bytes of the head, which is not loaded yet.
+    """
+    compute, count = shape.dtype.itemsize, max(shape.blocks, 1)
+    block = round(shape.loaded * (compute + shape.source) / count)
+    kept = round((_NARROW * shape.hidden + _WIDE * shape.widest) * _KEPT) * compute
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 4 * 4)
+    measuring = max(block + seqlen * kept + attention.KEPT, head + logits)
+    hidden = (blocks + 3) * tokens * shape.hidden * compute  # inputs of all blocks, last outputs, gradient and its copy
+    return replace(demand, phases={**demand.phases, "sensitivity": measuring}, hidden=max(demand.hidden, hidden))
 
 
 def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
