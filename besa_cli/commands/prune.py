@@ -114,7 +114,7 @@ class BesaGroup:
             "--loss",
             "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
             "channels weighted by their effect on the model's predictions.",
-            "token",
+            "sensitivity",
         ),
     ] = None
     epochs: Annotated[

@@ -315,6 +315,8 @@ class StageJob:
         if self._channels is None:
             return None
         files = self._directory.parent if self._plan.memory.in_files else None
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
         values = self._channels.values(on_step, ActivationStore(files), self._notify)
         self.manifest["calibration"]["sensitivity"] = self._channels.digest(values)
         return values

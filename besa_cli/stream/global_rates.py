@@ -30,6 +30,7 @@ from besa_cli.stream.memory_model import HEAD_TOKENS
 from besa_cli.stream.outcome import linear_report
 from besa_cli.stream.propagation import advance, batches, embed
 from besa_cli.stream.rank_share import Store
+from besa_cli.system import compute
 
 RATE = 0.03  # default learning rate of the logits
 NORM_TOKENS = 16384  # tokens whose inputs order the weights of a row
@@ -181,7 +182,8 @@ class GlobalRates:
             yield self._finish_pass(blocks, state, dense)
         optimizer = state.optimizer(self._plan.rate)
         for sample in itertools.islice(self._order(), state.step, None):
-            self._step(blocks, state, optimizer, sample, dense)
+            with compute.repeated_passes():
+                self._step(blocks, state, optimizer, sample, dense)
             if state.step % len(self._learned) == 0:
                 yield self._finish_pass(blocks, state, dense)
             elif state.step % _SAVED == 0:

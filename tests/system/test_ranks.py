@@ -82,6 +82,7 @@ def test_two_ranks_give_the_very_tensors_of_one_process(method: str, words: list
         ["--batch-size", 4, "--loss", "channel", "--window", "attn-mlp", "--optimizer", "prodigy", "--epochs", 2],
         ["--batch-size", 2, "--bits", 4, "--group-size", 9, "--loss", "frobenius"],
         ["--batch-size", 2, "--preset", "authors"],
+        ["--batch-size", 2, "--global-epochs", 1],
     ],
     ids=lambda asked: " ".join(map(str, asked)),
 )

@@ -100,7 +100,7 @@ class BesaOptions(MethodOptions):
     d_coef: float = 1.0
     penalty: float | None = None
     candidates: int = 100
-    loss: Loss = "token"
+    loss: Loss = "sensitivity"
     grid: Grid | None = None
     clip_lr: float | None = None
     preset: Preset | None = None
