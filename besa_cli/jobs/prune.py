@@ -3,7 +3,7 @@
 from typing_extensions import Unpack
 
 from besa_cli import pruners
-from besa_cli.choices import GivenOptions
+from besa_cli.choices import Budget, GivenOptions
 from besa_cli.errors import UsageError
 from besa_cli.jobs.request import Placement, StageRequest
 from besa_cli.stream.method import MethodOptions
@@ -14,6 +14,7 @@ def request(
     method: str = "besa",
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
+    budget: Budget = "uniform",
     options: GivenOptions | None = None,
     **placement: Unpack[Placement],
 ) -> StageRequest:
@@ -27,6 +28,8 @@ def request(
         Share of the linears' weights to prune, in [0, 1).
     nm : (n, m), optional
         Prune n of every m columns instead.
+    budget : {"uniform", "model"}
+        How the pruned weights are shared between blocks.
     options : mapping, optional
         The method's own options that were given.
     **placement
@@ -43,13 +46,20 @@ def request(
         raise UsageError(
             f"--nm '{nm[0]}:{nm[1]}' is not an N:M pattern with 0 < N < M", "2:4 prunes 2 of every 4 columns"
         )
+    if nm and budget != "uniform":
+        raise UsageError(
+            f"--budget {budget} cannot be combined with --nm {nm[0]}:{nm[1]}, which gives every block the same share",
+            "leave one of the two out",
+        )
     pruner = pruners.load(method, {**(options or {}), **({"nm": nm} if nm else {})})
     _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
+    shares = {} if budget == "uniform" else {"budget": budget}  # in manifests the default is absent, as it ever was
     return StageRequest(
         command="prune",
         method=pruner,
         target_sparsity=None if nm else sparsity,
-        command_options={"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity},
+        budget=budget,
+        command_options={"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity, **shares},
         **placement,
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from besa_cli.calibration.calibration_set import CalibrationSet
-from besa_cli.checkpoint import ownership, preflight, stages, swap, weights
+from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
@@ -234,9 +234,10 @@ class StageJob:
         self._begin_or_resume()
         memory = self._plan.memory
         files = self._directory if memory.in_files else None
+        budgets = self._block_budgets(ActivationStore(files), on_step) if self.request.measures_blocks else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            prefetch=memory.overlapping,
+            prefetch=memory.overlapping, budgets=budgets,
         )  # fmt: skip
         with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
             for report in self._plan.worker.reports(
@@ -261,6 +262,16 @@ class StageJob:
             self._stage.check_rest(weights.digest(self._source.read(rest)))
         else:
             self._stage.write_rest(self._source.read(rest))
+
+    def _block_budgets(self, activations: ActivationStore, on_step: OnStep) -> list[int]:
+        """Return the weights that each block prunes: those in the manifest, else measured and recorded there."""
+        recorded = manifests.read_stage(self._directory).get("block_budgets")
+        if recorded is None:
+            recorded = self._plan.worker.measure(activations, on_step)
+            self._stage.record_budgets(recorded)
+            self._notify(manifests.describe_budgets(recorded))
+        self._plan.worker.share_out(recorded["pruned"])
+        return recorded["pruned"]
 
     def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""

@@ -1,16 +1,16 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from besa_cli.checkpoint.manifests import Compute
+from besa_cli.checkpoint.manifests import BlockBudgets, Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, memory_model, walk, windows
+from besa_cli.stream import effects, forecast, memory_model, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.rank_share import Store
@@ -37,12 +37,30 @@ class StageWorker:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
         self._tokens = tokens if request.uses_calibration else tokens[:0]
+        self._measured = tokens[: effects.SAMPLES if request.measures_blocks else 0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
         self.sizes = list(windows.sizes(self.segments))
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
+
+    def measure(self, activations: ActivationStore, on_step: OnStep) -> BlockBudgets:
+        """Measure the effect of pruning each block, and decide how many weights each of them prunes."""
+        measured = effects.measure(
+            self.decoder, self._measured, seed=self._request.seed, on_step=on_step, activations=activations
+        )
+        options, share = self._request.method.options, self._request.target_sparsity or 0.0
+        return {
+            "pruned": effects.block_budgets(measured, share, options.sparsity_range()),
+            "weights": list(measured.sizes),
+            "sparsities": list(measured.sparsities),
+            "effects": [list(errors) for errors in measured.errors],
+        }
+
+    def share_out(self, pruned: Sequence[int]) -> None:
+        """Let each block prune so many weights, instead of the same share of all."""
+        self._budgets = windows.budgets(self.segments, pruned)
 
     def demand(self, batch: int) -> memory_model.Demand:
         """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""

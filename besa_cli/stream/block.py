@@ -15,8 +15,9 @@ from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-# Phases of the work on a window. The duration of all but "update" grows with the number of samples: see forecast.py.
-Phase = Literal["statistics", "target", "learning", "update", "propagation"]
+# Phases of the work: "budget" comes before the first window (see effects.py), the others belong to a window. The
+# duration of all but "update" grows with the number of samples: see forecast.py.
+Phase = Literal["budget", "statistics", "target", "learning", "update", "propagation"]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 
