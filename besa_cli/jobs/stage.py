@@ -267,7 +267,7 @@ class StageJob:
         """Return the weights that each block prunes: those in the manifest, else measured and recorded there."""
         recorded = manifests.read_stage(self._directory).get("block_budgets")
         if recorded is None:
-            recorded = self._plan.worker.measure(activations, on_step)
+            recorded = self._plan.worker.measure(activations, on_step, batch=self._plan.memory.batch)
             self._stage.record_budgets(recorded)
             self._notify(manifests.describe_budgets(recorded))
         self._plan.worker.share_out(recorded["pruned"])

@@ -37,7 +37,7 @@ class StageWorker:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
         self._tokens = tokens if request.uses_calibration else tokens[:0]
-        self._measured = tokens[: effects.SAMPLES if request.measures_blocks else 0]
+        self._measured = tokens[: effects.measured_samples(*tokens.shape) if request.measures_blocks else 0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
@@ -45,14 +45,20 @@ class StageWorker:
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
 
-    def measure(self, activations: ActivationStore, on_step: OnStep) -> BlockBudgets:
+    def measure(self, activations: ActivationStore, on_step: OnStep, *, batch: int) -> BlockBudgets:
         """Measure the effect of pruning each block, and decide how many weights each of them prunes."""
+        share, reachable = self._request.target_sparsity or 0.0, self._request.method.options.sparsity_range()
         measured = effects.measure(
-            self.decoder, self._measured, seed=self._request.seed, on_step=on_step, activations=activations
+            self.decoder,
+            self._measured,
+            sparsities=effects.sparsities_around(share, reachable),
+            batch=batch,
+            seed=self._request.seed,
+            on_step=on_step,
+            activations=activations,
         )
-        options, share = self._request.method.options, self._request.target_sparsity or 0.0
         return {
-            "pruned": effects.block_budgets(measured, share, options.sparsity_range()),
+            "pruned": effects.block_budgets(measured, share, reachable),
             "weights": list(measured.sizes),
             "sparsities": list(measured.sparsities),
             "effects": [list(errors) for errors in measured.errors],
@@ -66,13 +72,25 @@ class StageWorker:
         """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
-        return memory_model.prune_demand(
-            memory_model.shape(self.decoder, self.segments),
+        shape = memory_model.shape(self.decoder, self.segments)
+        pruning = memory_model.prune_demand(
+            shape,
             method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
         )
+        if not len(self._measured):
+            return pruning
+        measuring = memory_model.effects_demand(
+            shape,
+            blocks=len(self.decoder),
+            tokens=self._measured.numel(),
+            passing=min(len(self._measured), batch) * self._seqlen,
+            seqlen=self._seqlen,
+            head=self.decoder.head_bytes(),
+        )
+        return memory_model.both(measuring, pruning)
 
     def reports(
         self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
@@ -92,7 +110,8 @@ class StageWorker:
 
     def seconds(self, finished: int, batch: int) -> float:
         """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
-        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished)
+        passes = len(self._measured) * effects.PASSES if not finished else 0
+        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished, passes)
 
     def _prune_plan(self, batch: int) -> walk.PrunePlan:
         return walk.PrunePlan(

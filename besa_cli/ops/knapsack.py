@@ -77,7 +77,7 @@ def allocate(sizes: Floats, points: Floats, errors: Floats, total: float) -> Flo
         for place, (start, stop) in enumerate(pairwise(hull)):
             weights = float(sizes[block] * (points[stop] - points[start]))
             pieces.append((float(curve[stop] - curve[start]) / weights, block, place, weights))
-    shares = sizes * points[0]
+    shares: Floats = sizes * points[0]
     left = total - float(shares.sum())
     for _, block, _, weights in sorted(pieces):
         if left <= 0:

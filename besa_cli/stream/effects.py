@@ -9,17 +9,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.ops import budget, importance, knapsack, masks
+from besa_cli.ops import budget, importance, kernels, knapsack, masks
 from besa_cli.stream import uniform
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, HeadLoss, StoredBlocks
 from besa_cli.stream.block import Block, OnStep
 from besa_cli.stream.windows import WholeBlocks
+from besa_cli.system import compute
 
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which effects are measured
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which effects may be measured
 FARTHEST = 0.15  # distance of a block's sparsity from that of the whole model
 HIGHEST = 0.95  # sparsity of a block, unless the whole model's is higher
-SAMPLES = 16  # first calibration samples that are measured
+PASSES = 10  # through each block: forward, backward as three, norms, and each sparsity; for forecasts
+_TOKENS, _SAMPLES = 4096, 8  # tokens and samples to measure, at least
 _STEP = 0.0025  # between two sparsities that a block may have
 
 
@@ -42,11 +44,31 @@ class BlockEffects:
     zeros: tuple[int, ...]
 
 
+def measured_samples(samples: int, seqlen: int) -> int:
+    """Return how many of the calibration samples, the first ones, are measured."""
+    return min(samples, max(_SAMPLES, -(-_TOKENS // seqlen)))
+
+
+def bounds(target_sparsity: float, reachable: tuple[float, float]) -> tuple[float, float]:
+    """Return the lowest and the highest sparsity of a block, of those that the method can reach."""
+    low = max(target_sparsity - FARTHEST, reachable[0])
+    return max(low, 0.0), max(min(target_sparsity + FARTHEST, reachable[1], HIGHEST), target_sparsity)
+
+
+def sparsities_around(target_sparsity: float, reachable: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+    """Return the fewest of `SPARSITIES` that enclose all sparsities of a block; two at least."""
+    low, high = bounds(target_sparsity, reachable)
+    first = max([number for number, sparsity in enumerate(SPARSITIES[:-1]) if sparsity <= low], default=0)
+    last = min([number for number, sparsity in enumerate(SPARSITIES) if sparsity >= high], default=len(SPARSITIES) - 1)
+    return list(SPARSITIES[first : max(last, first + 1) + 1])
+
+
 def measure(
     decoder: Decoder,
     tokens: Tensor,
     *,
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: Sequence[float],
+    batch: int = 1,
     seed: int = 0,
     on_step: OnStep = lambda done, total, phase: None,
     activations: ActivationStore | None = None,
@@ -61,6 +83,8 @@ def measure(
     decoder : Decoder
     tokens : Tensor of shape (samples, seqlen)
     sparsities : sequence of float
+    batch : int
+        Samples in a pass without gradients; those with gradients have one.
     seed : int
         Seed of the labels, which are drawn from the model's own distribution.
     on_step : function
@@ -79,10 +103,13 @@ def measure(
     found: dict[int, tuple[tuple[float, ...], int, int]] = {}
 
     def visit(index: int, weights: Mapping[str, Tensor] | None, at_output: Tensor) -> None:
-        block = _block(decoder, index, inputs.pop(), tokens, activations)
-        errors = _errors(block, at_output, sparsities)
-        sizes = sum(weight.numel() for weight in block.weights.values())
-        found[index] = (errors, sizes, sum(masks.count_zeros(weight) for weight in block.weights.values()))
+        window = WholeBlocks(decoder, range(index, index + 1))
+        kept = {name: linear.weight.detach() for name, linear in window.linears.items()}
+        block = Block(
+            window, kept, budget=None, inputs=inputs.pop(), tokens=tokens, batch=batch, activations=activations
+        )
+        zeros = sum(masks.count_zeros(weight) for weight in kept.values())
+        found[index] = (_errors(block, at_output, sparsities), sum(weight.numel() for weight in kept.values()), zeros)
         on_step(len(found), len(decoder), "budget")
 
     stream.backward(gradient, visit)
@@ -120,24 +147,18 @@ class _Blocks(StoredBlocks):
         super().load(index)
 
 
-def _block(decoder: Decoder, index: int, inputs: Tensor, tokens: Tensor, activations: ActivationStore) -> Block:
-    window = WholeBlocks(decoder, range(index, index + 1))
-    weights = {name: linear.weight.detach() for name, linear in window.linears.items()}
-    return Block(window, weights, budget=0, inputs=inputs, tokens=tokens, batch=1, activations=activations)
-
-
 def _errors(block: Block, gradient: Tensor, sparsities: Sequence[float]) -> tuple[float, ...]:
-    """Return the effect of a loaded block at each sparsity; `gradient` is that at its outputs."""
+    """Return the effect of pruning a loaded block to each sparsity; `gradient` is that at its outputs."""
     norms = uniform.input_norms(block)
-    size = sum(weight.numel() for weight in block.weights.values())
+    scores = {name: importance.wanda(weight, norms[name]) for name, weight in block.weights.items()}
+    ranks = {name: kernels.ranks(masks.mark_zeros_(scores.pop(name), block.weights[name])) for name in block.weights}
     errors = []
     for sparsity in sparsities:
-        block.budget = round(sparsity * size)
-        scores = {name: importance.wanda(weight, norms[name]) for name, weight in block.weights.items()}
-        kept = uniform.uniform_masks(block, scores, None)
-        pruned = {name: weight * kept[name] for name, weight in block.weights.items()}
+        pruned = {
+            name: weight * (ranks[name] >= round(sparsity * weight.shape[1])) for name, weight in block.weights.items()
+        }
         total = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), compute.repeated_passes():
             for part in block.batches():
                 output = block.forward(block.inputs[part], pruned)
                 total += float(effect(output, block.target[part].to(output), gradient[part].to(output)))
@@ -160,9 +181,9 @@ def block_budgets(
     """
     sizes, zeros = np.array(effects.sizes), np.array(effects.zeros)
     total = sum(budget.window_counts(target_sparsity, effects.sizes))
-    low = max(target_sparsity - FARTHEST, reachable[0], 0.0)
-    high = max(min(target_sparsity + FARTHEST, reachable[1], HIGHEST), target_sparsity)
+    low, high = bounds(target_sparsity, reachable)
     points = np.linspace(low, high, max(round((high - low) / _STEP), 1) + 1)
     curves = knapsack.error_curves(np.array(effects.sparsities), np.array(effects.errors), points)
     shares = knapsack.allocate(sizes.astype(np.float64), points, curves, float(total))
-    return budget.round_to_total(shares, total, zeros, sizes).tolist()
+    counts: list[int] = budget.round_to_total(shares, total, zeros, sizes).tolist()
+    return counts

@@ -86,7 +86,7 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int) -> float:
+def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, measured: int = 0) -> float:
     """Estimate the seconds that `stream.walk.compress` will take, from a trial on the first segment.
 
     The trial passes two batches through the segment, learning included, and stores nothing.
@@ -95,6 +95,8 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int) ->
     ----------
     finished : int
         Number of finished blocks, which are only replayed.
+    measured : int
+        Passes of one sample through every block before the first is compressed, in addition.
     """
     batch, budgets = plan.batch, plan.budgets
     few = tokens[: _BATCHES * batch]
@@ -113,7 +115,8 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int) ->
     first_seconds = meter.extrapolate(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in plan.segments]
     left = sum(size for size, segment in zip(sizes, plan.segments, strict=True) if segment.blocks.stop > finished)
-    return embedding + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor)
+    before = meter.replay_seconds(measured / max(len(few), 1)) * sum(sizes) / sizes[0]
+    return embedding + before + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor)
 
 
 def combine(forecasts: Sequence[Forecast]) -> Forecast:

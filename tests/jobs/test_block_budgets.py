@@ -107,7 +107,8 @@ def test_killed_before_the_budgets_are_recorded_it_measures_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((effects, "measure") if point == "measure" else (Stage, "record_budgets")), die)
+        owner: object = effects if point == "measure" else Stage
+        patch.setattr(owner, "measure" if point == "measure" else "record_budgets", die)
         with pytest.raises(Killed):
             tiny_models.run(job(cut, model, request()))
     tiny_models.run(job(cut, model, request()))

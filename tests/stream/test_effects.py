@@ -103,6 +103,7 @@ def test_effects_are_those_of_the_whole_model(
         decoder,
         ROWS,
         sparsities=SPARSITIES,
+        batch=2,
         on_step=lambda *step: steps.append(step),
         activations=ActivationStore(tmp_path if in_files else None),
     )
@@ -151,3 +152,23 @@ def test_windows_get_the_sum_of_their_blocks_and_halves_share_it_by_size(tmp_pat
         first, second = sizes[2 * index : 2 * index + 2]
         assert counts[2 * index] == round(Fraction(count * first, first + second))
         assert counts[2 * index] + counts[2 * index + 1] == count
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        (0.5, [0.3, 0.4, 0.5, 0.6, 0.7]),
+        (0.7, [0.5, 0.6, 0.7, 0.8, 0.9]),
+        (0.75, [0.6, 0.7, 0.8, 0.9]),
+        (0.01, [0.1, 0.2]),
+        (0.999, [0.8, 0.9]),
+    ],
+)
+def test_only_what_encloses_the_sparsities_of_the_blocks_is_measured(sparsity: float, expected: list[float]) -> None:
+    assert effects.sparsities_around(sparsity) == expected
+    assert effects.sparsities_around(0.5, (0.376, 0.624)) == [0.3, 0.4, 0.5, 0.6, 0.7]
+
+
+def test_samples_are_eight_or_as_many_as_have_4096_tokens() -> None:
+    assert [effects.measured_samples(128, seqlen) for seqlen in (256, 512, 2048)] == [16, 8, 8]
+    assert effects.measured_samples(3, 12) == 3
