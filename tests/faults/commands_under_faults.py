@@ -202,6 +202,7 @@ class Workshop:
                 "besa", "--granularity", "layer", "--target", "stream", "--window", "2", name="prune besa, windows of 2"
             ),
             self._prune("sparsegpt", "--nm", "2:4"),
+            self._prune("wanda", "--budget", "model", name="prune --budget model"),
             self._prune(
                 "wanda", "--restart", name="prune --restart", base=self._pruned, pinned="pruned.next/besa.json"
             ),
