@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 Importance = Literal["wanda", "magnitude", "sparsegpt"]
 Target = Literal["block", "stream"]
-Loss = Literal["token", "channel", "frobenius"]
+Loss = Literal["token", "sensitivity", "channel", "frobenius"]
 Optimizer = Literal["adamw", "prodigy"]
 Preset = Literal["authors"]
 Budget = Literal["uniform", "model"]

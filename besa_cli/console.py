@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import rich.console
     import rich.progress
 
-    from besa_cli.checkpoint.reports import BlockReport, LinearReport
+    from besa_cli.checkpoint.reports import BlockReport, LinearReport, PassReport
 
 Cell = str | int | float | None
 Facts = list[tuple[str, str]]
@@ -158,6 +158,14 @@ class BlockProgress:
                 ("left", self._time_left(0.0) or "-"),
                 ("memory", human_bytes(report.peak_memory) if report.peak_memory else "-"),
             ]
+        )
+
+    def passed(self, report: "PassReport") -> None:
+        """Show the line of a pass in which the whole model learned its rates."""
+        learned = "" if report.learned is None else f", {report.learned:.4f} on those learned from"
+        self._console.note(
+            f"{self._title}: whole model, pass {report.number}/{report.epochs}: KL divergence to dense "
+            f"{report.held_out:.4f} on samples held out{learned}"
         )
 
     def advance(self, index: int, seconds: float, phase: str = "") -> None:

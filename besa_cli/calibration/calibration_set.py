@@ -89,10 +89,13 @@ class CalibrationSet:
         Token ids.
     manifest : dict
         JSON data: options, sources with their digests, sampling method, digests of tokenizer and tokens, versions.
+    directory : Path, optional
+        Directory in which the set is stored.
     """
 
     tokens: Tensor
     manifest: manifests.CalibrationManifest
+    directory: Path | None = None
 
     @property
     def digest(self) -> str:
@@ -336,4 +339,4 @@ def load(directory: Path) -> CalibrationSet:
         raise BesaError(f"{directory / _TOKENS} does not have the shape that {MANIFEST} states", remedy)
     if tokens_digest(tokens) != manifest.get("tokens_digest"):
         raise BesaError(f"{directory / _TOKENS} was changed: its digest is not the one in {MANIFEST}", remedy)
-    return CalibrationSet(tokens=tokens, manifest=manifest)
+    return CalibrationSet(tokens=tokens, manifest=manifest, directory=directory)

@@ -101,6 +101,7 @@ def calibrate(
     new = replace(new, manifest={**new.manifest, "command": "calibrate", "model": origin})
     if keep:
         calibration_set.save(new, directory)
+        new = replace(new, directory=directory)
     return new
 
 

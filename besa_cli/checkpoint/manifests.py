@@ -80,10 +80,14 @@ class Quantization(TypedDict):
 
 @strict
 class Calibration(TypedDict):
-    """The calibration tokens that a stage was made with; None and empty for methods that use none."""
+    """The calibration tokens that a stage was made with; None and empty for methods that use none.
+
+    `sensitivity` is the digest of the channels' sensitivity, for methods that weigh by it.
+    """
 
     tokens_digest: Digest | None
     sources: list[SourceRecord]
+    sensitivity: NotRequired[Digest]
 
 
 class GridCounts(TypedDict, total=False):
@@ -161,6 +165,25 @@ class NewStageManifest(_StageFields):
 
 
 @strict
+class WholeModel(TypedDict):
+    """Result of the passes in which the whole model learned the sparsities of its rows.
+
+    `divergence` is the KL divergence to the dense model, in nats per token, on `held_out` samples that were not learned
+    from: before the first pass, and after each. The rates are those after pass `kept`; 0 stands for the start.
+    """
+
+    held_out: Count
+    divergence: list[Annotated[float, Ge(0)]]
+    kept: Count
+
+
+class AddedFields(TypedDict, total=False):
+    """Fields that a job adds to the manifest of a finished stage."""
+
+    whole_model: WholeModel
+
+
+@strict
 class StageManifest(_StageFields):
     """`besa.json` of a stage."""
 
@@ -171,6 +194,7 @@ class StageManifest(_StageFields):
     block_budgets: NotRequired[BlockBudgets]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
+    whole_model: NotRequired[WholeModel]
 
 
 @strict

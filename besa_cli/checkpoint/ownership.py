@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import TIMING
+from besa_cli.checkpoint.stages import DRAFT, RATES, SENSITIVITY, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -23,7 +23,10 @@ from besa_cli.system.disk import Json
 Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
-_SHARD = re.compile(r"(?:codes/)?model-(\d{5,})-of-(\d{5,})\.safetensors|model-(\d{5,})-of-(\d{5,})\.json")
+_SENSITIVITY = re.compile(r"sensitivity-[0-9a-f]{16}\.safetensors")
+_SHARD = re.compile(
+    r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
+)
 _WEIGHTS = re.compile(r"(?:model|sparse)-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?|model-[A-Z0-9_]+\.gguf")
 _SMALL = re.compile(
     r"(?:[a-z]+_)*config\.json|tokenizer\.(?:json|model)(?:\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
@@ -49,12 +52,15 @@ class _Owned:
         The directory that a stage's small files were copied from.
     unfinished : bool
         An interrupted export or import, which has no list yet.
+    samples : bool
+        A calibration set, beside which the sensitivity of channels is kept.
     """
 
     listed: frozenset[str] = frozenset()
     shards: int = 0
     origin: Path | None = None
     unfinished: bool = False
+    samples: bool = False
 
     def has(self, directory: Path, name: str) -> bool:
         """Return True if besa wrote the file of this name."""
@@ -65,6 +71,7 @@ class _Owned:
             name in self.listed
             or self._is_shard(name)
             or (bool(self.shards) and (_SMALL.fullmatch(name) is not None or self._is_copy(directory, name)))
+            or (self.samples and _SENSITIVITY.fullmatch(name) is not None)
             or (self.unfinished and self._may_be_exported(name))
         )
 
@@ -199,7 +206,7 @@ def _owned(directory: Path) -> _Owned | None:
         return _of_export(_read(manifests.read_export, directory), directory)
     manifest = _read(manifests.read, directory)
     if manifest["stage"] == "calibration":
-        return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}))
+        return _Owned(listed=frozenset({MANIFEST, *_CALIBRATION}), samples=True)
     return _of_stage(manifest)
 
 
@@ -221,7 +228,7 @@ def _of_export(manifest: Json, directory: Path) -> _Owned:
 def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, INDEX, *manifest.get("files", [])}),
+        listed=frozenset({MANIFEST, TIMING, INDEX, SENSITIVITY, f"{DRAFT}/{RATES}", *manifest.get("files", [])}),
         shards=manifest["blocks"] + 1,
         origin=Path(manifest["model"]["directory"]),
     )

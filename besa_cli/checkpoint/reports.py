@@ -78,3 +78,28 @@ class BlockReport:
         """Return the report of a finished block from its `record`."""
         linears = tuple(LinearReport(**linear) for linear in record["linears"])
         return cls(**{**record, "linears": linears, "resumed": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassReport:
+    """Report of a pass over the samples.
+
+    Attributes
+    ----------
+    number : int
+        0: before the first pass.
+    epochs : int
+        Passes in all.
+    held_out : float
+        KL divergence to the dense model in nats, the mean over the tokens of samples that are not learned from.
+    learned : float or None
+        The same over the samples of the pass, each before its step.
+    resumed : bool
+        An earlier run made the pass.
+    """
+
+    number: int
+    epochs: int
+    held_out: float
+    learned: float | None = None
+    resumed: bool = False

@@ -21,7 +21,10 @@ from besa_cli.system import disk, records
 from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
+SENSITIVITY = "sensitivity.safetensors"  # of the channels; only until the stage is finished
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
+DRAFT = "draft"  # folder of an unfinished stage with its blocks as they were pruned one after the other
+RATES = "rates.safetensors"  # file in it: the state of the learning of the whole model
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
@@ -215,8 +218,8 @@ class Stage:
         manifest = {**manifests.read_stage(self.directory), "block_budgets": budgets}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
 
-    def finish(self) -> manifests.StageManifest:
-        """Write the index, then the manifest with counts and digest; returns the manifest.
+    def finish(self, added: manifests.AddedFields | None = None) -> manifests.StageManifest:
+        """Write the index, then the manifest with counts, digest and the fields `added`; returns the manifest.
 
         Raises
         ------
@@ -225,6 +228,7 @@ class Stage:
         """
         for index in set(range(self.blocks)) - self._verified:
             self.read(index)
+        (self.directory / SENSITIVITY).unlink(missing_ok=True)
         table, total = {}, 0
         for index in range(-1, self.blocks):
             shard = self.shard(index)
@@ -246,6 +250,8 @@ class Stage:
         manifest.pop("restart", None)
         if "quantization" in manifest:
             counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
+        if added and "whole_model" in added:
+            manifest["whole_model"] = added["whole_model"]
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest
@@ -310,6 +316,17 @@ def require_finished(directory: Path) -> manifests.StageManifest:
 
 def sweep(directory: Path) -> None:
     """Remove the partial files that a killed process left."""
-    for pattern in (".*.partial", f"{CODES}/.*.partial"):
+    for pattern in (".*.partial", f"{CODES}/.*.partial", f"{DRAFT}/.*.partial"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def drop_draft(directory: Path) -> None:
+    """Remove the blocks that the whole model learned from, once the stage is finished."""
+    draft = directory / DRAFT
+    if draft.is_dir():
+        for pattern in (RATES, "model-*.safetensors", "model-*.json"):
+            for path in draft.glob(pattern):
+                path.unlink(missing_ok=True)
+        if not any(draft.iterdir()):
+            draft.rmdir()

@@ -15,7 +15,7 @@ from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint.manifests import StageManifest
+    from besa_cli.checkpoint.manifests import StageManifest, WholeModel
     from besa_cli.checkpoint.runs import Run
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
@@ -47,6 +47,21 @@ DampingOption = Annotated[
         min=0.0,
         metavar="SHARE",
     ),
+]
+GlobalEpochsOption = Annotated[
+    int | None,
+    panels.WHOLE_MODEL(
+        "--global-epochs",
+        "Passes over the samples, after the blocks, in which all rows of the model learn their sparsities together "
+        "by the KL divergence to the dense model (every method but sparsegpt).",
+        min=0,
+        max=options.MOST,
+        metavar="N",
+    ),
+]
+GlobalRateOption = Annotated[
+    float | None,
+    panels.WHOLE_MODEL("--global-lr", "Learning rate of these passes.", "0.03", min=0.0, metavar="RATE"),
 ]
 BitsOption = Annotated[
     int | None,
@@ -103,7 +118,12 @@ class BesaGroup:
     ] = None
     loss: Annotated[
         choices.Loss | None,
-        panels.BESA("--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"),
+        panels.BESA(
+            "--loss",
+            "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
+            "channels weighted by their effect on the model's predictions.",
+            "token",
+        ),
     ] = None
     epochs: Annotated[
         int | None, panels.BESA("--epochs", "Passes over the samples.", "1", min=1, max=options.MOST, metavar="N")
@@ -149,6 +169,8 @@ def prune(
     budget: BudgetOption = "uniform",
     damping: DampingOption = None,
     besa: BesaGroup,
+    global_epochs: GlobalEpochsOption = None,
+    global_lr: GlobalRateOption = None,
     bits: BitsOption = None,
     grid: option_groups.GridGroup,
     clip_lr: ClipRateOption = None,
@@ -175,6 +197,8 @@ def prune(
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
         budget=budget,
+        global_epochs=global_epochs or 0,
+        global_lr=global_lr,
         options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),
     )
@@ -221,4 +245,14 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         console.line(
             f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not improve on it"
         )
+    if "whole_model" in manifest:
+        console.line(whole_model_in_words(manifest["whole_model"]))
     console.emit_json({"directory": str(directory), **manifest})
+
+
+def whole_model_in_words(found: "WholeModel") -> str:
+    """Return one line on the passes in which the whole model learned its rates."""
+    first, kept = found["divergence"][0], found["kept"]
+    if not kept:
+        return f"whole model: no pass was better than the blocks apart (KL divergence to dense {first:.4f}), kept them"
+    return f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out"

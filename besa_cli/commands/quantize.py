@@ -61,7 +61,10 @@ class ClipGroup:
     loss: Annotated[
         choices.Loss | None,
         panels.CLIPPING(
-            "--loss", "Squared error relative to the norm of each token, each channel, or the whole.", "token"
+            "--loss",
+            "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
+            "channels weighted by their effect on the model's predictions.",
+            "token",
         ),
     ] = None
     epochs: Annotated[

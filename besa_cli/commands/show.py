@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from besa_cli.commands import prune as pruned
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_bytes, human_share, short_names
@@ -163,6 +164,8 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
         console.line(f"  {manifests.describe_budgets(manifest['block_budgets'])}")
     if manifest is not None and "quantization" in manifest:
         console.line(f"  {_grid(manifest)}")
+    if manifest is not None and "whole_model" in manifest:
+        console.line(f"  {pruned.whole_model_in_words(manifest['whole_model'])}")
     total = inspection.number_of_blocks(directory)
     counts = []
     with console.blocks("counting zeros", total) as progress:

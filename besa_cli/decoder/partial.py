@@ -67,6 +67,11 @@ class PartialModel:
         """Size of the vocabulary: rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.get_text_config().hidden_size)
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Return the linears of block `index` by their name inside it."""
         return architecture.linears(self.blocks[index], self.config)

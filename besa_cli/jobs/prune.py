@@ -3,9 +3,10 @@
 from typing_extensions import Unpack
 
 from besa_cli import pruners
-from besa_cli.choices import Budget, GivenOptions
-from besa_cli.errors import UsageError
-from besa_cli.jobs.request import Placement, StageRequest
+from besa_cli.choices import Budget, GivenOptions, OptionValue
+from besa_cli.errors import UsageError, require_counts, require_factors
+from besa_cli.jobs.request import GlobalOptions, Placement, StageRequest
+from besa_cli.stream.global_rates import RATE
 from besa_cli.stream.method import MethodOptions
 
 
@@ -15,6 +16,8 @@ def request(
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
     budget: Budget = "uniform",
+    global_epochs: int = 0,
+    global_lr: float | None = None,
     options: GivenOptions | None = None,
     **placement: Unpack[Placement],
 ) -> StageRequest:
@@ -30,6 +33,10 @@ def request(
         Prune n of every m columns instead.
     budget : {"uniform", "model"}
         How the pruned weights are shared between blocks.
+    global_epochs : int
+        Passes over the samples in which the whole model learns the sparsities of its rows, after the blocks.
+    global_lr : float, optional
+        Learning rate of these passes, 0.03 by default.
     options : mapping, optional
         The method's own options that were given.
     **placement
@@ -53,15 +60,49 @@ def request(
         )
     pruner = pruners.load(method, {**(options or {}), **({"nm": nm} if nm else {})})
     _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
-    shares = {} if budget == "uniform" else {"budget": budget}  # in manifests the default is absent, as it ever was
+    whole_model = _whole_model(pruner, nm, global_epochs, global_lr)
+    own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
+    if budget != "uniform":  # in manifests the default is absent, as it ever was
+        own |= {"budget": budget}
+    if whole_model:
+        own |= {"global_epochs": whole_model.epochs, "global_lr": whole_model.rate}
     return StageRequest(
         command="prune",
         method=pruner,
         target_sparsity=None if nm else sparsity,
         budget=budget,
-        command_options={"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity, **shares},
+        command_options=own,
+        whole_model=whole_model,
         **placement,
     )
+
+
+def _whole_model(
+    pruner: pruners.Pruner, nm: tuple[int, int] | None, epochs: int, rate: float | None
+) -> GlobalOptions | None:
+    """Return how the whole model learns its rates; None if it does not."""
+    if not epochs:
+        if rate is not None:
+            raise UsageError("--global-lr has no effect without --global-epochs", "give --global-epochs 1 with it")
+        return None
+    if nm:
+        raise UsageError(
+            f"--global-epochs {epochs} and --nm {nm[0]}:{nm[1]} exclude each other: the pattern fixes every row",
+            "give --sparsity instead of --nm",
+        )
+    if pruner.grid:
+        raise UsageError(
+            f"--global-epochs {epochs} and --bits {pruner.grid.bits} exclude each other",
+            "prune first, then quantize with besa quantize",
+        )
+    if pruner.options.memory_use().changes:
+        raise UsageError(
+            f"--global-epochs {epochs} and --method {pruner.name} exclude each other: it changes the kept weights",
+            "use --method besa or --method wanda",
+        )
+    require_counts(global_epochs=epochs)
+    require_factors(global_lr=rate)
+    return GlobalOptions(epochs=epochs, rate=RATE if rate is None else rate)
 
 
 def _require_learnable(sparsity: float, options: MethodOptions, preset: str | None) -> None:

@@ -62,6 +62,7 @@ def run_main(
     *,
     prefetch: bool,
     budgets: Sequence[int] | None = None,
+    channels: Tensor | None = None,
 ) -> None:
     """Send the worker ranks what `run_worker` needs; called by the main rank.
 
@@ -79,6 +80,8 @@ def run_main(
         Read blocks before they are wanted.
     budgets : sequence of int, optional
         Weights that each block prunes; by default the same share of all.
+    channels : Tensor of shape (blocks, hidden), optional
+        Sensitivity of the channels.
     """
     world.broadcast_json(
         {
@@ -89,7 +92,7 @@ def run_main(
         }
     )
     world.require_equal(_facts(request, digest))
-    world.broadcast_tensors({"tokens": tokens})
+    world.broadcast_tensors({"tokens": tokens} if channels is None else {"tokens": tokens, "channels": channels})
 
 
 def stop_workers(world: Ranks) -> None:
@@ -112,7 +115,8 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     if told is None:
         return
     world.require_equal(_facts(request, digest))
-    tokens = world.broadcast_tensors({})["tokens"]
+    received = world.broadcast_tensors({})
+    tokens = received["tokens"]
     files = None if told["files"] is None else Path(told["files"])
     if files is not None:
         files.mkdir(parents=True, exist_ok=True)  # on a machine of its own
@@ -127,6 +131,7 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         lambda done, total, phase: None,
         batch=told["settings"]["batch"],
         prefetch=told["prefetch"],
+        channels=received.get("channels"),
     ):
         pass
 

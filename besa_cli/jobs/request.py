@@ -27,6 +27,22 @@ class Placement(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GlobalOptions:
+    """Options of the learning of all rows together: see `besa_cli.stream.global_rates`.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the samples.
+    rate : float
+        Learning rate of the logits.
+    """
+
+    epochs: int
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageRequest:
     """Request for a stage; made by `besa_cli.jobs.prune.request` and `besa_cli.jobs.quantize.request`.
 
@@ -47,6 +63,8 @@ class StageRequest:
         Directory of a calibration set that was named, for the manifest.
     max_memory : int, optional
         Bytes of memory that the process may take; the hidden states go to files where they would not fit.
+    whole_model : GlobalOptions, optional
+        Learning of all rows together after the blocks; None leaves the blocks as they are.
 
     Raises
     ------
@@ -64,6 +82,7 @@ class StageRequest:
     seed: int = 0
     calibration: str | None = None
     max_memory: int | None = None
+    whole_model: GlobalOptions | None = None
 
     def __post_init__(self) -> None:
         compute.device(self.device)

@@ -6,26 +6,31 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
-from besa_cli.checkpoint.manifests import StageManifest
-from besa_cli.checkpoint.reports import BlockReport
+from besa_cli.checkpoint.manifests import AddedFields, StageManifest
+from besa_cli.checkpoint.rates_file import RatesFile
+from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verify import SMALL, verify
 from besa_cli.jobs import ranks, stage_manifest
+from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream import forecast, memory_model
+from besa_cli.stream import forecast, global_rates, memory_model
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
 from besa_cli.system import compute, disk
+from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
 
@@ -138,6 +143,7 @@ class StageJob:
         torch.set_num_threads(ranks.threads(settings, self._world))
         worker = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
         self._stage = Stage(self._directory, len(worker.decoder))
+        self._channels = self._channel_sensitivity(worker)
         worker.decoder.weights.refuse_change(self._source)
         names = worker.decoder.linear_tensors()
         worker.decoder.weights.require_floats(names)
@@ -168,18 +174,53 @@ class StageJob:
             self.request.max_memory,
             compute.resident(),
             self.manifest["compute"]["batch"],
-            worker.demand,
+            partial(worker.demand, measures=self._measures),
             fixed=not self._is_new,
             overlapping=compute.overlaps(worker.decoder.device),
         )
 
+    @property
+    def _draft(self) -> Stage:
+        """The blocks as they were pruned one after the other, while the whole model learns from them."""
+        return Stage(self._directory / stages.DRAFT, self._stage.blocks)
+
+    @property
+    def _blocks(self) -> Stage:
+        """The stage into which blocks are pruned one after the other."""
+        return self._stage if self.request.whole_model is None else self._draft
+
+    def _finished(self) -> int:
+        """Return the number of blocks that are pruned."""
+        return max(self._blocks.finished(), self._stage.finished())
+
+    def _channel_sensitivity(self, worker: StageWorker) -> ChannelSensitivity | None:
+        """Return where the sensitivity of the channels comes from; None if the method needs none."""
+        if not self.request.method.options.needs_sensitivity():
+            return None
+        return ChannelSensitivity(
+            decoder=worker.decoder,
+            calibration=self.calibration,
+            model=self._digest,
+            stage=self._directory,
+            recorded=self.manifest["calibration"].get("sensitivity"),
+        )
+
+    @property
+    def _measures(self) -> bool:
+        """True if the sensitivity of the channels must be measured."""
+        return self._channels is not None and self._channels.place is None
+
     def _bytes_to_write(self, worker: StageWorker, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes of the blocks that are left, their codes, and the hidden states that lie in files."""
-        hidden = worker.demand(memory.batch).hidden * self._world.size if memory.in_files else 0
+        hidden = (
+            worker.demand(memory.batch, measures=self._measures).hidden * self._world.size if memory.in_files else 0
+        )
         whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
+        draft = whole if self.request.whole_model else 0
         if self._is_new:
-            return whole + hidden
-        return whole * (self._stage.blocks - self._stage.finished()) // self._stage.blocks + hidden
+            return whole + draft + hidden
+        left = self._stage.blocks - self._stage.finished()
+        return (whole * left + draft * (self._stage.blocks - self._finished())) // self._stage.blocks + hidden
 
     def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
@@ -196,8 +237,8 @@ class StageJob:
             The run directory cannot be written.
         """
         disk.require_writable(self._directory)
-        plan, finished = self._plan, 0 if self._is_new else self._stage.finished()
-        working = plan.worker.seconds(finished, plan.memory.batch)
+        plan, finished = self._plan, 0 if self._is_new else self._finished()
+        working = plan.worker.seconds(finished, plan.memory.batch, measures=self._measures)
         return forecast.Forecast(
             memory=plan.memory.peak,
             phase=plan.memory.phase,
@@ -226,25 +267,53 @@ class StageJob:
         return self._stage.blocks
 
     def blocks(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Do block after block; each report is yielded when its block is on disk, or is the only one being written."""
+        """Do block after block; each report is yielded when its block is on disk, or is the only one being written.
+
+        If the whole model learns afterwards, these are the blocks that it starts from: see `passes`.
+        """
         if self.done:
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
-        self._begin_or_resume()
         memory = self._plan.memory
+        channels = self._sensitivity_values(on_step)
+        self._begin_or_resume()
+        if self._written:
+            ranks.stop_workers(self._world)
+            yield from self._stage.reports()
+            return
+        if self._channels is not None and channels is not None:
+            self._channels.keep_in_stage(channels)
         files = self._directory if memory.in_files else None
         budgets = self._block_budgets(ActivationStore(files), on_step) if self.request.measures_blocks else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            prefetch=memory.overlapping, budgets=budgets,
+            prefetch=memory.overlapping, channels=channels, budgets=budgets,
         )  # fmt: skip
-        with BackgroundWriter(self._stage) if memory.overlapping else contextlib.nullcontext(self._stage) as store:
+        stage = self._blocks
+        with BackgroundWriter(stage) if memory.overlapping else contextlib.nullcontext(stage) as store:
             for report in self._plan.worker.reports(
-                store, ActivationStore(files), on_step, batch=memory.batch, prefetch=memory.overlapping
+                store,
+                ActivationStore(files),
+                on_step,
+                batch=memory.batch,
+                prefetch=memory.overlapping,
+                channels=channels,
             ):
                 self._note_time(report)
                 yield report
+
+    def _sensitivity_values(self, on_step: OnStep) -> Tensor | None:
+        """Return the sensitivity of the channels, whose digest goes to the manifest; None if the method needs none.
+
+        It is ready before the stage begins, and what lies in files meanwhile does so in the run directory.
+        """
+        if self._channels is None:
+            return None
+        files = self._directory.parent if self._plan.memory.in_files else None
+        values = self._channels.values(on_step, ActivationStore(files), self._notify)
+        self.manifest["calibration"]["sensitivity"] = self._channels.digest(values)
+        return values
 
     def _begin_or_resume(self) -> None:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
@@ -252,7 +321,7 @@ class StageJob:
             swap.discard(self._directory, self._final, self._sources())
             self._stage.begin(self.manifest, self.model.directory)
         else:
-            done = self._stage.finished()
+            done = self._finished()
             self._notify(f"{self._directory}: {done} of {self._stage.blocks} blocks are done, resuming from there")
         stages.sweep(self._directory)
         if self._plan.memory.in_files:
@@ -273,22 +342,65 @@ class StageJob:
         self._plan.worker.share_out(recorded["pruned"])
         return recorded["pruned"]
 
+    @property
+    def _written(self) -> bool:
+        """True if all blocks have been written as they stay."""
+        return self._stage.finished() == self._stage.blocks
+
+    @property
+    def _rates(self) -> RatesFile:
+        return RatesFile(self._draft.directory / stages.RATES)
+
+    def passes(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[PassReport]:
+        """Let the whole model learn the sparsities of its rows, if the request asks for it, and write its blocks.
+
+        Comes after `blocks`, and yields a report before the first pass over the samples and after each.
+        """
+        if self.done or self.request.whole_model is None or self._written:
+            return
+        memory, began = self._plan.memory, time.perf_counter()
+        activations = ActivationStore(self._directory if memory.in_files else None)
+        worker = self._plan.worker
+        learner = worker.global_rates(self._draft, self._rates, activations, on_step, batch=memory.batch)
+        for report in learner.learn():
+            now = time.perf_counter()
+            self._append_time({"pass": report.number}, now - began, resumed=report.resumed)
+            began = now
+            yield report
+        learner.write(self._stage)
+
     def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""
         if self.manifest["status"] == "complete":
+            stages.drop_draft(self._directory)
             return self.manifest
-        manifest = self._stage.finish()
+        for _ in self.passes():
+            pass
+        manifest = self._stage.finish(self._whole_model())
+        stages.drop_draft(self._directory)
         if self._directory != self._final:
             swap.replace_stage(self._final, self._directory)
         return manifest
 
+    def _whole_model(self) -> AddedFields:
+        """Return the entry of the manifest on the learning of the whole model; empty if there was none."""
+        state = self._rates.read() if self.request.whole_model else None
+        if state is None:
+            return {}
+        divergence, kept = global_rates.result(state)
+        held_out = global_rates.held_out_samples(len(self.calibration.tokens))
+        return {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
+
     def _note_time(self, report: BlockReport) -> None:
+        self._append_time({"block": report.index}, report.seconds, resumed=report.resumed, memory=report.peak_memory)
+
+    def _append_time(self, part: JsonObject, seconds: float, *, resumed: bool, memory: int | None = None) -> None:
         line = {
-            "block": report.index,
-            "resumed": report.resumed,
+            **part,
+            "resumed": resumed,
             "ranks": self._world.size,
-            "seconds": round(report.seconds, 3),
-            "peak_memory": report.peak_memory,
+            "seconds": round(seconds, 3),
+            "peak_memory": compute.peak_memory() if memory is None else memory,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
         }

@@ -1,21 +1,27 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.manifests import BlockBudgets, Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
+from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import effects, forecast, memory_model, walk, windows
+from besa_cli.stream import effects, forecast, global_rates, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
+
+_RESIDENT = 4  # share of the free memory that the blocks may fill while the whole model learns: one of so many
 
 
 class StageWorker:
@@ -36,6 +42,7 @@ class StageWorker:
     def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
+        self._all_tokens = tokens
         self._tokens = tokens if request.uses_calibration else tokens[:0]
         self._measured = tokens[: effects.measured_samples(*tokens.shape) if request.measures_blocks else 0]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
@@ -68,35 +75,88 @@ class StageWorker:
         """Let each block prune so many weights, instead of the same share of all."""
         self._budgets = windows.budgets(self.segments, pruned)
 
-    def demand(self, batch: int) -> memory_model.Demand:
-        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients."""
+    def demand(self, batch: int, *, measures: bool = False) -> memory_model.Demand:
+        """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients.
+
+        If this rank `measures` the sensitivity of the channels, it needs memory for that, too.
+        """
         method, size = self._request.method.options.memory_use(), self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         shape = memory_model.shape(self.decoder, self.segments)
-        pruning = memory_model.prune_demand(
+        demand = memory_model.prune_demand(
             shape,
             method,
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
         )
-        if not len(self._measured):
-            return pruning
-        measuring = memory_model.effects_demand(
+        if len(self._measured):
+            measuring = memory_model.effects_demand(
+                shape,
+                blocks=len(self.decoder),
+                tokens=self._measured.numel(),
+                passing=min(len(self._measured), batch) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
+            demand = memory_model.larger(demand, measuring)
+        if measures:
+            demand = memory_model.with_sensitivity(
+                demand,
+                shape,
+                blocks=len(self.decoder),
+                tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
+        if self._request.whole_model is None:
+            return demand
+        together = memory_model.global_demand(
             shape,
-            blocks=len(self.decoder),
-            tokens=self._measured.numel(),
-            passing=min(len(self._measured), batch) * self._seqlen,
+            len(self.decoder),
+            tokens=self._samples * self._seqlen,
+            passing=min(self._samples, batch) * self._seqlen,
             seqlen=self._seqlen,
-            head=self.decoder.head_bytes(),
+            resident=self.resident,
         )
-        return memory_model.both(measuring, pruning)
+        return memory_model.larger(demand, together)
+
+    @cached_property
+    def resident(self) -> bool:
+        """True if all blocks stay loaded while the whole model learns; changes no result."""
+        blocks = sum(parameter.numel() for block in self.decoder.blocks for parameter in block.parameters())
+        needed = blocks * self.decoder.dtype.itemsize
+        return self._request.max_memory is None and needed * _RESIDENT < memory.available(self.decoder.device)
+
+    def global_rates(
+        self, start: Store, state: StateFile, activations: ActivationStore, on_step: OnStep, *, batch: int
+    ) -> GlobalRates:
+        """Return the learner of all rows' sparsities, from the finished blocks of `start`; of the main rank alone."""
+        options = self._request.whole_model
+        if options is None:
+            raise ValueError("the request asks for no learning of the whole model")
+        plan = GlobalPlan(
+            epochs=options.epochs, rate=options.rate, batch=batch, seed=self._request.seed, resident=self.resident
+        )
+        return GlobalRates(
+            self.decoder, start, self._all_tokens, plan, state=state, activations=activations, on_step=on_step
+        )
 
     def reports(
-        self, store: Store | None, activations: ActivationStore, on_step: OnStep, *, batch: int, prefetch: bool
+        self,
+        store: Store | None,
+        activations: ActivationStore,
+        on_step: OnStep,
+        *,
+        batch: int,
+        prefetch: bool,
+        channels: Tensor | None = None,
     ) -> Iterator[BlockReport]:
-        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store."""
-        plan, world = self._prune_plan(batch), self._world
+        """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store.
+
+        `channels` is the sensitivity of the channels, of shape (blocks, hidden), if the method needs it.
+        """
+        plan, world = self._prune_plan(batch, channels), self._world
         return walk.compress(
             self.decoder,
             store,
@@ -108,12 +168,26 @@ class StageWorker:
             world=world,
         )
 
-    def seconds(self, finished: int, batch: int) -> float:
-        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window."""
-        passes = len(self._measured) * effects.PASSES if not finished else 0
-        return forecast.seconds(self.decoder, self._tokens, self._prune_plan(batch), finished, passes)
+    def seconds(self, finished: int, batch: int, *, measures: bool = False) -> float:
+        """Return the seconds that the work takes after `finished` blocks, from a trial of the first window.
 
-    def _prune_plan(self, batch: int) -> walk.PrunePlan:
+        If this rank `measures` the sensitivity of the channels, the time of that is included.
+        """
+        first = sensitivity.seconds(self.decoder, self._tokens) if measures else 0.0
+        needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
+        channels = torch.ones(len(self.decoder), hidden) if needed else None
+        options = self._request.whole_model
+        after = 0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape)
+        before = 0.0 if finished else effects.PASSES * len(self._measured) / self._samples
+        return first + forecast.seconds(
+            self.decoder,
+            self._tokens,
+            self._prune_plan(batch, channels),
+            finished,
+            whole_passes=after + before,
+        )
+
+    def _prune_plan(self, batch: int, channels: Tensor | None) -> walk.PrunePlan:
         return walk.PrunePlan(
             decide=self._request.method.decide,
             segments=self.segments,
@@ -121,4 +195,5 @@ class StageWorker:
             target=self._request.method.options.learning_target(),
             batch=batch,
             seed=self._request.seed,
+            sensitivity=channels,
         )

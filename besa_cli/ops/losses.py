@@ -20,16 +20,34 @@ def _identity(part: Tensor) -> Tensor:
 
 
 def token(
-    output: Float[Tensor, "*batch hidden"], target: Float[Tensor, "*batch hidden"], total: Total = _identity
+    output: Float[Tensor, "*batch hidden"],
+    target: Float[Tensor, "*batch hidden"],
+    total: Total = _identity,
+    channels: Float[Tensor, " hidden"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute the mean over tokens of ‖output − target‖² / ‖target‖²; like the next block's norm, it scales each token.
 
     In many models a few tokens have activations a thousand times larger than all others; under one common norm
     (`frobenius`), only these would be learned from.
+
+    With `channels`, the weights of `channel_weights`, output and target are both multiplied by them: the loss
+    `sensitivity`.
     """
-    error = (output.float() - target.float()).square().sum(-1)
-    relative = error / target.float().square().sum(-1).clamp_min(_SMALL)
+    error, size = output.float() - target.float(), target.float()
+    if channels is not None:
+        error, size = error * channels, size * channels
+    relative = error.square().sum(-1) / size.square().sum(-1).clamp_min(_SMALL)
     return relative.sum() / total(torch.tensor(float(relative.numel()), device=relative.device))
+
+
+def channel_weights(sensitivity: Float[Tensor, " hidden"]) -> Float[Tensor, " hidden"]:
+    """Return the sensitivity of every channel divided by their root mean square, fp32; ones if all are zero."""
+    values = sensitivity.float()
+    largest = values.amax()
+    if not bool(largest > 0):
+        return torch.ones_like(values)
+    relative = values / largest  # so that no square underflows
+    return relative / relative.square().mean().sqrt()
 
 
 def frobenius(
@@ -52,3 +70,11 @@ def channel(
 def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor, ""]:
     """Compute ((s − ŝ)/ŝ)², the penalty on missing ŝ (BESA Eq. 1 in the released program's relative form)."""
     return ((sparsity - target) / target).square()
+
+
+def divergence(
+    logits: Float[Tensor, "*batch vocabulary"], target: Float[Tensor, "*batch vocabulary"]
+) -> Float[Tensor, ""]:
+    """Compute Σ KL(softmax(target) ‖ softmax(logits)) over all positions, in nats and fp32; the target is constant."""
+    wanted = target.detach().float().log_softmax(-1)
+    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)

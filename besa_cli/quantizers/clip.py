@@ -31,8 +31,9 @@ class ClipOptions(MethodOptions):
         Passes over the calibration samples, and samples in one step.
     lr : float
         AdamW's rate, decaying to 0 along a half cosine.
-    loss : {"token", "channel", "frobenius"}
-        Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    loss : {"token", "sensitivity", "channel", "frobenius"}
+        Squared error relative to each token's norm, to the same with every channel weighted by its sensitivity, to each
+        channel's norm, or to the norm of the whole.
     """
 
     target: Target = "block"
@@ -54,6 +55,10 @@ class ClipOptions(MethodOptions):
     @override
     def learning_target(self) -> Target:
         return self.target
+
+    @override
+    def needs_sensitivity(self) -> bool:
+        return self.loss == "sensitivity"
 
 
 Options = ClipOptions
@@ -81,7 +86,7 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
     optimizer = descent.adamw(list(logits.values()), options.lr)
-    measure, samples = descent.MEASURES[options.loss], len(block.inputs)
+    measure, samples = descent.measure(block, options.loss), len(block.inputs)
     generator = torch.Generator().manual_seed(block.seed)
     order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
     steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]

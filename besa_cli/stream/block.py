@@ -15,9 +15,9 @@ from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-# Phases of the work: "budget" comes before the first window (see effects.py), the others belong to a window. The
-# duration of all but "update" grows with the number of samples: see forecast.py.
-Phase = Literal["budget", "statistics", "target", "learning", "update", "propagation"]
+# Phases of the work: "sensitivity" and "budget" come before the first window, "global" after the last. The duration of
+# all but "update" grows with the number of samples: see forecast.py.
+Phase = Literal["sensitivity", "budget", "statistics", "target", "learning", "update", "propagation", "global"]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 
@@ -77,6 +77,9 @@ class Block:
         The samples that this rank holds, their total number, and the other ranks.
     seed : int
         Derived from the command's seed and `index`.
+    sensitivity : Tensor of shape (hidden,), optional
+        Sensitivity of the channels at the output of the window's last block (see `besa_cli.stream.sensitivity`), also
+        for a window that ends inside a block; None if the method does not ask for it.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Block:
         batch: int,
         target: Tensor | None = None,
         seed: int = 0,
+        sensitivity: Tensor | None = None,
         on_step: OnStep = lambda done, total, phase: None,
         activations: ActivationStore | None = None,
         rank_share: RankShare | None = None,
@@ -100,6 +104,7 @@ class Block:
         self.must_meet_budget = budget is not None
         self.budget = budget or 0
         self.seed = (seed * 1_000_003 + self.index) % 2**63
+        self.sensitivity = sensitivity
         self._on_step = on_step
         self.linears: dict[str, nn.Linear] = window.linears
         self.weights = dict(weights)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +14,31 @@ from besa_cli.ops import losses
 from besa_cli.stream.block import Block
 from besa_cli.system import compute
 
-MEASURES = {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}
 _EPSILON = 1e-16  # AdamW's epsilon: gradients shrink with the size of the block and must stay well above it
 _COMPARED, _SAMPLES = 4096, 8  # minimum tokens and samples on which learned and unlearned masks are compared
+
+
+class Measure(Protocol):
+    """Loss of an output against its target; see `besa_cli.ops.losses`."""
+
+    def __call__(self, output: Tensor, target: Tensor, total: losses.Total = ..., /) -> Tensor:
+        """Return the loss, a scalar."""
+
+
+def measure(block: Block, loss: Loss) -> Measure:
+    """Return the function that computes a loss of the block's output."""
+    if loss == "sensitivity":
+        if block.sensitivity is None:
+            raise RuntimeError("the method did not ask for the sensitivity of the channels")
+        return error_measure(block)
+    return {"token": losses.token, "channel": losses.channel, "frobenius": losses.frobenius}[loss]
+
+
+def error_measure(block: Block) -> Measure:
+    """Return the function that computes the block's reported error: per token, by sensitivity where that is known."""
+    if block.sensitivity is None:
+        return losses.token
+    return partial(losses.token, channels=losses.channel_weights(block.sensitivity))
 
 
 def adamw(learned: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
@@ -52,13 +76,15 @@ def tail_mean(history: Sequence[float]) -> float:
 def compare_errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:
     """Return the mean loss and the mean relative error per token of fixed weights, over the first samples of all ranks.
 
+    The error is that of the block's report: see `error_measure`.
+
     Parameters
     ----------
     block : Block
     weights : mapping of linear name to Tensor of shape (rows, cols), in the compute dtype
-    loss : {"token", "channel", "frobenius"}
+    loss : {"token", "sensitivity", "channel", "frobenius"}
     """
-    world, measure = block.rank_share.world, MEASURES[loss]
+    world, measured, reported = block.rank_share.world, measure(block, loss), error_measure(block)
     compared = min(block.rank_share.samples, max(math.ceil(_COMPARED / block.tokens.shape[1]), _SAMPLES))
     pairs: list[tuple[float, float]] = []  # (loss, relative error) of each sample
     with torch.no_grad(), compute.repeated_passes():
@@ -67,6 +93,6 @@ def compare_errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> t
             if len(inputs):
                 output = block.forward(inputs, weights)
                 target = target.to(output.device)
-                pairs.append((float(measure(output, target)), float(losses.token(output, target))))
+                pairs.append((float(measured(output, target)), float(reported(output, target))))
     mean_loss, error = (world.all_reduce_float(math.fsum(pair[which] for pair in pairs)) / compared for which in (0, 1))
     return mean_loss, error

@@ -12,8 +12,9 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import budget, importance, kernels, knapsack, masks
 from besa_cli.stream import uniform
 from besa_cli.stream.activations import ActivationStore
-from besa_cli.stream.backward import BackwardStream, HeadLoss, StoredBlocks
+from besa_cli.stream.backward import BackwardStream, StoredBlocks
 from besa_cli.stream.block import Block, OnStep
+from besa_cli.stream.sensitivity import own_loss
 from besa_cli.stream.windows import WholeBlocks
 from besa_cli.system import compute
 
@@ -96,7 +97,8 @@ def measure(
     stream = BackwardStream(decoder, _Blocks(decoder), tokens, activations=activations)
     outputs = stream.forward()
     inputs = stream.inputs
-    _, gradient = stream.head_gradient(outputs, own_loss(seed))
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    _, gradient = stream.head_gradient(outputs, lambda logits, part, positions: own_loss(logits, generator))
     del outputs
     decoder.drop_head()
     decoder.drop_embedding()
@@ -115,18 +117,6 @@ def measure(
     stream.backward(gradient, visit)
     errors, sizes, zeros = zip(*(found[index] for index in range(len(decoder))), strict=True)
     return BlockEffects(sparsities=tuple(sparsities), errors=errors, sizes=sizes, zeros=zeros)
-
-
-def own_loss(seed: int) -> HeadLoss:
-    """Return the cross entropy of labels that are drawn from the logits' own distribution."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss(logits: Tensor, part: slice, positions: slice) -> Tensor:
-        flat = logits.float().flatten(0, 1)
-        labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        return torch.nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")
-
-    return loss
 
 
 def effect(output: Tensor, dense: Tensor, gradient: Tensor) -> Tensor:

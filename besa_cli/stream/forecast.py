@@ -86,7 +86,7 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, measured: int = 0) -> float:
+def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *, whole_passes: float = 0.0) -> float:
     """Estimate the seconds that `stream.walk.compress` will take, from a trial on the first segment.
 
     The trial passes two batches through the segment, learning included, and stores nothing.
@@ -95,8 +95,8 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, me
     ----------
     finished : int
         Number of finished blocks, which are only replayed.
-    measured : int
-        Passes of one sample through every block before the first is compressed, in addition.
+    whole_passes : float
+        Passes over all samples and the whole model beside that, each as long as a pass without gradients.
     """
     batch, budgets = plan.batch, plan.budgets
     few = tokens[: _BATCHES * batch]
@@ -115,8 +115,8 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, me
     first_seconds = meter.extrapolate(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in plan.segments]
     left = sum(size for size, segment in zip(sizes, plan.segments, strict=True) if segment.blocks.stop > finished)
-    before = meter.replay_seconds(measured / max(len(few), 1)) * sum(sizes) / sizes[0]
-    return embedding + before + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor)
+    whole = whole_passes * (embedding + len(decoder) * meter.replay_seconds(factor))
+    return embedding + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor) + whole
 
 
 def combine(forecasts: Sequence[Forecast]) -> Forecast:

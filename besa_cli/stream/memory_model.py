@@ -5,7 +5,7 @@ compares it with measurements.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -136,6 +136,15 @@ class Demand:
         return self.phases[self.phase] + _ROOM + beside + (0 if in_files else self.hidden)
 
 
+def larger(first: Demand, second: Demand) -> Demand:
+    """Return the demand of two parts of a command that follow one another."""
+    return Demand(
+        phases={**first.phases, **second.phases},
+        hidden=max(first.hidden, second.hidden),
+        beside=max(first.beside, second.beside),
+    )
+
+
 def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     """Return the dimensions of the window with the most weights, of a decoder whose blocks need not be loaded."""
     sized = [(segment, window) for segment in segments for window in segment.windows]
@@ -232,13 +241,63 @@ def effects_demand(shape: Shape, *, blocks: int, tokens: int, passing: int, seql
     return Demand(phases=phases, hidden=(blocks + 3) * tokens * shape.hidden * compute)
 
 
-def both(first: Demand, second: Demand) -> Demand:
-    """Return the demand of work whose two parts follow one another."""
+def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqlen: int, resident: bool) -> Demand:
+    """Return the memory demand of the passes in which the whole model learns its rates.
+
+    Parameters
+    ----------
+    shape : Shape
+        Of the window with the most weights.
+    blocks : int
+        Blocks of the model.
+    tokens : int
+        Tokens of all calibration samples.
+    passing : int
+        Tokens in a pass without gradients.
+    seqlen : int
+        Tokens of a sample, and so of a learning step.
+    resident : bool
+        All blocks stay loaded.
+    """
+    compute = shape.dtype.itemsize
+    loaded, weights = shape.loaded // shape.blocks, shape.weights // shape.blocks
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    block = round(loaded * (compute + shape.source)) + 2 * weights * compute  # masked weights and their gradient
+    learning = round(seqlen * widths * _KEPT) * compute + attention.KEPT + 2 * blocks * seqlen * shape.hidden * compute
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 5 * 4)
+    rows = 8 * 4 * blocks * sum(shape.rows)  # logits, moments, gradient and counts of every row
+    kept = loaded * compute * (blocks - 1) if resident else 0
+    wide = max(cols for cols in shape.columns) >= _SHORT
     return Demand(
-        phases={**first.phases, **second.phases},
-        hidden=max(first.hidden, second.hidden),
-        beside=max(first.beside, second.beside),
+        phases={
+            "whole model": kept + shape.rest + rows + max(block + learning, logits, block + passing * widths * compute)
+        },
+        hidden=(tokens + 2 * seqlen) * shape.hidden * compute + weights * blocks * (4 if wide else 2),
     )
+
+
+def with_sensitivity(demand: Demand, shape: Shape, *, blocks: int, tokens: int, seqlen: int, head: int) -> Demand:
+    """Return the demand of a command that measures the sensitivity of the channels first, sample by sample.
+
+    Parameters
+    ----------
+    demand : Demand
+        Memory demand of the rest.
+    shape : Shape
+    blocks : int
+        Blocks of the model.
+    tokens, seqlen : int
+        Tokens of all samples that are measured, and of one.
+    head : int
+        Bytes of the head, which is not loaded yet.
+    """
+    compute, count = shape.dtype.itemsize, max(shape.blocks, 1)
+    block = round(shape.loaded * (compute + shape.source) / count)
+    kept = round((_NARROW * shape.hidden + _WIDE * shape.widest) * _KEPT) * compute
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 4 * 4)
+    measuring = max(block + seqlen * kept + attention.KEPT, head + logits)
+    hidden = (blocks + 3) * tokens * shape.hidden * compute  # inputs of all blocks, last outputs, gradient and its copy
+    return replace(demand, phases={**demand.phases, "sensitivity": measuring}, hidden=max(demand.hidden, hidden))
 
 
 def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:

@@ -53,6 +53,10 @@ class MethodOptions(ABC):
         """Return what a window should keep: see `besa_cli.stream.walk.compress`."""
         return "block"
 
+    def needs_sensitivity(self) -> bool:
+        """Return True if the method wants `Block.sensitivity`."""
+        return False
+
     def weight_grid(self) -> Grid | None:
         """Return the grid that the method itself puts weights on, if any."""
         return None

@@ -42,6 +42,9 @@ class PrunePlan:
         Samples in a pass without gradients.
     seed : int
         Seed of the command, from which each block derives its own.
+    sensitivity : Tensor of shape (blocks, hidden), optional
+        Sensitivity of the channels at the output of every block, if the method asks for it. The reported errors are
+        then weighted by it.
     """
 
     decide: Callable[[Block], Decision]
@@ -50,6 +53,7 @@ class PrunePlan:
     target: Target
     batch: int
     seed: int
+    sensitivity: Tensor | None = None
 
 
 def compress(
@@ -155,6 +159,7 @@ class BlockWalk:
                 window, self._weights(window, sources), budget=budget,
                 inputs=self._inputs if single else self._collect(window.inputs_from, self._inputs),
                 tokens=self._tokens, batch=self._batch, target=target, seed=self._plan.seed,
+                sensitivity=self._sensitivity(window.blocks[-1]),
                 on_step=self._on_step, activations=self._activations, rank_share=self._share,
             )  # fmt: skip
             decision = snap_codes(block.weights, self._plan.decide(block))
@@ -168,6 +173,10 @@ class BlockWalk:
                 self._write_into_block(outcomes[-1])
             del block
         return self._commit(segment, sources, outcomes, segment_target)
+
+    def _sensitivity(self, index: int) -> Tensor | None:
+        table = self._plan.sensitivity
+        return None if table is None else table[index].to(self._decoder.device)
 
     def _advance(self, index: int, hidden: Tensor) -> None:
         advance(
@@ -232,10 +241,13 @@ class BlockWalk:
                     codes[index] |= affine.to_tensors(outcome.decision.quantized[name], origin.removesuffix(".weight"))
                 linears[index].append(linear_report(inner, weight, outcome.decision.masks[name]))
         errors: list[float] = []
+        sensitivity = self._sensitivity(segment.blocks[-1])
+        channels = None if sensitivity is None else losses.channel_weights(sensitivity)
 
         def compare(part: slice, output: Tensor) -> None:
             if target is not None:
-                errors.append(float(losses.token(output, target[part].to(output.device))) * len(output))
+                error = losses.token(output, target[part].to(output.device), channels=channels)
+                errors.append(float(error) * len(output))
             self._activations.release()
             self._on_step(part.stop, len(self._inputs), "propagation")
 

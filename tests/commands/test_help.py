@@ -147,7 +147,11 @@ def stated_numbers(command: str) -> dict[str, float]:
     [
         (
             "prune",
-            [*(prune.request(method=name) for name in PRUNERS), prune.request(options={"bits": 4})],
+            [
+                *(prune.request(method=name) for name in PRUNERS),
+                prune.request(options={"bits": 4}),
+                prune.request(global_epochs=1),
+            ],
             {"sparsity", "damping", "epochs", "batch_size", "lr", "d_coef", "candidates", "group_size", "clip_lr"},
         ),
         (

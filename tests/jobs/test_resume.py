@@ -99,6 +99,7 @@ METHODS = {
     "wanda": tiny_models.request("wanda"),
     "sparsegpt": tiny_models.request("sparsegpt", nm=(2, 4)),
     "besa": tiny_models.request("besa", sparsity=0.4),
+    "besa-sensitivity": tiny_models.request("besa", loss="sensitivity"),
     "besa-stream": tiny_models.request("besa", target="stream", granularity="layer", epochs=2),
 }
 
@@ -153,6 +154,19 @@ def test_killed_at_a_point_and_run_again(
     fate.at(None)
     manifest = tiny_models.run(job(tmp_path, model, METHODS["wanda"]))
     assert manifest["status"] == "complete"
+    assert left_in(tmp_path) == expected
+
+
+@pytest.mark.parametrize("point", ["before sensitivity.safetensors", "after sensitivity.safetensors", *POINTS[6:]])
+def test_killed_at_a_point_with_the_sensitivity_of_channels(
+    point: str, fate: Fate, model: Path, uninterrupted: Callable[[str], dict[str, bytes]], tmp_path: Path
+) -> None:
+    expected = uninterrupted("besa-sensitivity")
+    fate.at(point)
+    with pytest.raises(Killed):
+        tiny_models.run(job(tmp_path, model, METHODS["besa-sensitivity"]))
+    fate.at(None)
+    tiny_models.run(job(tmp_path, model, METHODS["besa-sensitivity"]))
     assert left_in(tmp_path) == expected
 
 

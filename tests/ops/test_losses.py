@@ -114,6 +114,41 @@ def test_a_silent_target_gives_a_finite_loss(loss: Loss) -> None:
 
 
 @few
+@given(outputs(), st.integers(0, 2**16))
+def test_weighted_channels_equal_the_loop(pair: tuple[Tensor, Tensor], seed: int) -> None:
+    output, target = pair
+    weights = torch.rand(target.shape[-1], generator=torch.Generator().manual_seed(seed)) + 0.1
+    expected = mean(
+        [
+            relative([(weight * a, weight * b) for (a, b), weight in zip(token, weights.tolist(), strict=True)])
+            for token in pairs(output, target)
+        ]
+    )
+    assert float(losses.token(output, target, channels=weights)) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**-30, 1.0, 2.0**60])
+def test_only_the_ratios_of_sensitivities_count(factor: float) -> None:
+    sensitivity = torch.rand(7, generator=torch.Generator().manual_seed(1))
+    weights = losses.channel_weights(sensitivity)
+    assert float(weights.square().mean()) == pytest.approx(1.0, rel=1e-6)
+    assert torch.equal(losses.channel_weights(sensitivity * factor), weights)
+    torch.testing.assert_close(weights / weights[0], sensitivity / sensitivity[0])
+
+
+def test_dead_channels_count_nothing_and_a_dead_block_counts_all_alike() -> None:
+    output, target, _ = rescaled(1)
+    weights = losses.channel_weights(torch.tensor([0.0, 1.0, 0.0, 2.0, 1.0]))
+    assert weights[0] == weights[2] == 0
+    changed = output.clone()
+    changed[..., [0, 2]] = 1e6
+    assert float(losses.token(changed, target, channels=weights)) == float(
+        losses.token(output, target, channels=weights)
+    )
+    assert torch.equal(losses.channel_weights(torch.zeros(5)), torch.ones(5))
+
+
+@few
 @given(st.floats(0, 1), st.floats(1e-3, 1))
 def test_the_penalty_is_the_squared_relative_distance(sparsity: float, target: float) -> None:
     found = losses.sparsity_penalty(torch.tensor(sparsity, dtype=torch.float64), target)

@@ -127,7 +127,7 @@ def test_measuring_holds_the_inputs_of_all_blocks_and_what_a_pass_needs() -> Non
     assert found.phases["head"] > 11 + 3 * logits.nbytes
     wanda = prune.request(method="wanda", options={}).method.options.memory_use()
     pruning = memory_model.prune_demand(SHAPE, wanda, tokens=70, passing=7)
-    joined = memory_model.both(found, pruning)
+    joined = memory_model.larger(found, pruning)
     assert joined.phases == {**found.phases, **pruning.phases}
     assert joined.hidden == found.hidden > pruning.hidden
 

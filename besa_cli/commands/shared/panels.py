@@ -46,6 +46,7 @@ class Panel:
 DATA = Panel("Model and data")
 SPARSITY = Panel("Sparsity")
 BESA = Panel("BESA")
+WHOLE_MODEL = Panel("Whole model")
 QUANTIZATION = Panel("Quantization")
 CLIPPING = Panel("Learned clipping")
 MEASUREMENT = Panel("Measurement")

@@ -76,4 +76,6 @@ def stage(
         with console.blocks(name, job.number_of_blocks) as progress:
             for report in job.blocks(progress.step):
                 progress.finished(report)
+            for each in job.passes(progress.step):
+                progress.passed(each)
         return job.finish()

@@ -28,7 +28,7 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
     learners = optimizers(theta, list(strengths.values()), options)
     samples = block.rank_share.samples
     steps = options.epochs * math.ceil(samples / options.batch_size)
-    measure, world = descent.MEASURES[options.loss], block.rank_share.world
+    measure, world = descent.measure(block, options.loss), block.rank_share.world
     history: list[float] = []
     with compute.repeated_passes():
         for chosen in _chosen(samples, options, block.seed):

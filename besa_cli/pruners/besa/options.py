@@ -77,8 +77,9 @@ class BesaOptions(MethodOptions):
         Weight of the sparsity penalty ((s − ŝ)/ŝ)². Without one, the budget is met at every step.
     candidates : int
         D: candidate sparsities are 0, 1/D, …, 1.
-    loss : {"token", "channel", "frobenius"}
-        Squared error relative to each token's norm, to each channel's norm, or to the norm of the whole.
+    loss : {"token", "sensitivity", "channel", "frobenius"}
+        Squared error relative to each token's norm, to the same with every channel weighted by its sensitivity, to each
+        channel's norm, or to the norm of the whole.
     grid : Grid, optional
         Grid that the weights are put on before they are pruned.
     clip_lr : float, optional
@@ -177,6 +178,10 @@ class BesaOptions(MethodOptions):
     @override
     def learning_target(self) -> Target:
         return self.target
+
+    @override
+    def needs_sensitivity(self) -> bool:
+        return self.loss == "sensitivity"
 
     @override
     def weight_grid(self) -> Grid | None:

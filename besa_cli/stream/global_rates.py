@@ -1,0 +1,487 @@
+"""Learning of all rows' sparsities together, under one budget, from the end's own loss (`besa prune --global-epochs`).
+
+It starts from a finished stage: the masks of blocks that were pruned one after the other. The weights of each row stay
+in the order of their Wanda scores, what was pruned first, and only how many of each row are pruned is learned, by the
+KL divergence to the dense model. Each step passes one sample forward and backward through the block stream, so the
+weights of one block are enough. `docs/method.md`, section "The whole model", has the formulas.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from besa_cli.checkpoint.reports import PassReport
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.errors import BesaError
+from besa_cli.ops import importance, kernels, losses, masks, row_rates
+from besa_cli.stream import descent
+from besa_cli.stream.activations import ActivationStore
+from besa_cli.stream.backward import BackwardStream, Blocks
+from besa_cli.stream.block import OnStep
+from besa_cli.stream.memory_model import HEAD_TOKENS
+from besa_cli.stream.outcome import linear_report
+from besa_cli.stream.propagation import advance, batches, embed
+from besa_cli.stream.rank_share import Store
+
+RATE = 0.03  # default learning rate of the logits
+NORM_TOKENS = 16384  # tokens whose inputs order the weights of a row
+_HELD_OUT, _LEARNED_SHARE = 4, 8  # at most so many samples are held out, and at most one of so many
+_SAVED = 16  # steps after which the state is stored
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalPlan:
+    """Settings of the learning.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the samples.
+    rate : float
+        Learning rate of the logits, decaying to 0 along a half cosine.
+    batch : int
+        Samples in a pass without gradients.
+    seed : int
+    resident : bool
+        Keep all blocks loaded; changes no result.
+    """
+
+    epochs: int
+    rate: float
+    batch: int
+    seed: int
+    resident: bool = False
+
+
+class StateFile(Protocol):
+    """Storage of the state between two steps."""
+
+    def read(self) -> dict[str, Tensor] | None:
+        """Return the tensors that were written last; None if there are none."""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the stored tensors, atomically."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Linear:
+    """A linear: its place in the model, and its rows among the rows of all linears."""
+
+    block: int
+    name: str
+    ranks: Tensor
+    rows: slice
+
+
+class _MaskedBlocks(Blocks):
+    """Blocks of a decoder whose linears are masked by the present counts; the masked weights take gradients."""
+
+    def __init__(self, decoder: Decoder, linears: Mapping[int, list[_Linear]], *, resident: bool) -> None:
+        self._decoder, self._linears, self._resident = decoder, linears, resident
+        self._loaded: set[int] = set()
+        self.counts = torch.empty(0, dtype=torch.int64)
+
+    @override
+    def load(self, index: int) -> dict[str, Tensor]:
+        if index not in self._loaded:
+            self._decoder.load(index)
+            self._loaded.add(index)
+        weights = {}
+        for linear in self._linears[index]:
+            own = self._decoder.linears(index)[linear.name].weight.detach()
+            pruned = self.counts[linear.rows].to(own.device, torch.int32)
+            ranks = linear.ranks.to(own.device)
+            weights[f"{linear.name}.weight"] = kernels.mask(own, ranks, pruned, torch.empty_like(own)).requires_grad_()
+        return weights
+
+    @override
+    def drop(self, index: int) -> None:
+        if not self._resident:
+            self._decoder.drop(index)
+            self._loaded.discard(index)
+
+    def drop_all(self) -> None:
+        """Free every block."""
+        for index in self._loaded:
+            self._decoder.drop(index)
+        self._loaded.clear()
+
+
+class GlobalRates:
+    """Learner of the sparsities of all rows.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The dense model.
+    start : Store
+        All blocks, pruned; their zeros are the masks to start from.
+    tokens : Tensor of shape (samples, seqlen)
+    plan : GlobalPlan
+    state : StateFile
+    activations : ActivationStore, optional
+        Storage of hidden states and ranks; in memory by default.
+    on_step : function, optional
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        start: Store,
+        tokens: Tensor,
+        plan: GlobalPlan,
+        *,
+        state: StateFile,
+        activations: ActivationStore | None = None,
+        on_step: OnStep = lambda done, total, phase: None,
+    ) -> None:
+        self._decoder, self._start, self._tokens, self._plan = decoder, start, tokens, plan
+        self._file, self._activations, self._on_step = state, activations or ActivationStore(), on_step
+        held = held_out_samples(len(tokens))
+        self._learned = torch.arange(len(tokens) - held)
+        self._held = torch.arange(len(tokens) - held, len(tokens))
+
+    @property
+    def steps(self) -> int:
+        """Steps of all passes."""
+        return self._plan.epochs * len(self._learned)
+
+    def learn(self) -> Iterator[PassReport]:
+        """Learn from the stored state on, and yield a report before the first pass and after each; then see `masks`.
+
+        Raises
+        ------
+        BesaError
+            The loss is not finite, or the stored state is damaged.
+        """
+        stored = self._file.read()
+        norms = self._norms() if stored is None else _norms_of(stored)
+        self._rank(norms)
+        state = _State.begin(self._start_logits(), norms) if stored is None else _State.of(stored)
+        yield from (replace(report, resumed=True) for report in self._reports(state))
+        if state.step < self.steps:
+            yield from self._go_on(state)
+        _, self.kept_pass = result(state.tensors())
+        self._final = self._counts(state.best) if self.kept_pass else self._start_counts
+
+    def _go_on(self, state: "_State") -> Iterator[PassReport]:
+        """Do the steps that are left, and yield the report of each pass that they finish."""
+        dense = self._dense_outputs()
+        blocks = _MaskedBlocks(self._decoder, self._linears, resident=self._plan.resident)
+        blocks.counts = self._counts(state.theta)
+        if not state.held:
+            yield self._finish_pass(blocks, state, dense)
+        optimizer = state.optimizer(self._plan.rate)
+        for sample in itertools.islice(self._order(), state.step, None):
+            self._step(blocks, state, optimizer, sample, dense)
+            if state.step % len(self._learned) == 0:
+                yield self._finish_pass(blocks, state, dense)
+            elif state.step % _SAVED == 0:
+                self._file.write(state.tensors())
+        blocks.drop_all()
+
+    def _finish_pass(self, blocks: _MaskedBlocks, state: "_State", dense: Tensor) -> PassReport:
+        state.held.append(self._held_out_divergence(blocks, dense))
+        state.keep_best()
+        self._file.write(state.tensors())
+        return list(self._reports(state))[-1]
+
+    def masks(self, index: int) -> dict[str, Tensor]:
+        """Return the masks of the linears of block `index`, boolean, True = keep, after `learn`."""
+        return {
+            linear.name: masks.mask_from_ranks(linear.ranks, self._final[linear.rows])
+            for linear in self._linears[index]
+        }
+
+    def write(self, store: Store) -> None:
+        """Write all blocks with the learned masks, after `learn`; those of the start if no pass was better.
+
+        A block's own errors are known of the start alone, so that reports of other blocks have none.
+        """
+        for index in range(store.finished(), len(self._decoder)):
+            sources, report = dict(self._decoder.load(index)), self._start.report(index)
+            names = self._decoder.block_names(index)
+            linears = []
+            for name, mask in self.masks(index).items():
+                origin = names[f"{name}.weight"]
+                sources[origin] = sources[origin].masked_fill(~mask, 0.0)
+                linears.append(linear_report(name, sources[origin], mask))
+            if self.kept_pass:
+                report = replace(report, error_before=None, error_after=None, learned_loss=None, kept_uniform=False)
+            store.write(replace(report, linears=tuple(linears)), sources, {})
+            self._decoder.drop(index)
+
+    def _reports(self, state: "_State") -> Iterator[PassReport]:
+        passed = len(self._learned)
+        for number, held in enumerate(state.held):
+            own = state.history[(number - 1) * passed : number * passed] if number else []
+            mean = math.fsum(own) / len(own) if own else None
+            yield PassReport(number=number, epochs=self._plan.epochs, held_out=held, learned=mean)
+
+    def _dense_outputs(self) -> Tensor:
+        """Return the dense model's outputs of the last block, of shape (samples, seqlen, hidden)."""
+        hidden = embed(self._decoder, self._tokens, self._plan.batch, self._activations)
+        for index in range(len(self._decoder)):
+            self._decoder.load(index)
+            advance(self._decoder, index, hidden, self._tokens, self._plan.batch)
+            self._decoder.drop(index)
+            self._activations.release()
+            self._on_step(index + 1, len(self._decoder), "target")
+        return hidden
+
+    def _norms(self) -> dict[tuple[int, str], Tensor]:
+        """Return the norm of each input column of every linear in the pruned model, fp32."""
+        few = self._learned[: max(1, NORM_TOKENS // self._tokens.shape[1])]
+        tokens = self._tokens[few]
+        found: dict[tuple[int, str], Tensor] = {}
+        hidden = embed(self._decoder, tokens, self._plan.batch, self._activations)
+        for index in range(len(self._decoder)):
+            self._decoder.load(index, self._start.read(index))
+            sums: dict[str, Tensor] = {}
+
+            def note(name: str, inputs: Tensor, sums: dict[str, Tensor] = sums) -> None:
+                value = importance.squared_sums(inputs)
+                sums[name] = sums[name].add_(value) if name in sums else value
+
+            handles = [
+                linear.register_forward_pre_hook(lambda _, args, name=name, note=note: note(name, args[0]))
+                for name, linear in self._decoder.linears(index).items()
+            ]
+            try:
+                advance(self._decoder, index, hidden, tokens, self._plan.batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self._decoder.drop(index)
+            self._on_step(index + 1, len(self._decoder), "statistics")
+            found |= {(index, name): total.sqrt().cpu() for name, total in sums.items()}
+        return found
+
+    def _rank(self, norms: Mapping[tuple[int, str], Tensor]) -> None:
+        """Rank the weights of every row: existing zeros, then what was pruned, then the rest, each by Wanda's score."""
+        self._linears: dict[int, list[_Linear]] = {}
+        cols, zeros, pruned = [], [], []
+        done = 0
+        for index in range(len(self._decoder)):
+            sources, start = self._decoder.load(index), self._start.read(index)
+            names = self._decoder.block_names(index)
+            self._linears[index] = []
+            for name in self._decoder.linears(index):
+                weight = sources[names[f"{name}.weight"]]
+                kept = start[names[f"{name}.weight"]] != 0
+                scores = masks.mark_zeros_(importance.wanda(weight, norms[index, name]), weight)
+                places = kernels.ranks(scores).to(torch.float32)
+                ranks = kernels.ranks(places.add_(kept, alpha=float(weight.shape[1])))
+                stored = self._activations.empty(ranks.shape, ranks.dtype)
+                stored.copy_(ranks)
+                rows = slice(done, done + len(weight))
+                self._linears[index].append(_Linear(block=index, name=name, ranks=stored, rows=rows))
+                cols.append(torch.full((len(weight),), weight.shape[1], dtype=torch.int64))
+                zeros.append((weight == 0).sum(1))
+                pruned.append((~kept).sum(1))
+                done = rows.stop
+            self._decoder.drop(index)
+            self._activations.release()
+        self._cols, self._zeros = torch.cat(cols), torch.cat(zeros).numpy()
+        self._start_counts = torch.cat(pruned)
+        self._total = int(self._start_counts.sum())
+
+    def _start_logits(self) -> Tensor:
+        theta = row_rates.logits(self._start_counts, self._cols)
+        return theta + row_rates.shift(theta, self._cols, self._total)
+
+    def _counts(self, theta: Tensor) -> Tensor:
+        return row_rates.counts(theta, self._cols, self._zeros, self._total)
+
+    def _order(self) -> Iterator[int]:
+        """Yield the samples of all steps."""
+        generator = torch.Generator().manual_seed(self._plan.seed)
+        for _ in range(self._plan.epochs):
+            yield from self._learned[torch.randperm(len(self._learned), generator=generator)].tolist()
+
+    def _step(
+        self, blocks: _MaskedBlocks, state: "_State", optimizer: torch.optim.Optimizer, sample: int, dense: Tensor
+    ) -> None:
+        part = slice(sample, sample + 1)
+        stream = self._stream(blocks, part)
+        loss, arriving = stream.head_gradient(stream.forward(), self._divergence(dense, part))
+        state.history.append(self._finite(loss / self._tokens.shape[1]))
+        found = torch.zeros_like(state.theta)
+
+        def visit(index: int, weights: Mapping[str, Tensor] | None, arrived: Tensor) -> None:
+            for linear in self._linears[index]:
+                gradient = (weights or {})[f"{linear.name}.weight"].grad
+                if gradient is not None:
+                    own = self._decoder.linears(index)[linear.name].weight.detach()
+                    pruned = blocks.counts[linear.rows]
+                    ranks = linear.ranks.to(own.device)
+                    found[linear.rows] = row_rates.gradient(gradient, own, ranks, pruned).cpu()
+
+        stream.backward(arriving, visit)
+        theta = state.theta.detach()
+        rates = torch.sigmoid(theta)
+        state.theta.grad = found * self._cols * rates * (1 - rates)
+        optimizer.param_groups[0]["lr"] = self._plan.rate * descent.half_cosine(state.step / self.steps)
+        optimizer.step()
+        theta += row_rates.shift(theta, self._cols, self._total)
+        self._finite(float(theta.sum()))
+        state.step += 1
+        blocks.counts = self._counts(theta)
+        self._on_step(state.step, self.steps, "global")
+
+    def _stream(self, blocks: Blocks, part: slice) -> BackwardStream:
+        return BackwardStream(
+            self._decoder, blocks, self._tokens[part], batch=self._plan.batch, activations=self._activations
+        )
+
+    def _divergence(self, dense: Tensor, chosen: slice) -> "_Divergence":
+        return _Divergence(self._decoder, dense[chosen], self._tokens[chosen])
+
+    def _held_out_divergence(self, blocks: _MaskedBlocks, dense: Tensor) -> float:
+        """Return the mean divergence per token over the samples that are not learned from; over all if there are none.
+
+        The first sample is taken if none is held out.
+        """
+        chosen = self._held if len(self._held) else self._learned[:1]
+        part = slice(int(chosen[0]), int(chosen[-1]) + 1)
+        outputs = self._stream(blocks, part).forward()
+        measure, tokens = self._divergence(dense, part), self._tokens[part]
+        total = 0.0
+        for samples in batches(len(outputs), self._plan.batch):
+            for positions in batches(tokens.shape[1], HEAD_TOKENS):
+                states = outputs[samples].to(self._decoder.device)
+                logits = self._decoder.finish(states, tokens[samples], positions)
+                total += float(measure(logits, samples, positions))
+        return self._finite(total / tokens.numel())
+
+    @staticmethod
+    def _finite(value: float) -> float:
+        if not math.isfinite(value):
+            raise BesaError(
+                f"the loss of the whole model became {value}",
+                "compute with --dtype float32, or give a smaller --global-lr",
+            )
+        return value
+
+
+class _Divergence:
+    """KL divergence of logits to those of the dense model, summed over positions."""
+
+    def __init__(self, decoder: Decoder, dense: Tensor, tokens: Tensor) -> None:
+        self._decoder, self._dense, self._tokens = decoder, dense, tokens
+
+    def __call__(self, logits: Tensor, part: slice, positions: slice) -> Tensor:
+        target = self._decoder.finish(self._dense[part].to(self._decoder.device), self._tokens[part], positions)
+        return losses.divergence(logits, target)
+
+
+@dataclass(kw_only=True)
+class _State:
+    """State that a step changes, and the norms that the ranks follow from.
+
+    Attributes
+    ----------
+    theta : Tensor of shape (rows,)
+    best : Tensor of shape (rows,)
+        The logits of the pass with the smallest divergence on samples that are not learned from.
+    first, second : Tensor of shape (rows,)
+        Moments of the optimizer.
+    step : int
+    history : list of float
+        Divergence of each step.
+    held : list of float
+        Divergence on samples that are not learned from, before the first pass and after each.
+    """
+
+    theta: Tensor
+    best: Tensor
+    first: Tensor
+    second: Tensor
+    norms: Mapping[tuple[int, str], Tensor]
+    step: int
+    history: list[float]
+    held: list[float]
+
+    @classmethod
+    def begin(cls, theta: Tensor, norms: Mapping[tuple[int, str], Tensor]) -> "_State":
+        zero = torch.zeros_like(theta)
+        return cls(
+            theta=theta, best=theta.clone(), first=zero, second=zero.clone(), norms=norms, step=0, history=[], held=[]
+        )
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "_State":
+        names = ("theta", "best", "first", "second")
+        return cls(
+            **{name: tensors[name].clone() for name in names},
+            norms=_norms_of(tensors),
+            step=len(tensors["history"]),
+            history=tensors["history"].tolist(),
+            held=tensors["held"].tolist(),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors."""
+        return {
+            "theta": self.theta.detach().clone(),
+            "best": self.best,
+            "first": self.first,
+            "second": self.second,
+            "history": torch.tensor(self.history, dtype=torch.float64),
+            "held": torch.tensor(self.held, dtype=torch.float64),
+            **{f"norms.{index}.{name}": values for (index, name), values in self.norms.items()},
+        }
+
+    def optimizer(self, rate: float) -> torch.optim.Optimizer:
+        """Return Adam at this step, which changes `theta`, `first` and `second` in place."""
+        self.theta.requires_grad_()
+        made = torch.optim.Adam([self.theta], lr=rate, betas=_BETAS)
+        made.state[self.theta] = {
+            "step": torch.tensor(float(self.step)),
+            "exp_avg": self.first,
+            "exp_avg_sq": self.second,
+        }
+        return made
+
+    def keep_best(self) -> None:
+        """Keep the present logits if they are better than all before."""
+        if self.held[-1] < min(self.held[:-1], default=math.inf):
+            self.best = self.theta.detach().clone()
+
+
+def result(tensors: Mapping[str, Tensor]) -> tuple[list[float], int]:
+    """Return what a stored state says: the divergences on samples held out, and the pass whose rates are kept."""
+    held = tensors["held"].tolist()
+    return held, int(np.argmin(held))
+
+
+def passes(epochs: int, samples: int, seqlen: int) -> float:
+    """Return about how many passes without gradients over all samples the learning takes.
+
+    One gives the dense outputs, and a part of one the norms; an epoch passes forward, forward again and backward, which
+    costs as much as two, and through the head several times.
+    """
+    return 1 + min(1.0, NORM_TOKENS / (samples * seqlen)) + 5 * epochs
+
+
+def held_out_samples(samples: int) -> int:
+    """Return how many of the samples, the last ones, are not learned from."""
+    return min(_HELD_OUT, samples // _LEARNED_SHARE)
+
+
+def _norms_of(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
+    found = {}
+    for key, values in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind == "norms":
+            index, _, name = rest.partition(".")
+            found[int(index), name] = values
+    return found
