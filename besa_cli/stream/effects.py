@@ -20,6 +20,9 @@ from besa_cli.system import compute
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which effects may be measured
 FARTHEST = 0.15  # distance of a block's sparsity from that of the whole model
+TRUST = (
+    0.5  # part of the way from the mean to the least sum of effects: blocks that are pruned together harm each other
+)
 HIGHEST = 0.95  # sparsity of a block, unless the whole model's is higher
 PASSES = 10  # through each block: forward, backward as three, norms, and each sparsity; for forecasts
 _TOKENS, _SAMPLES = 4096, 8  # tokens and samples to measure, at least
@@ -159,7 +162,10 @@ def _errors(block: Block, gradient: Tensor, sparsities: Sequence[float]) -> tupl
 def block_budgets(
     effects: BlockEffects, target_sparsity: float, reachable: tuple[float, float] = (0.0, 1.0)
 ) -> list[int]:
-    """Return the number of weights that each block prunes: least effect in all, the whole model's count met exactly.
+    """Return the number of weights that each block prunes, by their effects, the whole model's count met exactly.
+
+    The least sum of effects takes those of blocks pruned alone; the budgets go the share
+    `target_sparsity` of the way to it.
 
     Parameters
     ----------
@@ -174,6 +180,7 @@ def block_budgets(
     low, high = bounds(target_sparsity, reachable)
     points = np.linspace(low, high, max(round((high - low) / _STEP), 1) + 1)
     curves = knapsack.error_curves(np.array(effects.sparsities), np.array(effects.errors), points)
-    shares = knapsack.allocate(sizes.astype(np.float64), points, curves, float(total))
+    least = knapsack.allocate(sizes.astype(np.float64), points, curves, float(total))
+    shares = sizes * (total / sizes.sum()) * (1 - target_sparsity) + least * target_sparsity
     counts: list[int] = budget.round_to_total(shares, total, zeros, sizes).tolist()
     return counts

@@ -78,6 +78,17 @@ def test_windows_share_what_their_blocks_prune(window: str, model: Path, tmp_pat
         assert counts == budgets
 
 
+def test_the_whole_model_starts_from_the_budgets_and_keeps_the_count(model: Path, tmp_path: Path) -> None:
+    asked = prune.request(method="wanda", sparsity=0.6, budget="model", global_epochs=1, device="cpu", dtype="float32")
+    work = job(tmp_path, model, asked)
+    reports = list(work.blocks())
+    list(work.passes())
+    manifest = work.finish()
+    started = [sum(linear.pruned for linear in report.linears) for report in reports]
+    assert started == manifest["block_budgets"]["pruned"]
+    assert manifest["counts"]["pruned"] == round(Fraction("0.6") * manifest["counts"]["weights"])
+
+
 class Killed(BaseException):
     """Nothing may catch it."""
 

@@ -137,7 +137,7 @@ def test_budgets_meet_the_count_of_the_whole_model_within_the_bounds(sparsity: f
 def test_budgets_stay_within_what_a_method_reaches_and_above_the_zeros_that_are_there() -> None:
     sizes = (1000, 1000, 1000)
     counts = effects.block_budgets(some_effects(sizes), 0.5, (0.45, 0.52))
-    assert counts == [520, 520, 460]
+    assert counts == [510, 510, 480]  # half of the way to 520, 520, 460, as half is pruned
     assert effects.block_budgets(some_effects(sizes, (0, 0, 600)), 0.5)[2] == 600
 
 
