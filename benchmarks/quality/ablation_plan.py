@@ -20,7 +20,10 @@ _SHARED = ("method", "sparsity", "samples")  # the fields of every method; the o
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to prune, on so many calibration samples. What `besa prune` does by default is its default."""
+    """One way to prune, on so many calibration samples. What `besa prune` does by default is its default.
+
+    Of another method than BESA, BESA's own fields are those defaults, whatever is given.
+    """
 
     method: str = "besa"
     sparsity: float = 0.5
@@ -31,11 +34,17 @@ class Setting:
     epochs: int = 1
     candidates: int = 100
     target: str = "block"
-    loss: str = "token"
+    loss: str = "sensitivity"
     optimizer: str = "adamw"
     lr: float = 1.0
     penalty: float | None = None
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.method != "besa":
+            for field in fields(self):
+                if field.name not in _SHARED:
+                    object.__setattr__(self, field.name, field.default)
 
     def record(self) -> dict[str, Any]:
         """The fields that this method has."""
@@ -145,9 +154,14 @@ def label(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def base_of(samples: int) -> Setting:
+    """What the ablations vary: the defaults, but for the loss that was the default when they were measured."""
+    return Setting(samples=samples, loss="token")
+
+
 def experiments(samples: int) -> dict[str, Experiment]:
     """All experiments by name, on so many calibration samples where they do not vary them."""
-    base = Setting(samples=samples)
+    base = base_of(samples)
     wanda, sparsegpt = replace(base, method="wanda"), replace(base, method="sparsegpt")
     layer = replace(base, granularity="layer")
     return {
@@ -175,7 +189,8 @@ def experiments(samples: int) -> dict[str, Experiment]:
             "What else is chosen",
             "choice",
             {
-                "default": base,
+                "base (loss token)": base,
+                "loss sensitivity (default)": replace(base, loss="sensitivity"),
                 "target stream": replace(base, target="stream"),
                 "loss channel": replace(base, loss="channel"),
                 "loss frobenius": replace(base, loss="frobenius"),
@@ -211,7 +226,7 @@ class Claim:
 
 def claims(samples: int) -> list[Claim]:
     """What the paper says of what is measured here."""
-    base = Setting(samples=samples)
+    base = base_of(samples)
     return [
         Claim(
             text="Two blocks are better than one",

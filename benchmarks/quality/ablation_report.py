@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.ablation_plan import DENSE, Cell, Claim, Experiment, Line, Setting, Setup, claims, experiments
+from benchmarks.quality.ablation_plan import (
+    DENSE,
+    Cell,
+    Claim,
+    Experiment,
+    Line,
+    Setting,
+    Setup,
+    base_of,
+    claims,
+    experiments,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,6 +137,7 @@ def _head(setup: Setup, found: Found, paper: Paper) -> str:
             f"- Calibration: {setup.samples} × {setup.seqlen} tokens of {drawn_from} where nothing else is said. The "
             "seed draws them and leads the learning.",
             "- Sparsity: half of the weights where nothing else is said.",
+            f"- BESA: `--loss {base_of(setup.samples).loss}` where nothing else is said.",
             f"- Perplexity: windows of {setup.context} tokens without overlap, {windows}; mean ± sample standard "
             f"deviation over n seeds; {NONE} where nothing was measured.",
             *(f"- {name.capitalize()}: {values}." for name, values in made.items()),

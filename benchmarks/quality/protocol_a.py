@@ -34,6 +34,9 @@ METHODS = {
     "besa-layer": replace(BASE, granularity="layer"),
     "besa-row": BASE,
     "besa-row-window-2": replace(BASE, window="2"),
+    "besa-layer-token": replace(BASE, granularity="layer", loss="token"),
+    "besa-row-token": replace(BASE, loss="token"),
+    "besa-row-window-2-token": replace(BASE, window="2", loss="token"),
 }
 NAMES = [f"{method}-{sparsity * 100:.0f}" for sparsity in SPARSITIES for method in METHODS]
 

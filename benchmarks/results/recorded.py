@@ -15,6 +15,9 @@ clip   1  d8138ef  from the extremes
        2  6b28cfb  learning starts where the error weighted by the inputs is least
 others 1  the one that there is
 
+besa 4 weighs channels by default (`--loss sensitivity`). With `--loss token` it decides as besa 3, so a line of besa 3
+that records all options, which name that loss or another one, is not old: `_ONLY_DEFAULTS_DIFFER`.
+
 Rounding makes no version: another order of sums, chunks of attention or a number of tokens in a pass moves a perplexity
 of the pruned demo model by up to 2 % (dev/log/quality.md, 2026-11-26), as another seed does.
 """
@@ -32,9 +35,15 @@ def methods(*names: str) -> dict[str, int]:
     return {name: pruners.VERSIONS.get(name) or quantizers.VERSIONS.get(name, 1) for name in names}
 
 
+_ONLY_DEFAULTS_DIFFER = {("besa", 3): 4}  # a method's version → one that decides alike with the same options
+
+
 def is_old(line: Line) -> bool:
-    """Whether a method that made the line has another version today."""
-    return bool(line["methods"] != methods(*line["methods"]))
+    """Whether a method that made the line would decide otherwise today, with the options that the line records."""
+    made = line["methods"]
+    if line.get("options"):
+        made = {name: _ONLY_DEFAULTS_DIFFER.get((name, version), version) for name, version in made.items()}
+    return bool(made != methods(*made))
 
 
 OLD = "*(old)*: measured with an older version of a method; today's version gives other figures."

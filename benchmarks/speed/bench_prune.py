@@ -95,7 +95,9 @@ def first_block(decoder: Decoder, tokens: torch.Tensor) -> Block:
     names, source = decoder.block_names(0), decoder.load(0)
     weights = {name: source[names[f"{name}.weight"]] for name in window.linears}
     budget = sum(weight.numel() for weight in weights.values()) // 2
-    return Block(window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8)
+    return Block(
+        window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8, sensitivity=torch.ones(hidden.shape[-1])
+    )
 
 
 def plain_steps(block: Block, batch: int) -> None:

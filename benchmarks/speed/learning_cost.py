@@ -61,7 +61,9 @@ def quality(lines: Sequence[Line]) -> str:
     for (window, samples), line in sorted(newest.items(), reverse=True):
         spent = f"{line['units']:.2f} | {line['peak_memory'] / 1e9:.2f}"
         rows.append(f"| {window} | {samples} | {line['perplexity']:.2f} | {spent} |")
-    return "\n".join([*rows, *_reached(newest)])
+    losses = sorted({str(line["options"].get("loss", "token")) for line in newest.values()})
+    how = ["", f"All with {', '.join(f'`--loss {loss}`' for loss in losses)}."] if losses else []
+    return "\n".join([*rows, *how, *_reached(newest)])
 
 
 def _how(line: Line) -> tuple[str, Line]:

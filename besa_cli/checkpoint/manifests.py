@@ -129,6 +129,18 @@ class BlockBudgets(TypedDict):
 
 
 @strict
+class HeldOut(TypedDict):
+    """Result of the check on held-out samples: mean divergence per token from the dense model, in nats.
+
+    A figure is None if logits were beyond the range of the compute dtype.
+    """
+
+    samples: Positive
+    kl: float | None
+    kl_uniform: float | None
+
+
+@strict
 class StageHistory(TypedDict):
     """An earlier stage that this one was made from."""
 
@@ -181,6 +193,7 @@ class AddedFields(TypedDict, total=False):
     """Fields that a job adds to the manifest of a finished stage."""
 
     whole_model: WholeModel
+    held_out: HeldOut
 
 
 @strict
@@ -192,6 +205,7 @@ class StageManifest(_StageFields):
     files: NotRequired[list[str]]
     restart: NotRequired[bool]
     block_budgets: NotRequired[BlockBudgets]
+    held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
     whole_model: NotRequired[WholeModel]

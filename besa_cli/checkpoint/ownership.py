@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import DRAFT, RATES, SENSITIVITY, TIMING
+from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, RATES, SENSITIVITY, TIMING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -23,6 +23,7 @@ from besa_cli.system.disk import Json
 Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
+_STATES = (HELD_OUT, f"{DRAFT}/{HELD_OUT}", f"{DRAFT}/{RATES}", SENSITIVITY)  # of an unfinished stage
 _SENSITIVITY = re.compile(r"sensitivity-[0-9a-f]{16}\.safetensors")
 _SHARD = re.compile(
     r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
@@ -228,7 +229,7 @@ def _of_export(manifest: Json, directory: Path) -> _Owned:
 def _of_stage(manifest: manifests.StageManifest) -> _Owned:
     """Return the files of a stage by its manifest; `files`, missing in old stages, lists the small ones."""
     return _Owned(
-        listed=frozenset({MANIFEST, TIMING, INDEX, SENSITIVITY, f"{DRAFT}/{RATES}", *manifest.get("files", [])}),
+        listed=frozenset({MANIFEST, TIMING, INDEX, *_STATES, *manifest.get("files", [])}),
         shards=manifest["blocks"] + 1,
         origin=Path(manifest["model"]["directory"]),
     )

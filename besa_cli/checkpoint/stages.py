@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, weights
@@ -25,6 +26,7 @@ SENSITIVITY = "sensitivity.safetensors"  # of the channels; only until the stage
 STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
 DRAFT = "draft"  # folder of an unfinished stage with its blocks as they were pruned one after the other
 RATES = "rates.safetensors"  # file in it: the state of the learning of the whole model
+HELD_OUT = "held-out.streams"  # state of the check on held-out samples, beside blocks that are pruned
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 
 
@@ -39,10 +41,13 @@ class Stage:
     directory : Path
     blocks : int
         Number of blocks of the model.
+    home : Path, optional
+        Directory with the manifest; `directory` by default.
     """
 
-    def __init__(self, directory: Path, blocks: int) -> None:
+    def __init__(self, directory: Path, blocks: int, *, home: Path | None = None) -> None:
         self.directory = directory
+        self._home = home or directory
         self.blocks = blocks
         self._verified: set[int] = set()  # blocks that this process wrote, or read and compared with their digests
 
@@ -99,7 +104,7 @@ class Stage:
     @cached_property
     def _sealed(self) -> bool:
         """True if the reports have a seal; those of old stages, whose manifest names no processor, have none."""
-        return "processor" in manifests.read_stage(self.directory)["compute"]
+        return "processor" in manifests.read_stage(self._home)["compute"]
 
     def _report(self, index: int) -> Path:
         return self.shard(index).with_suffix(".json")
@@ -153,8 +158,17 @@ class Stage:
         """Read the reports of all finished blocks."""
         return (self.report(index) for index in range(self.finished()))
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Write a block's report, codes and tensors, the shard last."""
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a block's report, codes and tensors, the shard last; then the `state` of the check on held-out samples.
+
+        A state that is stored thus never is ahead of the blocks.
+        """
         digests = {"digest": weights.digest(tensors)} | ({"codes_digest": weights.digest(codes)} if codes else {})
         record = {**report.record(), **digests}
         disk.write_json(self._report(report.index), {**record, "seal": _seal(record)})
@@ -163,6 +177,34 @@ class Stage:
             self._save(self._codes(report.index), codes)
         self._save(self.shard(report.index), tensors)
         self._verified.add(report.index)
+        if state is not None:
+            digest = torch.frombuffer(bytearray.fromhex(weights.digest(state)), dtype=torch.uint8)
+            self._save(self.directory / HELD_OUT, {**state, "digest": digest})
+
+    def read_state(self) -> dict[str, Tensor]:
+        """Read the state of the check on held-out samples that was written last; empty if there is none.
+
+        Raises
+        ------
+        BesaError
+            It differs from what was written.
+        """
+        path = self.directory / HELD_OUT
+        if not path.exists():
+            return {}
+        tensors = weights.read_file(path)
+        digest = tensors.pop("digest", None)
+        if digest is None or bytes(digest.tolist()).hex() != weights.digest(tensors):
+            raise BesaError(
+                f"{path} is damaged: it does not hold what was written",
+                f"delete {path}; the same command then computes all blocks again",
+            )
+        return tensors
+
+    def write_held_out(self, figures: manifests.HeldOut) -> None:
+        """Write the result of the check on held-out samples into the manifest."""
+        manifest = manifests.read_stage(self._home)
+        disk.write_json(self._home / manifests.MANIFEST, {**manifest, "held_out": figures})
 
     def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors that belong to no block."""
@@ -252,6 +294,9 @@ class Stage:
             counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
         if added and "whole_model" in added:
             manifest["whole_model"] = added["whole_model"]
+        if added and "held_out" in added:
+            manifest["held_out"] = added["held_out"]
+        (self.directory / HELD_OUT).unlink(missing_ok=True)
         manifest |= {"status": "complete", "counts": counts, "digest": weights.check(weights.Weights(self.directory))}
         disk.write_json(self.directory / manifests.MANIFEST, manifest)
         return manifest
@@ -325,7 +370,7 @@ def drop_draft(directory: Path) -> None:
     """Remove the blocks that the whole model learned from, once the stage is finished."""
     draft = directory / DRAFT
     if draft.is_dir():
-        for pattern in (RATES, "model-*.safetensors", "model-*.json"):
+        for pattern in (RATES, HELD_OUT, "model-*.safetensors", "model-*.json"):
             for path in draft.glob(pattern):
                 path.unlink(missing_ok=True)
         if not any(draft.iterdir()):

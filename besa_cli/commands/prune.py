@@ -9,7 +9,7 @@ import typer
 from besa_cli import choices, models
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import context as process
-from besa_cli.commands.shared import option_groups, options, panels, stage_command
+from besa_cli.commands.shared import held_out_view, option_groups, options, panels, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
@@ -122,7 +122,7 @@ class BesaGroup:
             "--loss",
             "Squared error relative to the norm of each token, each channel, or the whole; sensitivity: of each token, "
             "channels weighted by their effect on the model's predictions.",
-            "token",
+            "sensitivity",
         ),
     ] = None
     epochs: Annotated[
@@ -247,7 +247,12 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         )
     if "whole_model" in manifest:
         console.line(whole_model_in_words(manifest["whole_model"]))
-    console.emit_json({"directory": str(directory), **manifest})
+    warning = held_out_view.warning(manifest)
+    if warning:
+        console.note(warning)
+    elif "held_out" in manifest:
+        console.line(held_out_view.in_words(manifest["held_out"]))
+    console.emit_json({"directory": str(directory), **manifest, **({"warning": warning} if warning else {})})
 
 
 def whole_model_in_words(found: "WholeModel") -> str:

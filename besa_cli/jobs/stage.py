@@ -25,10 +25,11 @@ from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream import forecast, global_rates, memory_model
+from besa_cli.stream import forecast, global_rates, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.held_out import samples_held_out
 from besa_cli.system import compute, disk
 from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
@@ -99,7 +100,8 @@ class StageJob:
         began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._world, self._notify = world or Ranks(), notify
-        ranks.require_samples(len(calibration.tokens), self._world)
+        samples = len(calibration.tokens)
+        ranks.require_samples(samples - request.method.options.held_out(samples), self._world)
         self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
         for place in (self._final, next_stage):
             preflight.refuse_foreign(place, model.directory)
@@ -182,16 +184,17 @@ class StageJob:
     @property
     def _draft(self) -> Stage:
         """The blocks as they were pruned one after the other, while the whole model learns from them."""
-        return Stage(self._directory / stages.DRAFT, self._stage.blocks)
+        return Stage(self._directory / stages.DRAFT, self._stage.blocks, home=self._directory)
 
     @property
     def _blocks(self) -> Stage:
         """The stage into which blocks are pruned one after the other."""
         return self._stage if self.request.whole_model is None else self._draft
 
-    def _finished(self) -> int:
-        """Return the number of blocks that are pruned."""
-        return max(self._blocks.finished(), self._stage.finished())
+    def _finished(self, worker: StageWorker) -> int:
+        """Return the number of pruned blocks, from which the work is resumed."""
+        done = rank_share.resumable(self._blocks, checked=self._checks(worker))
+        return done if self.request.whole_model is None else max(done, self._stage.finished())
 
     def _channel_sensitivity(self, worker: StageWorker) -> ChannelSensitivity | None:
         """Return where the sensitivity of the channels comes from; None if the method needs none."""
@@ -215,12 +218,13 @@ class StageJob:
         hidden = (
             worker.demand(memory.batch, measures=self._measures).hidden * self._world.size if memory.in_files else 0
         )
+        hidden += worker.state_bytes()
         whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
         draft = whole if self.request.whole_model else 0
         if self._is_new:
             return whole + draft + hidden
         left = self._stage.blocks - self._stage.finished()
-        return (whole * left + draft * (self._stage.blocks - self._finished())) // self._stage.blocks + hidden
+        return (whole * left + draft * (self._stage.blocks - self._finished(worker))) // self._stage.blocks + hidden
 
     def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
         """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
@@ -237,7 +241,7 @@ class StageJob:
             The run directory cannot be written.
         """
         disk.require_writable(self._directory)
-        plan, finished = self._plan, 0 if self._is_new else self._finished()
+        plan, finished = self._plan, 0 if self._is_new else self._finished(self._plan.worker)
         working = plan.worker.seconds(finished, plan.memory.batch, measures=self._measures)
         return forecast.Forecast(
             memory=plan.memory.peak,
@@ -278,7 +282,7 @@ class StageJob:
         memory = self._plan.memory
         channels = self._sensitivity_values(on_step)
         self._begin_or_resume()
-        if self._written:
+        if self._written and not self._checks(self._plan.worker):
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
@@ -298,6 +302,7 @@ class StageJob:
                 on_step,
                 batch=memory.batch,
                 prefetch=memory.overlapping,
+                check=self._checks(self._plan.worker),
                 channels=channels,
             ):
                 self._note_time(report)
@@ -311,6 +316,8 @@ class StageJob:
         if self._channels is None:
             return None
         files = self._directory.parent if self._plan.memory.in_files else None
+        if files is not None:
+            files.mkdir(parents=True, exist_ok=True)
         values = self._channels.values(on_step, ActivationStore(files), self._notify)
         self.manifest["calibration"]["sensitivity"] = self._channels.digest(values)
         return values
@@ -321,8 +328,7 @@ class StageJob:
             swap.discard(self._directory, self._final, self._sources())
             self._stage.begin(self.manifest, self.model.directory)
         else:
-            done = self._finished()
-            self._notify(f"{self._directory}: {done} of {self._stage.blocks} blocks are done, resuming from there")
+            self._note_resumption()
         stages.sweep(self._directory)
         if self._plan.memory.in_files:
             self._notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
@@ -341,6 +347,20 @@ class StageJob:
             self._notify(manifests.describe_budgets(recorded))
         self._plan.worker.share_out(recorded["pruned"])
         return recorded["pruned"]
+
+    def _note_resumption(self) -> None:
+        done, blocks = self._finished(self._plan.worker), self._stage.blocks
+        if not done and self._blocks.finished():
+            self._notify(
+                f"{self._directory}: {stages.HELD_OUT} is missing or ahead of the blocks, so all {blocks} are "
+                "computed again"
+            )
+        else:
+            self._notify(f"{self._directory}: {done} of {blocks} blocks are done, resuming from there")
+
+    def _checks(self, worker: StageWorker) -> bool:
+        """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
+        return worker.checked and "held_out" not in self.manifest
 
     @property
     def _written(self) -> bool:
@@ -388,8 +408,12 @@ class StageJob:
         if state is None:
             return {}
         divergence, kept = global_rates.result(state)
-        held_out = global_rates.held_out_samples(len(self.calibration.tokens))
-        return {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
+        held_out = samples_held_out(len(self.calibration.tokens))
+        added: AddedFields = {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
+        checked = manifests.read_stage(self._directory).get("held_out")
+        if checked and kept:  # the same samples
+            added["held_out"] = {**checked, "kl": divergence[kept]}
+        return added
 
     def _note_time(self, report: BlockReport) -> None:
         self._append_time({"block": report.index}, report.seconds, resumed=report.resumed, memory=report.peak_memory)

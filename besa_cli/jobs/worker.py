@@ -13,7 +13,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import effects, forecast, global_rates, memory_model, sensitivity, walk, windows
+from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
@@ -42,9 +42,13 @@ class StageWorker:
     def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
+        observed = self._samples - request.method.options.held_out(self._samples) if request.uses_calibration else 0
         self._all_tokens = tokens
-        self._tokens = tokens if request.uses_calibration else tokens[:0]
-        self._measured = tokens[: effects.measured_samples(*tokens.shape) if request.measures_blocks else 0]
+        self._tokens = tokens[:observed]
+        self._held_out = tokens[observed:] if request.uses_calibration and observed < self._samples else None
+        self._measured = self._tokens[
+            : effects.measured_samples(observed, self._seqlen) if request.measures_blocks else 0
+        ]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
@@ -89,6 +93,8 @@ class StageWorker:
             tokens=passed * self._seqlen,
             passing=min(passed, batch) * self._seqlen,
             learning=learned * self._seqlen,
+            held_out=0 if self._held_out is None else self._held_out.numel(),
+            head=self.decoder.head_bytes(),
         )
         if len(self._measured):
             measuring = memory_model.effects_demand(
@@ -142,6 +148,17 @@ class StageWorker:
             self.decoder, start, self._all_tokens, plan, state=state, activations=activations, on_step=on_step
         )
 
+    @property
+    def checked(self) -> bool:
+        """True if some samples are held out to check the result."""
+        return self._held_out is not None
+
+    def state_bytes(self) -> int:
+        """Return the bytes on disk that the state of this check takes while a new one replaces it; 0 without it."""
+        tokens = 0 if self._held_out is None else self._held_out.numel()
+        hidden = memory_model.shape(self.decoder, self.segments).hidden
+        return 2 * len(held_out.STREAMS) * tokens * hidden * self.decoder.dtype.itemsize
+
     def reports(
         self,
         store: Store | None,
@@ -150,13 +167,15 @@ class StageWorker:
         *,
         batch: int,
         prefetch: bool,
+        check: bool = False,
         channels: Tensor | None = None,
     ) -> Iterator[BlockReport]:
         """Process block by block, reading the next ones meanwhile with `prefetch`; only the main rank has the store.
 
+        With `check`, also of the main rank alone, the samples that are held out pass through the blocks, too.
         `channels` is the sensitivity of the channels, of shape (blocks, hidden), if the method needs it.
         """
-        plan, world = self._prune_plan(batch, channels), self._world
+        plan, world = self._prune_plan(batch, channels, check=check), self._world
         return walk.compress(
             self.decoder,
             store,
@@ -182,12 +201,12 @@ class StageWorker:
         return first + forecast.seconds(
             self.decoder,
             self._tokens,
-            self._prune_plan(batch, channels),
+            self._prune_plan(batch, channels, check=True),
             finished,
             whole_passes=after + before,
         )
 
-    def _prune_plan(self, batch: int, channels: Tensor | None) -> walk.PrunePlan:
+    def _prune_plan(self, batch: int, channels: Tensor | None, *, check: bool) -> walk.PrunePlan:
         return walk.PrunePlan(
             decide=self._request.method.decide,
             segments=self.segments,
@@ -196,4 +215,5 @@ class StageWorker:
             batch=batch,
             seed=self._request.seed,
             sensitivity=channels,
+            held_out=self._held_out if check else None,
         )

@@ -1,5 +1,7 @@
 """Learning losses: the distance of the output from its target, and of the sparsity from the target sparsity.
 
+Beside them the divergence of a model's predictions from another's.
+
 If a step's samples are spread over several ranks, each computes its part of a loss, and the parts add up to the loss of
 all samples: `total` turns a sum over one rank's tokens into the sum over all ranks.
 """

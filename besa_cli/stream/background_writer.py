@@ -8,6 +8,7 @@ from types import TracebackType
 from torch import Tensor
 from typing_extensions import override
 
+from besa_cli.checkpoint.manifests import HeldOut
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.prefetch import start_in_thread
 from besa_cli.stream.rank_share import Store
@@ -54,6 +55,22 @@ class BackgroundWriter(Store):
         return self._store.report(index)
 
     @override
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._wait()
-        self._writing = start_in_thread(self._store.write, report, tensors, codes)
+        self._writing = start_in_thread(self._store.write, report, tensors, codes, state)
+
+    @override
+    def read_state(self) -> dict[str, Tensor]:
+        self._wait()
+        return self._store.read_state()
+
+    @override
+    def write_held_out(self, figures: HeldOut) -> None:
+        self._wait()
+        self._store.write_held_out(figures)

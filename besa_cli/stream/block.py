@@ -40,6 +40,8 @@ class Decision:
         Mean loss of the last learning steps.
     kept_uniform : bool
         True if the learned masks were no better than the uniform ones, which were kept.
+    uniform : mapping of linear name to boolean Tensor of shape (rows, cols), optional
+        Uniform masks of the same scores and the same count, for the check on held-out samples.
     exact : bool
         False if the method may prune a number of weights other than the budget.
     """
@@ -51,6 +53,7 @@ class Decision:
     error_after: float | None = None
     learned_loss: float | None = None
     kept_uniform: bool = False
+    uniform: Mapping[str, Tensor] | None = None
     exact: bool = True
 
 

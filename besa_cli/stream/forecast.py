@@ -11,6 +11,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.stream import propagation, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Phase
+from besa_cli.stream.held_out import HeldOutCheck
 from besa_cli.stream.walk import BlockWalk, PrunePlan
 
 _FIXED: tuple[Phase, ...] = ("update",)  # phases whose duration does not depend on the number of samples
@@ -105,10 +106,12 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *,
     began = time.perf_counter()
     propagation.embed(decoder, few[:batch], batch) if len(few) else None
     embedding = (time.perf_counter() - began) * len(tokens) / max(min(len(few), batch), 1)
+    check = None if plan.held_out is None else HeldOutCheck(decoder, plan.held_out, batch, {})
     began = time.perf_counter()
     trial = BlockWalk(
-        decoder, lambda report, tensors, codes: None, few, plan, on_step=meter.step, activations=ActivationStore()
-    )
+        decoder, lambda report, tensors, codes, state: None, few, plan,
+        on_step=meter.step, activations=ActivationStore(), check=check,
+    )  # fmt: skip
     trial.prune(first, budgets[: len(first.windows)] if budgets else [None] * len(first.windows))
     for index in first.blocks:
         decoder.drop(index)

@@ -25,14 +25,15 @@ from besa_cli.stream import descent
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, Blocks
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.held_out import samples_held_out
 from besa_cli.stream.memory_model import HEAD_TOKENS
 from besa_cli.stream.outcome import linear_report
 from besa_cli.stream.propagation import advance, batches, embed
 from besa_cli.stream.rank_share import Store
+from besa_cli.system import compute
 
 RATE = 0.03  # default learning rate of the logits
 NORM_TOKENS = 16384  # tokens whose inputs order the weights of a row
-_HELD_OUT, _LEARNED_SHARE = 4, 8  # at most so many samples are held out, and at most one of so many
 _SAVED = 16  # steps after which the state is stored
 _BETAS = (0.9, 0.95)
 
@@ -145,7 +146,7 @@ class GlobalRates:
     ) -> None:
         self._decoder, self._start, self._tokens, self._plan = decoder, start, tokens, plan
         self._file, self._activations, self._on_step = state, activations or ActivationStore(), on_step
-        held = held_out_samples(len(tokens))
+        held = samples_held_out(len(tokens))
         self._learned = torch.arange(len(tokens) - held)
         self._held = torch.arange(len(tokens) - held, len(tokens))
 
@@ -181,7 +182,8 @@ class GlobalRates:
             yield self._finish_pass(blocks, state, dense)
         optimizer = state.optimizer(self._plan.rate)
         for sample in itertools.islice(self._order(), state.step, None):
-            self._step(blocks, state, optimizer, sample, dense)
+            with compute.repeated_passes():
+                self._step(blocks, state, optimizer, sample, dense)
             if state.step % len(self._learned) == 0:
                 yield self._finish_pass(blocks, state, dense)
             elif state.step % _SAVED == 0:
@@ -470,11 +472,6 @@ def passes(epochs: int, samples: int, seqlen: int) -> float:
     costs as much as two, and through the head several times.
     """
     return 1 + min(1.0, NORM_TOKENS / (samples * seqlen)) + 5 * epochs
-
-
-def held_out_samples(samples: int) -> int:
-    """Return how many of the samples, the last ones, are not learned from."""
-    return min(_HELD_OUT, samples // _LEARNED_SHARE)
 
 
 def _norms_of(tensors: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:

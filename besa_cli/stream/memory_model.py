@@ -21,6 +21,8 @@ _MIXTURES = 7  # fp32 tensors with one value per candidate and row: logits, grad
 _SCRATCH = 12  # bytes per weight of the linear being processed: scores, ranks, their order
 _SHORT = 1 << 15  # with fewer columns a rank takes two bytes
 HEAD_TOKENS = 512  # positions whose logits are computed at a time
+CHECK_TOKENS = 64  # the same of the check on held-out samples, beside the hidden states of all samples
+_CHECKED = 6  # hidden states of the held-out samples: three streams, and a copy that is being written
 _ROOM = 80 << 20  # allocator fragmentation, matrix-product buffers, lazily loaded libraries
 
 
@@ -46,6 +48,8 @@ class MemoryUse:
         True if it changes weights, which are then held in fp32 until they are stored.
     codes : bool
         True if it quantizes weights: one byte each until they are stored.
+    uniform : bool
+        True if it also holds the uniform masks until the block is stored.
     """
 
     state: float
@@ -56,6 +60,7 @@ class MemoryUse:
     grams: bool = False
     changes: bool = False
     codes: bool = False
+    uniform: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +177,9 @@ def shape(decoder: Decoder, segments: Sequence[Segment]) -> Shape:
     )
 
 
-def prune_demand(shape: Shape, use: MemoryUse, *, tokens: int, passing: int, learning: int = 0) -> Demand:
+def prune_demand(
+    shape: Shape, use: MemoryUse, *, tokens: int, passing: int, learning: int = 0, held_out: int = 0, head: int = 0
+) -> Demand:
     """Return the memory demand of a prune or quantize command.
 
     Parameters
@@ -184,6 +191,10 @@ def prune_demand(shape: Shape, use: MemoryUse, *, tokens: int, passing: int, lea
         Tokens of all calibration samples.
     passing, learning : int
         Tokens in a pass without gradients, and in a learning step.
+    held_out : int
+        Tokens of the samples on which the result is checked.
+    head : int
+        Bytes of the head, which only that check loads.
     """
     compute = shape.dtype.itemsize
     block = round(shape.loaded * (compute + shape.source))
@@ -196,7 +207,7 @@ def prune_demand(shape: Shape, use: MemoryUse, *, tokens: int, passing: int, lea
     factors = 4 * 4 * max(shape.columns) ** 2 if use.grams else 0
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
     passes = passing * widths * compute + passing * shape.widest * 4
-    changed = shape.weights * (4 * use.changes + use.codes)
+    changed = shape.weights * (4 * use.changes + use.codes + use.uniform)
     phases = {
         "embeddings": max(shape.rest, block),  # blocks are loaded one by one beside the embedding, to verify the model
         "statistics": block + grams + passes,
@@ -207,8 +218,12 @@ def prune_demand(shape: Shape, use: MemoryUse, *, tokens: int, passing: int, lea
         kept = round(windows.kept_blocks(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
         scores = windows.kept_blocks(shape.blocks) * attention.KEPT
         phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
-    freed = {name: 0 if name == "embeddings" else shape.embedding for name in phases}
-    phases = {name: max(needed - freed[name], 0) for name, needed in phases.items()}
+    if held_out:
+        phases["propagation"] += round(shape.weights * shape.source)  # the block's weights under the uniform masks
+        phases["check"] = head + CHECK_TOKENS * shape.vocabulary * (2 * compute + 5 * 4)
+    freed = {name: 0 if name in ("embeddings", "check") else shape.embedding for name in phases}
+    streams = _CHECKED * held_out * shape.hidden * compute
+    phases = {name: max(needed - freed[name], 0) + streams for name, needed in phases.items()}
     hidden = shape.streams * tokens * shape.hidden * compute
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 

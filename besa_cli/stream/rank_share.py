@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from besa_cli.checkpoint.manifests import HeldOut
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.system import partition
 from besa_cli.system.ranks import Ranks
@@ -24,19 +25,50 @@ class Store(Protocol):
     def report(self, index: int) -> BlockReport:
         """Return the report of a finished block."""
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-        """Write a block atomically: its report, its tensors, and the codes of its quantized linears."""
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a block atomically: its report, its tensors, and the codes of its quantized linears.
+
+        The state of the check on held-out samples, of the blocks up to this one, is written after it.
+        """
+
+    def read_state(self) -> dict[str, Tensor]:
+        """Return the newest state of the check on held-out samples; empty if there is none."""
+
+    def write_held_out(self, figures: HeldOut) -> None:
+        """Write the result of the check on held-out samples."""
+
+
+def resumable(store: Store, *, checked: bool) -> int:
+    """Return the number of finished blocks, counted from block 0, after which the work can be resumed.
+
+    With a check on held-out samples, its state must be stored, too. If that is missing or ahead of the blocks, as after
+    a shard was deleted, all blocks are computed again: finished blocks do not tell what uniform masks would have been.
+    """
+    if not checked:
+        return store.finished()
+    blocks = int(store.read_state().get("blocks", 0))
+    return blocks if blocks <= store.finished() else 0
 
 
 class SharedStore(Store):
-    """Store of the main rank (None on the other ranks), readable by all ranks through broadcasts."""
+    """Store of the main rank (None on the other ranks), readable by all ranks through broadcasts.
 
-    def __init__(self, store: Store | None, world: Ranks) -> None:
-        self._store, self._world = store, world
+    With `checked`, a check on held-out samples is to be resumed together with the blocks.
+    """
+
+    def __init__(self, store: Store | None, world: Ranks, *, checked: bool = False) -> None:
+        self._store, self._world, self._checked = store, world, checked
 
     @override
     def finished(self) -> int:
-        return int(self._world.broadcast_json(self._store.finished() if self._store else None))
+        own = resumable(self._store, checked=self._checked) if self._store else None
+        return int(self._world.broadcast_json(own))
 
     @override
     def read(self, index: int) -> dict[str, Tensor]:
@@ -49,9 +81,24 @@ class SharedStore(Store):
         )
 
     @override
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if self._store:
-            self._store.write(report, tensors, codes)
+            self._store.write(report, tensors, codes, state)
+
+    @override
+    def read_state(self) -> dict[str, Tensor]:
+        return self._store.read_state() if self._store else {}
+
+    @override
+    def write_held_out(self, figures: HeldOut) -> None:
+        if self._store:
+            self._store.write_held_out(figures)
 
 
 class RankShare:

@@ -15,6 +15,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import affine, losses
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Block, Decision, OnStep
+from besa_cli.stream.held_out import HeldOutCheck
 from besa_cli.stream.outcome import WindowOutcome, apply_mask, block_report, check_counts, linear_report, snap_codes
 from besa_cli.stream.propagation import advance, batches, concatenate, embed
 from besa_cli.stream.rank_share import RankShare, SharedStore, Store
@@ -22,7 +23,7 @@ from besa_cli.stream.windows import Segment, Window
 from besa_cli.system import compute
 from besa_cli.system.ranks import Ranks
 
-WriteBlock = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor]], None]
+WriteBlock = Callable[[BlockReport, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor] | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class PrunePlan:
     sensitivity : Tensor of shape (blocks, hidden), optional
         Sensitivity of the channels at the output of every block, if the method asks for it. The reported errors are
         then weighted by it.
+    held_out : Tensor of shape (samples, seqlen), optional
+        Token ids of the samples on which the result is checked: see `besa_cli.stream.held_out`. Of the main rank alone.
     """
 
     decide: Callable[[Block], Decision]
@@ -54,6 +57,7 @@ class PrunePlan:
     batch: int
     seed: int
     sensitivity: Tensor | None = None
+    held_out: Tensor | None = None
 
 
 def compress(
@@ -87,31 +91,28 @@ def compress(
         Ranks that all run this loop in step; a single rank by default.
     """
     share = RankShare(len(tokens), world)
-    shared = SharedStore(store, share.world)
+    shared = SharedStore(store, share.world, checked=plan.held_out is not None)
     finished = shared.finished()
+    check = None
+    if plan.held_out is not None:
+        check = HeldOutCheck(decoder, plan.held_out, plan.batch, shared.read_state() if finished else {})
     if finished == len(decoder):
         yield from (shared.report(index) for index in range(finished))
-        return
-    walk = BlockWalk(
-        decoder, shared.write, tokens, plan, on_step=on_step, activations=activations or ActivationStore(), share=share
-    )
-    counts = iter(plan.budgets or [])
-    for segment, following in zip_longest(plan.segments, plan.segments[1:]):
-        start = time.perf_counter()
-        own = [next(counts, None) for _ in segment.windows]
-        after = following.blocks if prefetch and following else range(0)
-        reports = walk.replay(segment, shared) if segment.blocks.stop <= finished else walk.prune(segment, own, after)
-        for index in segment.blocks:
-            decoder.drop(index)
-        seconds = (time.perf_counter() - start) / len(reports)
-        for report in reports:
-            yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
+    else:
+        walk = BlockWalk(
+            decoder, shared.write, tokens, plan,
+            on_step=on_step, activations=activations or ActivationStore(), share=share, check=check,
+        )  # fmt: skip
+        yield from walk.reports(shared, finished, prefetch=prefetch)
+    if check is not None:
+        shared.write_held_out(check.figures())
 
 
 class BlockWalk:
-    """State of `compress`: the compressed stream, and the dense stream if it is the target.
+    """State of `compress`: the compressed stream, the dense stream if it is the target, and those of the check.
 
-    `write` gets a finished block's report, tensors and codes; the other parameters are those of `compress`.
+    `write` gets a finished block's report, tensors and codes, and the state of the check; the other parameters are
+    those of `compress`.
     """
 
     def __init__(
@@ -124,7 +125,9 @@ class BlockWalk:
         on_step: OnStep,
         activations: ActivationStore,
         share: RankShare | None = None,
+        check: HeldOutCheck | None = None,
     ) -> None:
+        self._check = check
         self._activations, self._share = activations, share or RankShare(len(tokens))
         tokens = tokens[self._share.own.start : self._share.own.stop]
         self._decoder, self._write, self._tokens, self._plan = decoder, write, tokens, plan
@@ -135,8 +138,23 @@ class BlockWalk:
         )
         decoder.drop_embedding()  # no block needs it
 
+    def reports(self, store: Store, finished: int, *, prefetch: bool) -> Iterator[BlockReport]:
+        """Replay the segments whose blocks are all among the first `finished`, prune the others; yield the reports."""
+        segments, counts = self._plan.segments, iter(self._plan.budgets or [])
+        for segment, following in zip_longest(segments, segments[1:]):
+            start = time.perf_counter()
+            own = [next(counts, None) for _ in segment.windows]
+            after = following.blocks if prefetch and following else range(0)
+            done = segment.blocks.stop <= finished
+            reports = self.replay(segment, store) if done else self.prune(segment, own, after)
+            for index in segment.blocks:
+                self._decoder.drop(index)
+            seconds = (time.perf_counter() - start) / len(reports)
+            for report in reports:
+                yield replace(report, seconds=seconds, peak_memory=compute.peak_memory())
+
     def replay(self, segment: Segment, store: Store) -> list[BlockReport]:
-        """Propagate the streams through finished blocks and return their reports."""
+        """Propagate the streams, but for those of the check, through finished blocks and return their reports."""
         for index in segment.blocks:
             if self._dense is not None:
                 self._decoder.load(index)
@@ -150,6 +168,9 @@ class BlockWalk:
         sources = {index: self._decoder.load(index) for index in segment.blocks}
         for index in after:
             self._decoder.prefetch(index)
+        if self._check is not None:
+            for index in segment.blocks:
+                self._check.advance("dense", index)
         targets = self._dense_targets(segment)
         single = len(segment.windows) == 1
         segment_target = None if single else self._segment_target(segment)
@@ -252,7 +273,12 @@ class BlockWalk:
             self._on_step(part.stop, len(self._inputs), "propagation")
 
         for index in segment.blocks:
+            if self._check is not None:
+                self._decoder.load(index, self._uniform(index, sources[index], outcomes))
+                self._check.advance("uniform", index)
             self._decoder.load(index, tensors[index])
+            if self._check is not None:
+                self._check.advance("pruned", index)
             last = index == segment.blocks[-1]
             advance(self._decoder, index, self._inputs, self._tokens, self._batch, compare if last else None)
         error = self._share.world.all_reduce_float(math.fsum(errors)) / self._share.samples if errors else None
@@ -261,5 +287,22 @@ class BlockWalk:
             for index, last in ((index, index == segment.blocks[-1]) for index in segment.blocks)
         ]
         for report in reports:
-            self._write(report, tensors[report.index], codes[report.index])
+            last = report is reports[-1]
+            state = self._check.state(segment.blocks.stop) if self._check is not None and last else None
+            self._write(report, tensors[report.index], codes[report.index], state)
         return reports
+
+    def _uniform(
+        self, index: int, source: Mapping[str, Tensor], outcomes: Sequence[WindowOutcome]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a block with the uniform masks of its windows."""
+        tensors, origins = dict(source), self._decoder.block_names(index)
+        for outcome in outcomes:
+            if outcome.decision.uniform is None:
+                raise RuntimeError("the pruner gave no uniform masks, with which it is to be compared")
+            for name, mask in outcome.decision.uniform.items():
+                block, inner = outcome.window.locations[name]
+                if block == index:
+                    origin = origins[f"{inner}.weight"]
+                    tensors[origin] = source[origin].masked_fill(~mask.cpu(), 0.0)
+        return tensors

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _DEFAULT_TRIM = 128 << 10  # bytes; glibc's default trim threshold
+_passes_repeated: ContextVar[bool] = ContextVar("repeated_passes", default=False)
 _LARGE, _HUGE = 4 << 20, 32 << 20  # bytes; mmap thresholds: default, and in repeated passes
 
 
@@ -94,17 +96,19 @@ def repeated_passes() -> Iterator[None]:
     The passes over a block allocate the same tensors again and again; mapping them each time cost a third of a pass in
     page faults. Tensors beyond 32 MiB (the gradient of a linear of a 7B model has 172) are still mapped separately:
     their computation outweighs the faults, and in the heap they would leave holes that smaller tensors fragment.
-    Allocate nothing in here that outlives it. Has no effect without glibc.
+    Allocate nothing in here that outlives it. Has no effect without glibc, or within itself.
     """
     library = _c_library()
-    if library is None:
+    if library is None or _passes_repeated.get():
         yield
         return
     library.mallopt(_MMAP_THRESHOLD, _HUGE)
     library.mallopt(_TRIM_THRESHOLD, 1 << 30)
+    inside = _passes_repeated.set(True)
     try:
         yield
     finally:
+        _passes_repeated.reset(inside)
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
         library.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM)
         library.malloc_trim(0)

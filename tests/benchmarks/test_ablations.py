@@ -29,7 +29,7 @@ PAPER = json.loads((BENCHMARKS / "paper.json").read_text())
 SETUP = plans.Setup()
 EXPERIMENTS = plans.experiments(SETUP.samples)
 CELLS = plans.plan(EXPERIMENTS.values(), plans.SEEDS)
-BASE = plans.Setting(samples=SETUP.samples)
+BASE = plans.base_of(SETUP.samples)
 
 
 def line(cell: Any, perplexity: float, setup: Any = SETUP) -> dict[str, Any]:
@@ -73,9 +73,10 @@ def row(text: str, title: str, point: str) -> list[str]:
 
 def test_the_base_is_what_besa_does_by_default() -> None:
     default = besa.Options().record()
-    own = {name: value for name, value in BASE.record().items() if name in default}
+    own = {name: value for name, value in plans.Setting(samples=SETUP.samples).record().items() if name in default}
     assert len(own) == 11
     assert own == {name: default[name] for name in own}
+    assert replace(BASE, loss=str(default["loss"])) == plans.Setting(samples=SETUP.samples)
     assert BASE.sparsity == prune.request().target_sparsity
 
 
@@ -93,7 +94,7 @@ def test_the_paper_has_all_experiments_and_no_other() -> None:
 
 
 def test_every_cell_is_planned_once_however_many_experiments_it_serves() -> None:
-    assert len(CELLS) == len(set(CELLS)) == 3 * 81
+    assert len(CELLS) == len(set(CELLS)) == 3 * 82
     serving = [name for name, each in EXPERIMENTS.items() if BASE in each.settings.values()]
     assert serving == list(EXPERIMENTS)
     wanted = {setting for each in EXPERIMENTS.values() for setting in each.settings.values()}

@@ -31,6 +31,7 @@ STATED = {
     "docs/export.md": {"2026.10": "the version of xllamacpp"},
     "docs/method.md": {
         **dict.fromkeys(("0.1", "1.0", "0.01", "3.75", "1.75", "0.05", "100"), "options and constants of the program"),
+        **dict.fromkeys(("0.03", "0.9", "0.95", "0.002"), "constants of the learning of the whole model"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
     },
     "docs/models.md": {"92": "MB of the demo model's wheel"},
@@ -72,12 +73,12 @@ def test_a_digit_that_is_changed_on_a_page_or_in_a_line_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = README.read_text(encoding="utf-8")
-    shown = protocol_a.perplexity("besa-row", 0.5, protocol_a.found())
+    shown = protocol_a.perplexity("wanda", 0.5, protocol_a.found())
     other = text.replace(shown, shown.replace(shown[0], str((int(shown[0]) + 1) % 10), 1))
     assert other != text
     assert stated.rewritten(other) == text
     lines = [json.loads(line) for line in protocol_a.LINES.read_text().splitlines()]
-    newest = protocol_a.of("besa-row", 0.6, protocol_a.found())[-1]
+    newest = protocol_a.of("wanda", 0.6, protocol_a.found())[-1]
     changed = [{**line, "perplexity": {"wikitext2": 1.0}} if line == newest else line for line in lines]
     assert changed != lines
     monkeypatch.setattr(protocol_a, "LINES", tmp_path / "lines.jsonl")
@@ -140,12 +141,13 @@ def test_a_line_taken_over_from_the_log_names_an_entry_of_it() -> None:
 
 
 def test_what_an_older_method_made_is_left_out_or_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = protocol_a.perplexity("besa-row", 0.5, protocol_a.found())
+    before = protocol_a.perplexity("wanda", 0.5, protocol_a.found())
     assert before != "-"
     assert "(old)" not in quant_protocol_a.shown(quant_protocol_a.known(), "gptq-g128")
     monkeypatch.setitem(pruners.VERSIONS, "besa", pruners.VERSIONS["besa"] + 1)
     monkeypatch.setitem(quantizers.VERSIONS, "gptq", quantizers.VERSIONS["gptq"] + 1)
-    assert protocol_a.perplexity("besa-row", 0.5, protocol_a.found()) == "-"
+    monkeypatch.setitem(pruners.VERSIONS, "wanda", 2)
+    assert protocol_a.perplexity("wanda", 0.5, protocol_a.found()) == "-"
     assert quant_protocol_a.shown(quant_protocol_a.known(), "gptq-g128").endswith(" (old)")
     assert "(old)" in learning_cost.speed(besa_runs.read_lines(learning_cost.SPEED))
 

@@ -11,7 +11,7 @@ from support import exported, tiny_models, written
 
 from besa_cli.checkpoint import ownership
 from besa_cli.checkpoint.runs import Run
-from besa_cli.checkpoint.stages import Stage
+from besa_cli.checkpoint.stages import HELD_OUT, Stage
 from besa_cli.errors import BesaError
 
 
@@ -46,6 +46,15 @@ def test_what_a_killed_process_left_is_besas(run: Run) -> None:
     for directory, name in zip(places(run), ("model-00002-of-00003.safetensors", "config.json"), strict=True):
         (directory / f".{name}.4711.partial").write_text("half")
         ownership.refuse_to_replace(directory)
+
+
+def test_the_held_out_streams_of_an_unfinished_stage_are_besas(run: Run) -> None:
+    directory = run.stage("pruned")
+    (directory / HELD_OUT).write_bytes(b"streams")
+    (directory / f".{HELD_OUT}.4711.partial").write_bytes(b"half")
+    ownership.refuse_to_replace(directory)
+    ownership.remove(directory)
+    assert not directory.exists()
 
 
 def _write(name: str) -> Callable[[Path], str]:

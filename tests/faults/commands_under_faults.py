@@ -172,7 +172,7 @@ class Workshop:
         self._place, self._log, self._run = place, log, place / "run"
         dense = tiny_models.checkpoint(place / "tiny", blocks=3, dtype=torch.bfloat16, shard_size="20KB")
         self._model = tiny_models.add_tokenizer(dense)
-        rows = tiny_models.rows_file(place / "rows.jsonl", tiny_models.tokens(4, 32))
+        rows = tiny_models.rows_file(place / "rows.jsonl", tiny_models.tokens(8, 32))
         self._drawn = ("--data", str(rows), "--samples", "4", "--seqlen", "32")
         self._text = place / "text.txt"
         self._text.write_text(" ".join(f"w{3 + number * 7 % 120}" for number in range(400)))
@@ -191,7 +191,7 @@ class Workshop:
         return self._run.rename(self._place / f"made-{name}")
 
     def _prune(self, method: str, *more: str, name: str = "", **how: object) -> Command:
-        words = ("prune", "--model", str(self._model), "--method", method, *more, *self._drawn, *self._common)
+        words = ("prune", "--model", str(self._model), "--method", method, *self._drawn, *self._common, *more)
         return Command(name=name or f"prune {method}", words=words, run=self._run, model=self._model, **how)  # type: ignore[arg-type]
 
     def prunes(self) -> list[Command]:
@@ -201,8 +201,10 @@ class Workshop:
             self._prune(
                 "besa", "--granularity", "layer", "--target", "stream", "--window", "2", name="prune besa, windows of 2"
             ),
+            self._prune("besa", "--samples", "8", name="prune besa, held out"),
             self._prune("sparsegpt", "--nm", "2:4"),
             self._prune("wanda", "--budget", "model", name="prune --budget model"),
+            self._prune("wanda", "--global-epochs", "2", name="prune --global-epochs"),
             self._prune(
                 "wanda", "--restart", name="prune --restart", base=self._pruned, pinned="pruned.next/besa.json"
             ),

@@ -81,7 +81,7 @@ KINDS: Mapping[str, Callable[[Path], None]] = {
 def targets(run: Path, model: Path | None) -> list[tuple[str, Path]]:
     """What can be damaged: (kind, file) pairs of a run directory and of a model beside it; nothing unfinished."""
     files = [path for place in (run, model) if place for path in sorted(place.rglob("*")) if not _hidden(path, place)]
-    shards = [path for path in files if path.suffix == ".safetensors"]
+    shards = [path for path in files if path.suffix in (".safetensors", ".streams")]
     records = [path for path in files if path.suffix in (".json", ".windows") and path.is_relative_to(run)]
     return [
         *[(kind, path) for path in shards for kind in ("cut short", "bit flipped")],

@@ -172,3 +172,15 @@ def test_the_parts_of_several_processes_add_up(loss: Callable[..., Tensor], cuts
     parts = [loss(*part, lambda own: torch.stack(totals).sum(0)) for part in pairs]
     assert len(totals) == len(pairs)
     assert float(sum(parts)) == pytest.approx(float(loss(output, target)), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_divergence_is_that_of_a_loop(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (scale * torch.randn(2, 3, 7, generator=generator) for _ in range(2))
+    total = 0.0
+    for own, wanted in zip(found.flatten(0, 1).tolist(), expected.flatten(0, 1).tolist(), strict=True):
+        q, p = ([math.exp(value) / math.fsum(map(math.exp, row)) for value in row] for row in (own, wanted))
+        total += math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert float(losses.divergence(found, expected)) == pytest.approx(total, rel=1e-5)
+    assert abs(float(losses.divergence(expected, expected))) < 1e-6

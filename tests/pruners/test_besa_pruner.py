@@ -1,5 +1,6 @@
 """BESA on a toy block: the exact budget, better than even, the same again."""
 
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import toy_block
 from support.strategies import fewer
+from torch import Tensor
 
 from besa_cli.choices import Importance, Loss, Optimizer
 from besa_cli.errors import UsageError
+from besa_cli.ops import losses
 from besa_cli.pruners import besa, wanda
 from besa_cli.pruners.besa import learning
 from besa_cli.pruners.besa.options import authors
@@ -102,6 +105,27 @@ def test_what_was_learned_beats_the_uniform_masks(granularity: str, loss: Loss, 
     assert not result.kept_uniform
     assert toy_block.error(made, result.masks, over) < 0.95 * toy_block.error(made, uniform, over)
     assert result.error_before == pytest.approx(toy_block.error(made, uniform), rel=1e-4)  # by token in any case
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_loss_by_sensitivity_is_what_is_compared_and_reported(granularity: str) -> None:
+    weights, sensitivity = toy_block.source(hidden=16, inner=24), torch.linspace(0.1, 1, 16)
+    uniform = wanda.prune(large(), wanda.Options()).masks
+
+    def error(masks: Mapping[str, Tensor]) -> float:
+        outputs = torch.stack(toy_block.outputs(made, masks))
+        return float(losses.token(outputs, made.target, channels=losses.channel_weights(sensitivity)))
+
+    made = toy_block.block(weights, toy_block.size(weights) // 2, samples=16, sensitivity=sensitivity)
+    result = besa.prune(made, learner(granularity))
+    assert result.error_before == pytest.approx(error(uniform), rel=1e-4)
+    assert result.error_after == pytest.approx(error(result.masks), rel=1e-4)
+    assert not result.kept_uniform
+    assert error(result.masks) < error(uniform)
+    alike = toy_block.block(weights, made.budget, samples=16, sensitivity=torch.full((16,), 2.0**-40))
+    masks = besa.prune(alike, learner(granularity)).masks
+    by_token = besa.prune(large(), learner(granularity, loss="token")).masks
+    assert all(torch.equal(masks[name], mask) for name, mask in by_token.items())
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

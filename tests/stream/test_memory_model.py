@@ -240,3 +240,20 @@ def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
     assert "--window" in caught.value.hint
     with pytest.raises(UsageError):  # a stage that was begun keeps its batch
         memory_model.plan(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)
+
+
+def test_the_check_on_held_out_samples_is_counted() -> None:
+    use = prune.request(method="besa", options={}).method.options.memory_use()
+    without = memory_model.prune_demand(SHAPE, use, tokens=70, passing=7, learning=7)
+    found = memory_model.prune_demand(SHAPE, use, tokens=70, passing=7, learning=7, held_out=14, head=5_000)
+    streams = 2 * 3 * torch.empty(14, 20).nbytes  # and their copies while these are written
+    uniform = torch.empty(1_000, dtype=torch.bfloat16).nbytes
+    for phase, held in without.phases.items():
+        assert found.phases[phase] == held + streams + (uniform if phase == "propagation" else 0)
+    logits = torch.empty(memory_model.CHECK_TOKENS, 64)
+    assert found.phases["check"] >= streams + 5_000 + 4 * logits.nbytes
+    assert found.hidden == without.hidden
+    freed = memory_model.prune_demand(
+        replace(SHAPE, embedding=90), use, tokens=70, passing=7, learning=7, held_out=14, head=5_000
+    )
+    assert freed.phases["check"] == found.phases["check"]  # it is read again

@@ -10,6 +10,7 @@ import torch
 from support import calls, tiny_models
 from torch import Tensor
 
+from besa_cli.checkpoint.manifests import HeldOut
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
@@ -43,7 +44,20 @@ class Store:
     def report(self, index: int) -> BlockReport:
         return report(index)
 
-    def write(self, report: BlockReport, tensors: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+    def read_state(self) -> dict[str, Tensor]:
+        self.told.append("read state")
+        return {}
+
+    def write_held_out(self, figures: HeldOut) -> None:
+        self.told.append("written held out")
+
+    def write(
+        self,
+        report: BlockReport,
+        tensors: Mapping[str, Tensor],
+        codes: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         assert threading.current_thread() is not threading.main_thread()
         assert self.go.acquire(timeout=60)
         if report.index == self.fails:
@@ -64,7 +78,11 @@ def test_a_block_is_written_while_the_next_one_is_made_and_before_it_is_written(
         assert store.told == ["written 0", "written 1", "read 0"]
         behind.write(report(2), {}, {})
         store.go.release()
-    assert store.told[-1] == "written 2"
+        behind.write_held_out({"samples": 1, "kl": 0.1, "kl_uniform": 0.2})
+        assert store.told[-2:] == ["written 2", "written held out"]
+        behind.write(report(3), {}, {})
+        store.go.release()
+    assert store.told[-1] == "written 3"
 
 
 def hand_over(store: Store, blocks: int, *, interrupted: bool = False) -> None:

@@ -134,11 +134,12 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
             report: BlockReport,
             tensors: dict[str, Tensor],
             codes: dict[str, Tensor],
+            state: dict[str, Tensor] | None = None,
             left: Iterator[int] = left,
         ) -> None:
             if next(left, None) is None:
                 raise Stop
-            write(stage, report, tensors, codes)
+            write(stage, report, tensors, codes, state)
 
         run = tmp_path / f"run{blocks}"
         with monkeypatch.context() as patch:

@@ -71,8 +71,12 @@ def block(
     batch: int = 3,
     seed: int = 0,
     target: Tensor | None = None,
+    sensitivity: Tensor | None = None,
 ) -> Block:
-    """A block with these weights (in the source's dtype; computed in fp32) and random inputs of uneven channels."""
+    """A block with these weights (in the source's dtype; computed in fp32) and random inputs of uneven channels.
+
+    All its channels are alike where no `sensitivity` is given.
+    """
     inner, hidden = weights["up"].shape
     torch.manual_seed(7)
     module = GatedMLP(hidden, inner)
@@ -90,6 +94,7 @@ def block(
         batch=batch,
         target=target,
         seed=seed,
+        sensitivity=torch.ones(hidden) if sensitivity is None else sensitivity,
     )
 
 

@@ -95,6 +95,7 @@ def test_the_main_rank_measures_the_budgets_of_all_blocks_for_the_others(words: 
         ["--batch-size", 4, "--loss", "channel", "--window", "attn-mlp", "--optimizer", "prodigy", "--epochs", 2],
         ["--batch-size", 2, "--bits", 4, "--group-size", 9, "--loss", "frobenius"],
         ["--batch-size", 2, "--preset", "authors"],
+        ["--batch-size", 2, "--global-epochs", 1],
     ],
     ids=lambda asked: " ".join(map(str, asked)),
 )

@@ -29,7 +29,7 @@ def _decide(window: RankedWindow) -> Decision:
     options = window.options
     if window.budget_met and not window.clipped:
         (kept,) = _masks(window, window.uniform_counts())
-        return Decision(masks=kept)
+        return Decision(masks=kept, uniform=kept)
     theta, strengths, learned_loss = learn(window)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
@@ -51,6 +51,7 @@ def _decide(window: RankedWindow) -> Decision:
         error_after=after[1] if better else before[1],
         learned_loss=learned_loss,
         kept_uniform=not better,
+        uniform=uniform,
     )
 
 

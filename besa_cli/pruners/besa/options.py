@@ -10,6 +10,7 @@ from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
+from besa_cli.stream.held_out import samples_held_out
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
 
@@ -99,7 +100,7 @@ class BesaOptions(MethodOptions):
     d_coef: float = 1.0
     penalty: float | None = None
     candidates: int = 100
-    loss: Loss = "token"
+    loss: Loss = "sensitivity"
     grid: Grid | None = None
     clip_lr: float | None = None
     preset: Preset | None = None
@@ -166,6 +167,7 @@ class BesaOptions(MethodOptions):
             ranks=True,
             candidates=self.candidates,
             grams=self.importance == "sparsegpt",
+            uniform=self.grid is None,
         )
         if self.grid is None:
             return learning
@@ -186,6 +188,15 @@ class BesaOptions(MethodOptions):
     @override
     def weight_grid(self) -> Grid | None:
         return self.grid
+
+    @override
+    def held_out(self, samples: int) -> int:
+        """Return how many samples are held out; none where there is no uniform rival.
+
+        Grids are learned together with the masks, so that uniform masks on the same grids would be no fair rival; and
+        the preset may prune another number of weights than uniform masks.
+        """
+        return 0 if self.grid or not self.rules.meets_budget else samples_held_out(samples)
 
     @override
     def sparsity_range(self) -> tuple[float, float]:

@@ -1,0 +1,27 @@
+"""Result of the check on held-out samples in words, for `besa prune` and `besa show`."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from besa_cli.checkpoint.manifests import HeldOut, StageManifest
+
+
+def in_words(found: "HeldOut") -> str:
+    """Return both figures in one line."""
+    kl, uniform = ("not finite" if value is None else f"{value:.4f}" for value in (found["kl"], found["kl_uniform"]))
+    return (
+        f"KL divergence from the dense model: {kl} nats a token, {uniform} with uniform masks "
+        f"(on {found['samples']} samples held out)"
+    )
+
+
+def warning(manifest: "StageManifest") -> str:
+    """Return one line that warns of a result worse than uniform, with both figures and the remedy; else empty."""
+    found = manifest.get("held_out")
+    if found is None or not _is_worse(found["kl"], found["kl_uniform"]):
+        return ""
+    return f"warning: worse than uniform sparsity: {in_words(found)}; try --method wanda, or another --loss"
+
+
+def _is_worse(kl: float | None, uniform: float | None) -> bool:
+    return uniform is not None and (kl is None or kl > uniform)

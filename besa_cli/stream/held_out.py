@@ -1,0 +1,84 @@
+"""Check on held-out samples: is the pruned model nearer to the dense one than the same model with uniform masks?
+
+The last few calibration samples are held out: no step learns from them, no statistic counts them, and no masks are
+compared on them. They only pass through three streams: the dense model, the pruned model as it is stored, and the model
+with the uniform masks of the same scores. At the end, each of the two is compared with the dense model through the
+head. The samples are taken from the calibration set, and not drawn beside it, so that every set serves, also one of
+token rows or of another run, and so that the set alone decides the result.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from besa_cli.checkpoint.manifests import HeldOut
+from besa_cli.decoder.decoder import Decoder
+from besa_cli.ops import losses
+from besa_cli.stream.memory_model import CHECK_TOKENS
+from besa_cli.stream.propagation import advance, batches, embed
+
+Stream = Literal["dense", "pruned", "uniform"]
+
+STREAMS: tuple[Stream, ...] = ("dense", "pruned", "uniform")
+_MOST, _OF = 4, 8  # at most so many samples are held out, and at most one of so many
+
+
+def samples_held_out(samples: int) -> int:
+    """Return how many of the calibration samples, the last ones, are held out; none of fewer than 8."""
+    return min(_MOST, samples // _OF)
+
+
+class HeldOutCheck:
+    """Streams of the held-out samples through the model, block by block.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    tokens : Tensor of shape (samples, seqlen)
+    batch : int
+        Samples in a pass.
+    state : mapping of name to Tensor
+        State after some finished blocks, from `state`; empty at the beginning.
+    """
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, batch: int, state: Mapping[str, Tensor]) -> None:
+        self._decoder, self._tokens, self._batch = decoder, tokens, batch
+        first = None if state else embed(decoder, tokens, batch).cpu()
+        self._hidden: dict[Stream, Tensor] = {name: state[name] if first is None else first.clone() for name in STREAMS}
+
+    def advance(self, stream: Stream, index: int) -> None:
+        """Pass one of the streams through the loaded block `index`."""
+        advance(self._decoder, index, self._hidden[stream], self._tokens, self._batch)
+
+    def state(self, blocks: int) -> dict[str, Tensor]:
+        """Return a copy of the streams after so many finished blocks."""
+        copies = {str(name): hidden.clone() for name, hidden in self._hidden.items()}
+        return {**copies, "blocks": torch.tensor(blocks)}
+
+    def figures(self) -> HeldOut:
+        """Return the mean divergence per token of the two models from the dense one, after the last block.
+
+        A figure is None if logits are beyond the range of the compute dtype.
+        """
+        sums = {"pruned": 0.0, "uniform": 0.0}
+        with torch.no_grad():
+            for sample, positions in self._pieces():
+                dense = self._logits("dense", sample, positions)
+                for name in ("pruned", "uniform"):
+                    found = self._logits(name, sample, positions)
+                    sums[name] += float(losses.divergence(found, dense))
+        mean = {name: total / self._tokens.numel() for name, total in sums.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in mean.items()}
+        return {"samples": len(self._tokens), "kl": finite["pruned"], "kl_uniform": finite["uniform"]}
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        for sample in batches(len(self._tokens), 1):
+            for positions in batches(self._tokens.shape[1], CHECK_TOKENS):
+                yield sample, positions
+
+    def _logits(self, stream: Stream, sample: slice, positions: slice) -> Tensor:
+        hidden = self._hidden[stream][sample].to(self._decoder.device)
+        return self._decoder.finish(hidden, self._tokens[sample], positions)
