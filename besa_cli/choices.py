@@ -8,6 +8,7 @@ Target = Literal["block", "stream"]
 Loss = Literal["token", "sensitivity", "channel", "frobenius"]
 Optimizer = Literal["adamw", "prodigy"]
 Preset = Literal["authors"]
+Budget = Literal["uniform", "model"]
 
 OptionValue = str | int | float | bool | None | list[str] | tuple[int, int]  # value of an option, as manifests keep it
 GivenOptions = Mapping[str, Any]  # options of a method or a format that were given, by field; its class checks them

@@ -115,6 +115,20 @@ class Counts(TypedDict):
 
 
 @strict
+class BlockBudgets(TypedDict):
+    """The weights that each block prunes, with ``--budget model``, and the measurement that decided it.
+
+    `pruned` and `weights` have a number for each block; `effects` has a row for each, with the effect of pruning it to
+    each of the `sparsities`, in nats per token.
+    """
+
+    pruned: list[Count]
+    weights: list[Count]
+    sparsities: list[Annotated[float, Ge(0), Le(1)]]
+    effects: list[list[float]]
+
+
+@strict
 class HeldOut(TypedDict):
     """Result of the check on held-out samples: mean divergence per token from the dense model, in nats.
 
@@ -190,6 +204,7 @@ class StageManifest(_StageFields):
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
     files: NotRequired[list[str]]
     restart: NotRequired[bool]
+    block_budgets: NotRequired[BlockBudgets]
     held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
@@ -305,9 +320,20 @@ def _parse_calibration(path: Path, text: str) -> CalibrationManifest:
 
 def _parse_stage(path: Path, text: str) -> StageManifest:
     manifest = records.parse(StageManifest, text, path, _REMEDY)
+    if "block_budgets" in manifest:
+        _require_budgets(manifest["block_budgets"], manifest["blocks"], path)
     if manifest["status"] == "complete":
         _require_finished(manifest, path)
     return manifest
+
+
+def _require_budgets(budgets: BlockBudgets, blocks: int, path: Path) -> None:
+    """Refuse budgets that are not those of so many blocks."""
+    pruned, weights = budgets["pruned"], budgets["weights"]
+    if (len(pruned), len(weights)) != (blocks, blocks):
+        raise BesaError(f"{path} is not what besa wrote: block_budgets are not those of {blocks} blocks", _REMEDY)
+    if any(count > size for count, size in zip(pruned, weights, strict=True)):
+        raise BesaError(f"{path} is not what besa wrote: block_budgets prune more weights than there are", _REMEDY)
 
 
 _REMEDY = "restore the file, or make the stage again with --restart"
@@ -342,6 +368,13 @@ def _require_finished(manifest: StageManifest, path: Path) -> None:
         )
     if (manifest["stage"] == "quantized") != ("quantization" in manifest):
         raise BesaError(f"{path} is not what besa wrote: stage {manifest['stage']} and its grid disagree", _REMEDY)
+
+
+def describe_budgets(budgets: BlockBudgets) -> str:
+    """Describe the budgets of all blocks by the lowest and the highest."""
+    shares = [count / max(size, 1) for count, size in zip(budgets["pruned"], budgets["weights"], strict=True)]
+    low, high = shares.index(min(shares)), shares.index(max(shares))
+    return f"budget of the blocks: {100 * shares[low]:.1f} % (block {low}) to {100 * shares[high]:.1f} % (block {high})"
 
 
 def is_complete(directory: Path) -> bool:

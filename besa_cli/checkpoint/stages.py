@@ -255,6 +255,11 @@ class Stage:
         copy_small_files(source, self.directory)
         disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running"})
 
+    def record_budgets(self, budgets: manifests.BlockBudgets) -> None:
+        """Add the budgets of all blocks to the manifest of a stage that has begun."""
+        manifest = {**manifests.read_stage(self.directory), "block_budgets": budgets}
+        disk.write_json(self.directory / manifests.MANIFEST, manifest)
+
     def finish(self, added: manifests.AddedFields | None = None) -> manifests.StageManifest:
         """Write the index, then the manifest with counts, digest and the fields `added`; returns the manifest.
 

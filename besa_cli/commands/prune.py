@@ -29,6 +29,14 @@ PatternOption = Annotated[
     str | None,
     panels.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
 ]
+BudgetOption = Annotated[
+    choices.Budget,
+    panels.SPARSITY(
+        "--budget",
+        "Share of the pruned weights in each block. uniform: that of the whole model; model: measured, less where "
+        "pruning a block changes the model's predictions more.",
+    ),
+]
 MethodOption = Annotated[str, panels.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
@@ -158,6 +166,7 @@ def prune(
     method: MethodOption = "besa",
     sparsity: SparsityOption = None,
     nm: PatternOption = None,
+    budget: BudgetOption = "uniform",
     damping: DampingOption = None,
     besa: BesaGroup,
     global_epochs: GlobalEpochsOption = None,
@@ -187,6 +196,7 @@ def prune(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
+        budget=budget,
         global_epochs=global_epochs or 0,
         global_lr=global_lr,
         options=option_groups.given(**asdict(besa), **rest),
@@ -219,6 +229,8 @@ def _pattern(nm: str | None, sparsity: float | None) -> tuple[int, int] | None:
 
 
 def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
+    from besa_cli.checkpoint import manifests
+
     counts, chosen = manifest["counts"], manifest["options"]
     directory = run.stage(manifest["stage"])
     console.line(
@@ -227,6 +239,8 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
     )
     if "quantization" in manifest:
         console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
+    if "block_budgets" in manifest:
+        console.line(manifests.describe_budgets(manifest["block_budgets"]))
     if counts["blocks_kept_uniform"]:
         console.line(
             f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not improve on it"

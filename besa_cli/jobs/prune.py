@@ -3,7 +3,7 @@
 from typing_extensions import Unpack
 
 from besa_cli import pruners
-from besa_cli.choices import GivenOptions, OptionValue
+from besa_cli.choices import Budget, GivenOptions, OptionValue
 from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.jobs.request import GlobalOptions, Placement, StageRequest
 from besa_cli.stream.global_rates import RATE
@@ -15,6 +15,7 @@ def request(
     method: str = "besa",
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
+    budget: Budget = "uniform",
     global_epochs: int = 0,
     global_lr: float | None = None,
     options: GivenOptions | None = None,
@@ -30,6 +31,8 @@ def request(
         Share of the linears' weights to prune, in [0, 1).
     nm : (n, m), optional
         Prune n of every m columns instead.
+    budget : {"uniform", "model"}
+        How the pruned weights are shared between blocks.
     global_epochs : int
         Passes over the samples in which the whole model learns the sparsities of its rows, after the blocks.
     global_lr : float, optional
@@ -50,16 +53,24 @@ def request(
         raise UsageError(
             f"--nm '{nm[0]}:{nm[1]}' is not an N:M pattern with 0 < N < M", "2:4 prunes 2 of every 4 columns"
         )
+    if nm and budget != "uniform":
+        raise UsageError(
+            f"--budget {budget} cannot be combined with --nm {nm[0]}:{nm[1]}, which gives every block the same share",
+            "leave one of the two out",
+        )
     pruner = pruners.load(method, {**(options or {}), **({"nm": nm} if nm else {})})
     _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
     whole_model = _whole_model(pruner, nm, global_epochs, global_lr)
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
+    if budget != "uniform":  # in manifests the default is absent, as it ever was
+        own |= {"budget": budget}
     if whole_model:
         own |= {"global_epochs": whole_model.epochs, "global_lr": whole_model.rate}
     return StageRequest(
         command="prune",
         method=pruner,
         target_sparsity=None if nm else sparsity,
+        budget=budget,
         command_options=own,
         whole_model=whole_model,
         **placement,

@@ -1,5 +1,6 @@
 """Ranks of one job: the main rank makes the stage, the workers compute their share of the samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def run_main(
     world: Ranks,
     *,
     prefetch: bool,
+    budgets: Sequence[int] | None = None,
     channels: Tensor | None = None,
 ) -> None:
     """Send the worker ranks what `run_worker` needs; called by the main rank.
@@ -76,11 +78,18 @@ def run_main(
         Where the hidden states lie in files.
     prefetch : bool
         Read blocks before they are wanted.
+    budgets : sequence of int, optional
+        Weights that each block prunes; by default the same share of all.
     channels : Tensor of shape (blocks, hidden), optional
         Sensitivity of the channels.
     """
     world.broadcast_json(
-        {"settings": settings, "files": None if files is None else str(files.resolve()), "prefetch": prefetch}
+        {
+            "settings": settings,
+            "files": None if files is None else str(files.resolve()),
+            "prefetch": prefetch,
+            "budgets": budgets,
+        }
     )
     world.require_equal(_facts(request, digest))
     world.broadcast_tensors({"tokens": tokens} if channels is None else {"tokens": tokens, "channels": channels})
@@ -114,6 +123,8 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     torch.set_num_threads(threads(told["settings"], world))
     work = StageWorker(model.directory, request, told["settings"], tokens, world)
     work.decoder.weights.refuse_change(source)
+    if told["budgets"] is not None:
+        work.share_out(told["budgets"])
     for _ in work.reports(
         None,
         ActivationStore(files),

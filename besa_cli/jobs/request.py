@@ -7,7 +7,7 @@ from typing import Literal, cast
 from typing_extensions import TypedDict
 
 from besa_cli.checkpoint.manifests import GridEntry, Quantization
-from besa_cli.choices import OptionValue
+from besa_cli.choices import Budget, OptionValue
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
 from besa_cli.stream.method import Method
@@ -52,6 +52,8 @@ class StageRequest:
     method : Method
     target_sparsity : float, optional
         Share of the linears' weights to prune, in [0, 1); None where nothing is counted: N:M patterns, quantization.
+    budget : {"uniform", "model"}
+        Each block's share of the pruned weights: that of the whole model, or decided by `besa_cli.stream.effects`.
     command_options : mapping
         The command's own options with their values, under the names of the command line.
     device, dtype : str
@@ -73,6 +75,7 @@ class StageRequest:
     command: Literal["prune", "quantize"]
     method: Method
     target_sparsity: float | None
+    budget: Budget = "uniform"
     command_options: Mapping[str, OptionValue] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
@@ -99,6 +102,11 @@ class StageRequest:
     def uses_calibration(self) -> bool:
         """True if calibration samples pass through the model."""
         return self.method.options.uses_calibration
+
+    @property
+    def measures_blocks(self) -> bool:
+        """True if each block's budget is decided by measurement."""
+        return self.budget == "model" and bool(self.target_sparsity)
 
     def describe(self, model: str) -> str:
         """Return a few words that say what is done to a model of this name."""

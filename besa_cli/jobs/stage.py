@@ -288,9 +288,10 @@ class StageJob:
         if self._channels is not None and channels is not None:
             self._channels.keep_in_stage(channels)
         files = self._directory if memory.in_files else None
+        budgets = self._block_budgets(ActivationStore(files), on_step) if self.request.measures_blocks else None
         ranks.run_main(
             self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            prefetch=memory.overlapping, channels=channels,
+            prefetch=memory.overlapping, channels=channels, budgets=budgets,
         )  # fmt: skip
         stage = self._blocks
         with BackgroundWriter(stage) if memory.overlapping else contextlib.nullcontext(stage) as store:
@@ -335,6 +336,16 @@ class StageJob:
             self._stage.check_rest(weights.digest(self._source.read(rest)))
         else:
             self._stage.write_rest(self._source.read(rest))
+
+    def _block_budgets(self, activations: ActivationStore, on_step: OnStep) -> list[int]:
+        """Return the weights that each block prunes: those in the manifest, else measured and recorded there."""
+        recorded = manifests.read_stage(self._directory).get("block_budgets")
+        if recorded is None:
+            recorded = self._plan.worker.measure(activations, on_step, batch=self._plan.memory.batch)
+            self._stage.record_budgets(recorded)
+            self._notify(manifests.describe_budgets(recorded))
+        self._plan.worker.share_out(recorded["pruned"])
+        return recorded["pruned"]
 
     def _note_resumption(self) -> None:
         done, blocks = self._finished(self._plan.worker), self._stage.blocks

@@ -1,19 +1,19 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from besa_cli.checkpoint.manifests import Compute
+from besa_cli.checkpoint.manifests import BlockBudgets, Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import forecast, global_rates, held_out, memory_model, sensitivity, walk, windows
+from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
@@ -56,12 +56,37 @@ class StageWorker:
         self._all_tokens, self._all_held_out = tokens, held_out
         self._tokens = tokens if request.uses_calibration else tokens[:0]
         self._held_out = held_out if request.method.options.has_uniform_rival() else None
+        measured = effects.measured_samples(len(self._tokens), self._seqlen) if request.measures_blocks else 0
+        self._measured = self._tokens[:measured]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
         self.sizes = list(windows.sizes(self.segments))
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
+
+    def measure(self, activations: ActivationStore, on_step: OnStep, *, batch: int) -> BlockBudgets:
+        """Measure the effect of pruning each block, and decide how many weights each of them prunes."""
+        share, reachable = self._request.target_sparsity or 0.0, self._request.method.options.sparsity_range()
+        measured = effects.measure(
+            self.decoder,
+            self._measured,
+            sparsities=effects.sparsities_around(share, reachable),
+            batch=batch,
+            seed=self._request.seed,
+            on_step=on_step,
+            activations=activations,
+        )
+        return {
+            "pruned": effects.block_budgets(measured, share, reachable),
+            "weights": list(measured.sizes),
+            "sparsities": list(measured.sparsities),
+            "effects": [list(errors) for errors in measured.errors],
+        }
+
+    def share_out(self, pruned: Sequence[int]) -> None:
+        """Let each block prune so many weights, instead of the same share of all."""
+        self._budgets = windows.budgets(self.segments, pruned)
 
     def demand(self, batch: int, *, measures: bool = False) -> memory_model.Demand:
         """Return the memory of the rank with most samples, for `batch` samples in a pass without gradients.
@@ -80,6 +105,16 @@ class StageWorker:
             held_out=0 if self._held_out is None else self._held_out.numel(),
             head=self.decoder.head_bytes(),
         )
+        if len(self._measured):
+            measuring = memory_model.effects_demand(
+                shape,
+                blocks=len(self.decoder),
+                tokens=self._measured.numel(),
+                passing=min(len(self._measured), batch) * self._seqlen,
+                seqlen=self._seqlen,
+                head=self.decoder.head_bytes(),
+            )
+            demand = memory_model.larger(demand, measuring)
         if measures:
             demand = memory_model.with_sensitivity(
                 demand,
@@ -177,12 +212,14 @@ class StageWorker:
         needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
         channels = torch.ones(len(self.decoder), hidden) if needed else None
         options = self._request.whole_model
+        after = 0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape)
+        before = 0.0 if finished else effects.PASSES * len(self._measured) / self._samples
         return first + forecast.seconds(
             self.decoder,
             self._tokens,
             self._prune_plan(batch, channels, check=True),
             finished,
-            passes_after=0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape),
+            whole_passes=after + before,
         )
 
     def _prune_plan(self, batch: int, channels: Tensor | None, *, check: bool) -> walk.PrunePlan:

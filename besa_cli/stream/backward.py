@@ -72,6 +72,11 @@ class BackwardStream:
         self._activations = activations or ActivationStore()
         self._inputs: list[Tensor] = []
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Inputs of the blocks that the backward pass has not reached, each of shape (samples, seqlen, hidden)."""
+        return list(self._inputs)
+
     def forward(self) -> Tensor:
         """Return the outputs of the last block, of shape (samples, seqlen, hidden), and keep the inputs of all blocks.
 

@@ -15,8 +15,9 @@ from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-# Phases of the work on a window. The duration of all but "update" grows with the number of samples: see forecast.py.
-Phase = Literal["sensitivity", "statistics", "target", "learning", "update", "propagation", "global"]
+# Phases of the work: "sensitivity" and "budget" come before the first window, "global" after the last. The duration of
+# all but "update" grows with the number of samples: see forecast.py.
+Phase = Literal["sensitivity", "budget", "statistics", "target", "learning", "update", "propagation", "global"]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 

@@ -87,7 +87,7 @@ class Meter:
         return self._seconds[phase] / units if units else 0.0
 
 
-def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *, passes_after: float = 0.0) -> float:
+def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *, whole_passes: float = 0.0) -> float:
     """Estimate the seconds that `stream.walk.compress` will take, from a trial on the first segment.
 
     The trial passes two batches through the segment, learning included, and stores nothing.
@@ -96,8 +96,8 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *,
     ----------
     finished : int
         Number of finished blocks, which are only replayed.
-    passes_after : float
-        Passes over all samples and the whole model that follow, each as long as a pass without gradients.
+    whole_passes : float
+        Passes over all samples and the whole model beside that, each as long as a pass without gradients.
     """
     batch, budgets = plan.batch, plan.budgets
     few = tokens[: _BATCHES * batch]
@@ -118,7 +118,7 @@ def seconds(decoder: Decoder, tokens: Tensor, plan: PrunePlan, finished: int, *,
     first_seconds = meter.extrapolate(time.perf_counter() - began, factor)
     sizes = [sum(windows.sizes([segment])) for segment in plan.segments]
     left = sum(size for size, segment in zip(sizes, plan.segments, strict=True) if segment.blocks.stop > finished)
-    whole = passes_after * (embedding + len(decoder) * meter.replay_seconds(factor))
+    whole = whole_passes * (embedding + len(decoder) * meter.replay_seconds(factor))
     return embedding + first_seconds * left / sizes[0] + finished * meter.replay_seconds(factor) + whole
 
 

@@ -228,6 +228,34 @@ def prune_demand(
     return Demand(phases=phases, hidden=hidden, beside=round(2 * shape.loaded * shape.source))
 
 
+def effects_demand(shape: Shape, *, blocks: int, tokens: int, passing: int, seqlen: int, head: int) -> Demand:
+    """Return the memory demand of measuring the effect of every block, see `besa_cli.stream.effects`.
+
+    Parameters
+    ----------
+    shape : Shape
+    blocks : int
+        Blocks of the model, the inputs of all of which are kept.
+    tokens, passing : int
+        Tokens of the measured samples, and in a pass without gradients.
+    seqlen : int
+        Tokens of one sample, which pass with gradients.
+    head : int
+        Bytes of the head if it is not loaded yet.
+    """
+    compute = shape.dtype.itemsize
+    block = round(shape.loaded * (compute + shape.source))
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    ranks = sum(rows * cols * (2 if cols < _SHORT else 4) for rows, cols in _pairs(shape))
+    pruning = ranks + shape.weights * compute + _SCRATCH * shape.largest + passing * widths * compute
+    learning = round(seqlen * widths * _KEPT * compute) + attention.KEPT
+    phases = {
+        "budget": max(block + max(pruning, learning) - shape.embedding, 0),
+        "head": head + min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 3 * 4),
+    }
+    return Demand(phases=phases, hidden=(blocks + 3) * tokens * shape.hidden * compute)
+
+
 def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqlen: int, resident: bool) -> Demand:
     """Return the memory demand of the passes in which the whole model learns its rates.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -166,6 +167,21 @@ def sizes(segments: Sequence[Segment]) -> Iterator[int]:
     for segment in segments:
         for window in segment.windows:
             yield sum(linear.weight.numel() for linear in window.linears.values())
+
+
+def budgets(segments: Sequence[Segment], pruned: Sequence[int]) -> list[int]:
+    """Return the weights that each window prunes, for those of each block: a window of several prunes their sum.
+
+    Several windows of a block share its number by size.
+    """
+    counts = []
+    for segment in segments:
+        left, within = sum(pruned[index] for index in segment.blocks), list(sizes([segment]))
+        for number, size in enumerate(within):
+            share = round(Fraction(left * size, sum(within[number:])))
+            counts.append(share)
+            left -= share
+    return counts
 
 
 def _halves(decoder: Decoder, index: int) -> Segment:

@@ -128,6 +128,16 @@ def test_a_stage_is_shown_with_its_command_and_every_linear(besa: Besa, source: 
     assert lines[8] == "54 were pruned (50.00 %)"
 
 
+def test_measured_budgets_are_shown_by_the_lowest_and_the_highest_block(besa: Besa, source: Path) -> None:
+    directory = stage(Path("besa-run"), source)
+    made = Stage(directory, 2)
+    effects = [[0.1, 0.2], [0.1, 0.2]]
+    made.record_budgets({"pruned": [27, 13], "weights": [54, 54], "sparsities": [0.4, 0.6], "effects": effects})
+    lines = besa("show", directory).out.splitlines()
+    assert lines[2] == "  budget of the blocks: 24.1 % (block 1) to 50.0 % (block 0)"
+    assert json.loads(besa("show", directory, "--json").out)["manifest"]["block_budgets"]["pruned"] == [27, 13]
+
+
 def test_json_holds_every_linear_with_zeros_and_pruned(besa: Besa, source: Path) -> None:
     facts = json.loads(besa("show", stage(Path("besa-run"), source), "--json").out)
     assert facts["kind"] == "stage"

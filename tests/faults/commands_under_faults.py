@@ -203,6 +203,7 @@ class Workshop:
             ),
             self._prune("besa", "--samples", "8", name="prune besa, held out"),
             self._prune("sparsegpt", "--nm", "2:4"),
+            self._prune("wanda", "--budget", "model", name="prune --budget model"),
             self._prune("wanda", "--global-epochs", "2", name="prune --global-epochs"),
             self._prune(
                 "wanda", "--restart", name="prune --restart", base=self._pruned, pinned="pruned.next/besa.json"

@@ -118,6 +118,20 @@ def test_what_must_be_there_is_counted_in_every_phase(request_: Any) -> None:
     assert found.peak(overlapping=True) - found.peak() >= 2 * source.nbytes
 
 
+def test_measuring_holds_the_inputs_of_all_blocks_and_what_a_pass_needs() -> None:
+    found = memory_model.effects_demand(SHAPE, blocks=9, tokens=70, passing=7, seqlen=7, head=11)
+    assert found.hidden == 9 * torch.empty(70, 20).nbytes + 3 * torch.empty(70, 20).nbytes
+    block, source, ranks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).short()
+    pruned, logits = torch.empty(1_000), torch.empty(7, SHAPE.vocabulary)
+    assert found.phases["budget"] > block.nbytes + source.nbytes + ranks.nbytes + pruned.nbytes
+    assert found.phases["head"] > 11 + 3 * logits.nbytes
+    wanda = prune.request(method="wanda", options={}).method.options.memory_use()
+    pruning = memory_model.prune_demand(SHAPE, wanda, tokens=70, passing=7)
+    joined = memory_model.larger(found, pruning)
+    assert joined.phases == {**found.phases, **pruning.phases}
+    assert joined.hidden == found.hidden > pruning.hidden
+
+
 @pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (2, 2), (3, 1), (9, 1)])
 def test_activations_are_kept_for_two_blocks_at_most(blocks: int, kept: int) -> None:
     held = prune.request(options={"batch_size": 3}).method.options.memory_use()

@@ -73,6 +73,19 @@ def test_two_ranks_give_the_very_tensors_of_one_process(method: str, words: list
     assert [line["ranks"] for line in timed] == [2] * BLOCKS
 
 
+def test_the_main_rank_measures_the_budgets_of_all_blocks_for_the_others(words: list[object], workplace: Path) -> None:
+    made = []
+    for size, run in ((1, "one"), (2, "two")):
+        prune(workplace, size, *words, "--method", "wanda", "--budget", "model", "--run", run)
+        made.append(json.loads((workplace / run / "pruned" / "besa.json").read_text()))
+    one, two = (manifest["block_budgets"] for manifest in made)
+    assert made[0]["counts"] == made[1]["counts"]
+    for own, other in zip(one["effects"], two["effects"], strict=True):  # threads may sum in another order
+        assert other == pytest.approx(own, rel=1e-3)
+    assert two["pruned"] == pytest.approx(one["pruned"], rel=0.02)
+    assert different(shards(workplace / "one"), shards(workplace / "two")) < 0.02
+
+
 @pytest.mark.parametrize(
     "asked",
     [
