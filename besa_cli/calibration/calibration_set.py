@@ -89,12 +89,15 @@ class CalibrationSet:
         Token ids.
     manifest : dict
         JSON data: options, sources with their digests, sampling method, digests of tokenizer and tokens, versions.
+    held_out : Tensor of shape (windows, seqlen), int64, optional
+        Token ids of windows from other text, on which results are checked; None if there are none.
     directory : Path, optional
         Directory in which the set is stored.
     """
 
     tokens: Tensor
     manifest: manifests.CalibrationManifest
+    held_out: Tensor | None = None
     directory: Path | None = None
 
     @property
@@ -149,16 +152,21 @@ def build(
                 "--pack cannot be combined with token rows", "leave --pack out: the rows are the samples already"
             )
         sizes = {"samples": options.samples, "seqlen": options.seqlen, "vocab_size": vocab_size}
-        from_files = token_rows.read_rows(row_files, **sizes, notify=notify)
-        tokens = _tensor(from_files.rows, vocab_size)
+        from_files = token_rows.read_rows(row_files, **sizes, held_out=sampling.HELD_OUT, notify=notify)
+        tokens, others = _tensor(from_files.rows, vocab_size), from_files.held_out
         sources = cast("list[manifests.SourceRecord]", list(from_files.sources))
         origin: manifests.CalibrationOrigin = {"sources": sources, "sampling": "token rows"}
     else:
         hub = hub or hub_files.from_environment()
         opened = [corpora.open_source(name, data_dir=data_dir, hub=hub, notify=notify) for name in options.data]
-        rows, origin = _sample(options, tokenizer, opened, notify)
-        tokens = _tensor(rows, vocab_size)
-    return CalibrationSet(tokens=tokens, manifest=_manifest(options, origin, tokens, tokenizer_digest))
+        drawn, origin = _sample(options, tokenizer, opened, notify)
+        tokens = _tensor(drawn.tokens, vocab_size)
+        others = drawn.held_out
+    held_out = _tensor(others, vocab_size) if others else None
+    if held_out is not None:
+        origin["held_out_digest"] = tokens_digest(held_out)
+    manifest = _manifest(options, origin, tokens, tokenizer_digest)
+    return CalibrationSet(tokens=tokens, manifest=manifest, held_out=held_out)
 
 
 def _check_length(seqlen: int, max_length: int | None) -> None:
@@ -195,7 +203,7 @@ def tokens_digest(tokens: Tensor) -> str:
 
 def _sample(
     options: CalibrationOptions, tokenizer: SampleTokenizer, opened: Sequence[corpora.Corpus], notify: Notify
-) -> tuple[Sequence[Sequence[int]], manifests.CalibrationOrigin]:
+) -> tuple[sampling.Windows, manifests.CalibrationOrigin]:
     """Sample the windows; returns them with the manifest's entries on sources and sampling."""
     encode = tokenizing.Encoder(tokenizer)
     with_bundled = any(corpus.source == "bundled" for corpus in opened)
@@ -204,16 +212,16 @@ def _sample(
         if corpus.note:
             notify(corpus.note + (", packed to full windows" if packed else ""))
     pool = sampling.Joined([corpus.documents for corpus in opened])
-    sizes = {"samples": options.samples, "seqlen": options.seqlen}
+    sizes = {"samples": options.samples, "seqlen": options.seqlen, "held_out": sampling.HELD_OUT}
     if not packed:
         drawn = sampling.draw(pool, encode, seed=options.seed, **sizes)
         sources = [_source(corpus) for corpus in opened]
-        return drawn.tokens, {"sources": sources, "sampling": "documents", "documents": drawn.documents}
+        return drawn, {"sources": sources, "sampling": "documents", "documents": drawn.documents}
     books: list[corpora.Corpus] = []
     texts = chain(sampling.shuffled(pool, options.seed), _books(opened, books) if with_bundled else ())
     separator = tokenizer.eos_token_id
     packed_windows = sampling.pack(texts, encode, separator=separator, **sizes)
-    return packed_windows.tokens, {
+    return packed_windows, {
         "sources": [_source(corpus) for corpus in (*opened, *books)],
         "sampling": "packed",
         "documents": packed_windows.documents,
@@ -286,6 +294,8 @@ def save(calibration_set: CalibrationSet, directory: Path) -> None:
     final = directory.resolve() if directory.is_symlink() else directory
     target = _next(final)
     tensors = {"tokens": calibration_set.tokens.to(torch.int64)}
+    if calibration_set.held_out is not None:
+        tensors["held_out"] = calibration_set.held_out.to(torch.int64)
     try:
         _clear(target)
         publish(target / _TOKENS, lambda path: save_tensors(path, tensors))
@@ -332,11 +342,13 @@ def load(directory: Path) -> CalibrationSet:
         manifest = manifests.read(directory)
         if manifest["stage"] != "calibration":
             raise BesaError(f"{directory} does not hold a calibration set but '{manifest['stage']}'")
-        tokens = weights.read_file(directory / _TOKENS).get("tokens", torch.empty(0))
+        stored = weights.read_file(directory / _TOKENS)
     except BesaError as error:
         raise BesaError(error.message, remedy) from error
+    tokens, held_out = stored.get("tokens", torch.empty(0)), stored.get("held_out")
     if list(tokens.shape) != [manifest.get("samples"), manifest.get("seqlen")] or tokens.dtype != torch.int64:
         raise BesaError(f"{directory / _TOKENS} does not have the shape that {MANIFEST} states", remedy)
-    if tokens_digest(tokens) != manifest.get("tokens_digest"):
+    held_digest = None if held_out is None else tokens_digest(held_out)
+    if tokens_digest(tokens) != manifest.get("tokens_digest") or held_digest != manifest.get("held_out_digest"):
         raise BesaError(f"{directory / _TOKENS} was changed: its digest is not the one in {MANIFEST}", remedy)
-    return CalibrationSet(tokens=tokens, manifest=manifest, directory=directory)
+    return CalibrationSet(tokens=tokens, manifest=manifest, held_out=held_out, directory=directory)

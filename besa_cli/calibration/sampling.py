@@ -8,7 +8,7 @@ import random
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Protocol
@@ -17,6 +17,8 @@ from besa_cli.errors import BesaError
 from besa_cli.text.spool import Numbers, Text
 
 Encode = Callable[[Text], Iterable[int]]
+HELD_OUT = 4  # windows of a calibration set beside its samples, on which results are checked
+_ATTEMPTS = 100  # draws of one of them, from documents that no sample is from
 _UNCHECKED = 1024  # windows to draw before the whole pool is checked to hold enough of them
 
 
@@ -57,13 +59,16 @@ class Windows:
         `samples` windows of `seqlen` token ids each.
     documents : int
         Number of documents with at least one token in a window.
+    held_out : sequence of array("q")
+        Windows of `seqlen` token ids beside these, of other text; fewer than wanted if the text is short.
     """
 
     tokens: Sequence["array[int]"]
     documents: int
+    held_out: Sequence["array[int]"] = ()
 
 
-def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, seed: int) -> Windows:
+def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, seed: int, held_out: int = 0) -> Windows:
     """Draw each window from a random document that is longer than `seqlen` tokens, at a random start.
 
     The draws are exactly those of the authors' program: `randint` for the document until one is longer than `seqlen`,
@@ -81,6 +86,8 @@ def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, see
         Number of windows, and tokens per window.
     seed : int
         Seed of `random.Random`.
+    held_out : int
+        Windows to draw after these, from documents that no other window is from; fewer if none are found.
 
     Raises
     ------
@@ -95,12 +102,25 @@ def draw(documents: Documents, encode: Encode, *, samples: int, seqlen: int, see
         index = pool.long_document(generator)
         if index is None or (number == _UNCHECKED and not pool.holds(samples)):
             raise pool.too_few(samples)
-        start = generator.randint(0, pool.length(index) - seqlen - 1)
-        windows.append(pool.window(index, start))
+        windows.append(pool.window(index, pool.start(index, generator)))
         drawn.add(index)
     if not pool.holds(samples):
         raise pool.too_few(samples)
-    return Windows(tokens=windows, documents=len(drawn))
+    return Windows(tokens=windows, documents=len(drawn), held_out=_other(pool, generator, drawn, held_out))
+
+
+def _other(pool: "_Pool", generator: random.Random, drawn: Collection[int], count: int) -> list["array[int]"]:
+    """Draw windows, after all samples, from documents that no sample and no other of these windows is from."""
+    windows: list[array[int]] = []
+    used = set(drawn)
+    for _ in range(_ATTEMPTS):
+        index = pool.long_document(generator) if len(windows) < count else None
+        if index is None:
+            break
+        if index not in used:
+            used.add(index)
+            windows.append(pool.window(index, pool.start(index, generator)))
+    return windows
 
 
 class _Pool:
@@ -114,9 +134,9 @@ class _Pool:
         self._numbers = Numbers()
         self._long: dict[int, range] = {}  # document → positions of its tokens in `_numbers`, for long documents
 
-    def length(self, index: int) -> int:
-        """Return the number of tokens of a document that was tokenized."""
-        return self._lengths[index]
+    def start(self, index: int, generator: random.Random) -> int:
+        """Draw the place where a window of a long document begins."""
+        return generator.randint(0, self._lengths[index] - self._seqlen - 1)
 
     def window(self, index: int, start: int) -> "array[int]":
         """Return the window of a long document that begins at `start`."""
@@ -173,8 +193,16 @@ def shuffled(documents: Documents, seed: int) -> Iterator[Text]:
     return (documents[index] for index in order)
 
 
-def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int, separator: int | None) -> Windows:
-    """Join documents in order and cut the tokens into consecutive full windows; return the first `samples`.
+def pack(
+    documents: Iterable[Text],
+    encode: Encode,
+    *,
+    samples: int,
+    seqlen: int,
+    separator: int | None,
+    held_out: int = 0,
+) -> Windows:
+    """Join documents in order and cut the tokens into consecutive full windows: the samples, and some held out.
 
     Parameters
     ----------
@@ -186,6 +214,8 @@ def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int
         Number of windows, and tokens per window.
     separator : int or None
         The token between two documents (the tokenizer's EOS); not added if the tokenizer already appends it.
+    held_out : int
+        Windows to cut after these; fewer if the text ends.
 
     Raises
     ------
@@ -193,14 +223,14 @@ def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int
         All documents together have fewer than samples · seqlen tokens.
     """
     stream: array[int] = array("q")
-    needed = samples * seqlen
+    needed, wanted = samples * seqlen, (samples + held_out) * seqlen
     count = 0
-    for text in documents:
-        if separator is not None and count and stream and stream[-1] != separator:
+    for number, text in enumerate(documents):
+        if separator is not None and number and stream and stream[-1] != separator:
             stream.append(separator)
-        stream.extend(islice(encode(text), min(max(needed - len(stream), 0), sys.maxsize)))
-        count += 1
-        if len(stream) >= needed:
+        count += len(stream) < needed
+        stream.extend(islice(encode(text), min(max(wanted - len(stream), 0), sys.maxsize)))
+        if len(stream) >= wanted:
             break
     if len(stream) < needed:
         raise BesaError(
@@ -208,4 +238,5 @@ def pack(documents: Iterable[Text], encode: Encode, *, samples: int, seqlen: int
             f"of --seqlen {seqlen}, fewer than --samples {samples}",
             "give a smaller --seqlen or --samples, or more text with --data",
         )
-    return Windows(tokens=[stream[start : start + seqlen] for start in range(0, needed, seqlen)], documents=count)
+    windows = [stream[start : start + seqlen] for start in range(0, len(stream) - seqlen + 1, seqlen)]
+    return Windows(tokens=windows[:samples], documents=count, held_out=windows[samples:])

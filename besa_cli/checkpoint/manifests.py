@@ -227,6 +227,7 @@ class CalibrationOrigin(TypedDict):
     sampling: str
     documents: NotRequired[int]
     separator: NotRequired[int | None]
+    held_out_digest: NotRequired[Digest]
     command: NotRequired[str]
     model: NotRequired[CalibratedModel]
 
@@ -243,6 +244,7 @@ class CalibrationManifest(TypedDict):
     sampling: str
     tokenizer_digest: Digest
     tokens_digest: Digest
+    held_out_digest: NotRequired[Digest]
     samples: Positive
     seqlen: Positive
     seed: Count

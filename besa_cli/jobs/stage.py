@@ -29,7 +29,6 @@ from besa_cli.stream import forecast, global_rates, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
-from besa_cli.stream.held_out import samples_held_out
 from besa_cli.system import compute, disk
 from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
@@ -100,8 +99,7 @@ class StageJob:
         began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._world, self._notify = world or Ranks(), notify
-        samples = len(calibration.tokens)
-        ranks.require_samples(samples - request.method.options.held_out(samples), self._world)
+        ranks.require_samples(len(calibration.tokens), self._world)
         self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
         for place in (self._final, next_stage):
             preflight.refuse_foreign(place, model.directory)
@@ -143,7 +141,8 @@ class StageJob:
         """Check model and machine, and plan memory and disk; `extremes` are those of each tensor of the model."""
         settings = self.manifest["compute"]
         torch.set_num_threads(ranks.threads(settings, self._world))
-        worker = StageWorker(self.model.directory, self.request, settings, self.calibration.tokens, self._world)
+        tokens, held_out = self.calibration.tokens, self.calibration.held_out
+        worker = StageWorker(self.model.directory, self.request, settings, tokens, self._world, held_out=held_out)
         self._stage = Stage(self._directory, len(worker.decoder))
         self._channels = self._channel_sensitivity(worker)
         worker.decoder.weights.refuse_change(self._source)
@@ -408,7 +407,7 @@ class StageJob:
         if state is None:
             return {}
         divergence, kept = global_rates.result(state)
-        held_out = samples_held_out(len(self.calibration.tokens))
+        held_out = 0 if self.calibration.held_out is None else len(self.calibration.held_out)
         added: AddedFields = {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
         checked = manifests.read_stage(self._directory).get("held_out")
         if checked and kept:  # the same samples

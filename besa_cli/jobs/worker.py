@@ -37,18 +37,27 @@ class StageWorker:
     tokens : Tensor of shape (samples, seqlen)
         Token ids of all ranks' samples.
     world : Ranks
+    held_out : Tensor of shape (windows, seqlen), optional
+        Token ids on which the result is checked; of the main rank alone.
     """
 
-    def __init__(self, directory: Path, request: StageRequest, settings: Compute, tokens: Tensor, world: Ranks) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        request: StageRequest,
+        settings: Compute,
+        tokens: Tensor,
+        world: Ranks,
+        *,
+        held_out: Tensor | None = None,
+    ) -> None:
         self._request, self._world = request, world
         self._samples, self._seqlen = tokens.shape
-        observed = self._samples - request.method.options.held_out(self._samples) if request.uses_calibration else 0
-        self._all_tokens = tokens
-        self._tokens = tokens[:observed]
-        self._held_out = tokens[observed:] if request.uses_calibration and observed < self._samples else None
-        self._measured = self._tokens[
-            : effects.measured_samples(observed, self._seqlen) if request.measures_blocks else 0
-        ]
+        self._all_tokens, self._all_held_out = tokens, held_out
+        self._tokens = tokens if request.uses_calibration else tokens[:0]
+        self._held_out = held_out if request.method.options.has_uniform_rival() else None
+        measured = effects.measured_samples(*self._tokens.shape) if request.measures_blocks else 0
+        self._measured = self._tokens[:measured]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
@@ -145,7 +154,14 @@ class StageWorker:
             epochs=options.epochs, rate=options.rate, batch=batch, seed=self._request.seed, resident=self.resident
         )
         return GlobalRates(
-            self.decoder, start, self._all_tokens, plan, state=state, activations=activations, on_step=on_step
+            self.decoder,
+            start,
+            self._all_tokens,
+            plan,
+            held_out=self._all_held_out,
+            state=state,
+            activations=activations,
+            on_step=on_step,
         )
 
     @property

@@ -25,7 +25,6 @@ from besa_cli.stream import descent
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, Blocks
 from besa_cli.stream.block import OnStep
-from besa_cli.stream.held_out import samples_held_out
 from besa_cli.stream.memory_model import HEAD_TOKENS
 from besa_cli.stream.outcome import linear_report
 from besa_cli.stream.propagation import advance, batches, embed
@@ -128,6 +127,8 @@ class GlobalRates:
     tokens : Tensor of shape (samples, seqlen)
     plan : GlobalPlan
     state : StateFile
+    held_out : Tensor of shape (windows, seqlen), optional
+        Token ids that are not learned from, on which the passes are compared; else the first sample serves.
     activations : ActivationStore, optional
         Storage of hidden states and ranks; in memory by default.
     on_step : function, optional
@@ -141,14 +142,16 @@ class GlobalRates:
         plan: GlobalPlan,
         *,
         state: StateFile,
+        held_out: Tensor | None = None,
         activations: ActivationStore | None = None,
         on_step: OnStep = lambda done, total, phase: None,
     ) -> None:
         self._decoder, self._start, self._tokens, self._plan = decoder, start, tokens, plan
         self._file, self._activations, self._on_step = state, activations or ActivationStore(), on_step
-        held = samples_held_out(len(tokens))
-        self._learned = torch.arange(len(tokens) - held)
-        self._held = torch.arange(len(tokens) - held, len(tokens))
+        self._learned = torch.arange(len(tokens))
+        if held_out is not None:
+            self._tokens = torch.cat([tokens, held_out])
+        self._held = torch.arange(len(tokens), len(self._tokens))
 
     @property
     def steps(self) -> int:

@@ -1,10 +1,9 @@
 """Check on held-out samples: is the pruned model nearer to the dense one than the same model with uniform masks?
 
-The last few calibration samples are held out: no step learns from them, no statistic counts them, and no masks are
-compared on them. They only pass through three streams: the dense model, the pruned model as it is stored, and the model
-with the uniform masks of the same scores. At the end, each of the two is compared with the dense model through the
-head. The samples are taken from the calibration set, and not drawn beside it, so that every set serves, also one of
-token rows or of another run, and so that the set alone decides the result.
+A calibration set has a few samples beside those that are learned from, drawn after them from other text: no step learns
+from them, no statistic counts them, and no masks are compared on them. They only pass through three streams: the dense
+model, the pruned model as it is stored, and the model with the uniform masks of the same scores. At the end, each of
+the two is compared with the dense model through the head. Sets of token rows, and those of older versions, have none.
 """
 
 import math
@@ -23,12 +22,6 @@ from besa_cli.stream.propagation import advance, batches, embed
 Stream = Literal["dense", "pruned", "uniform"]
 
 STREAMS: tuple[Stream, ...] = ("dense", "pruned", "uniform")
-_MOST, _OF = 4, 8  # at most so many samples are held out, and at most one of so many
-
-
-def samples_held_out(samples: int) -> int:
-    """Return how many of the calibration samples, the last ones, are held out; none of fewer than 8."""
-    return min(_MOST, samples // _OF)
 
 
 class HeldOutCheck:

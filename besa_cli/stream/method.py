@@ -61,12 +61,12 @@ class MethodOptions(ABC):
         """Return the grid that the method itself puts weights on, if any."""
         return None
 
-    def held_out(self, samples: int) -> int:
-        """Return how many of the calibration samples, the last ones, only serve to check the result.
+    def has_uniform_rival(self) -> bool:
+        """Return True if the method gives uniform masks with each decision, with which its result is compared.
 
-        A method that holds out some gives the uniform masks with each decision; see `besa_cli.stream.held_out`.
+        See `besa_cli.stream.held_out`.
         """
-        return 0
+        return False
 
     def sparsity_range(self) -> tuple[float, float]:
         """Return the lowest and the highest sparsity that the method can reach with these options."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from besa_cli.errors import BesaError
-from besa_cli.system.disk import JsonObject, sha256_file
+from besa_cli.system.disk import Json, JsonObject, sha256_file
 from besa_cli.system.notes import Notify
 from besa_cli.text import documents, row_files
 
@@ -29,6 +29,7 @@ class TokenRows:
     """
 
     rows: Sequence["array[int]"]
+    held_out: Sequence["array[int]"]
     sources: Sequence[JsonObject]
 
 
@@ -40,8 +41,10 @@ def holds_rows(path: Path) -> bool:
     return first is not None and _FIELD in first[1]
 
 
-def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Notify) -> TokenRows:
-    """Read the first `samples` rows of the files in order, each cut to its first `seqlen` ids.
+def read_rows(
+    paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: int, notify: Notify, held_out: int = 0
+) -> TokenRows:
+    """Read the first `samples` rows of the files in order, each cut to its first `seqlen` ids, and some held out.
 
     If a row has an ``attention_mask``, the ids that it masks at the ends of the row are removed as padding.
 
@@ -53,6 +56,8 @@ def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: i
         Number of rows, and of ids in each.
     vocab_size : int
         Upper bound (exclusive) of all ids.
+    held_out : int
+        Rows to take after these from the file of the last one; fewer where it ends or a row is not valid.
     notify : callable
         Called with a one-line note if padding is removed.
 
@@ -63,19 +68,23 @@ def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: i
         has an id outside the vocabulary (the line is named), or there are fewer than `samples` rows.
     """
     rows: list[array[int]] = []
+    others: list[array[int]] = []
     sources = []
     for path in paths:
         first_row, padded = len(rows), 0
         for number, value in row_files.json_lines(path):
-            if len(rows) == samples:
-                break
             place = f"{path}, line {number}"
-            ids = _unpadded(_ids(value.get(_FIELD), place), value.get(_MASK), place)
-            was_padded = len(ids) < len(value[_FIELD])
+            if len(rows) == samples:
+                if len(others) == held_out:
+                    break
+                try:
+                    others.append(_taken(value, place, seqlen, vocab_size)[0])
+                except BesaError:  # nobody asked for this row
+                    break
+                continue
+            row, was_padded = _taken(value, place, seqlen, vocab_size)
             padded += was_padded
-            if len(ids) < seqlen:
-                raise _short(place, f"{len(ids)} token ids{' without the padding' if was_padded else ''}", seqlen)
-            rows.append(_row(ids[:seqlen], vocab_size, place))
+            rows.append(row)
         taken = len(rows) - first_row
         name = documents.printable(path.name)
         source = {"asked": name, "source": "file", "file": name, "sha256": sha256_file(path), "rows": taken}
@@ -88,7 +97,16 @@ def read_rows(paths: Sequence[Path], *, samples: int, seqlen: int, vocab_size: i
             f"{', '.join(map(str, paths))}: {len(rows)} rows of token ids, fewer than --samples {samples}",
             f"give --samples {len(rows)} or less, or more rows" if rows else "give files with token rows",
         )
-    return TokenRows(rows=rows, sources=sources)
+    return TokenRows(rows=rows, held_out=others, sources=sources)
+
+
+def _taken(value: Json, place: str, seqlen: int, vocab_size: int) -> tuple["array[int]", bool]:
+    """Return the first `seqlen` ids of a row without its padding, and whether it has some."""
+    ids = _unpadded(_ids(value.get(_FIELD), place), value.get(_MASK), place)
+    padded = len(ids) < len(value[_FIELD])
+    if len(ids) < seqlen:
+        raise _short(place, f"{len(ids)} token ids{' without the padding' if padded else ''}", seqlen)
+    return _row(ids[:seqlen], vocab_size, place), padded
 
 
 def _ids(value: object, place: str) -> list[int]:

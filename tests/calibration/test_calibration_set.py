@@ -241,11 +241,14 @@ def test_the_stand_in_for_c4_is_packed_and_the_manifest_tells() -> None:
 def test_books_follow_only_when_the_sample_is_used_up() -> None:
     documents = corpora.bundled("bundled").documents
     tokens = sum(len(joined(text).encode()) for text in documents) + len(documents) - 1  # bytes and the ends between
-    within = build("bundled", samples=tokens // 4096, seqlen=4096)
+    whole = tokens // 4096 - sampling.HELD_OUT
+    within = build("bundled", samples=whole, seqlen=4096)
     assert [source["file"] for source in within.manifest["sources"]] == [corpora.C4_SAMPLE]
-    beyond = build("bundled", samples=tokens // 4096 + 1, seqlen=4096)
+    beyond = build("bundled", samples=whole + 1, seqlen=4096)
     assert [source["file"] for source in beyond.manifest["sources"]] == [corpora.C4_SAMPLE, corpora.BOOKS[0]]
-    assert torch.equal(beyond.tokens[: tokens // 4096], within.tokens)
+    assert torch.equal(beyond.tokens[:whole], within.tokens)
+    assert within.held_out is not None
+    assert torch.equal(beyond.tokens[whole], within.held_out[0])
     with pytest.raises(BesaError, match="too little text: 1005 documents"):
         build("bundled", samples=10**5, seqlen=4096)
 

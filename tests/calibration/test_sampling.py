@@ -50,6 +50,22 @@ def test_a_drawn_window_is_a_slice_of_a_document_longer_than_it(
     assert sampling.draw(texts, encode, samples=samples, seqlen=seqlen, seed=seed) == windows
 
 
+@given(texts=documents, held_out=st.integers(1, 5), **sizes)
+def test_held_out_windows_come_from_other_documents_and_change_no_sample(
+    texts: list[str], held_out: int, samples: int, seqlen: int, seed: int
+) -> None:
+    if disjoint_windows(texts, seqlen) < samples:
+        return
+    asked = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    windows = sampling.draw(texts, encode, **asked, held_out=held_out)
+    assert windows.tokens == sampling.draw(texts, encode, **asked).tokens
+    assert windows.documents == sampling.draw(texts, encode, **asked).documents
+    others = [text for text in texts if len(encode(text)) > seqlen]
+    assert len(windows.held_out) <= min(held_out, len(others) - windows.documents)
+    for window in windows.held_out:
+        assert len(window) == seqlen
+
+
 def authors_draw(texts: list[str], samples: int, seqlen: int, seed: int) -> list[list[int]]:
     """The loop of the authors' released program, written down plainly: an oracle for the very rows."""
     generator = random.Random(seed)
@@ -121,6 +137,13 @@ def test_packed_windows_are_the_joined_stream(texts: list[str], separator: int |
         assert windows.documents <= len(texts)
     with pytest.raises(BesaError, match=f"too little text.* fill {samples} windows"):
         sampling.pack(texts, encode, samples=samples + 1, seqlen=seqlen, separator=separator)
+
+
+def test_held_out_windows_follow_the_packed_ones() -> None:
+    windows = sampling.pack(["abcdefgh", "ijkl"], encode, samples=1, seqlen=4, separator=None, held_out=4)
+    assert [decode(window) for window in windows.tokens] == ["abcd"]
+    assert [decode(window) for window in windows.held_out] == ["efgh", "ijkl"]
+    assert windows.documents == 1
 
 
 def test_packing_reads_only_as_many_documents_as_it_needs() -> None:

@@ -27,7 +27,7 @@ from besa_cli.system import compute, disk
 Besa = Callable[..., Any]  # conftest.Outcome
 
 BLOCKS = 3
-ROWS = tiny_models.tokens(20, 12)  # 2 of them are held out
+ROWS = tiny_models.tokens(20, 12)  # the last two are held out
 BESA = tiny_models.request("besa")
 
 
@@ -40,7 +40,8 @@ def job(
     run: Path, model: Path, request: StageRequest = BESA, rows: Tensor = ROWS, notes: list[str] | None = None
 ) -> StageJob:
     noted = [] if notes is None else notes
-    return StageJob(Run(run), tiny_models.local(model), tiny_models.calibration_set(rows), request, notify=noted.append)
+    calibration = tiny_models.calibration_set(rows[:-2], rows[-2:])
+    return StageJob(Run(run), tiny_models.local(model), calibration, request, notify=noted.append)
 
 
 def pruned(run: Path, model: Path, request: StageRequest = BESA, rows: Tensor = ROWS) -> StageManifest:
@@ -100,14 +101,7 @@ def test_nothing_is_learned_from_held_out_samples(model: Path, tmp_path: Path) -
     first, second = (pruned(tmp_path / name, model, rows=rows) for name, rows in (("a", ROWS), ("b", other)))
     assert first["digest"] == second["digest"]
     assert first["held_out"] != second["held_out"]
-    fewer = pruned(tmp_path / "c", model, rows=ROWS[:-3])
-    assert fewer["held_out"]["samples"] == 2
-    assert fewer["digest"] != first["digest"]
-
-
-@pytest.mark.parametrize(("samples", "held_out"), [(7, 0), (8, 1), (15, 1), (16, 2), (32, 4), (99, 4)])
-def test_few_of_many_samples_are_held_out(samples: int, held_out: int) -> None:
-    assert BESA.method.options.held_out(samples) == held_out
+    assert pruned(tmp_path / "c", model, rows=ROWS[1:])["digest"] != first["digest"]
 
 
 @pytest.mark.parametrize(
@@ -120,13 +114,15 @@ def test_few_of_many_samples_are_held_out(samples: int, held_out: int) -> None:
     ids=["wanda", "grid", "authors"],
 )
 def test_without_a_rival_no_sample_is_held_out(request_: StageRequest, model: Path, tmp_path: Path) -> None:
-    assert request_.method.options.held_out(99) == 0
     assert "held_out" not in pruned(tmp_path, model, request_, ROWS[:8])
 
 
-def test_seven_samples_are_all_learned_from(model: Path, tmp_path: Path) -> None:
-    assert "held_out" not in pruned(tmp_path, model, rows=ROWS[:7])
-    assert not (tmp_path / "pruned" / stages.HELD_OUT).exists()
+def test_a_set_without_held_out_samples_is_not_checked(model: Path, tmp_path: Path) -> None:
+    calibration = tiny_models.calibration_set(ROWS[:-2])
+    made = StageJob(Run(tmp_path), tiny_models.local(model), calibration, BESA)
+    alone = tiny_models.run(made)
+    assert "held_out" not in alone
+    assert alone["digest"] == pruned(tmp_path / "checked", model)["digest"]
 
 
 def test_a_model_with_enough_zeros_is_as_good_as_uniform(model: Path, tmp_path: Path) -> None:
@@ -138,7 +134,7 @@ def test_a_model_with_enough_zeros_is_as_good_as_uniform(model: Path, tmp_path: 
 def words(model: Path, tmp_path: Path) -> list[str]:
     tiny_models.add_tokenizer(model)
     rows = tiny_models.rows_file(tmp_path / "rows.jsonl", ROWS)
-    drawn = ["--data", str(rows), "--samples", "20", "--seqlen", "12"]
+    drawn = ["--data", str(rows), "--samples", "18", "--seqlen", "12"]
     return ["prune", "--model", str(model), "--dtype", "float32", *drawn]
 
 

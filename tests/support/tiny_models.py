@@ -121,11 +121,11 @@ def rows_file(path: Path, rows: Tensor) -> Path:
     return path
 
 
-def calibration_set(rows: Tensor) -> CalibrationSet:
-    """A calibration set of these token rows."""
+def calibration_set(rows: Tensor, held_out: Tensor | None = None) -> CalibrationSet:
+    """A calibration set of these token rows, and of others that are held out."""
     drawn = {"data": ["rows.jsonl"], "samples": len(rows), "seqlen": rows.shape[1], "seed": 0, "pack": None}
     manifest: Any = {"options": drawn, "sources": [], "tokens_digest": tokens_digest(rows)}  # jobs read no more
-    return CalibrationSet(tokens=rows, manifest=manifest)
+    return CalibrationSet(tokens=rows, manifest=manifest, held_out=held_out)
 
 
 def local(directory: Path) -> Model:

@@ -10,7 +10,6 @@ from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
 from besa_cli.stream import windows
-from besa_cli.stream.held_out import samples_held_out
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
 
@@ -190,13 +189,13 @@ class BesaOptions(MethodOptions):
         return self.grid
 
     @override
-    def held_out(self, samples: int) -> int:
-        """Return how many samples are held out; none where there is no uniform rival.
+    def has_uniform_rival(self) -> bool:
+        """Return True unless uniform masks would be no fair rival.
 
         Grids are learned together with the masks, so that uniform masks on the same grids would be no fair rival; and
         the preset may prune another number of weights than uniform masks.
         """
-        return 0 if self.grid or not self.rules.meets_budget else samples_held_out(samples)
+        return self.grid is None and self.rules.meets_budget
 
     @override
     def sparsity_range(self) -> tuple[float, float]:
