@@ -56,7 +56,7 @@ class StageWorker:
         self._all_tokens, self._all_held_out = tokens, held_out
         self._tokens = tokens if request.uses_calibration else tokens[:0]
         self._held_out = held_out if request.method.options.has_uniform_rival() else None
-        measured = effects.measured_samples(*self._tokens.shape) if request.measures_blocks else 0
+        measured = effects.measured_samples(len(self._tokens), self._seqlen) if request.measures_blocks else 0
         self._measured = self._tokens[:measured]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
         self.decoder = Decoder(directory, device, dtype, quick=True)

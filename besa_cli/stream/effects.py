@@ -20,9 +20,6 @@ from besa_cli.system import compute
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # at which effects may be measured
 FARTHEST = 0.15  # distance of a block's sparsity from that of the whole model
-TRUST = (
-    0.5  # part of the way from the mean to the least sum of effects: blocks that are pruned together harm each other
-)
 HIGHEST = 0.95  # sparsity of a block, unless the whole model's is higher
 PASSES = 10  # through each block: forward, backward as three, norms, and each sparsity; for forecasts
 _TOKENS, _SAMPLES = 4096, 8  # tokens and samples to measure, at least
