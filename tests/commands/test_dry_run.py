@@ -65,22 +65,6 @@ def test_the_memory_that_is_said_is_that_of_the_model_of_memory(
     assert all(states <= more - fewer < 20 * states for fewer, more in pairwise(said))
 
 
-def test_measured_budgets_take_the_memory_and_the_time_of_the_measurement(
-    besa: Besa, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("resident", "peak_resident"):
-        monkeypatch.setattr(compute, name, lambda: 0)
-    monkeypatch.setattr(forecast, "seconds", lambda decoder, tokens, plan, finished, whole_passes: whole_passes)
-    said = []
-    for budget in ("uniform", "model"):
-        found = besa(*words, "--method", "wanda", "--budget", budget, "--dry-run", "--json")
-        assert found.code == 0, found.err
-        said.append(json.loads(found.out))
-    uniform, model = said
-    assert model["memory"] >= uniform["memory"] + (3 + 3 - 2) * 5 * 12 * tiny_models.HIDDEN * 4  # inputs of all blocks
-    assert model["seconds"] >= uniform["seconds"] + 8  # passes over all five samples
-
-
 def test_what_would_be_refused_is_refused(besa: Besa, words: list[str], workplace: Path) -> None:
     for more, code, line in (
         (["--max-memory", "100MB"], 2, "--max-memory 0.1GB is too little"),
@@ -195,3 +179,19 @@ def test_a_trial_is_scaled_by_what_depends_on_the_samples(monkeypatch: pytest.Mo
     many, _ = seconds(40)
     assert meter.extrapolate(few, 10) == pytest.approx(many)
     assert meter.replay_seconds(10) == 0
+
+
+def test_measured_budgets_take_the_memory_and_the_time_of_the_measurement(
+    besa: Besa, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("resident", "peak_resident"):
+        monkeypatch.setattr(compute, name, lambda: 0)
+    monkeypatch.setattr(forecast, "seconds", lambda decoder, tokens, plan, finished, whole_passes: whole_passes)
+    said = []
+    for budget in ("uniform", "model"):
+        found = besa(*words, "--method", "wanda", "--budget", budget, "--dry-run", "--json")
+        assert found.code == 0, found.err
+        said.append(json.loads(found.out))
+    uniform, model = said
+    assert model["memory"] >= uniform["memory"] + (3 + 3 - 2) * 5 * 12 * tiny_models.HIDDEN * 4  # inputs of all blocks
+    assert model["seconds"] >= uniform["seconds"] + 8  # passes over all five samples
