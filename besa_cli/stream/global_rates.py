@@ -73,9 +73,8 @@ class StateFile(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Linear:
-    """A linear: its place in the model, and its rows among the rows of all linears."""
+    """A linear of a block, and its rows among the rows of all linears."""
 
-    block: int
     name: str
     ranks: Tensor
     rows: slice
@@ -288,7 +287,7 @@ class GlobalRates:
                 stored = self._activations.empty(ranks.shape, ranks.dtype)
                 stored.copy_(ranks)
                 rows = slice(done, done + len(weight))
-                self._linears[index].append(_Linear(block=index, name=name, ranks=stored, rows=rows))
+                self._linears[index].append(_Linear(name=name, ranks=stored, rows=rows))
                 cols.append(torch.full((len(weight),), weight.shape[1], dtype=torch.int64))
                 zeros.append((weight == 0).sum(1))
                 pruned.append((~kept).sum(1))
@@ -365,7 +364,7 @@ class GlobalRates:
                 states = outputs[samples].to(self._decoder.device)
                 logits = self._decoder.finish(states, tokens[samples], positions)
                 total += float(measure(logits, samples, positions))
-        return self._finite(total / tokens.numel())
+        return max(self._finite(total / tokens.numel()), 0.0)  # rounding alone can make it negative
 
     @staticmethod
     def _finite(value: float) -> float:

@@ -3,7 +3,7 @@
 A calibration set has a few samples beside those that are learned from, drawn after them from other text: no step learns
 from them, no statistic counts them, and no masks are compared on them. They only pass through three streams: the dense
 model, the pruned model as it is stored, and the model with the uniform masks of the same scores. At the end, each of
-the two is compared with the dense model through the head. Sets of token rows, and those of older versions, have none.
+the two is compared with the dense model through the head. Sets of too little text, or of older versions, have none.
 """
 
 import math

@@ -12,6 +12,7 @@ from besa_cli.errors import BesaError, UsageError
 from besa_cli.jobs import prune
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.stage import StageJob
+from besa_cli.ops import losses
 from besa_cli.stream.block import OnStep
 
 BLOCKS = 3
@@ -76,6 +77,18 @@ def test_kept_weights_are_the_models_own_and_rows_differ(tmp_path: Path) -> None
         if (weight == 0).any():
             changed += len(set((weight == 0).sum(1).tolist())) > 2
     assert changed
+
+
+def test_where_nothing_is_pruned_the_divergence_is_not_negative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergence_of = losses.divergence
+    monkeypatch.setattr(losses, "divergence", lambda logits, target: divergence_of(logits, target) - 1e-6)
+    directory = tiny_models.checkpoint(tmp_path / "model", "llama", blocks=BLOCKS)
+    manifest = tiny_models.run(job(directory, tmp_path / "run", asked(sparsity=0.0, epochs=1), samples=4))
+    assert manifest["counts"]["pruned"] == 0
+    assert manifest["whole_model"]["divergence"] == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert min(manifest["whole_model"]["divergence"]) >= 0.0
 
 
 class Killed(Exception):
