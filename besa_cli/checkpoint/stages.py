@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from besa_cli.checkpoint import manifests, weights
+from besa_cli.checkpoint import manifests, sealed, weights
 from besa_cli.checkpoint.copying import copy_small_files, small_files
 from besa_cli.checkpoint.reports import BlockReport, LinearReport
 from besa_cli.errors import BesaError
@@ -178,8 +177,7 @@ class Stage:
         self._save(self.shard(report.index), tensors)
         self._verified.add(report.index)
         if state is not None:
-            digest = torch.frombuffer(bytearray.fromhex(weights.digest(state)), dtype=torch.uint8)
-            self._save(self.directory / HELD_OUT, {**state, "digest": digest})
+            sealed.write(self.directory / HELD_OUT, state)
 
     def read_state(self) -> dict[str, Tensor]:
         """Read the state of the check on held-out samples that was written last; empty if there is none.
@@ -190,16 +188,7 @@ class Stage:
             It differs from what was written.
         """
         path = self.directory / HELD_OUT
-        if not path.exists():
-            return {}
-        tensors = weights.read_file(path)
-        digest = tensors.pop("digest", None)
-        if digest is None or bytes(digest.tolist()).hex() != weights.digest(tensors):
-            raise BesaError(
-                f"{path} is damaged: it does not hold what was written",
-                f"delete {path}; the same command then computes all blocks again",
-            )
-        return tensors
+        return sealed.read(path, f"delete {path}; the same command then computes all blocks again")
 
     def write_held_out(self, figures: manifests.HeldOut) -> None:
         """Write the result of the check on held-out samples into the manifest."""

@@ -172,7 +172,7 @@ class GlobalRates:
         yield from (replace(report, resumed=True) for report in self._reports(state))
         if state.step < self.steps:
             yield from self._go_on(state)
-        _, self.kept_pass = result(state.tensors())
+        self.kept_pass = int(np.argmin(state.held))
         self._final = self._counts(state.best) if self.kept_pass else self._start_counts
 
     def _go_on(self, state: "_State") -> Iterator[PassReport]:
