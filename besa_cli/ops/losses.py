@@ -7,12 +7,15 @@ all samples: `total` turns a sum over one rank's tokens into the sum over all ra
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 _SMALL = 1e-20
+_VALUES = 1 << 20  # logits that a sweep over the positions looks at together: they stay in a processor's cache
+_VALUES_OFF_CPU = 1 << 26
 
 Total = Callable[[Tensor], Tensor]
 
@@ -77,6 +80,63 @@ def sparsity_penalty(sparsity: Float[Tensor, ""], target: float) -> Float[Tensor
 def divergence(
     logits: Float[Tensor, "*batch vocabulary"], target: Float[Tensor, "*batch vocabulary"]
 ) -> Float[Tensor, ""]:
-    """Compute Σ KL(softmax(target) ‖ softmax(logits)) over all positions, in nats and fp32; the target is constant."""
-    wanted = target.detach().float().log_softmax(-1)
-    return torch.nn.functional.kl_div(logits.float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+    """Compute Σ KL(softmax(target) ‖ softmax(logits)) over all positions, in nats and fp32; the target is constant.
+
+    The gradient at the logits, softmax(logits) − softmax(target), is computed in the same sweep, a few positions at a
+    time: fresh memory for several tensors of the size of all logits costs more than the arithmetic.
+    """
+    wanted = target.detach().flatten(0, -2)
+
+    def piece(own: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        found, expected = own.float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
+        weights = expected.exp()
+        loss = expected.sub_(found).mul_(weights).sum(-1)
+        return loss, found.exp_().sub_(weights)
+
+    return _sum(logits, piece)
+
+
+def own_labels(
+    logits: Float[Tensor, "*batch vocabulary"], generator: torch.Generator | None = None
+) -> Float[Tensor, ""]:
+    """Compute the summed cross-entropy of labels drawn from the logits' own distribution, in nats and fp32."""
+
+    def piece(own: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        found = own.float().softmax(-1)
+        labels = torch.multinomial(found, 1, generator=generator)
+        chosen = found.gather(-1, labels)
+        return -chosen.log(), found.scatter_add_(-1, labels, torch.full_like(chosen, -1.0))
+
+    return _sum(logits, piece)
+
+
+_Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # logits of some rows → their losses, and the gradient
+
+
+def _sum(logits: Tensor, piece: _Piece) -> Tensor:
+    """Return the sum of the losses of all positions, a few positions at a time, with the gradient of `piece`."""
+    total: Tensor = _Summed.apply(logits.flatten(0, -2), piece)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Summed(torch.autograd.Function):
+    """Sum over rows of a loss whose gradient is known in closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, piece: _Piece) -> Tensor:
+        values = _VALUES if logits.device.type == "cpu" else _VALUES_OFF_CPU
+        few = max(1, values // logits.shape[1])
+        gradient = torch.empty_like(logits) if logits.requires_grad else None
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for start in range(0, len(logits), few):
+            rows = slice(start, start + few)
+            losses, own = piece(logits[rows], rows)
+            total += losses.sum(dtype=torch.float64)
+            if gradient is not None:
+                gradient[rows] = own
+        ctx.gradient = gradient
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, arrived: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.mul_(arrived), None

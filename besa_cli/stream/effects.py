@@ -9,12 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.ops import budget, importance, kernels, knapsack, masks
+from besa_cli.ops import budget, importance, kernels, knapsack, losses, masks
 from besa_cli.stream import uniform
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, StoredBlocks
 from besa_cli.stream.block import Block, OnStep
-from besa_cli.stream.sensitivity import own_loss
 from besa_cli.stream.windows import WholeBlocks
 from besa_cli.system import compute
 
@@ -98,7 +97,7 @@ def measure(
     outputs = stream.forward()
     inputs = stream.inputs
     generator = torch.Generator(decoder.device).manual_seed(seed)
-    _, gradient = stream.head_gradient(outputs, lambda logits, part, positions: own_loss(logits, generator))
+    _, gradient = stream.head_gradient(outputs, lambda logits, part, positions: losses.own_labels(logits, generator))
     del outputs
     decoder.drop_head()
     decoder.drop_embedding()

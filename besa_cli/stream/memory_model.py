@@ -251,7 +251,7 @@ def effects_demand(shape: Shape, *, blocks: int, tokens: int, passing: int, seql
     learning = round(seqlen * widths * _KEPT * compute) + attention.KEPT
     phases = {
         "budget": max(block + max(pruning, learning) - shape.embedding, 0),
-        "head": head + min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 3 * 4),
+        "head": head + min(HEAD_TOKENS, seqlen) * shape.vocabulary * 3 * compute,
     }
     return Demand(phases=phases, hidden=(blocks + 3) * tokens * shape.hidden * compute)
 
@@ -279,7 +279,7 @@ def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqle
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
     block = round(loaded * (compute + shape.source)) + 2 * weights * compute  # masked weights and their gradient
     learning = round(seqlen * widths * _KEPT) * compute + attention.KEPT + 2 * blocks * seqlen * shape.hidden * compute
-    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 5 * 4)
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * 4 * compute
     rows = 8 * 4 * blocks * sum(shape.rows)  # logits, moments, gradient and counts of every row
     kept = loaded * compute * (blocks - 1) if resident else 0
     wide = max(cols for cols in shape.columns) >= _SHORT
@@ -309,7 +309,7 @@ def with_sensitivity(demand: Demand, shape: Shape, *, blocks: int, tokens: int, 
     compute, count = shape.dtype.itemsize, max(shape.blocks, 1)
     block = round(shape.loaded * (compute + shape.source) / count)
     kept = round((_NARROW * shape.hidden + _WIDE * shape.widest) * _KEPT) * compute
-    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (2 * compute + 4 * 4)
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * 3 * compute
     measuring = max(block + seqlen * kept + attention.KEPT, head + logits)
     hidden = (blocks + 3) * tokens * shape.hidden * compute  # inputs of all blocks, last outputs, gradient and its copy
     return replace(demand, phases={**demand.phases, "sensitivity": measuring}, hidden=max(demand.hidden, hidden))

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from besa_cli.decoder import conduct
 from besa_cli.decoder.decoder import Decoder
+from besa_cli.ops import losses
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, StoredBlocks
 from besa_cli.stream.block import OnStep
@@ -47,7 +48,7 @@ def measure(
     rows = tokens[:SAMPLES]
     stream = BackwardStream(decoder, _Counted(decoder, on_step), rows, activations=activations)
     generator = torch.Generator(decoder.device).manual_seed(SEED)
-    _, gradient = stream.head_gradient(stream.forward(), lambda logits, part, positions: own_loss(logits, generator))
+    _, gradient = stream.head_gradient(stream.forward(), lambda logits, *_: losses.own_labels(logits, generator))
     decoder.drop_head()
     found: dict[int, Tensor] = {}
 
@@ -77,22 +78,10 @@ def seconds(decoder: Decoder, tokens: Tensor) -> float:
     decoder.drop(0)
     began = time.perf_counter()
     generator = torch.Generator(decoder.device).manual_seed(SEED)
-    stream.head_gradient(output, lambda logits, part, positions: own_loss(logits, generator))
+    stream.head_gradient(output, lambda logits, part, positions: losses.own_labels(logits, generator))
     head = time.perf_counter() - began
     decoder.drop_head()
     return len(decoder) * 2 * loading + min(len(tokens), SAMPLES) * (len(decoder) * passing + head)
-
-
-def own_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the summed cross-entropy of labels drawn from the logits' own distribution.
-
-    Parameters
-    ----------
-    logits : Tensor of shape (samples, positions, vocabulary)
-    """
-    flat = logits.flatten(0, 1).float()
-    labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-    return torch.nn.functional.cross_entropy(flat, labels, reduction="sum")
 
 
 class _Counted(StoredBlocks):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -184,3 +185,28 @@ def test_the_divergence_is_that_of_a_loop(scale: float) -> None:
         total += math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     assert float(losses.divergence(found, expected)) == pytest.approx(total, rel=1e-5)
     assert abs(float(losses.divergence(expected, expected))) < 1e-6
+
+
+@pytest.mark.parametrize("together", [1, 20, 1000])
+def test_the_gradients_of_losses_of_logits_are_those_of_autograd(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_VALUES", together)
+    generator = torch.Generator().manual_seed(0)
+    logits, target = (3 * torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    labels = torch.multinomial(logits.detach().flatten(0, 1).softmax(-1), 1, generator=generator.manual_seed(1))
+    pairs = [
+        (
+            losses.divergence(logits, target),
+            F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True),
+        ),
+        (
+            losses.own_labels(logits, generator.manual_seed(1)),
+            F.cross_entropy(logits.flatten(0, 1), labels.squeeze(-1), reduction="sum"),
+        ),
+    ]
+    for own, plain in pairs:
+        (found,), (expected,) = (torch.autograd.grad(3 * loss, logits) for loss in (own, plain))
+        torch.testing.assert_close(own, plain)
+        torch.testing.assert_close(found, expected)

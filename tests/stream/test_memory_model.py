@@ -124,7 +124,7 @@ def test_measuring_holds_the_inputs_of_all_blocks_and_what_a_pass_needs() -> Non
     block, source, ranks = torch.empty(1_100), torch.empty(1_100, dtype=torch.bfloat16), torch.empty(1_000).short()
     pruned, logits = torch.empty(1_000), torch.empty(7, SHAPE.vocabulary)
     assert found.phases["budget"] > block.nbytes + source.nbytes + ranks.nbytes + pruned.nbytes
-    assert found.phases["head"] > 11 + 3 * logits.nbytes
+    assert found.phases["head"] >= 11 + 3 * logits.nbytes
     wanda = prune.request(method="wanda", options={}).method.options.memory_use()
     pruning = memory_model.prune_demand(SHAPE, wanda, tokens=70, passing=7)
     joined = memory_model.larger(found, pruning)

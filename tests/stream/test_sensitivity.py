@@ -10,6 +10,7 @@ from torch import Tensor
 
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
+from besa_cli.ops import losses
 from besa_cli.stream import sensitivity
 from besa_cli.stream.activations import ActivationStore
 
@@ -67,7 +68,7 @@ def test_only_the_first_samples_count(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_gradient_that_overflows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_models.checkpoint(tmp_path / "model"), CPU, torch.float32)
-    own = sensitivity.own_loss
-    monkeypatch.setattr(sensitivity, "own_loss", lambda logits, generator: own(logits, generator) * float("inf"))
+    own = losses.own_labels
+    monkeypatch.setattr(losses, "own_labels", lambda logits, generator: own(logits, generator) * float("inf"))
     with pytest.raises(BesaError, match="the gradient behind block 1 is NaN or infinite in float32"):
         sensitivity.measure(decoder, tiny_models.tokens(2, 12))
