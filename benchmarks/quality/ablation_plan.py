@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import recorded
+from besa_cli.choices import Budget
 from besa_cli.jobs import prune
 from besa_cli.models import DEMO
 
@@ -15,7 +16,9 @@ SEEDS = (0, 1, 2)
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 9))
 COUNTS = tuple(2**power for power in range(9))  # calibration samples
 DENSE_METHOD = "dense"  # the model as it is
-_SHARED = ("method", "sparsity", "samples")  # the fields of every method; the others are BESA's own
+_SHARED = ("method", "sparsity", "samples", "budget", "global_epochs")  # of every method; the others are BESA's own
+_NAMED = ("method", "sparsity", "samples")  # in every cell's name
+_PARTS = {"budget": "budget", "global_epochs": "global"}  # field → name of the version of what it adds to a method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Setting:
     method: str = "besa"
     sparsity: float = 0.5
     samples: int
+    budget: Budget = "uniform"
+    global_epochs: int = 0
     granularity: str = "row"
     window: str = "block"
     importance: str = "wanda"
@@ -60,12 +65,27 @@ class Setting:
         if self.method == DENSE_METHOD:
             return {}
         own = {name: value for name, value in self.record().items() if name not in _SHARED}
-        return prune.request(method=self.method, sparsity=self.sparsity, options=own).method.options.record()
+        made = prune.request(
+            method=self.method,
+            sparsity=self.sparsity,
+            budget=self.budget,
+            global_epochs=self.global_epochs,
+            options=own,
+        )
+        rate = {"global_lr": made.whole_model.rate} if made.whole_model else {}
+        return made.method.options.record() | rate
+
+    def methods(self) -> dict[str, int]:
+        """The versions of all that has a part in it."""
+        if self.method == DENSE_METHOD:
+            return {}
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return recorded.methods(self.method, *(name for field, name in _PARTS.items() if field in changed))
 
     @property
     def name(self) -> str:
         """A name for directories and tables: what differs from the defaults."""
-        own = [field for field in fields(self) if field.name not in _SHARED]
+        own = [field for field in fields(self) if field.name not in _NAMED]
         changed = [(field.name, getattr(self, field.name), field.default) for field in own]
         tail = [f"{name}-{value}" for name, value, default in changed if value != default]
         return "-".join([self.method, str(self.sparsity), f"samples-{self.samples}", *tail])

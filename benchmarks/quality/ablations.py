@@ -27,7 +27,6 @@ from typing import Any
 
 from benchmarks.quality import ablation_report
 from benchmarks.quality.ablation_plan import DENSE, SEEDS, Cell, Line, Setup, experiments, label, left, measured, plan
-from benchmarks.results import recorded
 from benchmarks.shared.besa_runs import RESULTS, append_line, besa, commit, machine, read_lines, spent
 from besa_cli.system import compute
 
@@ -71,7 +70,7 @@ def _asked(cell: Cell, setup: Setup) -> dict[str, Any]:
         "setting": cell.setting.record(),
         "seed": cell.seed,
         "options": cell.setting.options(),
-        "methods": recorded.methods(*([] if cell == DENSE else [cell.setting.method])),
+        "methods": cell.setting.methods(),
     }
 
 

@@ -122,7 +122,7 @@ def test_besa_takes_the_options_of_every_setting(name: str) -> None:
         wanted = {**setting.record(), "samples": None}  # the calibration set has them already
         parsed = command.make_context("prune", setting.words()).params
         assert {field: parsed[field] for field in wanted} == wanted
-        own = {field: wanted[field] for field in wanted if field not in ("method", "sparsity", "samples")}
+        own = {field: wanted[field] for field in wanted if field not in plans._SHARED}
         assert prune.request(method=setting.method, sparsity=setting.sparsity, options=own).method.options
 
 
