@@ -21,14 +21,14 @@ from besa_cli.checkpoint.reports import PassReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
 from besa_cli.ops import importance, kernels, losses, masks, row_rates
-from besa_cli.stream import descent
+from besa_cli.stream import descent, held_out, uniform
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.backward import BackwardStream, Blocks
-from besa_cli.stream.block import OnStep
-from besa_cli.stream.memory_model import HEAD_TOKENS
+from besa_cli.stream.block import Block, OnStep
 from besa_cli.stream.outcome import linear_report
-from besa_cli.stream.propagation import advance, batches, embed
+from besa_cli.stream.propagation import advance, embed
 from besa_cli.stream.rank_share import Store
+from besa_cli.stream.windows import WholeBlocks
 from besa_cli.system import compute
 
 RATE = 0.03  # default learning rate of the logits
@@ -249,24 +249,20 @@ class GlobalRates:
         hidden = embed(self._decoder, tokens, self._plan.batch, self._activations)
         for index in range(len(self._decoder)):
             self._decoder.load(index, self._start.read(index))
-            sums: dict[str, Tensor] = {}
-
-            def note(name: str, inputs: Tensor, sums: dict[str, Tensor] = sums) -> None:
-                value = importance.squared_sums(inputs)
-                sums[name] = sums[name].add_(value) if name in sums else value
-
-            handles = [
-                linear.register_forward_pre_hook(lambda _, args, name=name, note=note: note(name, args[0]))
-                for name, linear in self._decoder.linears(index).items()
-            ]
-            try:
-                advance(self._decoder, index, hidden, tokens, self._plan.batch)
-            finally:
-                for handle in handles:
-                    handle.remove()
+            window = WholeBlocks(self._decoder, range(index, index + 1))
+            block = Block(
+                window,
+                {},
+                budget=None,
+                inputs=hidden,
+                tokens=tokens,
+                batch=self._plan.batch,
+                activations=self._activations,
+            )
+            found |= {(index, name): norms.cpu() for name, norms in uniform.input_norms(block).items()}
+            hidden = block.target
             self._decoder.drop(index)
             self._on_step(index + 1, len(self._decoder), "statistics")
-            found |= {(index, name): total.sqrt().cpu() for name, total in sums.items()}
         return found
 
     def _rank(self, norms: Mapping[tuple[int, str], Tensor]) -> None:
@@ -357,14 +353,8 @@ class GlobalRates:
         chosen = self._held if len(self._held) else self._learned[:1]
         part = slice(int(chosen[0]), int(chosen[-1]) + 1)
         outputs = self._stream(blocks, part).forward()
-        measure, tokens = self._divergence(dense, part), self._tokens[part]
-        total = 0.0
-        for samples in batches(len(outputs), self._plan.batch):
-            for positions in batches(tokens.shape[1], HEAD_TOKENS):
-                states = outputs[samples].to(self._decoder.device)
-                logits = self._decoder.finish(states, tokens[samples], positions)
-                total += float(measure(logits, samples, positions))
-        return max(self._finite(total / tokens.numel()), 0.0)  # rounding alone can make it negative
+        found = held_out.mean_divergence(self._decoder, outputs, dense[part], self._tokens[part])
+        return max(self._finite(found), 0.0)  # rounding alone can make it negative
 
     @staticmethod
     def _finite(value: float) -> float:

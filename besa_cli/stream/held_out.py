@@ -7,7 +7,7 @@ the two is compared with the dense model through the head. Sets of too little te
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -56,22 +56,33 @@ class HeldOutCheck:
 
         A figure is None if logits are beyond the range of the compute dtype.
         """
-        sums = {"pruned": 0.0, "uniform": 0.0}
-        with torch.no_grad():
-            for sample, positions in self._pieces():
-                dense = self._logits("dense", sample, positions)
-                for name in ("pruned", "uniform"):
-                    found = self._logits(name, sample, positions)
-                    sums[name] += float(losses.divergence(found, dense))
-        mean = {name: total / self._tokens.numel() for name, total in sums.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in mean.items()}
+        dense = self._hidden["dense"]
+        found = {
+            name: mean_divergence(self._decoder, self._hidden[name], dense, self._tokens)
+            for name in ("pruned", "uniform")
+        }
+        finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
         return {"samples": len(self._tokens), "kl": finite["pruned"], "kl_uniform": finite["uniform"]}
 
-    def _pieces(self) -> Iterator[tuple[slice, slice]]:
-        for sample in batches(len(self._tokens), 1):
-            for positions in batches(self._tokens.shape[1], CHECK_TOKENS):
-                yield sample, positions
 
-    def _logits(self, stream: Stream, sample: slice, positions: slice) -> Tensor:
-        hidden = self._hidden[stream][sample].to(self._decoder.device)
-        return self._decoder.finish(hidden, self._tokens[sample], positions)
+def mean_divergence(decoder: Decoder, hidden: Tensor, dense: Tensor, tokens: Tensor) -> float:
+    """Compute the mean divergence per token of a model's predictions from those of the dense one, in nats.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its head turns the hidden states into logits.
+    hidden, dense : Tensors of shape (samples, seqlen, hidden)
+        Outputs of the last block in the model and in the dense one.
+    tokens : Tensor of shape (samples, seqlen)
+    """
+    total = 0.0
+    with torch.no_grad():
+        for sample in batches(len(tokens), 1):
+            for positions in batches(tokens.shape[1], CHECK_TOKENS):
+                found, expected = (
+                    decoder.finish(states[sample].to(decoder.device), tokens[sample], positions)
+                    for states in (hidden, dense)
+                )
+                total += float(losses.divergence(found, expected))
+    return total / tokens.numel()

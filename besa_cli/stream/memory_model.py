@@ -220,7 +220,7 @@ def prune_demand(
         phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
     if held_out:
         phases["propagation"] += round(shape.weights * shape.source)  # the block's weights under the uniform masks
-        phases["check"] = head + CHECK_TOKENS * shape.vocabulary * (2 * compute + 5 * 4)
+        phases["check"] = head + CHECK_TOKENS * shape.vocabulary * 3 * compute
     freed = {name: 0 if name in ("embeddings", "check") else shape.embedding for name in phases}
     streams = _CHECKED * held_out * shape.hidden * compute
     phases = {name: max(needed - freed[name], 0) + streams for name, needed in phases.items()}
