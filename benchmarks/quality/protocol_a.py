@@ -93,7 +93,7 @@ def table(found: Found, titles: Mapping[str, str], samples: int = BASE.samples) 
     for method, title in titles.items():
         texts = [perplexity(method, sparsity, found, samples) for sparsity in columns]
         if any(text != "-" for text in texts):
-            strong = "**" if method == "besa-row" else ""
+            strong = "**" if method == "besa-row-global" else ""
             rows.append(f"| {strong}{title}{strong} | {' | '.join(f'{strong}{text}{strong}' for text in texts)} |")
     return "\n".join(rows)
 
