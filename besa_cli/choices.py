@@ -9,6 +9,7 @@ Loss = Literal["token", "sensitivity", "channel", "frobenius"]
 Optimizer = Literal["adamw", "prodigy"]
 Preset = Literal["authors"]
 Budget = Literal["uniform", "model"]
+Update = Literal["none", "solve", "tune"]
 
 OptionValue = str | int | float | bool | None | list[str] | tuple[int, int]  # value of an option, as manifests keep it
 GivenOptions = Mapping[str, Any]  # options of a method or a format that were given, by field; its class checks them

@@ -63,6 +63,28 @@ GlobalRateOption = Annotated[
     float | None,
     panels.WHOLE_MODEL("--global-lr", "Learning rate of these passes.", "0.03", min=0.0, metavar="RATE"),
 ]
+UpdateOption = Annotated[
+    choices.Update,
+    panels.REPAIR(
+        "--update",
+        "Change of the kept weights of each block, so that it keeps its output. solve: least squares, linear by "
+        "linear; tune: then by gradient on the block's own loss.",
+    ),
+]
+UpdateEpochsOption = Annotated[
+    int | None,
+    panels.REPAIR("--update-epochs", "Passes over the samples of tune.", "1", min=1, max=options.MOST, metavar="N"),
+]
+UpdateRateOption = Annotated[
+    float | None,
+    panels.REPAIR(
+        "--update-lr",
+        "Learning rate of tune, relative to the size of a linear's weights.",
+        "0.01",
+        min=0.0,
+        metavar="RATE",
+    ),
+]
 BitsOption = Annotated[
     int | None,
     panels.QUANTIZATION(
@@ -171,6 +193,9 @@ def prune(
     besa: BesaGroup,
     global_epochs: GlobalEpochsOption = None,
     global_lr: GlobalRateOption = None,
+    update: UpdateOption = "none",
+    update_epochs: UpdateEpochsOption = None,
+    update_lr: UpdateRateOption = None,
     bits: BitsOption = None,
     grid: option_groups.GridGroup,
     clip_lr: ClipRateOption = None,
@@ -199,6 +224,9 @@ def prune(
         budget=budget,
         global_epochs=global_epochs or 0,
         global_lr=global_lr,
+        update=update,
+        update_epochs=update_epochs,
+        update_lr=update_lr,
         options=option_groups.given(**asdict(besa), **rest),
         **compute.placement(calibration),
     )

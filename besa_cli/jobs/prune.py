@@ -3,11 +3,12 @@
 from typing_extensions import Unpack
 
 from besa_cli import pruners
-from besa_cli.choices import Budget, GivenOptions, OptionValue
+from besa_cli.choices import Budget, GivenOptions, OptionValue, Update
 from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.jobs.request import GlobalOptions, Placement, StageRequest
 from besa_cli.stream.global_rates import RATE
 from besa_cli.stream.method import MethodOptions
+from besa_cli.stream.repair import RepairOptions
 
 
 def request(
@@ -18,6 +19,9 @@ def request(
     budget: Budget = "uniform",
     global_epochs: int = 0,
     global_lr: float | None = None,
+    update: Update = "none",
+    update_epochs: int | None = None,
+    update_lr: float | None = None,
     options: GivenOptions | None = None,
     **placement: Unpack[Placement],
 ) -> StageRequest:
@@ -37,6 +41,10 @@ def request(
         Passes over the samples in which the whole model learns the sparsities of its rows, after the blocks.
     global_lr : float, optional
         Learning rate of these passes, 0.03 by default.
+    update : {"none", "solve", "tune"}
+        Change of the kept weights of each window, so that it keeps its output.
+    update_epochs, update_lr : int and float, optional
+        Passes over the samples with ``tune``, and its learning rate.
     options : mapping, optional
         The method's own options that were given.
     **placement
@@ -61,11 +69,22 @@ def request(
     pruner = pruners.load(method, {**(options or {}), **({"nm": nm} if nm else {})})
     _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
     whole_model = _whole_model(pruner, nm, global_epochs, global_lr)
+    repair = _repair(pruner, update, update_epochs, update_lr)
+    if repair and whole_model:
+        raise UsageError(
+            f"--update {update} and --global-epochs {global_epochs} exclude each other: the passes start from dense "
+            "weights",
+            "leave one of the two out",
+        )
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
     if budget != "uniform":  # in manifests the default is absent, as it ever was
         own |= {"budget": budget}
     if whole_model:
         own |= {"global_epochs": whole_model.epochs, "global_lr": whole_model.rate}
+    if repair:
+        own |= {"update": repair.update}
+        if repair.update == "tune":
+            own |= {"update_epochs": repair.epochs, "update_lr": repair.rate}
     return StageRequest(
         command="prune",
         method=pruner,
@@ -73,6 +92,7 @@ def request(
         budget=budget,
         command_options=own,
         whole_model=whole_model,
+        repair=repair,
         **placement,
     )
 
@@ -103,6 +123,30 @@ def _whole_model(
     require_counts(global_epochs=epochs)
     require_factors(global_lr=rate)
     return GlobalOptions(epochs=epochs, rate=RATE if rate is None else rate)
+
+
+def _repair(pruner: pruners.Pruner, update: Update, epochs: int | None, rate: float | None) -> RepairOptions | None:
+    """Return how the kept weights are repaired; None if they are not."""
+    if update != "tune":
+        given = {"epochs": epochs, "lr": rate}
+        for name in (name for name, value in given.items() if value is not None):
+            raise UsageError(f"--update-{name} has no effect without --update tune", "give --update tune with it")
+    if update == "none":
+        return None
+    if pruner.grid:
+        raise UsageError(
+            f"--update {update} and --bits {pruner.grid.bits} exclude each other",
+            "prune first, then quantize with besa quantize",
+        )
+    require_counts(update_epochs=epochs)
+    require_factors(update_lr=rate)
+    loss = getattr(pruner.options, "loss", None) or RepairOptions.loss
+    return RepairOptions(
+        update=update,
+        epochs=RepairOptions.epochs if epochs is None else epochs,
+        rate=RepairOptions.rate if rate is None else rate,
+        loss=loss,
+    )
 
 
 def _require_learnable(sparsity: float, options: MethodOptions, preset: str | None) -> None:

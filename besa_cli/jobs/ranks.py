@@ -25,7 +25,7 @@ def require_even_steps(request: StageRequest, world: Ranks) -> None:
     UsageError
         The samples in a step, more than one, are no multiple of the ranks.
     """
-    batch = request.method.options.memory_use().batch
+    batch = request.memory_use.batch
     if batch > 1 and batch % world.size:
         raise UsageError(
             f"--batch-size {batch} cannot be shared out evenly over {world.size} ranks",

@@ -10,7 +10,10 @@ from besa_cli.checkpoint.manifests import GridEntry, Quantization
 from besa_cli.choices import Budget, OptionValue
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
+from besa_cli.stream.block import Block, Decision
+from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import Method
+from besa_cli.stream.repair import RepairOptions, repair
 from besa_cli.system import compute
 
 _DOING = {"prune": "pruning", "quantize": "quantizing"}
@@ -65,6 +68,8 @@ class StageRequest:
         Bytes of memory that the process may take; the hidden states go to files where they would not fit.
     whole_model : GlobalOptions, optional
         Learning of all rows together after the blocks; None leaves the blocks as they are.
+    repair : RepairOptions, optional
+        Change of the kept weights after each window's masks are decided; None leaves them as the method decided.
 
     Raises
     ------
@@ -83,6 +88,7 @@ class StageRequest:
     calibration: str | None = None
     max_memory: int | None = None
     whole_model: GlobalOptions | None = None
+    repair: RepairOptions | None = None
 
     def __post_init__(self) -> None:
         compute.device(self.device)
@@ -101,7 +107,23 @@ class StageRequest:
     @property
     def uses_calibration(self) -> bool:
         """True if calibration samples pass through the model."""
-        return self.method.options.uses_calibration
+        return self.method.options.uses_calibration or self.repair is not None
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """True if the sensitivity of the channels is asked for: see `besa_cli.stream.sensitivity`."""
+        return self.method.options.needs_sensitivity() or (self.repair is not None and self.repair.needs_sensitivity)
+
+    @property
+    def memory_use(self) -> MemoryUse:
+        """Extra memory of the method and of the repair."""
+        own = self.method.options.memory_use()
+        return own if self.repair is None else self.repair.memory_use(own)
+
+    def decide(self, block: Block) -> Decision:
+        """Decide which weights of a block are pruned, and change the others if that is asked for."""
+        decision = self.method.decide(block)
+        return decision if self.repair is None else repair(block, decision, self.repair)
 
     @property
     def measures_blocks(self) -> bool:

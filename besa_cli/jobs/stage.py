@@ -197,7 +197,7 @@ class StageJob:
 
     def _channel_sensitivity(self, worker: StageWorker) -> ChannelSensitivity | None:
         """Return where the sensitivity of the channels comes from; None if the method needs none."""
-        if not self.request.method.options.needs_sensitivity():
+        if not self.request.needs_sensitivity:
             return None
         return ChannelSensitivity(
             decoder=worker.decoder,

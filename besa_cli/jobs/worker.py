@@ -93,7 +93,7 @@ class StageWorker:
 
         If this rank `measures` the sensitivity of the channels, it needs memory for that, too.
         """
-        method, size = self._request.method.options.memory_use(), self._world.size
+        method, size = self._request.memory_use, self._world.size
         passed, learned = -(-len(self._tokens) // size), -(-min(self._samples, method.batch) // size)
         shape = memory_model.shape(self.decoder, self.segments)
         demand = memory_model.prune_demand(
@@ -209,7 +209,7 @@ class StageWorker:
         If this rank `measures` the sensitivity of the channels, the time of that is included.
         """
         first = sensitivity.seconds(self.decoder, self._tokens) if measures else 0.0
-        needed, hidden = self._request.method.options.needs_sensitivity(), self.decoder.hidden_size
+        needed, hidden = self._request.needs_sensitivity, self.decoder.hidden_size
         channels = torch.ones(len(self.decoder), hidden) if needed else None
         options = self._request.whole_model
         after = 0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape)
@@ -224,7 +224,7 @@ class StageWorker:
 
     def _prune_plan(self, batch: int, channels: Tensor | None, *, check: bool) -> walk.PrunePlan:
         return walk.PrunePlan(
-            decide=self._request.method.decide,
+            decide=self._request.decide,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.method.options.learning_target(),

@@ -17,7 +17,9 @@ from besa_cli.system import compute
 
 # Phases of the work: "sensitivity" and "budget" come before the first window, "global" after the last. The duration of
 # all but "update" grows with the number of samples: see forecast.py.
-Phase = Literal["sensitivity", "budget", "statistics", "target", "learning", "update", "propagation", "global"]
+Phase = Literal[
+    "sensitivity", "budget", "statistics", "target", "learning", "update", "repair", "propagation", "global"
+]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 
 

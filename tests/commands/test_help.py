@@ -80,7 +80,7 @@ def test_the_help_fits_the_terminal_and_states_no_default_that_is_none(
     monkeypatch.setenv("COLUMNS", str(columns))
     text = besa(*name.split()[1:], "--help").out
     assert max(map(len, text.splitlines())) <= columns
-    assert not re.search(r"default:\s+\(?none", text, re.IGNORECASE)
+    assert not re.search(r"default:\s+\(?None", text)
     for lines in sections(text).values():
         starts = {len(line) - len(line.lstrip()) for line in lines} - {0}
         assert len(starts) <= 1, "the texts of a section do not begin in the same column"
@@ -151,6 +151,7 @@ def stated_numbers(command: str) -> dict[str, float]:
                 *(prune.request(method=name) for name in PRUNERS),
                 prune.request(options={"bits": 4}),
                 prune.request(global_epochs=1),
+                prune.request(update="tune"),
             ],
             {"sparsity", "damping", "epochs", "batch_size", "lr", "d_coef", "candidates", "group_size", "clip_lr"},
         ),

@@ -205,6 +205,7 @@ class Workshop:
             self._prune("sparsegpt", "--nm", "2:4"),
             self._prune("wanda", "--budget", "model", name="prune --budget model"),
             self._prune("wanda", "--global-epochs", "2", name="prune --global-epochs"),
+            self._prune("wanda", "--update", "tune", name="prune --update"),
             self._prune(
                 "wanda", "--restart", name="prune --restart", base=self._pruned, pinned="pruned.next/besa.json"
             ),

@@ -31,7 +31,7 @@ _OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
         "--sparsity", "--epochs", "--batch-size", "--lr", "--candidates", "--window", "--granularity", "--penalty",
         "--d-coef", "--bits", "--group-size", "--seed", "--samples", "--seqlen", "--data", "--model", "--method",
         "--nm", "--device", "--dtype", "--calibration", "--preset", "--optimizer",
-        "--budget",
+        "--budget", "--update", "--update-lr",
     ),
     (*PRUNE, "--method", "sparsegpt"): ("--damping",),
     (*PPL, "--model", "m"): ("--seqlen", "--stride", "--limit", "--batch-size", "--data-dir", "--dtype"),
