@@ -70,12 +70,6 @@ def request(
     _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
     whole_model = _whole_model(pruner, nm, global_epochs, global_lr)
     repair = _repair(pruner, update, update_epochs, update_lr)
-    if repair and whole_model:
-        raise UsageError(
-            f"--update {update} and --global-epochs {global_epochs} exclude each other: the passes start from dense "
-            "weights",
-            "leave one of the two out",
-        )
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
     if budget != "uniform":  # in manifests the default is absent, as it ever was
         own |= {"budget": budget}

@@ -69,7 +69,8 @@ class StageRequest:
     whole_model : GlobalOptions, optional
         Learning of all rows together after the blocks; None leaves the blocks as they are.
     repair : RepairOptions, optional
-        Change of the kept weights after each window's masks are decided; None leaves them as the method decided.
+        Change of the kept weights after each window's masks are decided, or after the passes of the whole model; None
+        leaves them as the method decided.
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Jobs that make a stage of a run directory from a checkpoint: checked as a whole first, resumable at every block."""
 
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -29,6 +30,7 @@ from besa_cli.stream import forecast, global_rates, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
+from besa_cli.stream.global_rates import GlobalRates
 from besa_cli.system import compute, disk
 from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
@@ -99,6 +101,8 @@ class StageJob:
         began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._world, self._notify = world or Ranks(), notify
+        self._learner: GlobalRates | None = None
+        self._sensitivity: Tensor | None = None
         ranks.require_samples(len(calibration.tokens), self._world)
         self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
         for place in (self._final, next_stage):
@@ -279,7 +283,7 @@ class StageJob:
             yield from self._stage.reports()
             return
         memory = self._plan.memory
-        channels = self._sensitivity_values(on_step)
+        channels = self._sensitivity = self._sensitivity_values(on_step)
         self._begin_or_resume()
         if self._written and not self._checks(self._plan.worker):
             ranks.stop_workers(self._world)
@@ -386,14 +390,32 @@ class StageJob:
             self._append_time({"pass": report.number}, now - began, resumed=report.resumed)
             began = now
             yield report
-        learner.write(self._stage)
+        if self.request.repair is None:
+            learner.write(self._stage)
+        else:
+            self._learner = learner
+
+    def repaired(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
+        """Write the blocks with what the whole model learned and their kept weights changed, if both are asked for.
+
+        Comes after `passes`, and yields the report of each block.
+        """
+        if self._learner is None or self._written:
+            return
+        memory = self._plan.memory
+        activations = ActivationStore(self._directory if memory.in_files else None)
+        for report in self._plan.worker.repaired(
+            self._learner, self._stage, activations, on_step, batch=memory.batch, channels=self._sensitivity
+        ):
+            self._note_time(report)
+            yield report
 
     def finish(self) -> StageManifest:
         """Complete the stage and put it in its place; return its manifest."""
         if self.manifest["status"] == "complete":
             stages.drop_draft(self._directory)
             return self.manifest
-        for _ in self.passes():
+        for _ in itertools.chain(self.passes(), self.repaired()):
             pass
         manifest = self._stage.finish(self._whole_model())
         stages.drop_draft(self._directory)
@@ -410,7 +432,10 @@ class StageJob:
         held_out = 0 if self.calibration.held_out is None else len(self.calibration.held_out)
         added: AddedFields = {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
         checked = manifests.read_stage(self._directory).get("held_out")
-        if checked and kept:  # the same samples
+        if checked and self.request.repair:
+            found = self._plan.worker.held_out_divergence(self._stage, batch=self._plan.memory.batch)
+            added["held_out"] = {**checked, "kl": found}
+        elif checked and kept:  # the same samples
             added["held_out"] = {**checked, "kl": divergence[kept]}
         return added
 

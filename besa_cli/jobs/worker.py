@@ -13,9 +13,9 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, sensitivity, walk, windows
+from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, repair, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
-from besa_cli.stream.block import OnStep
+from besa_cli.stream.block import Decision, OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute
@@ -164,6 +164,41 @@ class StageWorker:
             on_step=on_step,
         )
 
+    def repaired(
+        self,
+        learner: GlobalRates,
+        store: Store,
+        activations: ActivationStore,
+        on_step: OnStep,
+        *,
+        batch: int,
+        channels: Tensor | None,
+    ) -> Iterator[BlockReport]:
+        """Write all blocks with the masks that the whole model learned, their kept weights changed; of the main rank.
+
+        `channels` is the sensitivity of the channels, if the repair needs it.
+        """
+        options = self._request.repair
+        if options is None:
+            raise ValueError("the request asks for no repair")
+        segments = windows.segments(self.decoder, windows.BLOCK)
+        plan = walk.PrunePlan(
+            decide=lambda block: repair.repair(block, Decision(masks=learner.masks(block.index)), options),
+            segments=segments,
+            budgets=windows.budgets(segments, learner.block_counts()),
+            target=self._request.method.options.learning_target(),
+            batch=batch,
+            seed=self._request.seed,
+            sensitivity=channels,
+        )
+        return walk.compress(self.decoder, store, self._all_tokens, plan, on_step=on_step, activations=activations)
+
+    def held_out_divergence(self, store: Store, *, batch: int) -> float | None:
+        """Return the mean divergence per token of the blocks in `store` from the dense model, on held-out samples."""
+        if self._all_held_out is None:
+            return None
+        return held_out.stored_divergence(self.decoder, store, self._all_held_out, batch)
+
     @property
     def checked(self) -> bool:
         """True if some samples are held out to check the result."""
@@ -224,7 +259,7 @@ class StageWorker:
 
     def _prune_plan(self, batch: int, channels: Tensor | None, *, check: bool) -> walk.PrunePlan:
         return walk.PrunePlan(
-            decide=self._request.decide,
+            decide=self._request.method.decide if self._request.whole_model else self._request.decide,
             segments=self.segments,
             budgets=self._budgets,
             target=self._request.method.options.learning_target(),

@@ -205,6 +205,13 @@ class GlobalRates:
             for linear in self._linears[index]
         }
 
+    def block_counts(self) -> list[int]:
+        """Return how many weights each block prunes, after `learn`."""
+        return [
+            sum(int(self._final[linear.rows].sum()) for linear in self._linears[index])
+            for index in range(len(self._decoder))
+        ]
+
     def write(self, store: Store) -> None:
         """Write all blocks with the learned masks, after `learn`; those of the start if no pass was better.
 

@@ -18,6 +18,7 @@ from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import losses
 from besa_cli.stream.memory_model import CHECK_TOKENS
 from besa_cli.stream.propagation import advance, batches, embed
+from besa_cli.stream.rank_share import Store
 
 Stream = Literal["dense", "pruned", "uniform"]
 
@@ -63,6 +64,30 @@ class HeldOutCheck:
         }
         finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
         return {"samples": len(self._tokens), "kl": finite["pruned"], "kl_uniform": finite["uniform"]}
+
+
+def stored_divergence(decoder: Decoder, store: Store, tokens: Tensor, batch: int) -> float:
+    """Compute `mean_divergence` of the blocks in a store from the decoder's own.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        The dense model.
+    store : Store
+        All blocks.
+    tokens : Tensor of shape (samples, seqlen)
+    batch : int
+        Samples in a pass.
+    """
+    dense = embed(decoder, tokens, batch)
+    hidden = dense.clone()
+    for index in range(len(decoder)):
+        decoder.load(index)
+        advance(decoder, index, dense, tokens, batch)
+        decoder.load(index, store.read(index))
+        advance(decoder, index, hidden, tokens, batch)
+        decoder.drop(index)
+    return mean_divergence(decoder, hidden, dense, tokens)
 
 
 def mean_divergence(decoder: Decoder, hidden: Tensor, dense: Tensor, tokens: Tensor) -> float:

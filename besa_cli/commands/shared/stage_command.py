@@ -78,4 +78,6 @@ def stage(
                 progress.finished(report)
             for each in job.passes(progress.step):
                 progress.passed(each)
+            for report in job.repaired(progress.step):
+                progress.finished(report)
         return job.finish()
