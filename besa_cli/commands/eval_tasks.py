@@ -123,11 +123,11 @@ def tasks(
 
 def _with_memory_mode(measured: "Subject", settings: "TaskSettings", console: Console) -> "TaskSettings":
     """Stream if the model would not fit in memory; its dense model is as large, and is measured in the same way."""
-    from besa_cli.evaluation.zeroshot import memory
+    from besa_cli.evaluation.zeroshot import fit
     from besa_cli.system import compute
 
     where = compute.device(settings.device)
-    if memory.fits(measured.directory, where, compute.dtype(settings.dtype, where)):
+    if fit.fits(measured.directory, where, compute.dtype(settings.dtype, where)):
         return settings
     console.note(f"{measured.name} would not fit in memory: it is measured block by block")
     return replace(settings, streamed=True)

@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import json
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +13,7 @@ from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet
 from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
-from besa_cli.checkpoint.manifests import AddedFields, StageManifest
-from besa_cli.checkpoint.rates_file import RatesFile
+from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
@@ -24,15 +21,15 @@ from besa_cli.decoder.verify import SMALL, verify
 from besa_cli.jobs import ranks, stage_manifest
 from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.timing import Timing
+from besa_cli.jobs.whole_model import WholeModelWork
 from besa_cli.jobs.worker import StageWorker
 from besa_cli.models import Model, cache
-from besa_cli.stream import forecast, global_rates, memory_model, rank_share
+from besa_cli.stream import forecast, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
-from besa_cli.stream.global_rates import GlobalRates
 from besa_cli.system import compute, disk
-from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
 
@@ -101,7 +98,7 @@ class StageJob:
         began = time.perf_counter()
         self._run, self.model, self.calibration, self.request = run, model, calibration, request
         self._world, self._notify = world or Ranks(), notify
-        self._learner: GlobalRates | None = None
+        self._whole_model: WholeModelWork | None = None
         self._sensitivity: Tensor | None = None
         ranks.require_samples(len(calibration.tokens), self._world)
         self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
@@ -125,6 +122,19 @@ class StageJob:
         if self.manifest["status"] != "new":
             stage_manifest.refuse_other_environment(self._directory, self.manifest, new)
         self._plan = self._plan_work(extremes)
+        if request.whole_model is not None:
+            self._whole_model = WholeModelWork(
+                worker=self._plan.worker,
+                memory=self._plan.memory,
+                directory=self._directory,
+                stage=self._stage,
+                draft=self._draft,
+                repairs=request.repair is not None,
+            )
+
+    @property
+    def _timing(self) -> Timing:
+        return Timing(directory=self._directory, ranks=self._world.size)
 
     def _sources(self) -> list[Path]:
         """Return what is read while the stage is made."""
@@ -285,7 +295,7 @@ class StageJob:
         memory = self._plan.memory
         channels = self._sensitivity = self._sensitivity_values(on_step)
         self._begin_or_resume()
-        if self._written and not self._checks(self._plan.worker):
+        if self._stage.finished() == self._stage.blocks and not self._checks(self._plan.worker):
             ranks.stop_workers(self._world)
             yield from self._stage.reports()
             return
@@ -308,7 +318,7 @@ class StageJob:
                 check=self._checks(self._plan.worker),
                 channels=channels,
             ):
-                self._note_time(report)
+                self._timing.block(report)
                 yield report
 
     def _sensitivity_values(self, on_step: OnStep) -> Tensor | None:
@@ -365,49 +375,29 @@ class StageJob:
         """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
         return worker.checked and "held_out" not in self.manifest
 
-    @property
-    def _written(self) -> bool:
-        """True if all blocks have been written as they stay."""
-        return self._stage.finished() == self._stage.blocks
-
-    @property
-    def _rates(self) -> RatesFile:
-        return RatesFile(self._draft.directory / stages.RATES)
-
     def passes(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[PassReport]:
-        """Let the whole model learn the sparsities of its rows, if the request asks for it, and write its blocks.
+        """Let the whole model learn the sparsities of its rows, if the request asks for it.
 
         Comes after `blocks`, and yields a report before the first pass over the samples and after each.
         """
-        if self.done or self.request.whole_model is None or self._written:
+        if self.done or self._whole_model is None:
             return
-        memory, began = self._plan.memory, time.perf_counter()
-        activations = ActivationStore(self._directory if memory.in_files else None)
-        worker = self._plan.worker
-        learner = worker.global_rates(self._draft, self._rates, activations, on_step, batch=memory.batch)
-        for report in learner.learn():
+        began = time.perf_counter()
+        for report in self._whole_model.passes(on_step):
             now = time.perf_counter()
-            self._append_time({"pass": report.number}, now - began, resumed=report.resumed)
+            self._timing.whole_pass(report, now - began)
             began = now
             yield report
-        if self.request.repair is None:
-            learner.write(self._stage)
-        else:
-            self._learner = learner
 
     def repaired(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport]:
-        """Write the blocks with what the whole model learned and their kept weights changed, if both are asked for.
+        """Change the kept weights of the blocks under what the whole model learned, if both are asked for.
 
         Comes after `passes`, and yields the report of each block.
         """
-        if self._learner is None or self._written:
+        if self.done or self._whole_model is None:
             return
-        memory = self._plan.memory
-        activations = ActivationStore(self._directory if memory.in_files else None)
-        for report in self._plan.worker.repaired(
-            self._learner, self._stage, activations, on_step, batch=memory.batch, channels=self._sensitivity
-        ):
-            self._note_time(report)
+        for report in self._whole_model.repaired(on_step, self._sensitivity):
+            self._timing.block(report)
             yield report
 
     def finish(self) -> StageManifest:
@@ -417,39 +407,10 @@ class StageJob:
             return self.manifest
         for _ in itertools.chain(self.passes(), self.repaired()):
             pass
-        manifest = self._stage.finish(self._whole_model())
+        held_out = self.calibration.held_out
+        added = self._whole_model.record(0 if held_out is None else len(held_out)) if self._whole_model else {}
+        manifest = self._stage.finish(added)
         stages.drop_draft(self._directory)
         if self._directory != self._final:
             swap.replace_stage(self._final, self._directory)
         return manifest
-
-    def _whole_model(self) -> AddedFields:
-        """Return the entry of the manifest on the learning of the whole model; empty if there was none."""
-        state = self._rates.read() if self.request.whole_model else None
-        if state is None:
-            return {}
-        divergence, kept = global_rates.result(state)
-        held_out = 0 if self.calibration.held_out is None else len(self.calibration.held_out)
-        added: AddedFields = {"whole_model": {"held_out": held_out, "divergence": divergence, "kept": kept}}
-        checked = manifests.read_stage(self._directory).get("held_out")
-        if checked and self.request.repair:
-            found = self._plan.worker.held_out_divergence(self._stage, batch=self._plan.memory.batch)
-            added["held_out"] = {**checked, "kl": found}
-        elif checked and kept:  # the same samples
-            added["held_out"] = {**checked, "kl": divergence[kept]}
-        return added
-
-    def _note_time(self, report: BlockReport) -> None:
-        self._append_time({"block": report.index}, report.seconds, resumed=report.resumed, memory=report.peak_memory)
-
-    def _append_time(self, part: JsonObject, seconds: float, *, resumed: bool, memory: int | None = None) -> None:
-        line = {
-            **part,
-            "resumed": resumed,
-            "ranks": self._world.size,
-            "seconds": round(seconds, 3),
-            "peak_memory": compute.peak_memory() if memory is None else memory,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": socket.gethostname(),
-        }
-        disk.append_line(self._directory / stages.TIMING, json.dumps(line))

@@ -10,7 +10,6 @@ from torch import Tensor
 from besa_cli.checkpoint.manifests import BlockBudgets, Compute
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.evaluation.zeroshot import memory
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
 from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, repair, sensitivity, walk, windows
@@ -18,7 +17,7 @@ from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Decision, OnStep
 from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
-from besa_cli.system import compute
+from besa_cli.system import compute, memory
 from besa_cli.system.ranks import Ranks
 
 _RESIDENT = 4  # share of the free memory that the blocks may fill while the whole model learns: one of so many

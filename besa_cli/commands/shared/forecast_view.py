@@ -36,8 +36,7 @@ def show_job(job: ForecastJob, console: Console) -> None:
 
 def available() -> int:
     """Return the bytes of main memory that this process could use: those that are free, and those it uses already."""
-    from besa_cli.evaluation.zeroshot import memory
-    from besa_cli.system import compute
+    from besa_cli.system import compute, memory
 
     return memory.available(compute.device("cpu")) + compute.resident()
 

@@ -18,9 +18,9 @@ from besa_cli.decoder import architecture
 from besa_cli.decoder.conduct import require_logits
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
-from besa_cli.evaluation.zeroshot import memory
 from besa_cli.evaluation.zeroshot.watching import Progress, no_progress
 from besa_cli.stream import propagation
+from besa_cli.system import memory
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

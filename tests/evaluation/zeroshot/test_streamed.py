@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
-from besa_cli.evaluation.zeroshot import harness, memory
+from besa_cli.evaluation.zeroshot import fit, harness
 from besa_cli.evaluation.zeroshot.streamed import StreamedLM
+from besa_cli.system import memory
 
 LONG = 70  # words: more than a tiny model takes
 
@@ -156,9 +157,9 @@ def test_the_weights_of_a_model_are_counted_in_the_dtype_of_computation(tmp_path
     numbers = sum(
         parameter.numel() for parameter in tiny_models.built(tiny_models.config("llama", tied=True)).parameters()
     )
-    assert memory.weights(directory, torch.float32) == 4 * numbers
-    assert memory.weights(directory, torch.bfloat16) == 2 * numbers
-    assert memory.fits(directory, torch.device("cpu"), torch.float32)
+    assert fit.weights(directory, torch.float32) == 4 * numbers
+    assert fit.weights(directory, torch.bfloat16) == 2 * numbers
+    assert fit.fits(directory, torch.device("cpu"), torch.float32)
     assert memory.available(torch.device("cpu")) > 0
 
 
@@ -167,7 +168,7 @@ def test_a_model_fits_where_there_is_room_for_its_weights(
     free: int, fits: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available", lambda device: free)
-    assert memory.fits(model, torch.device("cpu"), torch.float32) == fits
+    assert fit.fits(model, torch.device("cpu"), torch.float32) == fits
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

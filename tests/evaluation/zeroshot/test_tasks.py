@@ -216,9 +216,9 @@ def test_an_interruption_says_when_nothing_was_kept(
 def test_a_model_that_would_not_fit_is_streamed(
     besa: Besa, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from besa_cli.evaluation.zeroshot import memory
+    from besa_cli.evaluation.zeroshot import fit
 
-    monkeypatch.setattr(memory, "fits", lambda *_: False)
+    monkeypatch.setattr(fit, "fits", lambda *_: False)
 
     def refused(*_: Any, **__: Any) -> Iterator[Any]:
         raise AssertionError("the whole model is loaded")
