@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import recorded
-from besa_cli.choices import Budget
+from besa_cli.choices import Budget, Update
 from besa_cli.jobs import prune
 from besa_cli.models import DEMO
 
@@ -16,9 +16,20 @@ SEEDS = (0, 1, 2)
 SPARSITIES = tuple(tenths / 10 for tenths in range(1, 9))
 COUNTS = tuple(2**power for power in range(9))  # calibration samples
 DENSE_METHOD = "dense"  # the model as it is
-_SHARED = ("method", "sparsity", "samples", "budget", "global_epochs")  # of every method; the others are BESA's own
+_SHARED = (
+    "method",
+    "sparsity",
+    "samples",
+    "budget",
+    "global_epochs",
+    "update",
+)  # of every method; the others are BESA's own
 _NAMED = ("method", "sparsity", "samples")  # in every cell's name
-_PARTS = {"budget": "budget", "global_epochs": "global"}  # field → name of the version of what it adds to a method
+_PARTS = {
+    "budget": "budget",
+    "global_epochs": "global",
+    "update": "repair",
+}  # field → name of the version of what it adds to a method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +44,7 @@ class Setting:
     samples: int
     budget: Budget = "uniform"
     global_epochs: int = 0
+    update: Update = "none"
     granularity: str = "row"
     window: str = "block"
     importance: str = "wanda"
@@ -70,10 +82,13 @@ class Setting:
             sparsity=self.sparsity,
             budget=self.budget,
             global_epochs=self.global_epochs,
+            update=self.update,
             options=own,
         )
         rate = {"global_lr": made.whole_model.rate} if made.whole_model else {}
-        return made.method.options.record() | rate
+        tuned = made.repair is not None and made.repair.update == "tune"
+        repair = {"update_epochs": made.repair.epochs, "update_lr": made.repair.rate} if made.repair and tuned else {}
+        return made.method.options.record() | rate | repair
 
     def methods(self) -> dict[str, int]:
         """The versions of all that has a part in it."""
