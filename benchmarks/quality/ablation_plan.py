@@ -85,10 +85,8 @@ class Setting:
             update=self.update,
             options=own,
         )
-        rate = {"global_lr": made.whole_model.rate} if made.whole_model else {}
-        tuned = made.repair is not None and made.repair.update == "tune"
-        repair = {"update_epochs": made.repair.epochs, "update_lr": made.repair.rate} if made.repair and tuned else {}
-        return made.method.options.record() | rate | repair
+        rest = {name: value for name, value in made.command_options.items() if name not in asdict(self)}
+        return made.method.options.record() | rest
 
     def methods(self) -> dict[str, int]:
         """The versions of all that has a part in it."""
