@@ -244,6 +244,11 @@ def human_perplexity(value: float) -> str:
     return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 1e5 else f"{value:.4e}"
 
 
+def human_divergence(value: float) -> str:
+    """Format a KL divergence with four decimals, in scientific notation below 0.01 (but for 0)."""
+    return f"{value:.4f}" if value == 0 or value >= 0.01 else f"{value:.2e}"
+
+
 def human_share(value: float) -> str:
     """Format a fraction as a percentage: `50.00 %`."""
     return f"{100 * value:.2f} %"

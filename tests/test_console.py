@@ -13,6 +13,7 @@ from besa_cli.console import (
     Console,
     escaped,
     human_bytes,
+    human_divergence,
     human_perplexity,
     human_seconds,
     human_share,
@@ -214,6 +215,13 @@ def test_seconds(seconds: float, text: str) -> None:
 )
 def test_perplexity(value: float, text: str) -> None:
     assert human_perplexity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.0000"), (2.34567, "2.3457"), (0.01, "0.0100"), (0.00123456, "1.23e-03")]
+)
+def test_divergence(value: float, text: str) -> None:
+    assert human_divergence(value) == text
 
 
 def test_share() -> None:

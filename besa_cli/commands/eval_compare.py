@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from besa_cli.commands.shared import options, panels
-from besa_cli.console import Console, human_perplexity, human_share
+from besa_cli.console import Console, human_divergence, human_perplexity, human_share
 
 if TYPE_CHECKING:
     from besa_cli.evaluation.comparison import Column, Comparison
@@ -61,7 +61,8 @@ def _exact(value: float | None) -> str:
 def _short(column: "Column", value: float | None) -> str:
     if value is None:
         return "-"
-    return human_perplexity(value) if column.metric == "perplexity" else human_share(value)
+    shown = {"perplexity": human_perplexity, "kl": human_divergence}.get(column.metric, human_share)
+    return shown(value)
 
 
 def _record(compared: "Comparison") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`besa eval ppl`: perplexity of a stage and of the dense model it was made from."""
+"""`besa eval ppl`: perplexity of a stage and of the dense model it was made from, and the divergence between them."""
 
 import time
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ import typer
 from besa_cli.commands.shared import forecast_view, options, panels
 from besa_cli.commands.shared import subject as subjects
 from besa_cli.commands.shared.subject import Subject
-from besa_cli.console import Console, human_perplexity
+from besa_cli.console import Console, human_divergence, human_perplexity, human_share
 from besa_cli.errors import Interrupted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from besa_cli.evaluation.measurement import Perplexity, PerplexityMeasurement, PerplexitySettings
+    from besa_cli.evaluation.perplexity import PerplexityRun
+    from besa_cli.evaluation.plan import Load, PerplexityPlan
     from besa_cli.evaluation.results import Results
     from besa_cli.evaluation.texts import EvaluationText
     from besa_cli.stream.forecast import Forecast
@@ -48,6 +50,9 @@ def ppl(
 ) -> None:
     """Measure the perplexity of the newest stage (or of --model) and of its dense model.
 
+    Both pass the same windows side by side. That also gives the KL divergence of the stage's predictions from the dense
+    model's (nats per token), and the share of tokens for which both predict the same token as the most likely one.
+
     Examples:
 
         besa eval ppl
@@ -75,94 +80,159 @@ def ppl(
     subject = subjects.find(model, run, console, baseline=baseline)
     if dry_run:
         started = compute.age()
-        models = [model for model in (subject, subject.parent) if model is not None]
-        total = forecast.combine([_forecast(model, selected, settings) for model in models])
+        total = forecast.combine(_forecasts(subject, selected, settings))
         forecast_view.show(replace(total, seconds=started + total.seconds), console)
         return
-    measured = _measure(subject, selected, settings, console)
-    dense: Sequence[Perplexity | None] = [None] * len(measured)
-    if subject.parent is not None:
-        dense = _measure(subject.parent, selected, settings, console, parent=True)
-    _show(subject, list(zip(measured, dense, strict=True)), console)
+    _show(subject, _measure(subject, selected, settings, console), console)
 
 
 def _measure(
-    subject: Subject,
-    texts: "Sequence[EvaluationText]",
-    settings: "PerplexitySettings",
-    console: Console,
-    *,
-    parent: bool = False,
-) -> "list[Perplexity]":
-    """Return the perplexity on each text: stored results, and one pass through the model for all others.
+    subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings", console: Console
+) -> "list[tuple[Perplexity, Perplexity | None]]":
+    """Return the results of subject and parent on each text: those stored, and one pass through each model for others.
 
-    The digest of a stage is checked before its stored results are used; that of its parent is not.
+    Without a parent a stored comparison with it is left out, so that what is shown does not depend on what is stored.
     """
     from besa_cli.evaluation.results import Results
 
     results = Results(subject.results) if subject.results else None
-    digest = str(subject.digest) if parent else subjects.digest(subject)
-    jobs = _jobs(subject, digest, texts, settings, console.note)
-    stored = [(number, results.load(job)) for number, job in enumerate(jobs)] if results else []
-    by_job = {number: result for number, result in stored if result}
-    for number, job in enumerate(jobs):
-        if results and number in by_job:
+    plan = _plan(subject, texts, settings, results.load if results else lambda _: None, console.note)
+    if results:
+        _note_stored(subject, plan, results, console)
+    measured, dense = dict(plan.stored), dict(plan.stored_baseline)
+    if plan.alone:
+        found, _ = _walk(subject, plan.of(plan.alone), [], results, console)
+        measured.update(zip(plan.alone, found, strict=True))
+    if plan.together:
+        found, others = _walk(subject, plan.of(plan.together), plan.baseline_of(plan.together), results, console)
+        measured.update(zip(plan.together, found, strict=True))
+        dense = {**dict(zip(plan.together, others, strict=True)), **dense}
+    if plan.baseline_alone and subject.parent:
+        found, _ = _walk(subject.parent, plan.baseline_of(plan.baseline_alone), [], results, console)
+        dense.update(zip(plan.baseline_alone, found, strict=True))
+    if subject.parent is None:
+        measured = {
+            number: replace(result, kl=None, same_token=None, baseline_digest=None)
+            for number, result in measured.items()
+        }
+    return [(measured[number], dense.get(number)) for number in range(len(plan.jobs))]
+
+
+def _plan(
+    subject: Subject,
+    texts: "Sequence[EvaluationText]",
+    settings: "PerplexitySettings",
+    load: "Load",
+    notify: "Callable[[str], None]" = lambda _: None,
+) -> "PerplexityPlan":
+    """Plan the measurement of subject and parent; `load` returns a stored result.
+
+    The digest of a stage is checked before its stored results are used; that of its parent if the parent is measured.
+    """
+    from besa_cli.evaluation import plan
+
+    jobs = _jobs(subject, subjects.digest(subject), texts, settings, notify)
+    parent = subject.parent
+    made = plan.plan(jobs, _jobs(parent, str(parent.digest), texts, settings, notify) if parent else [], load)
+    if parent and made.passes_baseline:
+        subjects.refuse_changed(parent)
+    return made
+
+
+def _note_stored(subject: Subject, plan: "PerplexityPlan", results: "Results", console: Console) -> None:
+    """Note which results are taken from files, and which stored ones are measured again."""
+    for number, job in enumerate(plan.jobs):
+        if number in plan.stored:
             console.note(f"{subject.name}: result taken from {results.file(job)}")
-    left = [number for number in range(len(jobs)) if number not in by_job]
-    if left and parent:
-        subjects.refuse_changed(subject)
-    if left:
-        measured = _walk(subject, [jobs[number] for number in left], results, console)
-        by_job.update(zip(left, measured, strict=True))
-    return [by_job[number] for number in range(len(jobs))]
+        if number in plan.replaced and subject.parent:
+            lacks = f"lacks the KL divergence from {subject.parent.name}"
+            console.note(f"{subject.name}: measured again, {results.file(job)} {lacks}")
+    for number, job in enumerate(plan.baseline):
+        if subject.parent and number in plan.stored_baseline:
+            console.note(f"{subject.parent.name}: result taken from {results.file(job)}")
+            if number in plan.together:
+                console.note(f"{subject.parent.name}: passes again to be compared with; --no-baseline leaves that out")
 
 
-def _forecast(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "Forecast":
-    """Forecast the measurement of one model; the time includes that of the checks."""
+def _forecasts(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "list[Forecast]":
+    """Forecast the measurement of subject and parent, run by run; the time of the first includes that of the checks."""
     from besa_cli.evaluation import results
     from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.system import disk
 
     began = time.perf_counter()
-    jobs = _jobs(subject, subjects.digest(subject), texts, settings)
-    if subject.results:
-        disk.require_writable(subject.results)
-    left = [job for job in jobs if not (subject.results and results.load(subject.results / job.file))]
-    walk = PerplexityRun(left or jobs)
+    directory = subject.results
+    if directory:
+        disk.require_writable(directory)
+    plan = _plan(subject, texts, settings, lambda job: results.load(directory / job.file) if directory else None)
     checks = time.perf_counter() - began
-    forecast = walk.forecast(subject.results or subject.directory)
-    return replace(forecast, seconds=(forecast.seconds if left else 0.0) + checks, left=forecast.left if left else 0)
+    found = []
+    for jobs, baseline in plan.runs() or [(list(plan.jobs), [])]:
+        start = time.perf_counter()
+        walk = PerplexityRun(jobs, baseline=baseline)
+        seconds = time.perf_counter() - start
+        forecast = walk.forecast(directory or subject.directory)
+        found.append(replace(forecast, seconds=forecast.seconds + seconds))
+    if not plan.runs():
+        return [replace(found[0], seconds=checks, left=0)]
+    return [replace(found[0], seconds=found[0].seconds + checks), *found[1:]]
 
 
 def _walk(
-    subject: Subject, jobs: "Sequence[PerplexityMeasurement]", results: "Results | None", console: Console
-) -> "list[Perplexity]":
+    subject: Subject,
+    jobs: "Sequence[PerplexityMeasurement]",
+    baseline: "Sequence[PerplexityMeasurement]",
+    results: "Results | None",
+    console: Console,
+) -> "tuple[list[Perplexity], list[Perplexity]]":
+    """Measure texts with the subject, side by side with its parent if `baseline` is given; return the results of both.
+
+    Results are stored, those of the parent unless it has one already.
+    """
     from besa_cli.evaluation.perplexity import PerplexityRun
 
-    known = [results.load_losses(job) if results else [] for job in jobs]
-    for job, losses in zip(jobs, known, strict=True):
+    known = [results.load_losses(job) for job in jobs] if results else None
+    compared = None
+    if results and baseline:
+        compared = [results.load_comparisons(job, other.digest) for job, other in zip(jobs, baseline, strict=True)]
+    walk = PerplexityRun(jobs, known, baseline, compared)
+    for job, losses in zip(jobs, walk.losses, strict=True):
         if losses:
             console.note(
                 f"{job.dataset}, {subject.name}: {len(losses)} of {len(job.windows)} windows are measured already"
             )
-    walk = PerplexityRun(jobs, known)
     for note in walk.notes:
         console.note(note)
+    names = f"{subject.name} and {subject.parent.name}" if baseline and subject.parent else subject.name
     try:
-        title = f"{', '.join(job.dataset for job in jobs)}, {subject.name}"
-        with console.blocks(title, walk.steps, walk.work) as progress:
+        with console.blocks(f"{', '.join(job.dataset for job in jobs)}, {names}", walk.steps, walk.work) as progress:
             for step in walk:
                 progress.advance(step.index, step.seconds, step.phase)
                 if results:
-                    for number in step.measured:
-                        results.save_losses(jobs[number], walk.losses[number])
+                    _store_windows(results, walk, jobs, step.measured)
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_hint(results, jobs)) from interrupt
-    measured = [job.result(losses) for job, losses in zip(jobs, walk.losses, strict=True)]
+    measured, others = walk.results(), walk.baseline_results()
+    if results and subject.parent:
+        new = [(job, other) for job, other in zip(baseline, others, strict=True) if results.load(job) is None]
+        _store(results, subject.parent, new)
     if results:
-        for job, result in zip(jobs, measured, strict=True):
-            results.save(job, result, {"name": subject.name, "directory": str(subject.directory)})
-    return measured
+        _store(results, subject, zip(jobs, measured, strict=True))
+    return measured, others
+
+
+def _store_windows(
+    results: "Results", walk: "PerplexityRun", jobs: "Sequence[PerplexityMeasurement]", texts: "Sequence[int]"
+) -> None:
+    for number in texts:
+        results.save_losses(jobs[number], walk.losses[number], walk.comparisons[number], walk.baseline_digest)
+
+
+def _store(
+    results: "Results", subject: Subject, measured: "Iterable[tuple[PerplexityMeasurement, Perplexity]]"
+) -> None:
+    for job, result in measured:
+        results.save(job, result, {"name": subject.name, "directory": str(subject.directory)})
 
 
 def _hint(results: "Results | None", jobs: "Sequence[PerplexityMeasurement]") -> str:
@@ -191,9 +261,11 @@ def _jobs(
 
 
 def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:
+    parent = subject.parent.name if subject.parent else "dense"
+    compared = any(measured.kl is not None for measured, _ in rows)
+    header = ("data", "split", "model", "windows", "context", "perplexity", "difference")
     cells: list[tuple[str | int, ...]] = []
     for measured, dense in rows:
-        parent = subject.parent.name if subject.parent else "dense"
         for name, result in ((subject.name, measured), (parent, dense)):
             if result is None:
                 continue
@@ -208,9 +280,10 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
                     result.seqlen,
                     human_perplexity(result.perplexity),
                     against,
+                    *(_comparison(result) if compared else ()),
                 )
             )
-    console.table("", ("data", "split", "model", "windows", "context", "perplexity", "difference"), cells)
+    console.table("", (*header, f"KL to {parent}", "same token") if compared else header, cells)
     results = [
         {
             **asdict(measured),
@@ -220,3 +293,10 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
         for measured, dense in rows
     ]  # fmt: skip
     console.emit_json({"model": subject.name, "directory": str(subject.directory), "results": results})
+
+
+def _comparison(result: "Perplexity") -> tuple[str, str]:
+    """Return the cells of the comparison with the parent; empty where there is none."""
+    if result.kl is None or result.same_token is None:
+        return "", ""
+    return human_divergence(result.kl), human_share(result.same_token)

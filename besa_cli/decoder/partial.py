@@ -17,6 +17,8 @@ from besa_cli.system import compute
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_NOT_COMPUTED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
 
 class PartialModel:
     """The model of a checkpoint directory, with blocks loaded one at a time.
@@ -94,6 +96,19 @@ class PartialModel:
         """List the checkpoint names of all tensors that belong to no block."""
         inside = {name for index in range(len(self)) for name in self.stored_names(index)}
         return [name for name in self.weights.names if name not in inside]
+
+    def has_same_outside(self, directory: Path) -> bool:
+        """Return whether a checkpoint differs in nothing but its blocks: same configuration, names and other tensors.
+
+        The files are compared, so nothing need be loaded.
+        """
+        other = Weights(directory)
+        same = _described(self.config) == _described(architecture.config_of(directory))
+        return (
+            same
+            and self.weights.names == other.names
+            and all(_same_tensor(self.weights, other, name) for name in self.rest_names())
+        )
 
     def _require(self, names: Mapping[str, str], place: str) -> None:
         for name in names.values():
@@ -247,6 +262,16 @@ def _require_sizes(config: "PretrainedConfig", directory: Path) -> None:
                 f"{directory / 'config.json'} has no {name} for the decoder ({config.model_type})",
                 "use another model: besa needs a decoder with one vocabulary and one hidden width",
             )
+
+
+def _described(config: "PretrainedConfig") -> dict[str, object]:
+    """Return a configuration without what changes no computation in a given dtype."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPUTED}
+
+
+def _same_tensor(first: Weights, second: Weights, name: str) -> bool:
+    one, other = first.read([name])[name], second.read([name])[name]
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _outside(model: nn.Module, blocks: nn.Module) -> Sequence[nn.Module]:

@@ -6,11 +6,11 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
 from besa_cli.checkpoint import inspection, manifests
@@ -25,7 +25,10 @@ from besa_cli.system.records import strict
 
 Record = Json
 
+Metric = Literal["perplexity", "kl", "same_token", "acc", "acc_norm"]
+
 _ACCURACIES = ("acc", "acc_norm")
+_TEXT_METRICS: dict[Metric, str] = {"perplexity": "", "kl": " KL", "same_token": " same token"}  # additions to titles
 _TITLE_OPTIONS = ("method", "sparsity", "nm", "model")
 _PERPLEXITY_FACTS = (
     "seqlen",
@@ -49,7 +52,7 @@ class Column:
     ----------
     name : str
         Data set and split, or task.
-    metric : {"perplexity", "acc", "acc_norm"}
+    metric : {"perplexity", "kl", "same_token", "acc", "acc_norm"}
     shown : tuple of str
         Settings shown in every title: windows × context length and stride, or shots and limit.
     hidden : tuple of (str, value)
@@ -57,15 +60,14 @@ class Column:
     """
 
     name: str
-    metric: Literal["perplexity", "acc", "acc_norm"]
+    metric: Metric
     shown: tuple[str, ...]
     hidden: tuple[tuple[str, str | float | None], ...] = ()
 
     @property
     def title(self) -> str:
         """Title from name, metric and the settings shown."""
-        name = self.name if self.metric == "perplexity" else f"{self.name} {self.metric}"
-        return ", ".join([name, *self.shown])
+        return ", ".join([self.name + _TEXT_METRICS.get(self.metric, f" {self.metric}"), *self.shown])
 
 
 @dataclass(kw_only=True)
@@ -122,6 +124,9 @@ class _Perplexity(_Result):
     windows: Positive
     seqlen: Positive
     perplexity: Annotated[float, Ge(1)]
+    kl: NotRequired[Annotated[float, Ge(0)] | None]
+    same_token: NotRequired[Annotated[float, Ge(0), Le(1)] | None]
+    baseline_digest: NotRequired[str | None]
     split: NotRequired[str | None]
     windows_in_text: NotRequired[Positive | None]
     stride: NotRequired[Positive | None]
@@ -252,7 +257,13 @@ def _add_values(row: Row, record: Record, run: _Run, notes: list[str]) -> None:
 def _values(record: Record) -> Iterator[tuple[Column, float]]:
     """Yield the values of a result with their columns."""
     if _is_perplexity(record):
-        yield _perplexity_column(record), float(record["perplexity"])
+        column = _perplexity_column(record)
+        yield column, float(record["perplexity"])
+        hidden = (*column.hidden, ("baseline_digest", record.get("baseline_digest")))
+        compared: tuple[Metric, ...] = ("kl", "same_token")
+        for metric in compared:
+            if record.get(metric) is not None:
+                yield replace(column, metric=metric, hidden=hidden), float(record[metric])
     elif record.get("kind") == "tasks":
         yield from _accuracies(record)
 
@@ -281,7 +292,7 @@ def _accuracies(record: Record) -> Iterator[tuple[Column, float]]:
     hidden = tuple((name, _hashable(value)) for name, value in facts.items())
     seen = set()
     for task, name, value in _accuracy_values("", record):
-        metric: Literal["acc", "acc_norm"] = "acc" if name.partition(",")[0] == "acc" else "acc_norm"
+        metric: Metric = "acc" if name.partition(",")[0] == "acc" else "acc_norm"
         column = Column(name=task, metric=metric, shown=tuple(shown), hidden=hidden)
         if column not in seen:
             seen.add(column)
@@ -319,7 +330,14 @@ def _columns(rows: Sequence[Row]) -> dict[str, Column]:
     columns = list(dict.fromkeys(column for row in rows for column in row.figures))
     names = list(dict.fromkeys(column.name for column in columns))
     names.sort(key=lambda name: (*EVALUATION_SETS, name.split()[0]).index(name.split()[0]))
-    columns.sort(key=lambda column: (column.metric != "perplexity", names.index(column.name)))
+    order = list(_TEXT_METRICS)
+    columns.sort(
+        key=lambda column: (
+            column.metric not in order,
+            names.index(column.name),
+            order.index(column.metric) if column.metric in order else 0,
+        )
+    )
     titled = {}
     for column in columns:
         alike = [other for other in columns if other.title == column.title]

@@ -1,4 +1,4 @@
-"""Perplexity measurement of one text: settings, windows of the text, token losses, and the result."""
+"""Perplexity measurement of one text: settings, windows of the text, and the result."""
 
 import hashlib
 import json
@@ -7,16 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from besa_cli.decoder.conduct import overflow
-from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.evaluation.texts import EvaluationText
-from besa_cli.stream.memory_model import HEAD_TOKENS
 from besa_cli.system import compute, disk
 from besa_cli.system.disk import JsonObject
 from besa_cli.text.spool import Numbers
@@ -26,6 +25,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Loss = tuple[float, int]  # of a window: sum of −log p over its counted tokens, and their number
+
+
+class WindowComparison(NamedTuple):
+    """Comparison of a model with its baseline on the counted tokens of a window; their number is that of the loss.
+
+    Attributes
+    ----------
+    baseline : float
+        Sum of the baseline's −log p.
+    divergence : float
+        Sum of KL(baseline ‖ model) in nats.
+    same : int
+        Number of tokens for which both predict the same token as the most likely one.
+    """
+
+    baseline: float
+    divergence: float
+    same: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +83,20 @@ class PerplexitySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Perplexity of a model on a text, with all that determines it; the last six fields give the text's source."""
+    """Perplexity of a model on a text, with all that determines it; the last six fields give the text's source.
+
+    The three fields before them compare the model with its baseline, the model it was made from, on the same tokens;
+    they are None where that was not measured.
+
+    Attributes
+    ----------
+    kl : float, optional
+        Mean of KL(baseline ‖ model) over the counted tokens, in nats.
+    same_token : float, optional
+        Share of the counted tokens for which both predict the same token as the most likely one.
+    baseline_digest : str, optional
+        Content digest of the baseline.
+    """
 
     dataset: str
     split: str | None
@@ -82,12 +112,20 @@ class Perplexity:
     dtype: str
     nll: float
     perplexity: float
+    kl: Annotated[float, Ge(0)] | None = None
+    same_token: Annotated[float, Ge(0), Le(1)] | None = None
+    baseline_digest: str | None = None
     source: str | None = None
     file: str | None = None
     revision: str | None = None
     records: int | None = None
     official: bool | None = None
     note: str | None = None
+
+    def is_compared_with(self, digest: str | None) -> bool:
+        """Return whether the result has the figures that compare the model with the baseline of this digest."""
+        measured = self.kl is not None and self.same_token is not None
+        return measured and self.baseline_digest is not None and self.baseline_digest == digest
 
 
 def tokenize(text: EvaluationText, tokenizer: "PreTrainedTokenizerBase", vocabulary: int) -> Tensor:
@@ -206,6 +244,11 @@ class PerplexityMeasurement:
         }
 
     @property
+    def digest(self) -> str:
+        """Content digest of the checkpoint."""
+        return str(self._facts["model_digest"])
+
+    @property
     def dataset(self) -> str:
         """Name of the text."""
         return str(self._facts["dataset"])
@@ -226,59 +269,54 @@ class PerplexityMeasurement:
         seqlen, stride = self.settings.seqlen, self.settings.stride
         return seqlen - 1 if number == 0 or stride is None else min(stride, seqlen - 1)
 
-    def require_finite(self, loss: float) -> None:
-        """Check that a loss is finite.
+    def require_finite(self, value: float, figure: str = "loss") -> None:
+        """Check that a loss, or another figure of this name, is finite.
 
         Raises
         ------
         BesaError
-            The loss is NaN or infinite.
+            It is NaN or infinite.
         """
-        if not math.isfinite(loss):
-            raise overflow(f"{self.directory} gives a loss of {loss} for tokens of {self.dataset}", self.dtype)
+        if not math.isfinite(value):
+            raise overflow(f"{self.directory} gives a {figure} of {value} for tokens of {self.dataset}", self.dtype)
 
-    def result(self, losses: Sequence[Loss]) -> Perplexity:
+    def result(
+        self, losses: Sequence[Loss], comparisons: Sequence[WindowComparison] = (), baseline_digest: str | None = None
+    ) -> Perplexity:
         """Return the perplexity, exp of the mean −log p over all counted tokens, from the losses of all windows.
 
         For windows of equal length this mean equals the mean over windows in the BESA authors' code.
 
+        Parameters
+        ----------
+        losses : sequence of Loss
+            Of every window.
+        comparisons : sequence of WindowComparison, optional
+            Of every window, with the baseline of the digest `baseline_digest`.
+
         Raises
         ------
         BesaError
-            A loss is NaN or infinite.
+            A loss or divergence is NaN or infinite.
         """
         for total, _ in losses:
             self.require_finite(total)
-        nll = math.fsum(total for total, _ in losses) / sum(count for _, count in losses)
-        return Perplexity(**self._facts, **self._origin, nll=nll, perplexity=_perplexity(nll))
+        count = sum(counted for _, counted in losses)
+        nll = math.fsum(total for total, _ in losses) / count
+        against: JsonObject = {}
+        if comparisons:
+            for each in comparisons:
+                self.require_finite(each.divergence, "divergence")
+            against = {
+                "kl": max(math.fsum(each.divergence for each in comparisons) / count, 0.0),  # rounding may be below
+                "same_token": sum(each.same for each in comparisons) / count,
+                "baseline_digest": baseline_digest,
+            }
+        return Perplexity(**self._facts, **self._origin, **against, nll=nll, perplexity=_perplexity(nll))
 
 
 def _perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
-
-
-def token_losses(decoder: Decoder, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Return −log p of every token but the first, fp32.
-
-    Parameters
-    ----------
-    hidden : Tensor of shape (samples, seqlen, hidden)
-        Output of the last block.
-    tokens : Tensor of shape (samples, seqlen)
-
-    Returns
-    -------
-    Tensor of shape (samples, seqlen − 1)
-    """
-    last = tokens.shape[1] - 1
-    parts = []
-    for start in range(0, last, HEAD_TOKENS):
-        stop = min(start + HEAD_TOKENS, last)
-        logits = decoder.finish(hidden, tokens, slice(start, stop)).float()
-        targets = tokens[:, start + 1 : stop + 1].to(logits.device)
-        flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        parts.append(flat.view(targets.shape))  # flattened first, because torch would copy logits to move their classes
-    return torch.cat(parts, dim=1)
 
 
 def require_known(ids: Tensor, vocabulary: int) -> None:

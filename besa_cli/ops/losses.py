@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _SMALL = 1e-20
@@ -96,6 +96,36 @@ def divergence(
     return _sum(logits, piece)
 
 
+def compare_predictions(
+    logits: Float[Tensor, "*batch vocabulary"], target: Float[Tensor, "*batch vocabulary"]
+) -> tuple[Float[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """Compare the predictions of a model with those of another one, the target, at every position.
+
+    A few positions are compared at a time, see `divergence`.
+
+    Returns
+    -------
+    divergence : Tensor of the shape of all positions
+        KL(softmax(target) ‖ softmax(logits)), in nats and fp32. Where the target gives −inf, nothing is added; where
+        only the other logits are −inf, it is infinite.
+    same : boolean Tensor of this shape
+        True where both have the same largest logit; of equal ones, that of the lowest index.
+    """
+    found, expected = (each.reshape(-1, each.shape[-1]) for each in (logits, target))
+    few = _rows_at_once(found)
+    divergences = found.new_empty(len(found), dtype=torch.float32)
+    same = found.new_empty(len(found), dtype=torch.bool)
+    for start in range(0, len(found), few):
+        rows = slice(start, start + few)
+        own, wanted = found[rows].float(), expected[rows].float()
+        logs = wanted.log_softmax(-1)
+        weights = logs.exp()
+        terms = logs.sub_(own.log_softmax(-1)).mul_(weights).masked_fill_(weights == 0, 0.0)
+        divergences[rows] = terms.sum(-1)
+        same[rows] = own.argmax(-1) == wanted.argmax(-1)
+    return divergences.view(logits.shape[:-1]), same.view(logits.shape[:-1])
+
+
 def own_labels(
     logits: Float[Tensor, "*batch vocabulary"], generator: torch.Generator | None = None
 ) -> Float[Tensor, ""]:
@@ -108,6 +138,12 @@ def own_labels(
         return -chosen.log(), found.scatter_add_(-1, labels, torch.full_like(chosen, -1.0))
 
     return _sum(logits, piece)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Return the number of rows of a matrix of logits to look at together."""
+    values = _VALUES if logits.device.type == "cpu" else _VALUES_OFF_CPU
+    return max(1, values // logits.shape[1])
 
 
 _Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # logits of some rows → their losses, and the gradient
@@ -124,8 +160,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, piece: _Piece) -> Tensor:
-        values = _VALUES if logits.device.type == "cpu" else _VALUES_OFF_CPU
-        few = max(1, values // logits.shape[1])
+        few = _rows_at_once(logits)
         gradient = torch.empty_like(logits) if logits.requires_grad else None
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         for start in range(0, len(logits), few):

@@ -315,7 +315,16 @@ def with_sensitivity(demand: Demand, shape: Shape, *, blocks: int, tokens: int, 
     return replace(demand, phases={**demand.phases, "sensitivity": measuring}, hidden=max(demand.hidden, hidden))
 
 
-def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: int = 0, portions: int = 1) -> Demand:
+def eval_demand(
+    shape: Shape,
+    *,
+    tokens: int,
+    passing: int,
+    seqlen: int,
+    head: int = 0,
+    portions: int = 1,
+    compared: bool = False,
+) -> Demand:
     """Return the memory demand of `eval ppl`.
 
     Parameters
@@ -326,13 +335,15 @@ def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: i
     seqlen : int
         Tokens in a window of the text.
     head : int
-        Bytes of the head if it is not loaded yet; it is loaded after the first portion has passed all blocks.
+        Bytes of the heads that are not loaded yet; they are loaded after the first portion has passed all blocks.
     portions : int
         Number of portions.
+    compared : bool
+        True if every portion passes through two models whose predictions are compared.
     """
     compute = shape.dtype.itemsize
     widths = _NARROW * shape.hidden + _WIDE * shape.widest
-    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (compute + 4 + 4)
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * (compute + 4 + 4 + (4 if compared else 0))
     return Demand(
         phases={
             "blocks": round(shape.loaded * (compute + shape.source))
@@ -340,7 +351,7 @@ def eval_demand(shape: Shape, *, tokens: int, passing: int, seqlen: int, head: i
             + (head if portions > 1 else 0),
             "head": head + logits,
         },
-        hidden=tokens * shape.hidden * compute,
+        hidden=(2 if compared else 1) * tokens * shape.hidden * compute,
     )
 
 

@@ -65,7 +65,11 @@ def test_sections_run_in_turn_and_end_in_one_table(place: Path, besa: Besa) -> N
     assert outcome.code == 0, outcome.err
     rows = {row["method"]: list(row["figures"].values()) for row in json.loads(outcome.out)["rows"]}
     results = [json.loads(path.read_text()) for path in place.glob("r/eval/*.json")]
-    measured = {result["model"]["name"].split()[0]: [result["perplexity"]] for result in results}
+    named = {result["model"]["name"].split()[0]: result for result in results}
+    measured = {
+        name: [result[figure] for figure in ("perplexity", "kl", "same_token") if result[figure] is not None]
+        for name, result in named.items()
+    }
     assert {name.split()[0]: figures for name, figures in rows.items()} == measured
     assert list(measured) != []
     before = {path: path.stat().st_mtime_ns for path in place.glob("r/*/*.safetensors")}

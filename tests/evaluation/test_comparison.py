@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support import tiny_models
 from support.written import digest_of, stage_manifest
 
+from besa_cli.errors import BesaError
 from besa_cli.evaluation import comparison
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -228,6 +229,56 @@ def test_shots_and_limits_are_columns_of_their_own(tmp_path: Path) -> None:
     assert sorted(table(comparison.compare([path]))["besa 50 %"].values()) == [0.5, 0.75]
 
 
+def test_the_comparison_with_the_dense_model_has_columns_beside_the_perplexity(tmp_path: Path) -> None:
+    compared = {"kl": 0.25, "same_token": 0.75, "baseline_digest": digest_of("origin")}
+    missing = {"kl": None, "same_token": None, "baseline_digest": None}
+    ptb = {"dataset": "ptb", "windows": 50, "windows_in_text": 50, "text_digest": "p"}
+    first = run(
+        tmp_path / "a",
+        manifest("A"),
+        result("A", 20.0, **compared),
+        result("origin", 10.0, **missing),
+        result("A", 200.0, **ptb, **compared),
+    )
+    second = run(tmp_path / "b", manifest("B", method="wanda"), result("B", 30.0))  # of an older version
+    found = comparison.compare([first, second])
+    kl, same = "wikitext2 test KL, 148 × 2048", "wikitext2 test same token, 148 × 2048"
+    assert list(found.columns) == [
+        WIKI,
+        kl,
+        same,
+        "ptb test, 50 × 2048",
+        "ptb test KL, 50 × 2048",
+        "ptb test same token, 50 × 2048",
+    ]
+    rows = table(found)
+    assert rows["dense"] == {WIKI: 10.0}
+    assert {title: rows["besa 50 %"][title] for title in (WIKI, kl, same)} == {WIKI: 20.0, kl: 0.25, same: 0.75}
+    assert rows["wanda 50 %"] == {WIKI: 30.0}
+
+
+def test_divergences_from_different_models_do_not_share_a_column(tmp_path: Path) -> None:
+    runs = [
+        run(
+            tmp_path / name,
+            manifest(name, parent=f"{name}-0", model=f"org/{name}"),
+            result(name, 2.0, kl=value, same_token=None, baseline_digest=digest_of(f"{name}-0")),
+        )
+        for name, value in (("a", 0.5), ("b", 0.25))
+    ]
+    found = comparison.compare(runs)
+    kl = [column for column in found.columns.values() if column.metric == "kl"]
+    assert [[row.figures.get(column) for column in kl] for row in found.rows] == [[0.5, None], [None, 0.25]]
+    assert all(", baseline " in title for title, column in found.columns.items() if column.metric == "kl")
+
+
+@pytest.mark.parametrize(("field", "value"), [("kl", -0.5), ("same_token", 1.5), ("kl", "0.5")])
+def test_an_impossible_comparison_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    path = run(tmp_path / "a", manifest("A"), result("A", 20.0, **{field: value}))
+    with pytest.raises(BesaError, match=field):
+        comparison.compare([path])
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(
@@ -319,6 +370,20 @@ def test_json(besa: Besa, two: Path) -> None:
     ]
 
 
+def test_the_figures_of_a_comparison_as_text(besa: Besa, workplace: Path) -> None:
+    figures = {"kl": 0.0003125, "same_token": 0.96875, "baseline_digest": digest_of("origin")}
+    run(workplace / "c", manifest("A"), result("A", 20.0, **figures), result("origin", 10.0))
+    assert besa("eval", "compare", "c", "--format", "markdown").out.splitlines() == [
+        f"| method | {WIKI} | wikitext2 test KL, 148 × 2048 | wikitext2 test same token, 148 × 2048 |",
+        "| --- | ---: | ---: | ---: |",
+        "| dense | 10.0000 | - | - |",
+        "| besa 50 % | 20.0000 | 3.13e-04 | 96.88 % |",
+    ]
+    found = json.loads(besa("eval", "compare", "c", "--format", "json").out)
+    assert [column["metric"] for column in found["columns"]] == ["perplexity", "kl", "same_token"]
+    assert found["columns"][1]["baseline_digest"] == digest_of("origin")
+
+
 @pytest.mark.parametrize(
     ("name", "said", "hint"),
     [("gone", "no run directory gone", "besa prune --run"), ("empty", "empty has no results", "besa eval ppl")],
@@ -346,10 +411,14 @@ def test_what_the_other_commands_write_is_read(besa: Besa, workplace: Path) -> N
         (measured[method],) = json.loads(outcome.out)["results"]
     shutil.rmtree("m")  # what is compared is what is on the disk
     found = json.loads(besa("eval", "compare", "wanda", "magnitude", "--format", "json").out)
-    (column,) = found["columns"]
+    column, kl, same = found["columns"]
     assert column["title"] == "words.txt, 3 × 16"
     assert {row["method"]: row["figures"][column["title"]] for row in found["rows"]} == {
         "dense": measured["wanda"]["dense"]["perplexity"],
         "wanda 50 %": measured["wanda"]["perplexity"],
         "magnitude 50 %": measured["magnitude"]["perplexity"],
     }
+    for method, figures in ((row["method"].split()[0], row["figures"]) for row in found["rows"]):
+        if method != "dense":
+            own = measured[method]
+            assert (figures[kl["title"]], figures[same["title"]]) == (own["kl"], own["same_token"])

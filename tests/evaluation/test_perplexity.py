@@ -24,8 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError, UsageError
-from besa_cli.evaluation import measurement as measuring
-from besa_cli.evaluation import perplexity, results
+from besa_cli.evaluation import perplexity, results, token_figures
 from besa_cli.evaluation.measurement import Perplexity, PerplexityMeasurement, PerplexitySettings
 from besa_cli.evaluation.texts import EvaluationText
 from besa_cli.models.tokenizer import tokenizer_digest
@@ -120,7 +119,7 @@ def test_neither_batches_nor_the_heads_portions_matter(
     batch_size: int, head_tokens: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = measured(measurement(model, text_of()))
-    monkeypatch.setattr(measuring, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(token_figures, "HEAD_TOKENS", head_tokens)
     found = measured(measurement(model, text_of(), batch_size=batch_size))
     assert found.nll == pytest.approx(plain.nll, rel=1e-6)
 
@@ -322,6 +321,7 @@ def test_a_portion_is_bounded_by_two_blocks_by_a_gibibyte_and_on_a_cpu_by_its_to
     assert perplexity.windows_at_once(decoder, 16, 1) == 32_768 // 16
     assert perplexity.windows_at_once(decoder, 16, 3) == 32_768 // 16 // 3 * 3
     assert perplexity.windows_at_once(decoder, 16, 5000) == 5000  # never less than a batch
+    assert perplexity.windows_at_once(decoder, 16, 3, models=2) == 32_768 // 2 // 16 // 3 * 3
     monkeypatch.setattr(perplexity, "_CPU_TOKENS", 1 << 40)
     assert perplexity.windows_at_once(decoder, 16, 1) == (1 << 30) // (16 * tiny_models.HIDDEN * 4)
     monkeypatch.setattr(perplexity, "_BYTES", 1)
@@ -409,27 +409,27 @@ def interrupt_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(propagation, "advance", interrupted)
 
 
-@pytest.mark.parametrize("passes", [0, 1, 3, 8, 12])
+@pytest.mark.parametrize("passes", [0, 1, 2, 3, 8, 13])
 def test_an_interrupted_evaluation_goes_on_and_comes_to_the_same(
     passes: int, besa: Besa, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree("besa-run", "undisturbed")
     expected = json.loads(besa(*EVALUATION, "--run", "undisturbed").out)["results"]
-    monkeypatch.setattr(perplexity, "_CPU_TOKENS", 16)  # a window a pass: 7 for the stage, 7 for its parent
+    monkeypatch.setattr(perplexity, "_CPU_TOKENS", 16)  # a window a pass: of 7, the parent's and the stage's in turn
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(passes, patch)
         outcome = besa(*EVALUATION)
     assert (outcome.code, outcome.out) == (130, "")
     *_, error, hint = outcome.err.splitlines()
     assert error == "error: interrupted"
-    assert hint.startswith(f"hint: {passes if passes < 7 else passes - 7} windows are measured and kept; run the same")
+    assert hint.startswith(f"hint: {passes // 2} windows are measured and kept; run the same")
     seen: list[int] = []
     noted = calls.noting(propagation.advance, lambda decoder, index, *rest: seen.append(index))
     monkeypatch.setattr(propagation, "advance", noted)
     outcome = besa(*EVALUATION)
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["results"] == expected
-    assert seen.count(0) == 14 - passes  # nothing is measured twice
+    assert seen.count(0) == 14 - passes // 2 * 2  # nothing is measured twice, but a window that only the parent passed
     names = {path.name: path.read_bytes() for path in Path("besa-run", "eval").iterdir()}
     assert names.keys() == {path.name for path in Path("undisturbed", "eval").iterdir()}
     assert not any(name.endswith(".windows") for name in names)

@@ -188,6 +188,43 @@ def test_the_divergence_is_that_of_a_loop(scale: float) -> None:
 
 
 @pytest.mark.parametrize("together", [1, 20, 1000])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_the_comparison_of_predictions_is_that_of_a_loop(
+    scale: float, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_VALUES", together)
+    generator = torch.Generator().manual_seed(0)
+    found, expected = (scale * torch.randn(2, 3, 7, generator=generator) for _ in range(2))
+    divergences, same = losses.compare_predictions(found, expected)
+    assert divergences.shape == same.shape == (2, 3)
+    for place, (own, wanted) in enumerate(
+        zip(found.flatten(0, 1).tolist(), expected.flatten(0, 1).tolist(), strict=True)
+    ):
+        q, p = ([math.exp(value) / math.fsum(map(math.exp, row)) for value in row] for row in (own, wanted))
+        total = math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert float(divergences.flatten()[place]) == pytest.approx(total, rel=1e-5, abs=1e-6)
+        assert bool(same.flatten()[place]) == (own.index(max(own)) == wanted.index(max(wanted)))
+    itself, alike = losses.compare_predictions(found, found)
+    assert (itself == 0).all()
+    assert alike.all()
+    assert float(divergences.sum()) == pytest.approx(float(losses.divergence(found, expected)), rel=1e-6)
+
+
+def test_tokens_that_the_target_excludes_do_not_count() -> None:
+    never = -math.inf
+    target = torch.tensor([1.0, 2.0, never])
+    expected, _ = losses.compare_predictions(torch.tensor([2.0, 1.0]), target[:2])
+    for third in (never, -40.0):
+        divergence, same = losses.compare_predictions(torch.tensor([2.0, 1.0, third]), target)
+        assert float(divergence) == pytest.approx(float(expected), rel=1e-6)
+        assert not same
+    impossible, _ = losses.compare_predictions(target, torch.tensor([1.0, 2.0, 3.0]))
+    assert float(impossible) == math.inf
+    undefined, _ = losses.compare_predictions(torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 2.0]))
+    assert math.isnan(float(undefined))
+
+
+@pytest.mark.parametrize("together", [1, 20, 1000])
 def test_the_gradients_of_losses_of_logits_are_those_of_autograd(
     together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The model of memory: against tensors counted by hand, and how a command is placed within a limit."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,20 @@ def test_more_tokens_never_take_less(tokens: int, passing: int, more: int, held:
 
 
 def test_the_head_is_held_beside_blocks_where_a_second_portion_follows() -> None:
-    sizes = {"tokens": 9, "passing": 9, "seqlen": 9}
-    without = memory_model.eval_demand(SHAPE, **sizes)
+    sized = partial(memory_model.eval_demand, SHAPE, tokens=9, passing=9, seqlen=9)
+    without = sized()
     for portions, beside in ((1, 0), (2, 5_000)):
-        found = memory_model.eval_demand(SHAPE, **sizes, head=5_000, portions=portions)
+        found = sized(head=5_000, portions=portions)
         assert found.phases["head"] == without.phases["head"] + 5_000
         assert found.phases["blocks"] == without.phases["blocks"] + beside
+
+
+def test_a_comparison_holds_two_streams_and_the_logits_of_both() -> None:
+    sized = partial(memory_model.eval_demand, SHAPE, tokens=1000, passing=9, seqlen=9, head=5_000)
+    one, both = sized(), sized(compared=True)
+    assert both.hidden == 2 * one.hidden
+    assert both.phases["head"] - one.phases["head"] == 9 * SHAPE.vocabulary * 4
+    assert both.phases["blocks"] == one.phases["blocks"]
 
 
 def demand(batch: int) -> Demand:
