@@ -98,7 +98,8 @@ def table(found: Found, titles: Mapping[str, str], samples: int = BASE.samples) 
         texts = [perplexity(method, sparsity, found, samples) for sparsity in columns]
         if any(text != "-" for text in texts):
             strong = "**" if method == "besa-row-global" else ""
-            rows.append(f"| {strong}{title}{strong} | {' | '.join(f'{strong}{text}{strong}' for text in texts)} |")
+            shown = [text if text == "-" else f"{strong}{text}{strong}" for text in texts]
+            rows.append(f"| {strong}{title}{strong} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
 
