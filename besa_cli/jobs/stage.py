@@ -380,7 +380,7 @@ class StageJob:
 
         Comes after `blocks`, and yields a report before the first pass over the samples and after each.
         """
-        if self.done or self._whole_model is None:
+        if self._whole_model is None:  # not asked for, or finished already
             return
         began = time.perf_counter()
         for report in self._whole_model.passes(on_step):
@@ -394,7 +394,7 @@ class StageJob:
 
         Comes after `passes`, and yields the report of each block.
         """
-        if self.done or self._whole_model is None:
+        if self._whole_model is None:  # not asked for, or finished already
             return
         for report in self._whole_model.repaired(on_step, self._sensitivity):
             self._timing.block(report)

@@ -107,7 +107,6 @@ def _tuned(
     measure, world, samples = descent.measure(block, options.loss), block.rank_share.world, block.rank_share.samples
     generator = torch.Generator().manual_seed(block.seed)
     steps, done = options.epochs * samples, 0
-    history: list[float] = []
     with compute.repeated_passes():
         for _ in range(options.epochs):
             for chosen in torch.split(torch.randperm(samples, generator=generator), 1):
@@ -127,7 +126,7 @@ def _tuned(
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1
-                history.append(descent.require_finite(float(loss), block.index, "--update-lr"))
+                descent.require_finite(float(loss), block.index, "--update-lr")
                 block.on_step(done, steps, "repair")
     final = {name: weight.detach() * masks[name] for name, weight in learned.items()}
     before, after = (
