@@ -1,6 +1,7 @@
 """Work of every rank of a job: the model's windows in order, on the rank's own samples."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from besa_cli.system import compute, memory
 from besa_cli.system.ranks import Ranks
 
 _RESIDENT = 4  # share of the free memory that the blocks may fill while the whole model learns: one of so many
+_SECOND_WALK = 2  # passes of the walk that repairs what the whole model learned: statistics, propagation
 
 
 class StageWorker:
@@ -248,10 +250,13 @@ class StageWorker:
         options = self._request.whole_model
         after = 0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape)
         before = 0.0 if finished else effects.PASSES * len(self._measured) / self._samples
+        plan = replace(self._prune_plan(batch, channels, check=True), decide=self._request.decide)
+        if options is not None and self._request.repair is not None:
+            after += _SECOND_WALK
         return first + forecast.seconds(
             self.decoder,
             self._tokens,
-            self._prune_plan(batch, channels, check=True),
+            plan,
             finished,
             whole_passes=after + before,
         )
