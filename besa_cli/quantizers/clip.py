@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 from typing_extensions import override
 
 from besa_cli.choices import CLIP_RATE, Loss, Target
@@ -16,7 +16,6 @@ from besa_cli.stream import quantized as quantized_blocks
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
 from besa_cli.stream.method import MethodOptions
-from besa_cli.system import compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,24 +84,13 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
-    optimizer = descent.adamw(list(logits.values()), options.lr)
-    measure, samples = descent.measure(block, options.loss), len(block.inputs)
-    generator = torch.Generator().manual_seed(block.seed)
-    order = [torch.randperm(samples, generator=generator) for _ in range(options.epochs)]
-    steps = [part for epoch in order for part in torch.split(epoch, options.batch_size)]
     dtype = next(iter(block.linears.values())).weight.dtype
-    history: list[float] = []
-    with compute.repeated_passes():
-        for chosen in steps:
-            weights = {name: linear.weights(logits[name]).to(dtype) for name, linear in linears.items()}
-            output = block.forward(block.inputs[chosen], weights)
-            loss = measure(output, block.target[chosen].to(output.device))
-            (output[..., 0].numel() * loss).backward()
-            optimizer.param_groups[0]["lr"] = options.lr * descent.half_cosine(len(history) / len(steps))
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(descent.require_finite(float(loss.detach()), block.index, "--lr"))
-            block.on_step(len(history), len(steps), "learning")
+
+    def weights() -> dict[str, Tensor]:
+        return {name: linear.weights(logits[name]).to(dtype) for name, linear in linears.items()}
+
+    schedule = descent.Schedule(loss=options.loss, epochs=options.epochs, batch_size=options.batch_size)
+    history = descent.minimise(block, weights, descent.adamw(list(logits.values()), options.lr), schedule)
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
     return found, descent.tail_mean(history)
 

@@ -1,7 +1,8 @@
 """Shared parts of gradient-based learning: loss functions, optimizer, learning-rate schedule and final comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from besa_cli.choices import Loss
 from besa_cli.errors import BesaError
 from besa_cli.ops import losses
-from besa_cli.stream.block import Block
+from besa_cli.stream.block import Block, Phase
 from besa_cli.system import compute
 
 _EPSILON = 1e-16  # AdamW's epsilon: gradients shrink with the size of the block and must stay well above it
@@ -39,6 +40,81 @@ def error_measure(block: Block) -> Measure:
     if block.sensitivity is None:
         return losses.token
     return partial(losses.token, channels=losses.channel_weights(block.sensitivity))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Steps of a learning, and what they minimise.
+
+    Attributes
+    ----------
+    loss : {"token", "sensitivity", "channel", "frobenius"}
+    epochs : int
+        Passes over the samples, each in an order drawn by the block's seed.
+    batch_size : int
+        Samples in one step.
+    phase : Phase
+        Name of the work in the live display.
+    rate_option : str
+        Option of the learning rate, named where it is too large.
+    """
+
+    loss: Loss
+    epochs: int = 1
+    batch_size: int = 1
+    phase: Phase = "learning"
+    rate_option: str = "--lr"
+
+
+def minimise(
+    block: Block,
+    weights: Callable[[], Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+) -> list[float]:
+    """Change the optimizer's parameters so that the block keeps its output, and return the loss of every step.
+
+    All rates decay along a half cosine from those that the optimizer has.
+
+    Parameters
+    ----------
+    block : Block
+    weights : function
+        Returns the linears' weights, by name and in the compute dtype, as they follow from the parameters now.
+    optimizer : torch.optim.Optimizer
+    schedule : Schedule
+
+    Raises
+    ------
+    BesaError
+        The loss is not finite.
+    """
+    measured, world, samples = measure(block, schedule.loss), block.rank_share.world, block.rank_share.samples
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(block.seed)
+    order = [torch.randperm(samples, generator=generator) for _ in range(schedule.epochs)]
+    steps = [part for epoch in order for part in torch.split(epoch, schedule.batch_size)]
+    history: list[float] = []
+    with compute.repeated_passes():
+        for chosen in steps:
+            inputs, target = block.step_batch(chosen)
+            output = block.forward(inputs, weights())
+            scale = len(chosen) * output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
+            objective = scale * measured(output, target.to(output.device), world.all_reduce_)
+            if objective.requires_grad:  # not so on a rank that has none of the samples
+                objective.backward()
+            loss = objective.detach() / scale
+            for parameter in learned:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            world.all_reduce_list_([loss, *(parameter.grad for parameter in learned)])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * half_cosine(len(history) / len(steps))
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(require_finite(float(loss), block.index, schedule.rate_option))
+            block.on_step(len(history), len(steps), schedule.phase)
+    return history
 
 
 def adamw(learned: Sequence[Tensor], rate: float) -> torch.optim.AdamW:

@@ -16,7 +16,6 @@ from besa_cli.ops import importance, surviving
 from besa_cli.stream import descent
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.memory_model import MemoryUse
-from besa_cli.system import compute
 
 RATE = 0.01  # default learning rate: a step of Adam, relative to the root mean square of a linear's kept weights
 EPOCHS = 1
@@ -104,30 +103,12 @@ def _tuned(
     rates = [options.rate * _root_mean_square(start[name], masks[name]) for name in learned]
     groups = [{"params": [weight], "lr": rate} for weight, rate in zip(learned.values(), rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=True)
-    measure, world, samples = descent.measure(block, options.loss), block.rank_share.world, block.rank_share.samples
-    generator = torch.Generator().manual_seed(block.seed)
-    steps, done = options.epochs * samples, 0
-    with compute.repeated_passes():
-        for _ in range(options.epochs):
-            for chosen in torch.split(torch.randperm(samples, generator=generator), 1):
-                weights = {name: (weight * masks[name]).to(dtype) for name, weight in learned.items()}
-                inputs, target = block.step_batch(chosen)
-                output = block.forward(inputs, weights)
-                scale = output.shape[1]  # a token's gradient would be lost in fp16 after the mean over all
-                objective = scale * measure(output, target.to(output.device), world.all_reduce_)
-                if objective.requires_grad:  # not so on a rank that has none of the samples
-                    objective.backward()
-                loss = objective.detach() / scale
-                for weight in learned.values():
-                    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                world.all_reduce_list_([loss, *(weight.grad for weight in learned.values() if weight.grad is not None)])
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * descent.half_cosine(done / steps)
-                optimizer.step()
-                optimizer.zero_grad()
-                done += 1
-                descent.require_finite(float(loss), block.index, "--update-lr")
-                block.on_step(done, steps, "repair")
+
+    def weights() -> dict[str, Tensor]:
+        return {name: (weight * masks[name]).to(dtype) for name, weight in learned.items()}
+
+    schedule = descent.Schedule(loss=options.loss, epochs=options.epochs, phase="repair", rate_option="--update-lr")
+    descent.minimise(block, weights, optimizer, schedule)
     final = {name: weight.detach() * masks[name] for name, weight in learned.items()}
     before, after = (
         descent.compare_errors(block, {name: weight.to(dtype) for name, weight in found.items()}, options.loss)
