@@ -265,6 +265,10 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
+    if "left_out" in manifest:
+        console.line(manifests.describe_left_out(manifest["left_out"]))
+    if "unreached" in counts:
+        console.line(f"{counts['unreached']} linears of experts were reached by no token: pruned by magnitude")
     if "quantization" in manifest:
         console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if "block_budgets" in manifest:

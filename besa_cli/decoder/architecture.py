@@ -1,4 +1,4 @@
-"""Detection of a decoder's blocks and linears in its module tree; unsupported models are refused by name."""
+"""Detection of a decoder's blocks in its module tree; unsupported models are refused by name."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from besa_cli.choices import ROUTERS
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import config_json
 from besa_cli.models.config_json import SUITED as _SUITED
@@ -99,7 +98,7 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     Raises
     ------
     BesaError
-        There is no such list, or a block holds weights in a form that cannot be pruned.
+        There is no such list.
     """
     lists = _block_lists(model)
     decoder = model.get_decoder()
@@ -110,10 +109,7 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     chosen = max(of_depth or candidates, key=lambda candidate: len(candidate[1]), default=None)  # the first of a tie
     if chosen is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
-    prefix, blocks = chosen
-    for index, block in enumerate(blocks):
-        _refuse_unsupported(type(model).__name__, f"{prefix}.{index}", block)
-    return prefix, blocks
+    return chosen
 
 
 def _block_lists(model: "PreTrainedModel") -> list[tuple[str, nn.ModuleList]]:
@@ -139,36 +135,6 @@ def _reads_text(module: nn.Module, model: "PreTrainedModel") -> bool:
 
 def _matrices(block: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in block.parameters())
-
-
-def _refuse_unsupported(model: str, where: str, block: nn.Module) -> None:
-    linears = {name for name, module in block.named_modules() if type(module) is nn.Linear}
-    for name, module in block.named_modules():
-        place = f"{where}.{name} of {model}"
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or name in linears:
-                continue
-            if type(module).__name__ == "Conv1D":
-                raise BesaError(f"{place} is a Conv1D, not an nn.Linear", _SUITED)
-            if parameter.dim() == 3 and "expert" in (name + type(module).__name__).lower():
-                raise BesaError(f"{place} holds its experts fused in one parameter ({key})", _SUITED)
-            raise BesaError(f"{place} ({type(module).__name__}) holds the weight '{key}' outside an nn.Linear", _SUITED)
-    if not linears:
-        raise BesaError(f"{where} of {model} holds no nn.Linear", _SUITED)
-
-
-def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear]:
-    """Return the linears of one block by their name inside it, without the routers of expert models."""
-    text = config.get_text_config()
-    experts = {getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
-    by_name = {}
-    for name, module in block.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        if module.out_features in experts and name.rsplit(".", 1)[-1] in ROUTERS:
-            continue
-        by_name[name] = module
-    return by_name
 
 
 def maximum_length(config: "PretrainedConfig") -> int | None:
