@@ -7,7 +7,7 @@ and each block with exactly the keyword arguments that the model passes to it.
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Decoder(PartialModel):
             attention.use_chunked_attention(self.model)
         self._keywords: dict[tuple[int, int], list[Arguments]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._outputs = 0  # length of the tuple that a block returns; 0 if it returns the hidden states alone
+        self._outputs = 0  # length of the tuple or list that a block returns; 0 if it returns the hidden states alone
         self._called: dict[object, set[str]] = {}  # names of the linears that blocks of a kind call
         self._try_blocks()
 
@@ -108,7 +108,7 @@ class Decoder(PartialModel):
             records.append((args, _without_cache(kwargs)))
             return self._as_block_output(hidden)
 
-        with _zero_embedding(self.embedding):
+        with _zero_embedding(self.embedding, self.device):
             self._run(tokens, note)
         if len(records) != len(self):
             raise BesaError(
@@ -142,7 +142,7 @@ class Decoder(PartialModel):
                 other[:, -1] = hidden.abs().amax() * torch.linspace(-1, 1, hidden.shape[-1]).to(hidden)
                 changed = self.blocks[0](other, *call[0][0], **call[0][1])
             self.drop(0)
-            self._outputs = len(output) if isinstance(output, tuple) else 0
+            self._outputs = len(output) if isinstance(output, tuple | list) else 0
             change = relative_error(states_of(changed)[:, :-1], states_of(output)[:, :-1])
             if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding differs little
                 raise not_causal(self.model)
@@ -331,9 +331,9 @@ def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
     return next((module for module in inner if blocks in set(module.modules())), model)
 
 
-def states_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def states_of(output: Tensor | Sequence[Tensor]) -> Tensor:
     """Return the hidden states in the output of a block or of one of its modules."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
 
 
@@ -356,8 +356,8 @@ def _without_cache(kwargs: Keywords) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
-    """Make a dropped embedding return zeros within the context."""
+def _zero_embedding(embedding: nn.Embedding | None, device: torch.device) -> Iterator[None]:
+    """Make a dropped embedding return zeros on the device within the context, wherever it is asked to look up."""
     if embedding is None or not embedding.weight.is_meta:
         yield
         return
@@ -365,7 +365,7 @@ def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
     dtype, width = embedding.weight.dtype, embedding.embedding_dim
 
     def forward(tokens: Tensor) -> Tensor:
-        return torch.zeros(*tokens.shape, width, device=tokens.device, dtype=dtype)
+        return torch.zeros(*tokens.shape, width, device=device, dtype=dtype)
 
     module.forward = forward
     try:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _LOOKED_UP = "its blocks are given something for every token beside the hidden states"
 _SHARED = "its blocks share weights with one another"
+_STREAMS = "its blocks pass on several streams of hidden states"
 _EARLIER = "its blocks need what earlier blocks computed, beside the hidden states"
 
 # Types whose code does not compute block after block from hidden states alone: what it does instead. Each is refused by
@@ -27,7 +28,9 @@ REASONS: dict[str, str] = {
     "hrm_text": "it passes through its blocks several times",
     "hy_v4": _EARLIER,
     "inkling2_text": _LOOKED_UP,
-    "reformer": "its blocks pass on two streams of hidden states",
+    "mllama": "it skips the blocks that attend to an image where there is none",
+    "prophetnet": _STREAMS,
+    "reformer": _STREAMS,
     "xlnet": "it is not causal: a token changes the hidden states of earlier tokens",
     "zamba": _SHARED,
     "zamba2": _SHARED,

@@ -36,13 +36,17 @@ CONFIGS: dict[str, transformers.PretrainedConfig] = {
     "gpt_oss": transformers.GptOssConfig(
         **_MOE, num_local_experts=4, intermediate_size=20, sliding_window=5, rope_parameters={"rope_type": "default"}
     ),
+    "llama4_text": transformers.Llama4TextConfig(
+        **_MOE, num_local_experts=4, intermediate_size=20, intermediate_size_mlp=54, attention_chunk_size=8,
+        interleave_moe_layer_step=1, no_rope_layers=[1, 0], attn_temperature_tuning=False,
+    ),
     "nemotron_h": transformers.NemotronHConfig(
         **_HEADS, num_key_value_heads=2, head_dim=12, layers_block_type=["mamba", "moe"], mamba_num_heads=4,
         mamba_head_dim=16, ssm_state_size=4, n_groups=1, chunk_size=8, n_routed_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=20, moe_shared_expert_intermediate_size=20, intermediate_size=54,
     ),
 }  # fmt: skip
-EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
+EXPERTS = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "nemotron_h")
 DENSE: dict[str, set[str]] = {  # what is left as it is, by its name in the checkpoint
     "gpt2": set(),
     "falcon": set(),
@@ -50,6 +54,7 @@ DENSE: dict[str, set[str]] = {  # what is left as it is, by its name in the chec
     "qwen3_moe": {"gate.weight"},
     "mixtral": {"gate.weight"},
     "gpt_oss": {"router.weight", "gate_up_proj_bias", "down_proj_bias"},
+    "llama4_text": {"router.weight"},
     "nemotron_h": {"conv1d.weight", "gate.weight"},
 }
 
@@ -131,7 +136,8 @@ def test_what_is_left_as_it_is_is_named(kind: str, source: Callable[[str], Path]
     left = json.loads((stage / "besa.json").read_text()).get("left_out", {"tensors": [], "weights": 0})
     weights = {name: tensor for name, tensor in tiny_models.weights(stage).items() if tensor.dim() > 1}
     ends = {end for end in DENSE[kind] if "bias" not in end}  # a bias for each expert is one vector a linear
-    assert {name.rpartition("mixer.")[2].rpartition("mlp.")[2] for name in left["tensors"]} == ends
+    assert {end for name in left["tensors"] for end in ends if name.endswith(end)} == ends
+    assert len(left["tensors"]) == len(ends)
     assert left["weights"] == sum(
         tensor.numel() for name, tensor in weights.items() if any(name.endswith(end) for end in ends)
     )
@@ -167,15 +173,20 @@ def test_a_transposed_matrix_is_pruned_by_its_inputs(source: Callable[[str], Pat
 def routed(kind: str, directory: Path, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Inputs of every expert's two matrices in block 1 of the stock model, by plain loops over its tokens."""
     model, caught = stock(directory, experts_implementation="eager"), []
-    block = model.base_model.layers[1]
-    experts = block.mixer.experts if kind == "nemotron_h" else block.mlp.experts
+    block = next(module for name, module in model.named_modules() if name.endswith("layers"))[1]
+    experts = {"nemotron_h": "mixer", "llama4_text": "feed_forward"}.get(kind, "mlp")
+    experts = block.get_submodule(experts).experts
     experts.register_forward_pre_hook(lambda _, args: caught.append(args))
     with torch.no_grad():
         model(rows, use_cache=False)
-        ((hidden, chosen, _),) = caught
+        ((hidden, *chosen),) = caught
+        if kind == "llama4_text":  # all tokens for every expert, zero if they are not for it
+            states = hidden.view(4, -1, 32)
+            gate, up = (states @ experts.gate_up_proj).chunk(2, -1)
+            return list(zip(states, up * torch.nn.functional.silu(gate), strict=True))
         found = []
         for expert in range(4):
-            tokens = [token for token in range(len(hidden)) if expert in chosen[token].tolist()]
+            tokens = [token for token in range(len(hidden)) if expert in chosen[0][token].tolist()]
             states = hidden[tokens]
             first = experts.up_proj if kind == "nemotron_h" else experts.gate_up_proj
             matrix = first[expert].T if not experts.is_transposed else first[expert]
@@ -189,6 +200,7 @@ _STORED = {  # where block 1 has its experts, and their matrices by name; the la
     "qwen3_moe": ("model.layers.1.mlp.experts.{}.%s.weight", ("gate_proj", "up_proj", "down_proj")),
     "mixtral": ("model.layers.1.block_sparse_moe.experts.{}.%s.weight", ("w1", "w3", "w2")),
     "gpt_oss": ("model.layers.1.mlp.experts.%s", ("gate_up_proj", "down_proj")),
+    "llama4_text": ("model.layers.1.feed_forward.experts.%s", ("gate_up_proj", "down_proj")),
     "nemotron_h": ("backbone.layers.1.mixer.experts.{}.%s.weight", ("up_proj", "down_proj")),
 }
 
@@ -240,6 +252,25 @@ def test_experts_that_no_token_reaches_are_pruned_by_magnitude(method: str, tmp_
         kept = after[f"model.layers.{block}.{name}.weight"] != 0
         lowest = weight.abs().masked_fill(kept, -1.0).amax(1)
         assert (lowest <= weight.abs().masked_fill(~kept, torch.inf).amin(1)).all()
+
+
+def test_experts_that_return_their_inputs_hold_no_matrices(tmp_path: Path) -> None:
+    """LongCat-Flash sends tokens to experts that do nothing; the checkpoint has gates for them that are never used."""
+    config = transformers.LongcatFlashConfig(
+        **{**_COMMON, "num_hidden_layers": 4}, num_layers=2, hidden_size=32, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, ffn_hidden_size=54, expert_ffn_hidden_size=20, q_lora_rank=12,
+        kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, zero_expert_num=2,
+        moe_topk=3, max_position_embeddings=64,
+    )  # fmt: skip
+    model, rows = tmp_path / "model", tiny_models.tokens(4, 16)
+    tiny_models.built(config).save_pretrained(model)
+    verify(Decoder(model, CPU, torch.float32), rows)
+    stage = stage_of(tmp_path / "run", model, rows)
+    before, after = tiny_models.weights(model), tiny_models.weights(stage)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if ".experts." in name and int(name.split(".experts.")[1][0]) < 4} < changed
+    assert not any(f".experts.{number}." in name for name in changed for number in (4, 5))
+    stock(stage)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
