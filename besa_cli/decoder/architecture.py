@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def config_of(directory: Path) -> "PretrainedConfig":
-    """Return the configuration of a checkpoint directory that must hold a dense decoder known to stock transformers.
+    """Return the configuration of a checkpoint directory that must hold a decoder known to stock transformers.
+
+    Models that read images beside text count, too: their language model is a decoder.
 
     Raises
     ------
@@ -37,7 +39,7 @@ def config_of(directory: Path) -> "PretrainedConfig":
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
     if kind in ENCODERS and not getattr(config, "is_decoder", False):
         raise BesaError(f"{directory} is an encoder ({kind}): each token attends to later tokens", _SUITED)
-    if kind not in DECODERS:
+    if kind not in DECODERS and not _reads_images(config):
         raise BesaError(
             f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED
         )
@@ -48,6 +50,21 @@ def config_of(directory: Path) -> "PretrainedConfig":
     return config
 
 
+def _reads_images(config: "PretrainedConfig") -> bool:
+    """Return True for a type that transformers has as a model of images and text alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+
+    return config.model_type in MULTIMODAL and config.model_type not in DECODERS
+
+
+def _auto_class(config: "PretrainedConfig") -> Any:
+    """Return transformers' class that builds the model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _reads_images(config) else AutoModelForCausalLM
+
+
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     """Build the stock transformers model without weights: every tensor is on the meta device.
 
@@ -56,9 +73,7 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel
     BesaError
         transformers cannot build a model from the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
+    build: Any = _auto_class(config).from_config
     with reading(Path(str(config.name_or_path)) / config_json.FILE), torch.device("meta"):
         model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=False)
     model.train(False).requires_grad_(False)
@@ -73,14 +88,12 @@ def load_stock(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     BesaError
         The model is not supported, or transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
     config = config_of(directory)
     config_json.check_generation(directory)
     index = directory / INDEX
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
         raise BesaError(f"{index} has no metadata: stock transformers cannot load it", 'add "metadata": {} to it')
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = _auto_class(config).from_pretrained
     with reading(directory):
         model: PreTrainedModel = load(
             directory, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False

@@ -24,6 +24,7 @@ _SIDE_FILES = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
+    "*processor_config.json",
     "*quant*_config.json",
 )
 FOLDERS = ("additional_chat_templates",)  # of side files, one deep
