@@ -407,24 +407,13 @@ def test_pruning_keeps_the_output_better_the_more_it_knows(tmp_path: Path) -> No
 
 _SMALL: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
 _HEADS = {**_SMALL, "num_attention_heads": 4, "intermediate_size": 48}
-_EXPERTS = {**_HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64}
 UNSUITED = {
-    "gpt2": (
-        transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-        "GPT2LMHeadModel is a Conv1D, not an nn.Linear",
-    ),
     "t5": (
         transformers.T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=4),
         r"is an encoder-decoder \(t5\)",
     ),
     "bert": (transformers.BertConfig(**_HEADS), r"is an encoder \(bert\)"),
     "distilbert": (transformers.DistilBertConfig(vocab_size=128, dim=32, n_layers=2, n_heads=4), "distilbert"),
-    "mixtral": (transformers.MixtralConfig(**_EXPERTS, num_local_experts=4), "MixtralForCausalLM"),
-    "qwen3_moe": (
-        transformers.Qwen3MoeConfig(**_EXPERTS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-        "Qwen3MoeForCausalLM",
-    ),
-    "mamba": (transformers.MambaConfig(**_SMALL, state_size=4), "MambaForCausalLM"),
 }
 
 
@@ -441,5 +430,5 @@ def test_what_cannot_be_pruned_is_refused_by_name(name: str, tmp_path: Path) -> 
             tiny_models.calibration_set(tiny_models.tokens()),
             REQUESTS["wanda"],
         )
-    assert "nn.Linear" in caught.value.hint
+    assert "causal language models of transformers" in caught.value.hint
     assert not (tmp_path / "run").exists()

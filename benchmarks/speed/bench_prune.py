@@ -92,8 +92,8 @@ def first_block(decoder: Decoder, tokens: torch.Tensor) -> Block:
     """The first block with half of its weights to be pruned."""
     window = windows.WholeBlocks(decoder, range(1))
     hidden = propagation.embed(decoder, tokens, 8)
-    names, source = decoder.block_names(0), decoder.load(0)
-    weights = {name: source[names[f"{name}.weight"]] for name in window.linears}
+    places, source = decoder.tensor_places(0), decoder.load(0)
+    weights = {name: places[f"{name}.weight"].of(source) for name in window.linears}
     budget = sum(weight.numel() for weight in weights.values()) // 2
     return Block(
         window, weights, budget=budget, inputs=hidden, tokens=tokens, batch=8, sensitivity=torch.ones(hidden.shape[-1])

@@ -190,9 +190,10 @@ def size(directory: Path) -> int:
 def packed_size(directory: Path, counts: Counts) -> int:
     """Return the bytes of a finished quantized stage's tensors if its linears were packed into `counts["bits"]`."""
     source, stage = weights.Weights(directory), _stage(directory)
-    codes = [name for index in range(stage.blocks) for name in stage.code_names(index) if name.endswith(".codes")]
-    unpacked = source.nbytes(f"{name.removesuffix('.codes')}.weight" for name in codes)
-    return source.nbytes(source.names) - unpacked + -(-int(counts["bits"]) // 8)
+    coded = [index for index in range(stage.blocks) if stage.code_names(index)]
+    places = [linear.place(index, source.names) for index in coded for linear in stage.report(index).linears]
+    unpacked = {place.tensor for place in places if place is not None}
+    return source.nbytes(source.names) - source.nbytes(unpacked) + -(-int(counts["bits"]) // 8)
 
 
 def _stage(directory: Path) -> Stage:
@@ -215,30 +216,21 @@ def _stage(directory: Path) -> Stage:
 
 def _stored_block(stage: Stage, index: int, wanted: Callable[[str], bool]) -> BlockMatrices:
     report = stage.report(index)
-    linears = {linear.name: linear for linear in report.linears if wanted(linear.name)}
-    wanted_names = {f"{name}.{kind}" for name in linears for kind in _KINDS}
-
-    def inner_name(name: str) -> str | None:
-        """Return the tensor's name inside the block if it is wanted."""
-        words = f".{name}".split(f".{index}.")
-        ends = (f".{index}.".join(words[start:]) for start in range(1, len(words)))
-        return next((end for end in ends if end in wanted_names), None)
-
-    stored = stage.read_some(index, lambda name: inner_name(name) is not None)
-    by_name = {str(inner_name(name)): tensor for name, tensor in stored.items()}
-    for name, linear in linears.items():
-        tensor = by_name.get(f"{name}.weight")
-        if tensor is None or tuple(tensor.shape) != (linear.rows, linear.cols):
+    names = stage.names(index)
+    places = {linear: linear.place(index, names) for linear in report.linears if wanted(linear.name)}
+    biases = {f".{index}.{linear.name}.bias": f"{linear.name}.bias" for linear in places}
+    biased = {name: biases[end] for name in names for end in biases if f".{name}".endswith(end)}
+    used = {place.tensor for place in places.values() if place is not None} | biased.keys()
+    stored = stage.read_some(index, used.__contains__)
+    tensors = {biased[name]: stored[name] for name in biased}
+    for linear, place in places.items():
+        matrix = None if place is None else place.of(stored)
+        if matrix is None or tuple(matrix.shape) != (linear.rows, linear.cols):
             raise BesaError(
-                f"{stage.shard(index)} does not hold {name} ({linear.rows} x {linear.cols}) as its report says",
+                f"{stage.shard(index)} does not hold {linear.name} ({linear.rows} x {linear.cols}) as its report says",
                 "make the stage again with --restart",
             )
-    tensors = {
-        f"{name}.{kind}": by_name[f"{name}.{kind}"]
-        for name in linears
-        for kind in _KINDS
-        if f"{name}.{kind}" in by_name
-    }
+        tensors[f"{linear.name}.weight"] = matrix
     return _block(index, tensors, report)
 
 

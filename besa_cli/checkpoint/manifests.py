@@ -90,6 +90,14 @@ class Calibration(TypedDict):
     sensitivity: NotRequired[Digest]
 
 
+@strict
+class LeftOut(TypedDict):
+    """Weights of the blocks that are left as they are and not counted: those of `tensors`, names inside a block."""
+
+    tensors: list[str]
+    weights: Count
+
+
 class GridCounts(TypedDict, total=False):
     """Additional counts of a quantized stage."""
 
@@ -112,6 +120,7 @@ class Counts(TypedDict):
     groups: NotRequired[Count]
     bits: NotRequired[Count]
     bits_per_weight: NotRequired[Annotated[float, Ge(0)]]
+    unreached: NotRequired[Positive]  # linears of experts that no token reached, if there are some
 
 
 @strict
@@ -204,6 +213,7 @@ class StageManifest(_StageFields):
     blocks: Annotated[int, Ge(1), Le(MOST_BLOCKS)]
     files: NotRequired[list[str]]
     restart: NotRequired[bool]
+    left_out: NotRequired[LeftOut]
     block_budgets: NotRequired[BlockBudgets]
     held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
@@ -368,6 +378,11 @@ def _require_finished(manifest: StageManifest, path: Path) -> None:
         )
     if (manifest["stage"] == "quantized") != ("quantization" in manifest):
         raise BesaError(f"{path} is not what besa wrote: stage {manifest['stage']} and its grid disagree", _REMEDY)
+
+
+def describe_left_out(left: LeftOut) -> str:
+    """Return one line on the weights of the blocks that are left as they are."""
+    return f"not pruned, not counted: {left['weights']:,} weights of the blocks, in {', '.join(left['tensors'])}"
 
 
 def describe_budgets(budgets: BlockBudgets) -> str:

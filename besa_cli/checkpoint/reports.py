@@ -1,10 +1,12 @@
 """Reports of a finished block and its linears."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated
 
 from annotated_types import Ge
 
+from besa_cli.checkpoint.tensor_places import TensorPlace
 from besa_cli.system.disk import Json, JsonObject
 
 _Count = Annotated[int, Ge(0)]
@@ -13,18 +15,55 @@ _Size = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearReport:
-    """Report of one linear: weights `pruned` by the mask, and `zeros` in the stored tensor."""
+    """Report of one linear.
+
+    Attributes
+    ----------
+    name : str
+        Name inside the block.
+    rows, cols : int
+    pruned, zeros : int
+        Weights pruned by the mask, and zeros of the stored matrix.
+    tensor : str, optional
+        Name of the stored tensor, if it does not follow from the name of the linear.
+    expert : int, optional
+        Number of the part of a stored tensor that holds a part for each expert.
+    transposed : bool
+        True if the matrix is stored as (cols, rows).
+    unreached : bool
+        True if no token of the samples reached this linear, of an expert; it was pruned by magnitude.
+    """
 
     name: str
     rows: _Size
     cols: _Size
     pruned: _Count
     zeros: _Count
+    tensor: str | None = None
+    expert: _Count | None = None
+    transposed: bool = False
+    unreached: bool = False
 
     @property
     def sparsity(self) -> float:
         """Share of the linear's weights that are pruned."""
         return self.pruned / (self.rows * self.cols)
+
+    def place(self, index: int, stored: Collection[str]) -> TensorPlace | None:
+        """Return the place of the linear among the stored tensors of block `index`, by name; None if it has none."""
+        ending = f".{index}.{self.name}.weight"
+        tensor = self.tensor or next((name for name in stored if f".{name}".endswith(ending)), None)
+        if tensor is None or tensor not in stored:
+            return None
+        return TensorPlace(tensors=(tensor,), expert=self.expert, transposed=self.transposed)
+
+    def record(self) -> JsonObject:
+        """Return the report, without the fields that most linears leave at their defaults."""
+        values = asdict(self)
+        for field in fields(self):
+            if field.default is not MISSING and values[field.name] == field.default:
+                del values[field.name]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +107,10 @@ class BlockReport:
 
     def record(self) -> JsonObject:
         """Return the part of the report that does not depend on the run: all but times, memory and `resumed`."""
-        fields = asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("resumed", "seconds", "peak_memory"):
-            del fields[name]
-        return fields
+            del values[name]
+        return {**values, "linears": [linear.record() for linear in self.linears]}
 
     @classmethod
     def from_record(cls, record: Json) -> "BlockReport":

@@ -72,6 +72,10 @@ class Stage:
         self._verified.add(index)
         return tensors
 
+    def names(self, index: int) -> list[str]:
+        """List the names of the tensors of a finished block."""
+        return list(weights.tensor_sizes(self.shard(index)))
+
     def read_some(self, index: int, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Read the tensors of a finished block whose names are wanted, without verifying them."""
         return weights.read_file(self.shard(index), wanted)
@@ -121,11 +125,11 @@ class Stage:
     def _require_counts(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Compare the zeros counted in each linear with those in the block's report."""
         for linear in self._record(index).linears:
-            ending = f".{linear.name}.weight"
-            matching = [tensor for name, tensor in tensors.items() if f".{name}".endswith(ending)]
-            if len(matching) != 1:  # checkpoint and model use different names
+            place = linear.place(index, tensors)
+            if place is None:  # of an older stage whose checkpoint and model use different names
                 continue
-            zeros, shape = masks.count_zeros(matching[0]), tuple(matching[0].shape)
+            matrix = place.of(tensors)
+            zeros, shape = masks.count_zeros(matrix), tuple(matrix.shape)
             if (zeros, shape) != (linear.zeros, (linear.rows, linear.cols)):
                 raise BesaError(
                     f"{self._report(index)} states {linear.zeros} zeros in {linear.name} ({linear.rows} x "
@@ -281,6 +285,9 @@ class Stage:
         manifest.pop("restart", None)
         if "quantization" in manifest:
             counts = {**counts, **_grid_counts(linears, Grid(**manifest["quantization"]))}
+        unreached = sum(linear.unreached for linear in linears)
+        if unreached:
+            counts["unreached"] = unreached
         if added and "whole_model" in added:
             manifest["whole_model"] = added["whole_model"]
         if added and "held_out" in added:

@@ -213,6 +213,7 @@ def prune(
     pattern = _pattern(nm, sparsity)
     console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
+    from besa_cli.decoder import supported
     from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
 
@@ -235,7 +236,7 @@ def prune(
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
     with world.main_process_first():  # the other ranks then find the model in the cache
-        source = models.resolve(model, notify=console.note)
+        source = models.resolve(model, notify=console.note, check_config=supported.require)
     directory = Run(into.run)
     manifest = stage_command.stage(
         request, source, directory, calibration, console,
@@ -265,6 +266,10 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
+    if "left_out" in manifest:
+        console.line(manifests.describe_left_out(manifest["left_out"]))
+    if "unreached" in counts:
+        console.line(f"{counts['unreached']} linears of experts were reached by no token: pruned by magnitude")
     if "quantization" in manifest:
         console.line(f"{quantized.grid_in_words(manifest)}: {quantized.in_words(counts)}")
     if "block_budgets" in manifest:

@@ -134,9 +134,10 @@ def _source(model: str | None, run: "Run", console: Console) -> "Model":
         The run has no finished pruned stage.
     """
     from besa_cli.checkpoint import manifests, stages
+    from besa_cli.decoder import supported
 
     if model is not None:
-        return models.resolve(model, notify=console.note)
+        return models.resolve(model, notify=console.note, check_config=supported.require)
     stage = run.existing_stage("pruned")
     if not (stage / manifests.MANIFEST).exists():
         raise BesaError(

@@ -1,4 +1,4 @@
-"""Detection of a decoder's blocks and linears in its module tree; unsupported models are refused by name."""
+"""Detection of a decoder's blocks in its module tree; unsupported models are refused by name."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from besa_cli.choices import ROUTERS
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import config_json
 from besa_cli.models.config_json import SUITED as _SUITED
@@ -21,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def config_of(directory: Path) -> "PretrainedConfig":
-    """Return the configuration of a checkpoint directory that must hold a dense decoder known to stock transformers.
+    """Return the configuration of a checkpoint directory that must hold a decoder known to stock transformers.
+
+    Models that read images beside text count, too: their language model is a decoder.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def config_of(directory: Path) -> "PretrainedConfig":
         raise BesaError(f"{directory} is an encoder-decoder ({kind})", _SUITED)
     if kind in ENCODERS and not getattr(config, "is_decoder", False):
         raise BesaError(f"{directory} is an encoder ({kind}): each token attends to later tokens", _SUITED)
-    if kind not in DECODERS:
+    if kind not in DECODERS and not _reads_images(config):
         raise BesaError(
             f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED
         )
@@ -49,6 +50,21 @@ def config_of(directory: Path) -> "PretrainedConfig":
     return config
 
 
+def _reads_images(config: "PretrainedConfig") -> bool:
+    """Return True for a type that transformers has as a model of images and text alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+
+    return config.model_type in MULTIMODAL and config.model_type not in DECODERS
+
+
+def _auto_class(config: "PretrainedConfig") -> Any:
+    """Return transformers' class that builds the model of a configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _reads_images(config) else AutoModelForCausalLM
+
+
 def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
     """Build the stock transformers model without weights: every tensor is on the meta device.
 
@@ -57,9 +73,7 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel
     BesaError
         transformers cannot build a model from the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
-    build: Any = AutoModelForCausalLM.from_config
+    build: Any = _auto_class(config).from_config
     with reading(Path(str(config.name_or_path)) / config_json.FILE), torch.device("meta"):
         model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=False)
     model.train(False).requires_grad_(False)
@@ -74,14 +88,12 @@ def load_stock(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
     BesaError
         The model is not supported, or transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
     config = config_of(directory)
     config_json.check_generation(directory)
     index = directory / INDEX
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):
         raise BesaError(f"{index} has no metadata: stock transformers cannot load it", 'add "metadata": {} to it')
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = _auto_class(config).from_pretrained
     with reading(directory):
         model: PreTrainedModel = load(
             directory, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -99,7 +111,7 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     Raises
     ------
     BesaError
-        There is no such list, or a block holds weights in a form that cannot be pruned.
+        There is no such list.
     """
     lists = _block_lists(model)
     decoder = model.get_decoder()
@@ -110,10 +122,7 @@ def block_list(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     chosen = max(of_depth or candidates, key=lambda candidate: len(candidate[1]), default=None)  # the first of a tie
     if chosen is None:
         raise BesaError(f"{type(model).__name__} has no list of blocks that hold weight matrices", _SUITED)
-    prefix, blocks = chosen
-    for index, block in enumerate(blocks):
-        _refuse_unsupported(type(model).__name__, f"{prefix}.{index}", block)
-    return prefix, blocks
+    return chosen
 
 
 def _block_lists(model: "PreTrainedModel") -> list[tuple[str, nn.ModuleList]]:
@@ -139,36 +148,6 @@ def _reads_text(module: nn.Module, model: "PreTrainedModel") -> bool:
 
 def _matrices(block: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in block.parameters())
-
-
-def _refuse_unsupported(model: str, where: str, block: nn.Module) -> None:
-    linears = {name for name, module in block.named_modules() if type(module) is nn.Linear}
-    for name, module in block.named_modules():
-        place = f"{where}.{name} of {model}"
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or name in linears:
-                continue
-            if type(module).__name__ == "Conv1D":
-                raise BesaError(f"{place} is a Conv1D, not an nn.Linear", _SUITED)
-            if parameter.dim() == 3 and "expert" in (name + type(module).__name__).lower():
-                raise BesaError(f"{place} holds its experts fused in one parameter ({key})", _SUITED)
-            raise BesaError(f"{place} ({type(module).__name__}) holds the weight '{key}' outside an nn.Linear", _SUITED)
-    if not linears:
-        raise BesaError(f"{where} of {model} holds no nn.Linear", _SUITED)
-
-
-def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear]:
-    """Return the linears of one block by their name inside it, without the routers of expert models."""
-    text = config.get_text_config()
-    experts = {getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")} - {None}
-    by_name = {}
-    for name, module in block.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        if module.out_features in experts and name.rsplit(".", 1)[-1] in ROUTERS:
-            continue
-        by_name[name] = module
-    return by_name
 
 
 def maximum_length(config: "PretrainedConfig") -> int | None:

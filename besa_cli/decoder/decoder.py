@@ -6,12 +6,14 @@ and each block with exactly the keyword arguments that the model passes to it.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from besa_cli.decoder import architecture, attention
 from besa_cli.decoder.conduct import TOLERANCE, following, not_causal, relative_error
@@ -56,8 +58,9 @@ class Decoder(PartialModel):
             attention.use_chunked_attention(self.model)
         self._keywords: dict[tuple[int, int], list[Arguments]] = {}
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._outputs = 0  # length of the tuple that a block returns; 0 if it returns the hidden states alone
-        self._try_first_block()
+        self._outputs = 0  # length of the tuple or list that a block returns; 0 if it returns the hidden states alone
+        self._called: dict[object, set[str]] = {}  # names of the linears that blocks of a kind call
+        self._try_blocks()
 
     def keywords(self, index: int, tokens: Tensor) -> Arguments:
         """Return the positional (after the hidden states) and keyword arguments that the model passes to block `index`.
@@ -105,7 +108,7 @@ class Decoder(PartialModel):
             records.append((args, _without_cache(kwargs)))
             return self._as_block_output(hidden)
 
-        with _zero_embedding(self.embedding):
+        with _zero_embedding(self.embedding, self.device):
             self._run(tokens, note)
         if len(records) != len(self):
             raise BesaError(
@@ -117,8 +120,12 @@ class Decoder(PartialModel):
     def _as_block_output(self, hidden: Tensor) -> object:
         return hidden if not self._outputs else (hidden, *[None] * (self._outputs - 1))
 
-    def _try_first_block(self) -> None:
-        """Run the first block to see if it returns a tuple, and refuse one in which tokens attend to later tokens."""
+    def _try_blocks(self) -> None:
+        """Run the first block, to see if it returns a tuple and to refuse one in which tokens attend to later tokens.
+
+        Then run the first block of every other kind. A linear that its block does not call is left as it is: the code
+        may never use it, or read its weight alone.
+        """
         call: list[Arguments] = []
 
         def catch(number: int, hidden: Tensor, *args: object, **kwargs: object) -> object:
@@ -126,18 +133,54 @@ class Decoder(PartialModel):
             raise Caught(hidden)
 
         with following(self.model):
-            hidden = self._first_inputs(torch.arange(_TRIAL_TOKENS)[None] % self.vocabulary, catch)
+            tokens = torch.arange(_TRIAL_TOKENS)[None] % self.vocabulary
+            hidden = self._first_inputs(tokens, catch)
             self.load(0)
             with torch.no_grad():
-                output = self.blocks[0](hidden, *call[0][0], **call[0][1])
+                output = self._observed(0, hidden, call[0])
                 other = hidden.clone()
                 other[:, -1] = hidden.abs().amax() * torch.linspace(-1, 1, hidden.shape[-1]).to(hidden)
                 changed = self.blocks[0](other, *call[0][0], **call[0][1])
             self.drop(0)
-            self._outputs = len(output) if isinstance(output, tuple) else 0
+            self._outputs = len(output) if isinstance(output, tuple | list) else 0
             change = relative_error(states_of(changed)[:, :-1], states_of(output)[:, :-1])
-        if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding differs little
-            raise not_causal(self.model)
+            if change > TOLERANCE[self.dtype] / 10:  # the same products in the same order: rounding differs little
+                raise not_causal(self.model)
+            others = {_kind(block): index for index, block in reversed(list(enumerate(self.blocks))) if index}
+            arguments = self._recorded(tokens) if others.keys() - self._called.keys() else []
+            for kind, index in others.items():
+                if kind not in self._called:
+                    self.load(index)
+                    with torch.no_grad():
+                        self._observed(index, hidden, arguments[index])
+                    self.drop(index)
+        if not any(self._called.values()):
+            raise BesaError(f"{type(self.model).__name__} calls no linear in its blocks", _NOT_SUPPORTED)
+
+    def _observed(self, index: int, hidden: Tensor, arguments: Arguments) -> Any:
+        """Run a loaded block, note which linears it calls with inputs of their own width, and return its output."""
+        called = set()
+
+        def note(name: str, linear: nn.Linear, args: tuple[object, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].shape[-1] == linear.in_features:
+                called.add(name)
+
+        handles = [
+            linear.register_forward_pre_hook(lambda linear, args, name=name: note(name, linear, args))
+            for name, linear in super().linears(index).items()
+        ]
+        try:
+            output = self.blocks[index](hidden, *arguments[0], **arguments[1])
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._called[_kind(self.blocks[index])] = called
+        return output
+
+    @override
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        called = self._called[_kind(self.blocks[index])]
+        return {name: linear for name, linear in super().linears(index).items() if name in called}
 
     def _first_inputs(self, tokens: Tensor, catch: StandIn) -> Tensor:
         """Return the inputs of the first block; `catch` replaces every block's forward and raises `Caught`."""
@@ -253,6 +296,29 @@ class Decoder(PartialModel):
             output = torch.func.functional_call(block, dict(weights), (hidden, *args), dict(kwargs))
         return states_of(output)
 
+    def left_out(self) -> dict[str, int]:
+        """Count the weights of the blocks in tensors of two or more dimensions that are no linear's, by name.
+
+        Names are those inside a block, with ``*`` for numbers: kernels of convolutions, routers, and linears that no
+        forward pass calls.
+        """
+        counts: dict[str, int] = {}
+        for index, block in enumerate(self.blocks):
+            linears = {f"{name}.weight" for name in self.linears(index)}
+            for name, parameter in block.named_parameters():
+                if parameter.dim() >= 2 and name not in linears:
+                    label = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+                    counts[label] = counts.get(label, 0) + parameter.numel()
+        return counts
+
+
+def _kind(block: nn.Module) -> object:
+    """Return what blocks of the same kind share: the types of their modules, and the shapes of their parameters."""
+    return tuple(
+        (name, type(module), *(tuple(parameter.shape) for parameter in module.parameters(recurse=False)))
+        for name, module in block.named_modules()
+    )
+
 
 def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
     """Return the part of a model without the head; the model itself if it has no such part."""
@@ -265,9 +331,9 @@ def _body(model: "PreTrainedModel", blocks: nn.Module) -> nn.Module:
     return next((module for module in inner if blocks in set(module.modules())), model)
 
 
-def states_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def states_of(output: Tensor | Sequence[Tensor]) -> Tensor:
     """Return the hidden states in the output of a block or of one of its modules."""
-    states: Tensor = output[0] if isinstance(output, tuple) else output
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
 
 
@@ -290,8 +356,8 @@ def _without_cache(kwargs: Keywords) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
-    """Make a dropped embedding return zeros within the context."""
+def _zero_embedding(embedding: nn.Embedding | None, device: torch.device) -> Iterator[None]:
+    """Make a dropped embedding return zeros on the device within the context, wherever it is asked to look up."""
     if embedding is None or not embedding.weight.is_meta:
         yield
         return
@@ -299,7 +365,7 @@ def _zero_embedding(embedding: nn.Embedding | None) -> Iterator[None]:
     dtype, width = embedding.weight.dtype, embedding.embedding_dim
 
     def forward(tokens: Tensor) -> Tensor:
-        return torch.zeros(*tokens.shape, width, device=tokens.device, dtype=dtype)
+        return torch.zeros(*tokens.shape, width, device=device, dtype=dtype)
 
     module.forward = forward
     try:

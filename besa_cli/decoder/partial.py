@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from besa_cli.checkpoint.tensor_places import TensorPlace
 from besa_cli.checkpoint.weights import Weights
-from besa_cli.decoder import architecture
+from besa_cli.decoder import architecture, linears
 from besa_cli.decoder.prefetch import Prefetcher
 from besa_cli.decoder.tensor_names import Names, reconcile
 from besa_cli.errors import BesaError
@@ -49,16 +50,17 @@ class PartialModel:
         _require_sizes(self.config, directory)
         self.model = architecture.skeleton(self.config, dtype)
         self.prefix, self.blocks = architecture.block_list(self.model)
+        self._names = Names(self.model, self.weights.names)
+        linears.separate(self.prefix, self.blocks, self._names)
         self._outside = _outside(self.model, self.blocks)
         self._buffered = _buffered(self.model)
         self._above = [module for module in self._outside if self.blocks in set(module.modules())]
-        self._names = Names(self.model, self.weights.names)
         self.notes = reconcile(self.model, self._names, self.weights)
         self._ahead = Prefetcher(
             lambda index: self.weights.read(self.stored_names(index)), pinned=device.type == "cuda"
         )
         for index in range(len(self.blocks)):
-            self._require(self.block_names(index), f"block {index}")
+            self._require(self.tensor_places(index), f"block {index}")
         self._load_rest()
 
     def __len__(self) -> int:
@@ -76,17 +78,17 @@ class PartialModel:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Return the linears of block `index` by their name inside it."""
-        return architecture.linears(self.blocks[index], self.config)
+        return linears.linears(self.blocks[index], self.config)
 
-    def block_names(self, index: int) -> dict[str, str]:
-        """Map each state-dict name inside block `index` to the tensor's name in the checkpoint."""
+    def tensor_places(self, index: int) -> dict[str, TensorPlace]:
+        """Map each state-dict name inside block `index` to the tensor's place in the checkpoint."""
         names = self.blocks[index].state_dict().keys()
         return {name: self._names.origin(f"{self.prefix}.{index}.{name}") for name in names}
 
     def linear_tensors(self) -> list[str]:
-        """List the checkpoint names of the weights of all linears."""
-        linears = [(self.block_names(index), name) for index in range(len(self)) for name in self.linears(index)]
-        return [origins[f"{name}.weight"] for origins, name in linears]
+        """List the checkpoint names of the weights of all linears, each tensor once."""
+        places = [(self.tensor_places(index), name) for index in range(len(self)) for name in self.linears(index)]
+        return list(dict.fromkeys(origins[f"{name}.weight"].tensor for origins, name in places))
 
     def stored_names(self, index: int) -> list[str]:
         """List the checkpoint names of all tensors of block `index`, including those that the model does not use."""
@@ -110,11 +112,11 @@ class PartialModel:
             and all(_same_tensor(self.weights, other, name) for name in self.rest_names())
         )
 
-    def _require(self, names: Mapping[str, str], place: str) -> None:
-        for name in names.values():
+    def _require(self, places: Mapping[str, TensorPlace], where: str) -> None:
+        for name in (name for place in places.values() for name in place.tensors):
             if name not in self.weights:
                 raise BesaError(
-                    f"{self.weights.directory} lacks the tensor {name} ({place} of {type(self.model).__name__})",
+                    f"{self.weights.directory} lacks the tensor {name} ({where} of {type(self.model).__name__})",
                     "the checkpoint is incomplete or of another architecture: fetch it again",
                 )
 
@@ -136,19 +138,22 @@ class PartialModel:
         block.to_empty(device=self.device)
         if not self._buffered.isdisjoint(block.modules()):
             self._restore_buffers([*block.modules(), *self._above])
-        self._fill(block.state_dict(), self.block_names(index), tensors)
+        self._fill(block.state_dict(), self.tensor_places(index), tensors)
         return tensors
 
-    def _fill(self, state: Mapping[str, Tensor], origins: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    def _fill(
+        self, state: Mapping[str, Tensor], origins: Mapping[str, TensorPlace], tensors: Mapping[str, Tensor]
+    ) -> None:
         with torch.no_grad():
             for name, origin in origins.items():
-                if tensors[origin].shape != state[name].shape:
+                tensor = origin.of(tensors)
+                if tensor.shape != state[name].shape:
                     raise BesaError(
-                        f"{origin} in {self.weights.directory} has the shape {list(tensors[origin].shape)}, "
+                        f"{origin.tensor} in {self.weights.directory} has the shape {list(tensor.shape)}, "
                         f"its {type(self.model).__name__} needs {list(state[name].shape)}",
                         "config.json and the weights do not belong together: fetch the model again",
                     )
-                state[name].copy_(tensors[origin])
+                state[name].copy_(tensor)
 
     def drop(self, index: int) -> None:
         """Free the weights of block `index`."""
@@ -167,14 +172,14 @@ class PartialModel:
         self._fill_outside([module for module in self._outside if module is not head], now)
         self._embedding = self._belonging(now, self.embedding)
 
-    def _belonging(self, origins: Mapping[str, str], owner: nn.Module | None) -> dict[str, str]:
+    def _belonging(self, origins: Mapping[str, TensorPlace], owner: nn.Module | None) -> dict[str, TensorPlace]:
         """Select the tensors that belong directly to the module `owner`."""
         own = {name for name, module in self.model.named_modules() if module is owner}
         return {name: origin for name, origin in origins.items() if name.rpartition(".")[0] in own}
 
-    def _fill_outside(self, modules: Sequence[nn.Module], origins: Mapping[str, str]) -> None:
+    def _fill_outside(self, modules: Sequence[nn.Module], origins: Mapping[str, TensorPlace]) -> None:
         """Load the weights and buffers of modules outside the blocks, and tie the weights tied to them."""
-        tensors = self.weights.read(list(origins.values()))
+        tensors = self.weights.read(_stored(origins))
         for module in modules:
             _to_empty(module, self.device)
         self._restore_buffers(modules)
@@ -222,7 +227,7 @@ class PartialModel:
         for name in self._head:
             owner, _, last = name.rpartition(".")
             _empty(self.model.get_submodule(owner), last, self.device)
-        self._fill(self.model.state_dict(), self._head, self.weights.read(list(self._head.values())))
+        self._fill(self.model.state_dict(), self._head, self.weights.read(_stored(self._head)))
         self._head = {}
 
     def drop_head(self) -> None:
@@ -252,6 +257,11 @@ class PartialModel:
             for name, tensor in tensors_of(module):
                 tensor._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
         self.model.initialize_weights()
+
+
+def _stored(origins: Mapping[str, TensorPlace]) -> list[str]:
+    """List the names of the stored tensors of some places."""
+    return [name for place in origins.values() for name in place.tensors]
 
 
 def _require_sizes(config: "PretrainedConfig", directory: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from besa_cli.checkpoint import copying
-from besa_cli.decoder import architecture
+from besa_cli.decoder import architecture, tensor_names
 from besa_cli.errors import BesaError
 from besa_cli.exporters.source import Piece, StageSource
 from besa_cli.models.headers import INDEX
@@ -53,6 +53,7 @@ def pieces(source: StageSource, options: CompressedTensorsOptions) -> int:
             "and 8 bits on symmetric grids",
             _REMEDY,
         )
+    _unquantized(source)
     return len(source.weights.shards())
 
 
@@ -125,14 +126,24 @@ def _configuration(source: StageSource) -> JsonObject:
 
 
 def _unquantized(source: StageSource) -> list[str]:
-    """List the linears that are not quantized (head, routers), by their names in the model."""
-    config = architecture.config_of(source.directory)
-    model = architecture.skeleton(config, torch.bfloat16)
-    prefix, blocks = architecture.block_list(model)
-    inside = {
-        f"{prefix}.{index}.{name}" for index, block in enumerate(blocks) for name in architecture.linears(block, config)
-    }
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in inside]
+    """List the linears that are not quantized (head, routers), by their names in the model.
+
+    Raises
+    ------
+    BesaError
+        Some are quantized that are no `nn.Linear` of the model: loaders of the format know no others.
+    """
+    model = architecture.skeleton(architecture.config_of(source.directory), torch.bfloat16)
+    names = tensor_names.Names(model, source.weights.names)
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    stored = {name: names.origin(f"{name}.weight").tensor for name in linears}
+    others = sorted(source.linears - set(stored.values()))
+    if others:
+        raise BesaError(
+            f"{others[0]} in {source.directory} is no nn.Linear of {type(model).__name__}, as pack-quantized needs",
+            "export it as sparse",
+        )
+    return [name for name in linears if stored[name] not in source.linears]
 
 
 def loading(options: CompressedTensorsOptions) -> str:

@@ -13,7 +13,7 @@ from besa_cli.checkpoint.manifests import MANIFEST, Counts, Quantization
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.weights import Weights
-from besa_cli.decoder import architecture, tensor_names
+from besa_cli.decoder import architecture, linears, tensor_names
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX, entries
 from besa_cli.ops import affine
@@ -88,26 +88,28 @@ class StageSource:
             The configuration cannot be read, or describes another number of blocks or other shapes.
         """
         model = architecture.skeleton(architecture.config_of(self.directory), torch.bfloat16)
-        _, blocks = architecture.block_list(model)
+        prefix, blocks = architecture.block_list(model)
         if len(blocks) != self.stage.blocks:
             raise BesaError(
                 f"{self.directory / 'config.json'} describes {len(blocks)} blocks, the stage has {self.stage.blocks}",
                 "restore the file, or make the stage again with --restart",
             )
-        tensor_names.reconcile(model, tensor_names.Names(model, self.weights.names), self.weights)
+        names = tensor_names.Names(model, self.weights.names)
+        linears.separate(prefix, blocks, names)
+        tensor_names.reconcile(model, names, self.weights)
 
     def _find_linears(self) -> Iterator[str]:
         for report in self.stage.reports():
             stored = entries(self.stage.shard(report.index))
             for linear in report.linears:
-                ending = f".{report.index}.{linear.name}.weight"
-                name = next((name for name in stored if f".{name}".endswith(ending)), None)
-                if name is None or stored[name]["shape"] != [linear.rows, linear.cols]:
+                place = linear.place(report.index, stored)
+                shape = None if place is None else place.shape(lambda name, stored=stored: tuple(stored[name]["shape"]))  # type: ignore[misc]
+                if place is None or shape != (linear.rows, linear.cols):
                     raise BesaError(
                         f"{self.stage.shard(report.index)} does not hold {linear.name} as its report says",
                         _REMEDY,
                     )
-                yield name
+                yield place.tensor
 
     @property
     def names(self) -> list[str]:

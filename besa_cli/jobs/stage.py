@@ -339,7 +339,9 @@ class StageJob:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
         if self._is_new:
             swap.discard(self._directory, self._final, self._sources())
-            self._stage.begin(self.manifest, self.model.directory)
+            left = self._plan.worker.decoder.left_out()
+            entry = {"left_out": {"tensors": list(left), "weights": sum(left.values())}} if left else {}
+            self._stage.begin({**self.manifest, **entry}, self.model.directory)
         else:
             self._note_resumption()
         stages.sweep(self._directory)

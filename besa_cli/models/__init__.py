@@ -18,6 +18,7 @@ from typing import Literal
 
 from besa_cli.errors import BesaError, unknown
 from besa_cli.models import demo, hub, local
+from besa_cli.models.files import CheckConfig
 from besa_cli.models.gguf import convert
 from besa_cli.system.disk import require_regular
 from besa_cli.system.notes import Notify
@@ -50,7 +51,7 @@ class Model:
     revision: str | None
 
 
-def resolve(name: str, *, notify: Notify) -> Model:
+def resolve(name: str, *, notify: Notify, check_config: CheckConfig = lambda _: None) -> Model:
     """Find, fetch or convert the model that `name` names.
 
     Parameters
@@ -60,6 +61,9 @@ def resolve(name: str, *, notify: Notify) -> Model:
         An existing path takes precedence over a hub name.
     notify : callable
         Called with one-line notes, for instance that a download has begun.
+    check_config : callable, optional
+        Called with the directory of ``config.json`` before any weight is fetched or read, to refuse a model by it. A
+        GGUF file and the demo model are of types that need no such check.
 
     Raises
     ------
@@ -67,7 +71,7 @@ def resolve(name: str, *, notify: Notify) -> Model:
         The model is missing, unreachable, damaged or of an unsupported kind.
     """
     try:
-        return _resolve(name, notify)
+        return _resolve(name, notify, check_config)
     except OSError as error:
         place = error.filename or name
         raise BesaError(
@@ -75,12 +79,13 @@ def resolve(name: str, *, notify: Notify) -> Model:
         ) from error
 
 
-def _resolve(name: str, notify: Notify) -> Model:
+def _resolve(name: str, notify: Notify, check_config: CheckConfig) -> Model:
     if name == DEMO:
         return Model(name=name, kind="demo", directory=demo.directory(notify=notify), revision=None)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails for unknown users)
     if path.is_dir():
-        return Model(name=name, kind="local", directory=local.directory(path, notify=notify), revision=None)
+        found = local.directory(path, notify=notify, check_config=check_config)
+        return Model(name=name, kind="local", directory=found, revision=None)
     if path.exists():
         require_regular(path)
         return Model(name=name, kind="gguf", directory=convert.directory(path, notify=notify), revision=None)
@@ -91,6 +96,6 @@ def _resolve(name: str, notify: Notify) -> Model:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise unknown("model", name, [DEMO, "org/name on the hub", "a directory", "a GGUF file"])
-    directory, revision = hub.directory(match["repo"], match["revision"], notify=notify)
+    directory, revision = hub.directory(match["repo"], match["revision"], notify=notify, check_config=check_config)
     local.check(directory)
     return Model(name=name, kind="hub", directory=directory, revision=revision)

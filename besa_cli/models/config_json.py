@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FILE = "config.json"
 
-SUITED = "besa prunes dense decoders of transformers whose blocks hold nn.Linear modules (LLaMA, Qwen, Gemma, OPT, ...)"
+SUITED = "besa prunes causal language models of transformers (LLaMA, Qwen, Gemma, Mixtral, Mamba, GPT-2, ...)"
 _REMEDY = "restore the file, or fetch the model again"
 _LARGEST = 256 << 20  # bytes of a config.json
 _SIZES = (

@@ -1,7 +1,7 @@
 """The files of a checkpoint directory: side files, weight files, and checks that they are complete."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from besa_cli.errors import BesaError
 from besa_cli.models import headers
 from besa_cli.models.headers import INDEX, SINGLE
 from besa_cli.system.disk import Json, read_json
+
+CheckConfig = Callable[[Path], None]  # takes a directory with config.json, and refuses the model by raising
 
 _SIDE_FILES = (
     "config.json",
@@ -22,6 +24,7 @@ _SIDE_FILES = (
     "*.tiktoken",
     "tekken.json",
     "chat_template*",
+    "*processor_config.json",
     "*quant*_config.json",
 )
 FOLDERS = ("additional_chat_templates",)  # of side files, one deep

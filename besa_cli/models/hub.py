@@ -8,11 +8,14 @@ from pathlib import Path
 
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import answers, cache, files, headers, hub_errors, pickled, transfer
+from besa_cli.models.files import CheckConfig
 from besa_cli.system.disk import read_json
 from besa_cli.system.notes import Notify
 
 
-def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path, str]:
+def directory(
+    repo: str, revision: str | None, *, notify: Notify, check_config: CheckConfig = lambda _: None
+) -> tuple[Path, str]:
     """Return the checkpoint directory of a model on the hub, and its commit.
 
     A complete copy in the hub's cache is used without the network if a commit is named, the hub cannot be reached, or
@@ -24,8 +27,8 @@ def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path,
         ``org/name``.
     revision : str or None
         A branch, a tag or a commit; the default branch if not given.
-    notify : callable
-        Called with one-line notes.
+    notify, check_config : callable
+        The parameters of `besa_cli.models.resolve`.
 
     Raises
     ------
@@ -37,7 +40,7 @@ def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path,
         raise BesaError(f"'{revision}' is not a valid revision of {repo}", "name a branch, a tag or a commit")
     hub_errors.require_cache()
     with _quiet():
-        snapshot = _snapshot(repo, revision, notify)
+        snapshot = _snapshot(repo, revision, notify, check_config)
     if files.weight_files(snapshot) is None:
         return pickled.directory(snapshot, files.list_side_files(snapshot), notify=notify), snapshot.name
     for shard in files.weight_files(snapshot) or []:
@@ -45,10 +48,12 @@ def directory(repo: str, revision: str | None, *, notify: Notify) -> tuple[Path,
     return snapshot, snapshot.name
 
 
-def _snapshot(repo: str, revision: str | None, notify: Notify) -> Path:
+def _snapshot(repo: str, revision: str | None, notify: Notify, check_config: CheckConfig) -> Path:
     from huggingface_hub import constants
 
     cached = _undamaged(_cached(repo, revision))
+    if cached is not None:
+        check_config(cached)
     if cached is not None and cached.name == revision and _has_tokenizer(cached):
         return cached
     if constants.HF_HUB_OFFLINE:
@@ -62,7 +67,7 @@ def _snapshot(repo: str, revision: str | None, notify: Notify) -> Path:
             raise
         notify(f"{error.message}; using the cached copy {cached}")
         return cached
-    return _fetch(repo, revision, listing, notify)
+    return _fetch(repo, revision, listing, notify, check_config)
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
@@ -130,7 +135,9 @@ def _listing(repo: str, revision: str | None) -> answers.Listing:
     raise hub_errors.translate(answer, repo, revision) from answer
 
 
-def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: Notify) -> Path:
+def _fetch(
+    repo: str, revision: str | None, listing: answers.Listing, notify: Notify, check_config: CheckConfig
+) -> Path:
     """Fetch config and tokenizer, then the weights, all from one commit."""
     sizes = {name: size for name, size in listing.sizes.items() if "/" not in name or files.side_files([name])}
     if "config.json" not in sizes:
@@ -140,6 +147,7 @@ def _fetch(repo: str, revision: str | None, listing: answers.Listing, notify: No
     download = transfer.Download(repo=repo, commit=listing.commit, sizes=sizes, digests=listing.digests, notify=notify)
     download.fetch(["config.json"])
     files.refuse_quantized(read_json(download.snapshot / "config.json"), repo)
+    check_config(download.snapshot)
     single, index = _weights(repo, set(sizes))
     if index:
         download.fetch([index])

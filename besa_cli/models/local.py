@@ -4,12 +4,15 @@ from pathlib import Path
 
 from besa_cli.errors import BesaError
 from besa_cli.models import files, pickled
+from besa_cli.models.files import CheckConfig
 from besa_cli.system.disk import read_json, require_regular
 from besa_cli.system.notes import Notify
 
 
-def directory(path: Path, *, notify: Notify) -> Path:
+def directory(path: Path, *, notify: Notify, check_config: CheckConfig = lambda _: None) -> Path:
     """Return a checkpoint directory unchanged, or, if it holds pickled weights alone, its conversion in the cache.
+
+    `notify` and `check_config` are the parameters of `besa_cli.models.resolve`.
 
     Raises
     ------
@@ -18,6 +21,7 @@ def directory(path: Path, *, notify: Notify) -> Path:
     """
     path = path.absolute()
     check(path)
+    check_config(path)
     shards = files.weight_files(path)
     if shards is None:
         return pickled.directory(path, files.list_side_files(path), notify=notify)

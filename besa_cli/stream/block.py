@@ -68,6 +68,8 @@ class Block:
         Number of the window's first block.
     linears : dict of name to nn.Linear, weights in the compute dtype
     weights : dict of name to Tensor of shape (rows, cols), in the source's dtype
+    unreached : set of str
+        Linears of experts that no token of the samples reached; known after `observe`.
     budget : int
         Number of weights to prune (see `besa_cli.ops.budget.window_counts`); 0 where an N:M pattern decides.
     must_meet_budget : bool
@@ -111,6 +113,7 @@ class Block:
         self.seed = (seed * 1_000_003 + self.index) % 2**63
         self.sensitivity = sensitivity
         self._on_step = on_step
+        self.unreached: set[str] = set()
         self.linears: dict[str, nn.Linear] = window.linears
         self.weights = dict(weights)
         self._window = window
@@ -155,17 +158,19 @@ class Block:
         """Sum a statistic of each linear's inputs over all calibration samples of all ranks, with unchanged weights.
 
         Linears that receive the same tensor object (q, k and v; gate and up) share one statistic. The pass also
-        computes `target` where that is the window's own output.
+        computes `target` where that is the window's own output. Linears of experts that no token reached are noted in
+        `unreached`; their statistic is that of the unit vectors, under which all columns count alike.
 
         Parameters
         ----------
-        statistic : function of a linear's inputs, of shape (samples, seqlen, cols), returning a Tensor to sum
+        statistic : function of a linear's inputs, of shape (..., cols), returning a Tensor to sum
 
         Returns
         -------
         dict of linear name to the sum, fp32
         """
         sums: dict[str, Tensor] = {}
+        tokens: dict[str, int] = {}
         leaders: dict[str, str] = {}
         seen: list[tuple[Tensor, str]] = []
 
@@ -175,6 +180,7 @@ class Block:
                 seen.append((tensor, name))
                 value = statistic(tensor)
                 sums[name] = sums[name].add_(value) if name in sums else value
+                tokens[name] = tokens.get(name, 0) + tensor.shape[:-1].numel()
             leaders[name] = leader or name
 
         handles = [
@@ -192,7 +198,12 @@ class Block:
                 f"{unused[0]} of block {self.index} is never called in a forward pass",
                 "besa computes importance from a linear's inputs; this model cannot be pruned",
             )
-        self.rank_share.world.all_reduce_list_(list(sums.values()))
+        counts = torch.tensor(list(tokens.values()), dtype=torch.float32)
+        self.rank_share.world.all_reduce_list_([*sums.values(), counts])
+        for leader in (name for name, count in zip(tokens, counts.tolist(), strict=True) if not count):
+            weight = self.linears[leader].weight
+            sums[leader] = statistic(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
+            self.unreached |= {name for name, other in leaders.items() if other == leader}
         return {name: sums[leaders[name]] for name in self.linears}
 
     def _pass(self, after_batch: Callable[[], None], phase: Phase) -> None:

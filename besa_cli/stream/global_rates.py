@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from besa_cli.checkpoint import tensor_places
 from besa_cli.checkpoint.reports import PassReport
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
@@ -218,16 +219,17 @@ class GlobalRates:
         A block's own errors are known of the start alone, so that reports of other blocks have none.
         """
         for index in range(store.finished(), len(self._decoder)):
-            sources, report = dict(self._decoder.load(index)), self._start.report(index)
-            names = self._decoder.block_names(index)
-            linears = []
+            sources, report = self._decoder.load(index), self._start.report(index)
+            places = self._decoder.tensor_places(index)
+            unreached = {linear.name for linear in report.linears if linear.unreached}
+            linears, pruned = [], []
             for name, mask in self.masks(index).items():
-                origin = names[f"{name}.weight"]
-                sources[origin] = sources[origin].masked_fill(~mask, 0.0)
-                linears.append(linear_report(name, sources[origin], mask))
+                place = places[f"{name}.weight"]
+                pruned.append((place, place.of(sources).masked_fill(~mask, 0.0)))
+                linears.append(linear_report(name, *pruned[-1], mask, unreached=name in unreached))
             if self.kept_pass:
                 report = replace(report, error_before=None, error_after=None, learned_loss=None, kept_uniform=False)
-            store.write(replace(report, linears=tuple(linears)), sources, {})
+            store.write(replace(report, linears=tuple(linears)), tensor_places.replaced(sources, pruned), {})
             self._decoder.drop(index)
 
     def _reports(self, state: "_State") -> Iterator[PassReport]:
@@ -279,14 +281,14 @@ class GlobalRates:
         done = 0
         for index in range(len(self._decoder)):
             sources, start = self._decoder.load(index), self._start.read(index)
-            names = self._decoder.block_names(index)
+            places = self._decoder.tensor_places(index)
             self._linears[index] = []
             for name in self._decoder.linears(index):
-                weight = sources[names[f"{name}.weight"]]
-                kept = start[names[f"{name}.weight"]] != 0
+                place = places[f"{name}.weight"]
+                weight, kept = place.of(sources), place.of(start) != 0
                 scores = masks.mark_zeros_(importance.wanda(weight, norms[index, name]), weight)
-                places = kernels.ranks(scores).to(torch.float32)
-                ranks = kernels.ranks(places.add_(kept, alpha=float(weight.shape[1])))
+                order = kernels.ranks(scores).to(torch.float32)
+                ranks = kernels.ranks(order.add_(kept, alpha=float(weight.shape[1])))
                 stored = self._activations.empty(ranks.shape, ranks.dtype)
                 stored.copy_(ranks)
                 rows = slice(done, done + len(weight))

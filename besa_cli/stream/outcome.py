@@ -1,12 +1,13 @@
 """Post-processing of a window's decision: check its counts, round to the stored dtype, and report."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport, LinearReport
+from besa_cli.checkpoint.tensor_places import TensorPlace
 from besa_cli.ops import affine, masks
 from besa_cli.stream.block import Block, Decision
 from besa_cli.stream.windows import Window
@@ -14,11 +15,12 @@ from besa_cli.stream.windows import Window
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOutcome:
-    """Decision for a window, with its weights as they will be stored, by linear name."""
+    """Decision for a window, with its weights as they will be stored, by linear name, and its unreached linears."""
 
     window: Window
     decision: Decision
     stored: Mapping[str, Tensor]
+    unreached: Set[str] = frozenset()
 
 
 def snap_codes(weights: Mapping[str, Tensor], decision: Decision) -> Decision:
@@ -60,11 +62,22 @@ def check_counts(block: Block, decision: Decision) -> None:
         raise RuntimeError(f"the pruner pruned {count} weights of block {block.index} instead of {block.budget}")
 
 
-def linear_report(name: str, weight: Tensor, mask: Tensor) -> LinearReport:
-    """Return the report of one linear, from its mask and its stored weight."""
+def linear_report(
+    name: str, place: TensorPlace, weight: Tensor, mask: Tensor, *, unreached: bool = False
+) -> LinearReport:
+    """Return the report of one linear, from its place in the checkpoint, its mask and its weight as stored."""
     rows, cols = mask.shape
+    plain = f".{place.tensor}".endswith(f".{name}.weight") and place.expert is None
     return LinearReport(
-        name=name, rows=rows, cols=cols, pruned=masks.count_zeros(mask), zeros=masks.count_zeros(weight)
+        name=name,
+        rows=rows,
+        cols=cols,
+        pruned=masks.count_zeros(mask),
+        zeros=masks.count_zeros(weight),
+        tensor=None if plain else place.tensor,
+        expert=place.expert,
+        transposed=place.transposed,
+        unreached=unreached,
     )
 
 

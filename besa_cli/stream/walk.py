@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport, LinearReport
+from besa_cli.checkpoint.tensor_places import TensorPlace, replaced
 from besa_cli.choices import Target
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.ops import affine, losses
@@ -187,7 +188,7 @@ class BlockWalk:
             check_counts(block, decision)
             stored = apply_mask(block.weights, decision)
             self._share.world.broadcast_(list(stored.values()))
-            outcomes.append(WindowOutcome(window=window, decision=decision, stored=stored))
+            outcomes.append(WindowOutcome(window=window, decision=decision, stored=stored, unreached=block.unreached))
             if segment_target is None:
                 segment_target = block.target
             if not single:
@@ -230,9 +231,9 @@ class BlockWalk:
         return self._collect(lambda hidden, tokens: self._decoder.forward(index, hidden, tokens), self._inputs)
 
     def _weights(self, window: Window, sources: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        origins = {index: self._decoder.block_names(index) for index in window.blocks}
+        places = {index: self._decoder.tensor_places(index) for index in window.blocks}
         return {
-            name: sources[index][origins[index][f"{inner}.weight"]].to(self._decoder.device)
+            name: places[index][f"{inner}.weight"].of(sources[index]).to(self._decoder.device)
             for name, (index, inner) in window.locations.items()
         }
 
@@ -250,17 +251,20 @@ class BlockWalk:
         target: Tensor | None,
     ) -> list[BlockReport]:
         """Propagate the stream through the stored weights, write the segment's blocks, and return their reports."""
-        tensors = {index: dict(source) for index, source in sources.items()}
+        changed: dict[int, list[tuple[TensorPlace, Tensor]]] = {index: [] for index in segment.blocks}
+        places = {index: self._decoder.tensor_places(index) for index in segment.blocks}
         codes: dict[int, dict[str, Tensor]] = {index: {} for index in segment.blocks}
         linears: dict[int, list[LinearReport]] = {index: [] for index in segment.blocks}
         for outcome in outcomes:
             for name, weight in outcome.stored.items():
                 index, inner = outcome.window.locations[name]
-                origin = self._decoder.block_names(index)[f"{inner}.weight"]
-                tensors[index][origin] = weight.cpu()
+                place = places[index][f"{inner}.weight"]
+                changed[index].append((place, weight.cpu()))
                 if name in outcome.decision.quantized:
-                    codes[index] |= affine.to_tensors(outcome.decision.quantized[name], origin.removesuffix(".weight"))
-                linears[index].append(linear_report(inner, weight, outcome.decision.masks[name]))
+                    codes[index] |= affine.to_tensors(outcome.decision.quantized[name], place.linear)
+                mask, unreached = outcome.decision.masks[name], name in outcome.unreached
+                linears[index].append(linear_report(inner, place, weight, mask, unreached=unreached))
+        tensors = {index: replaced(source, changed[index]) for index, source in sources.items()}
         errors: list[float] = []
         sensitivity = self._sensitivity(segment.blocks[-1])
         channels = None if sensitivity is None else losses.channel_weights(sensitivity)
@@ -296,13 +300,14 @@ class BlockWalk:
         self, index: int, source: Mapping[str, Tensor], outcomes: Sequence[WindowOutcome]
     ) -> dict[str, Tensor]:
         """Return the tensors of a block with the uniform masks of its windows."""
-        tensors, origins = dict(source), self._decoder.block_names(index)
+        places = self._decoder.tensor_places(index)
+        matrices: list[tuple[TensorPlace, Tensor]] = []
         for outcome in outcomes:
             if outcome.decision.uniform is None:
                 raise RuntimeError("the pruner gave no uniform masks, with which it is to be compared")
             for name, mask in outcome.decision.uniform.items():
                 block, inner = outcome.window.locations[name]
                 if block == index:
-                    origin = origins[f"{inner}.weight"]
-                    tensors[origin] = source[origin].masked_fill(~mask.cpu(), 0.0)
-        return tensors
+                    place = places[f"{inner}.weight"]
+                    matrices.append((place, place.of(source).masked_fill(~mask.cpu(), 0.0)))
+        return replaced(source, matrices)

@@ -10,7 +10,8 @@ from support import tiny_models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from besa_cli.decoder import architecture, conduct
+from besa_cli.checkpoint.tensor_places import TensorPlace
+from besa_cli.decoder import conduct
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.decoder.verify import verify
 from besa_cli.errors import BesaError
@@ -95,13 +96,12 @@ def test_nothing_is_computed_with_a_tensor_that_has_no_values(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("dirty_memory")
-def test_buffers_that_a_parent_computes_are_stocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Falcon H1's mixers hold a vector that only the model around them knows; its kernels would be refused."""
+def test_buffers_that_a_parent_computes_are_stocks(tmp_path: Path) -> None:
+    """Falcon H1's mixers hold a vector that only the model around them knows."""
     config = transformers.FalconH1Config(
         **_INNER, num_key_value_heads=2, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_d_state=8,
         mamba_chunk_size=8, ssm_multipliers=[0.5, 2.0, 3.0, 0.7, 1.5],
     )  # fmt: skip
-    monkeypatch.setattr(architecture, "_refuse_unsupported", lambda *_: None)
     directory, rows = saved(tmp_path / "model", config), tiny_models.tokens(2, 12)
     expected = stock_logits(directory, rows)
     decoder = Decoder(directory, CPU, torch.float32)
@@ -137,7 +137,7 @@ def test_another_buffer_than_stocks_is_refused(tmp_path: Path) -> None:
 
 def test_another_head_than_stocks_is_refused(tmp_path: Path) -> None:
     decoder = Decoder(tiny_models.checkpoint(tmp_path / "model"), CPU, torch.float32)
-    decoder._own_head = decoder._head = {"lm_head.weight": "model.embed_tokens.weight"}
+    decoder._own_head = decoder._head = {"lm_head.weight": TensorPlace(tensors=("model.embed_tokens.weight",))}
     with pytest.raises(BesaError, match="gives other logits than stock transformers"):
         verify(decoder, tiny_models.tokens(1, 12))
     assert decoder.model.get_output_embeddings().weight.is_meta
