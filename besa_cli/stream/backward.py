@@ -18,6 +18,7 @@ from besa_cli.stream.propagation import batches, embed
 from besa_cli.system import compute
 
 HeadLoss = Callable[[Tensor, slice, slice], Tensor]  # logits, samples, positions: the sum of their losses
+Visit = Callable[[int, Mapping[str, Tensor] | None, Tensor], None]  # block, its weights, the gradient at its outputs
 
 
 class Blocks(Protocol):
@@ -31,18 +32,41 @@ class Blocks(Protocol):
 
 
 class StoredBlocks(Blocks):
-    """Blocks of a decoder's own checkpoint."""
+    """Blocks of a decoder's own checkpoint.
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    Parameters
+    ----------
+    decoder : Decoder
+    resident : bool
+        Let blocks stay loaded until `drop_all`.
+    """
 
-    def load(self, index: int) -> None:
-        """Load block `index` with its own weights."""
+    def __init__(self, decoder: Decoder, *, resident: bool = False) -> None:
+        self._decoder, self._resident = decoder, resident
+        self._loaded: set[int] = set()
+
+    def load(self, index: int) -> Mapping[str, Tensor] | None:
+        """Load block `index` with its own weights, unless it is loaded."""
+        if index not in self._loaded:
+            self._read(index)
+            self._loaded.add(index)
+        return None
+
+    def _read(self, index: int) -> None:
+        """Read block `index` from the checkpoint."""
         self._decoder.load(index)
 
     def drop(self, index: int) -> None:
-        """Free block `index`."""
-        self._decoder.drop(index)
+        """Free block `index`, unless it stays."""
+        if not self._resident:
+            self._decoder.drop(index)
+            self._loaded.discard(index)
+
+    def drop_all(self) -> None:
+        """Free every block."""
+        for index in self._loaded:
+            self._decoder.drop(index)
+        self._loaded.clear()
 
 
 class BackwardStream:
@@ -126,11 +150,7 @@ class BackwardStream:
         self._activations.release()
         return total, gradient
 
-    def backward(
-        self,
-        gradient: Tensor,
-        visit: Callable[[int, Mapping[str, Tensor] | None, Tensor], None],
-    ) -> None:
+    def backward(self, gradient: Tensor, visit: Visit) -> None:
         """Pass a gradient from the outputs of the last block back to the first, overwriting it.
 
         Parameters
