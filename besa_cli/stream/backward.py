@@ -81,6 +81,8 @@ class BackwardStream:
         Samples in a pass.
     activations : ActivationStore, optional
         Storage of the inputs of all blocks; in memory by default.
+    depth : int, optional
+        Number of blocks to pass, from the first on; all by default.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class BackwardStream:
         *,
         batch: int = 1,
         activations: ActivationStore | None = None,
+        depth: int | None = None,
     ) -> None:
+        self._depth = len(decoder) if depth is None else depth
         self._decoder, self._blocks, self._tokens, self._batch = decoder, blocks, tokens, batch
         self._activations = activations or ActivationStore()
         self._inputs: list[Tensor] = []
@@ -111,7 +115,7 @@ class BackwardStream:
         """
         hidden = embed(self._decoder, self._tokens, self._batch, self._activations)
         self._inputs = []
-        for index in range(len(self._decoder)):
+        for index in range(self._depth):
             self._inputs.append(hidden)
             weights = self._blocks.load(index)
             output = self._activations.empty(hidden.shape, hidden.dtype)
@@ -161,7 +165,7 @@ class BackwardStream:
             Called for each block, from the last to the first, before the block is dropped. The weights are those that
             `Blocks.load` returned; those that require a gradient have one.
         """
-        for index in reversed(range(len(self._decoder))):
+        for index in reversed(range(self._depth)):
             weights = self._blocks.load(index)
             inputs = self._inputs.pop()
             arrived = self._activations.empty(gradient.shape, gradient.dtype)

@@ -5,6 +5,7 @@ pass counts only if the divergence on samples that are not learned from is small
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -181,6 +182,38 @@ class Distillation:
         outputs = self._stream(blocks, part).forward()
         found = held_out.mean_divergence(self._decoder, outputs, self._dense[part], self._tokens[part])
         return max(self.require_finite(found), 0.0)  # rounding alone can make it negative
+
+    def seconds(self, blocks: Blocks, visit: Visit, progress: LearningProgress) -> float:
+        """Estimate the seconds of what is left, from a trial of one sample, the first block and the head.
+
+        Parameters
+        ----------
+        blocks : Blocks
+            Give the first block of the model that learns.
+        visit : function
+            See `step`; its time is counted.
+        progress : LearningProgress
+        """
+        rows, blocks_passed = self._tokens[:1], len(self._decoder)
+        stream = BackwardStream(self._decoder, blocks, rows, depth=1)
+        stream.forward()  # what a first pass prepares is not timed
+        began = time.perf_counter()
+        outputs = stream.forward()
+        forward = blocks_passed * (time.perf_counter() - began)
+        began = time.perf_counter()
+        _, gradient = stream.head_gradient(outputs, _Divergence(self._decoder, outputs, rows))
+        head = time.perf_counter() - began
+        began = time.perf_counter()
+        stream.backward(gradient, visit)
+        backward = blocks_passed * (time.perf_counter() - began)
+        compared = self._plan.epochs + 1 - len(progress.held)
+        held = max(len(self._tokens) - self.samples, 1)
+        left = self.steps - progress.step
+        return (
+            left * (forward + head + backward)
+            + (len(self._tokens) + compared * held) * forward
+            + compared * held * head
+        )
 
     def reports(self, progress: LearningProgress) -> Iterator[PassReport]:
         """Yield a report of the model before the first pass, and of each pass that was finished."""
