@@ -209,19 +209,21 @@ class Tuner:
         blocks.drop_all()
 
     def _linears(self, index: int, step: int) -> list[_LearnedLinear]:
-        """Return the linears of a block as they are after so many steps."""
+        """Return the linears of a block that have kept weights, as they are after so many steps."""
         tensors, names = self._start.read(index), self._decoder.block_names(index)
         stored = self._states.block(step, index) if step else {}
         linears = []
         for name in self._decoder.linears(index):
             weight = tensors[names[f"{name}.weight"]].flatten()
             kept = weight.nonzero().squeeze(1)
+            if not len(kept):
+                continue
             places = self._activations.empty(kept.shape, torch.int32)
             state = self._activations.empty((3, len(kept)), torch.float32)
             places.copy_(kept)
             own = weight[kept].float()
             state.copy_(stored[name] if stored else torch.stack([own, *torch.zeros(2, len(kept))]))
-            rate = self._plan.rate * math.sqrt(float(own.square().sum()) / max(len(kept), 1))
+            rate = self._plan.rate * math.sqrt(float(own.square().mean()))
             linears.append(_LearnedLinear(name=name, dtype=weight.dtype, rate=rate, places=places, state=state))
         self._activations.release()
         return linears
@@ -256,7 +258,8 @@ class Tuner:
                 linears = []
                 for linear in report.linears:
                     weight = tensors[names[f"{linear.name}.weight"]]
-                    weight[weight != 0] = stored[linear.name][0].to(weight.dtype)
+                    if linear.name in stored:
+                        weight[weight != 0] = stored[linear.name][0].to(weight.dtype)
                     linears.append(replace(linear, zeros=masks.count_zeros(weight)))
                 report = replace(
                     report,

@@ -148,6 +148,23 @@ def test_a_weight_that_is_rounded_to_zero_is_not_counted_as_pruned(
     assert counts["zeros"] == before["zeros"] + 7 * BLOCKS
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_linear_without_kept_weights_stays_empty(
+    in_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TuneJob, "_is_roomy", lambda _: not in_files)
+    dense = tiny_models.built(tiny_models.config("llama", blocks=BLOCKS))
+    empty = "model.layers.1.mlp.down_proj.weight"
+    with torch.no_grad():
+        dense.get_parameter(empty).zero_()
+    dense.save_pretrained(tmp_path / "dense")
+    rows, run = tiny_models.calibration_set(ROWS), Run(tmp_path / "source")
+    tiny_models.run(StageJob(run, tiny_models.local(tmp_path / "dense"), rows, tiny_models.request(sparsity=0.6)))
+    manifest = to_the_end(job(run.stage("pruned"), tmp_path / "run", asked()))
+    assert manifest["whole_model"]["kept"] > 0
+    assert not tiny_models.weights(tmp_path / "run" / "tuned")[empty].any()
+
+
 def test_a_pass_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
     source = pruned(tmp_path)
     manifest = to_the_end(job(source, tmp_path / "run", asked(lr=1.0)))
