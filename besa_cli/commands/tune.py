@@ -27,7 +27,7 @@ RateOption = Annotated[
     panels.WHOLE_MODEL(
         "--lr",
         "Learning rate, relative to the size of a linear's kept weights.",
-        "0.0003",
+        "0.001",
         min=0.0,
         metavar="RATE",
     ),
@@ -49,7 +49,7 @@ def tune(
     Examples:
 
         besa tune
-        besa tune --epochs 2 --lr 0.0002
+        besa tune --epochs 2 --lr 0.0005
         besa tune --model besa-run/pruned --run tuned --dry-run
     """
     console = Console(json=into.as_json)

@@ -27,7 +27,7 @@ from besa_cli.stream.distillation import BETAS, SAVED, Distillation, LearningPla
 from besa_cli.stream.rank_share import Store
 
 VERSION = 1  # raised with every change by which it learns otherwise, as `besa_cli.pruners.VERSIONS`
-RATE = 0.0003  # default learning rate: a step of Adam, relative to the root mean square of a linear's kept weights
+RATE = 0.001  # default learning rate: a step of Adam, relative to the root mean square of a linear's kept weights
 STATE_BYTES = 12  # of a weight in a stored state: the weight in fp32, and two moments
 
 
