@@ -28,6 +28,7 @@ from besa_cli.commands.shared.context import ProcessSettings
 from besa_cli.commands.shared.panels import HelpCommand, HelpGroup
 from besa_cli.commands.show import show
 from besa_cli.commands.simulate import simulate
+from besa_cli.commands.tune import tune
 from besa_cli.console import show_error
 from besa_cli.errors import BesaError, Interrupted, UsageError, reason_of
 from besa_cli.system import signals, torchrun
@@ -96,6 +97,7 @@ def _join_ranks(context: typer.Context, settings: ProcessSettings) -> None:
 
 app.command(cls=HelpCommand)(calibrate)
 app.command(cls=HelpCommand)(prune)
+app.command(cls=HelpCommand)(tune)
 app.command(cls=HelpCommand)(quantize)
 app.add_typer(eval_.app, name="eval")
 app.command(cls=HelpCommand)(export)

@@ -1,7 +1,8 @@
 """What a recorded line was made by, and whether the program still does the same.
 
 Every line of results has `methods`: each method that had a part in it, with its version (`VERSIONS` of
-`besa_cli.pruners` and `besa_cli.quantizers`, 1 where it is not named there). A line of an older version than today's is
+`besa_cli.pruners` and `besa_cli.quantizers`, 1 where it is not named there; of ``tune`` that of
+`besa_cli.stream.tuning`). A line of an older version than today's is
 old: it is measured again, and until then printed as old or left out.
 
 Lines from before 2026-11-29 were given their versions by their commits, from the history of the code:
@@ -26,13 +27,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from besa_cli import pruners, quantizers
+from besa_cli.stream import tuning
 
 Line = Mapping[str, Any]
 
 
 def methods(*names: str) -> dict[str, int]:
     """Today's version of each method; joint learning (`prune --bits`) names ``besa`` and ``clip``."""
-    return {name: pruners.VERSIONS.get(name) or quantizers.VERSIONS.get(name, 1) for name in names}
+    known = {**quantizers.VERSIONS, **pruners.VERSIONS, "tune": tuning.VERSION}
+    return {name: known.get(name, 1) for name in names}
 
 
 _ONLY_DEFAULTS_DIFFER = {("besa", 3): 4}  # a method's version → one that decides alike with the same options

@@ -23,7 +23,7 @@ MOST_BLOCKS = 10_000
 Digest = Annotated[str, Len(64, 64)]  # SHA-256 in hexadecimal
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
-StageName = Literal["pruned", "quantized"]
+StageName = Literal["pruned", "tuned", "quantized"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Options = dict[str, str | int | float | bool | list[str | int] | None]
@@ -163,7 +163,7 @@ class StageHistory(TypedDict):
 class _StageFields(TypedDict):
     format: int
     stage: StageName
-    command: Literal["prune", "quantize"]
+    command: Literal["prune", "tune", "quantize"]
     options: Options
     compute: Compute
     model: Origin
@@ -187,10 +187,10 @@ class NewStageManifest(_StageFields):
 
 @strict
 class WholeModel(TypedDict):
-    """Result of the passes in which the whole model learned the sparsities of its rows.
+    """Result of the passes in which the whole model learned: the sparsities of its rows, or its kept weights.
 
     `divergence` is the KL divergence to the dense model, in nats per token, on `held_out` samples that were not learned
-    from: before the first pass, and after each. The rates are those after pass `kept`; 0 stands for the start.
+    from: before the first pass, and after each. The stage is that after pass `kept`; 0 stands for the start.
     """
 
     held_out: Count

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from besa_cli.checkpoint import manifests
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST
-from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, RATES, SENSITIVITY, TIMING
+from besa_cli.checkpoint.stages import DRAFT, HELD_OUT, PROGRESS, RATES, SENSITIVITY, TIMING, TUNING
 from besa_cli.errors import BesaError
 from besa_cli.models.headers import INDEX
 from besa_cli.system.disk import Json
@@ -23,10 +23,11 @@ from besa_cli.system.disk import Json
 Manifest = TypeVar("Manifest")
 
 _CALIBRATION = ("tokens.safetensors",)
+_PROGRESS = re.compile(rf"{TUNING}/\d{{8}}/{re.escape(PROGRESS)}")
 _STATES = (HELD_OUT, f"{DRAFT}/{HELD_OUT}", f"{DRAFT}/{RATES}", SENSITIVITY)  # of an unfinished stage
 _SENSITIVITY = re.compile(r"sensitivity-[0-9a-f]{16}\.safetensors")
 _SHARD = re.compile(
-    r"(?:codes/|draft/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
+    r"(?:codes/|draft/|tuning/\d{8}/)?model-(\d{5,})-of-(\d{5,})\.safetensors|(?:draft/)?model-(\d{5,})-of-(\d{5,})\.json"
 )
 _WEIGHTS = re.compile(r"(?:model|sparse)-\d{5,}-of-\d{5,}\.safetensors(?:\.zst)?|model-[A-Z0-9_]+\.gguf")
 _SMALL = re.compile(
@@ -71,6 +72,7 @@ class _Owned:
         return (
             name in self.listed
             or self._is_shard(name)
+            or (bool(self.shards) and _PROGRESS.fullmatch(name) is not None)
             or (bool(self.shards) and (_SMALL.fullmatch(name) is not None or self._is_copy(directory, name)))
             or (self.samples and _SENSITIVITY.fullmatch(name) is not None)
             or (self.unfinished and self._may_be_exported(name))

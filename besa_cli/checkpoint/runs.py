@@ -1,5 +1,6 @@
 """The run directory and the paths in it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from besa_cli.checkpoint import manifests, swap
@@ -33,7 +34,7 @@ class Run:
         return self.path / "simulate"
 
     def stage(self, name: str) -> Path:
-        """Return the directory of a stage, ``pruned`` or ``quantized``."""
+        """Return the directory of a stage, ``pruned``, ``tuned`` or ``quantized``."""
         return self.path / name
 
     def stage_at(self, directory: Path) -> manifests.StageName | None:
@@ -44,15 +45,20 @@ class Run:
         """Return the directory in which the replacement of a finished stage is written."""
         return self.path / f"{name}.next"
 
-    def newest(self) -> Path | None:
+    def newest(self, among: Sequence[manifests.StageName] = STAGES) -> Path | None:
         """Return the newest stage that is not stale, or None if there is none.
+
+        Parameters
+        ----------
+        among : sequence of str
+            Stages to choose from, in the order in which they are made; all by default.
 
         Raises
         ------
         BesaError
             The stage is unfinished.
         """
-        for name in reversed(STAGES):
+        for name in reversed(among):
             directory = self.existing_stage(name)
             if (directory / manifests.MANIFEST).exists() and not self.stale(name):
                 require_finished(directory)
@@ -67,10 +73,17 @@ class Run:
         candidates = (self.next_stage(name), swap.aside(directory))
         return next((candidate for candidate in candidates if manifests.is_complete(candidate)), directory)
 
-    def stale(self, name: str) -> bool:
-        """Return True if a stage was made from another stage of this run that has changed since or is missing."""
+    def stale(self, name: manifests.StageName) -> bool:
+        """Return True if a stage was made from another stage of this run that has changed since or is missing.
+
+        So is one that was made without a stage in between that is finished now: a quantized one whose pruned stage has
+        been tuned since.
+        """
         model = manifests.read_stage(self.existing_stage(name))["model"]
         if "stage" not in model:
             return False
         parent = self.existing_stage(model["stage"])
-        return not manifests.is_complete(parent) or manifests.read_stage(parent)["digest"] != model["digest"]
+        if not manifests.is_complete(parent) or manifests.read_stage(parent)["digest"] != model["digest"]:
+            return True
+        between = STAGES[STAGES.index(model["stage"]) + 1 : STAGES.index(name)]
+        return any(manifests.is_complete(self.existing_stage(each)) and not self.stale(each) for each in between)

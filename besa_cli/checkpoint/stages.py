@@ -22,9 +22,11 @@ from besa_cli.system.disk import Json
 
 TIMING = "timing.jsonl"
 SENSITIVITY = "sensitivity.safetensors"  # of the channels; only until the stage is finished
-STAGES: tuple[manifests.StageName, ...] = ("pruned", "quantized")  # in the order in which they are made
+STAGES: tuple[manifests.StageName, ...] = ("pruned", "tuned", "quantized")  # in the order in which they are made
 DRAFT = "draft"  # folder of an unfinished stage with its blocks as they were pruned one after the other
 RATES = "rates.safetensors"  # file in it: the state of the learning of the whole model
+TUNING = "tuning"  # folder of an unfinished stage with the states of the tuning
+PROGRESS = "progress.safetensors"  # file of each of them that is written last: a state with it is whole
 HELD_OUT = "held-out.streams"  # state of the check on held-out samples, beside blocks that are pruned
 CODES = "codes"  # folder of a quantized stage with the codes, scales and zero points of its weights
 

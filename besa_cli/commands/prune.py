@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -216,6 +217,7 @@ def prune(
     from besa_cli.decoder import supported
     from besa_cli.jobs import prune as requests
     from besa_cli.jobs import ranks
+    from besa_cli.jobs.stage import StageJob
 
     rest = {"damping": damping, "bits": bits, **asdict(grid), "clip_lr": clip_lr}
     request = requests.request(
@@ -237,10 +239,13 @@ def prune(
     ranks.require_even_steps(request, world)
     with world.main_process_first():  # the other ranks then find the model in the cache
         source = models.resolve(model, notify=console.note, check_config=supported.require)
+    if not world.is_main:
+        ranks.run_worker(source, request, world)
+        return
     directory = Run(into.run)
     manifest = stage_command.stage(
-        request, source, directory, calibration, console,
-        restart=into.restart, dry_run=into.dry_run, world=world,
+        partial(StageJob, world=world), request, source, directory, calibration, console,
+        restart=into.restart, dry_run=into.dry_run,
     )  # fmt: skip
     if manifest is not None:
         _show(manifest, directory, console)
@@ -289,8 +294,8 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
 
 
 def whole_model_in_words(found: "WholeModel") -> str:
-    """Return one line on the passes in which the whole model learned its rates."""
+    """Return one line on the passes in which the whole model learned its rates or its kept weights."""
     first, kept = found["divergence"][0], found["kept"]
     if not kept:
-        return f"whole model: no pass was better than the blocks apart (KL divergence to dense {first:.4f}), kept them"
+        return f"whole model: no pass was better than the start (KL divergence to dense {first:.4f}), which is kept"
     return f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out"

@@ -21,7 +21,7 @@ ModelOption = Annotated[
     panels.DATA(
         "--model",
         "Model to quantize as it is: any stage, or a model as for besa prune.",
-        "the run's pruned stage",
+        "the run's tuned stage, else its pruned one",
         metavar="MODEL",
         callback=options.require_utf8,
     ),
@@ -104,6 +104,7 @@ def quantize(
     console = Console(json=into.as_json)
     from besa_cli.checkpoint.runs import Run
     from besa_cli.jobs import quantize as requests
+    from besa_cli.jobs.stage import StageJob
     from besa_cli.ops import affine
 
     request = requests.request(
@@ -119,32 +120,30 @@ def quantize(
     directory = Run(into.run)
     source = _source(model, directory, console)
     manifest = stage_command.stage(
-        request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
+        StageJob, request, source, directory, calibration, console, restart=into.restart, dry_run=into.dry_run
     )
     if manifest is not None:
         _show(manifest, directory, console)
 
 
 def _source(model: str | None, run: "Run", console: Console) -> "Model":
-    """Return the model to quantize: `--model`, else the run's pruned stage.
+    """Return the model to quantize: `--model`, else the run's tuned stage, else its pruned one.
 
     Raises
     ------
     BesaError
-        The run has no finished pruned stage.
+        The run has neither, or the newer of them is unfinished.
     """
-    from besa_cli.checkpoint import manifests, stages
     from besa_cli.decoder import supported
 
     if model is not None:
         return models.resolve(model, notify=console.note, check_config=supported.require)
-    stage = run.existing_stage("pruned")
-    if not (stage / manifests.MANIFEST).exists():
+    stage = run.newest(("pruned", "tuned"))
+    if stage is None:
         raise BesaError(
             f"{run.path} has no pruned stage",
             f"make one (besa prune --run {run.path}), or quantize a dense model: besa quantize --model MODEL",
         )
-    stages.require_finished(stage)
     return models.Model(name=str(stage), kind="local", directory=stage, revision=None)
 
 

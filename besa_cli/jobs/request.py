@@ -1,12 +1,13 @@
 """Requests for a stage: the method with its options, and how it is computed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, cast
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, override
 
-from besa_cli.checkpoint.manifests import GridEntry, Quantization
+from besa_cli.checkpoint.manifests import GridEntry, Quantization, StageName
 from besa_cli.choices import Budget, OptionValue
 from besa_cli.ops import kernels
 from besa_cli.ops.affine import Grid
@@ -20,7 +21,7 @@ _DOING = {"prune": "pruning", "quantize": "quantizing"}
 
 
 class Placement(TypedDict, total=False):
-    """Keyword arguments that the requests of all commands share: attributes of `StageRequest`."""
+    """Keyword arguments that the requests of all commands share: attributes of `Request`."""
 
     device: str
     dtype: str
@@ -46,19 +47,12 @@ class GlobalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRequest:
-    """Request for a stage; made by `besa_cli.jobs.prune.request` and `besa_cli.jobs.quantize.request`.
+class Request(ABC):
+    """Request for a stage.
 
     Attributes
     ----------
-    command : {"prune", "quantize"}
-    method : Method
-    target_sparsity : float, optional
-        Share of the linears' weights to prune, in [0, 1); None where nothing is counted: N:M patterns, quantization.
-    budget : {"uniform", "model"}
-        Each block's share of the pruned weights: that of the whole model, or decided by `besa_cli.stream.effects`.
-    command_options : mapping
-        The command's own options with their values, under the names of the command line.
+    command : {"prune", "tune", "quantize"}
     device, dtype : str
         As on the command line, ``auto`` included.
     seed : int
@@ -66,11 +60,6 @@ class StageRequest:
         Directory of a calibration set that was named, for the manifest.
     max_memory : int, optional
         Bytes of memory that the process may take; the hidden states go to files where they would not fit.
-    whole_model : GlobalOptions, optional
-        Learning of all rows together after the blocks; None leaves the blocks as they are.
-    repair : RepairOptions, optional
-        Change of the kept weights after each window's masks are decided, or after the passes of the whole model; None
-        leaves them as the method decided.
 
     Raises
     ------
@@ -78,22 +67,72 @@ class StageRequest:
         The device or the inner loops that are asked for do not exist here.
     """
 
-    command: Literal["prune", "quantize"]
-    method: Method
-    target_sparsity: float | None
-    budget: Budget = "uniform"
-    command_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    command: Literal["prune", "tune", "quantize"]
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
     calibration: str | None = None
     max_memory: int | None = None
-    whole_model: GlobalOptions | None = None
-    repair: RepairOptions | None = None
 
     def __post_init__(self) -> None:
         compute.device(self.device)
         kernels.check()
+
+    @property
+    @abstractmethod
+    def stage(self) -> StageName:
+        """Name of the stage that is made."""
+
+    @property
+    def uses_calibration(self) -> bool:
+        """True if calibration samples pass through the model."""
+        return True
+
+    @abstractmethod
+    def describe(self, model: str) -> str:
+        """Return a few words that say what is done to a model of this name."""
+
+    @abstractmethod
+    def to_manifest(self) -> dict[str, OptionValue]:
+        """Return all options with their values, under the names of the command line."""
+
+    def quantization(self) -> GridEntry:
+        """Return the entry of the manifest that describes the grid; empty without one."""
+        return {}
+
+    @property
+    def _placement(self) -> dict[str, OptionValue]:
+        """Options that all commands have, for the manifest."""
+        return {"device": self.device, "dtype": self.dtype, "seed": self.seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRequest(Request):
+    """Request of `prune` or `quantize`; made by `besa_cli.jobs.prune.request` and `besa_cli.jobs.quantize.request`.
+
+    Attributes
+    ----------
+    method : Method
+    target_sparsity : float, optional
+        Share of the linears' weights to prune, in [0, 1); None where nothing is counted: N:M patterns, quantization.
+    budget : {"uniform", "model"}
+        Each block's share of the pruned weights: that of the whole model, or decided by `besa_cli.stream.effects`.
+    command_options : mapping
+        The command's own options with their values, under the names of the command line.
+    whole_model : GlobalOptions, optional
+        Learning of all rows together after the blocks; None leaves the blocks as they are.
+    repair : RepairOptions, optional
+        Change of the kept weights after each window's masks are decided, or after the passes of the whole model; None
+        leaves them as the method decided.
+    """
+
+    command: Literal["prune", "quantize"]
+    method: Method
+    target_sparsity: float | None
+    budget: Budget = "uniform"
+    command_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    whole_model: GlobalOptions | None = None
+    repair: RepairOptions | None = None
 
     @property
     def grid(self) -> Grid | None:
@@ -101,13 +140,13 @@ class StageRequest:
         return self.method.grid
 
     @property
+    @override
     def stage(self) -> Literal["pruned", "quantized"]:
-        """Name of the stage that is made."""
         return "pruned" if self.grid is None else "quantized"
 
     @property
+    @override
     def uses_calibration(self) -> bool:
-        """True if calibration samples pass through the model."""
         return self.method.options.uses_calibration or self.repair is not None
 
     @property
@@ -131,17 +170,16 @@ class StageRequest:
         """True if each block's budget is decided by measurement."""
         return self.budget == "model" and bool(self.target_sparsity)
 
+    @override
     def describe(self, model: str) -> str:
-        """Return a few words that say what is done to a model of this name."""
         grid = f" to {self.grid}" if self.grid else ""
         return f"{_DOING[self.command]} {model} with {self.method.name}{grid}"
 
+    @override
     def to_manifest(self) -> dict[str, OptionValue]:
-        """Return all options with their values, under the names of the command line."""
         own = {name: value for name, value in self.method.options.record().items() if name != "nm"}
-        placement: dict[str, OptionValue] = {"device": self.device, "dtype": self.dtype, "seed": self.seed}
-        return {"method": self.method.name, **self.command_options, **own, **placement}
+        return {"method": self.method.name, **self.command_options, **own, **self._placement}
 
+    @override
     def quantization(self) -> GridEntry:
-        """Return the entry of the manifest that describes the grid; empty without one."""
         return {"quantization": cast("Quantization", asdict(self.grid))} if self.grid else {}

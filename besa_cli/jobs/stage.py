@@ -3,28 +3,27 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from besa_cli.calibration.calibration_set import CalibrationSet
-from besa_cli.checkpoint import manifests, ownership, preflight, stages, swap, weights
+from besa_cli.checkpoint import manifests, preflight, stages, swap
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.decoder.verify import SMALL, verify
-from besa_cli.jobs import ranks, stage_manifest
+from besa_cli.jobs import ranks, stage_place
 from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.timing import Timing
 from besa_cli.jobs.whole_model import WholeModelWork
 from besa_cli.jobs.worker import StageWorker
-from besa_cli.models import Model, cache
+from besa_cli.models import Model
 from besa_cli.stream import forecast, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
@@ -95,33 +94,17 @@ class StageJob:
         notify: Notify = lambda _: None,
         world: Ranks | None = None,
     ) -> None:
-        began = time.perf_counter()
-        self._run, self.model, self.calibration, self.request = run, model, calibration, request
+        self.model, self.calibration, self.request = model, calibration, request
         self._world, self._notify = world or Ranks(), notify
         self._whole_model: WholeModelWork | None = None
         self._sensitivity: Tensor | None = None
         ranks.require_samples(len(calibration.tokens), self._world)
-        self._final, next_stage = run.stage(request.stage), run.next_stage(request.stage)
-        for place in (self._final, next_stage):
-            preflight.refuse_foreign(place, model.directory)
-            if restart:
-                ownership.refuse_to_replace(place, self._sources())
-        self._source = weights.Weights(model.directory)
-        extremes: dict[str, tuple[float, float]] = {}
-        self._digest = weights.check(self._source, extremes)
-        cache.confirm(model.directory, self._digest)
-        self._reading = time.perf_counter() - began
-        preflight.refuse_damaged(model.directory, self._digest)
-        new = stage_manifest.new_manifest(run, model, self._digest, calibration, request, self._world.size)
-        self._directory, self.manifest = stage_manifest.find_or_plan(self._final, next_stage, new, restart=restart)
+        self._place = stage_place.find(run, model, calibration, request, restart=restart, ranks=self._world.size)
+        self._directory, self.manifest = self._place.directory, self._place.manifest
         if self.manifest["status"] == "complete":
-            preflight.refuse_damaged(self._directory, weights.check(weights.Weights(self._directory)))
-            preflight.refuse_incomplete(self._directory)
             self._stage = Stage(self._directory, self.manifest["blocks"])
             return
-        if self.manifest["status"] != "new":
-            stage_manifest.refuse_other_environment(self._directory, self.manifest, new)
-        self._plan = self._plan_work(extremes)
+        self._plan = self._plan_work()
         if request.whole_model is not None:
             self._whole_model = WholeModelWork(
                 worker=self._plan.worker,
@@ -136,42 +119,32 @@ class StageJob:
     def _timing(self) -> Timing:
         return Timing(directory=self._directory, ranks=self._world.size)
 
-    def _sources(self) -> list[Path]:
-        """Return what is read while the stage is made."""
-        named = self.request.calibration
-        return [self.model.directory, *([Path(named)] if named else [])]
-
     @property
     def done(self) -> bool:
         """True if the stage was already finished."""
-        return bool(self.manifest["status"] == "complete")
+        return self._place.done
 
-    @property
-    def _is_new(self) -> bool:
-        """True if the stage has not been begun."""
-        return bool(self.manifest["status"] == "new")
-
-    def _plan_work(self, extremes: Mapping[str, tuple[float, float]]) -> _WorkPlan:
-        """Check model and machine, and plan memory and disk; `extremes` are those of each tensor of the model."""
+    def _plan_work(self) -> _WorkPlan:
+        """Check model and machine, and plan memory and disk."""
         settings = self.manifest["compute"]
         torch.set_num_threads(ranks.threads(settings, self._world))
         tokens, held_out = self.calibration.tokens, self.calibration.held_out
         worker = StageWorker(self.model.directory, self.request, settings, tokens, self._world, held_out=held_out)
         self._stage = Stage(self._directory, len(worker.decoder))
         self._channels = self._channel_sensitivity(worker)
-        worker.decoder.weights.refuse_change(self._source)
+        worker.decoder.weights.refuse_change(self._place.source)
         names = worker.decoder.linear_tensors()
         worker.decoder.weights.require_floats(names)
         for note in worker.decoder.notes:
             self._notify(note)
         if self.request.grid:
-            known = {name: extremes[name] for name in names if name in extremes}
+            known = {name: self._place.extremes[name] for name in names if name in self._place.extremes}
             preflight.refuse_beyond_fp16(known, self.request.grid)
         memory = self._plan_memory(worker)
-        if self._is_new:
+        if self._place.is_new:
             settings["batch"] = memory.batch
         size = self._bytes_to_write(worker, memory)
-        if self._is_new:
+        if self._place.is_new:
             preflight.require_space(self._directory, size)
             verify(worker.decoder, self.calibration.tokens, room=self._room_for_checks(memory))
         memory = replace(memory, peak=max(memory.peak, compute.peak_resident()))
@@ -190,7 +163,7 @@ class StageJob:
             compute.resident(),
             self.manifest["compute"]["batch"],
             partial(worker.demand, measures=self._measures),
-            fixed=not self._is_new,
+            fixed=not self._place.is_new,
             overlapping=compute.overlaps(worker.decoder.device),
         )
 
@@ -216,7 +189,7 @@ class StageJob:
         return ChannelSensitivity(
             decoder=worker.decoder,
             calibration=self.calibration,
-            model=self._digest,
+            model=self._place.digest,
             stage=self._directory,
             recorded=self.manifest["calibration"].get("sensitivity"),
         )
@@ -232,9 +205,11 @@ class StageJob:
             worker.demand(memory.batch, measures=self._measures).hidden * self._world.size if memory.in_files else 0
         )
         hidden += worker.state_bytes()
-        whole = int(self._source.nbytes(self._source.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
+        whole = int(self._place.source.nbytes(self._place.source.names) * 1.02) + (
+            sum(worker.sizes) if self.request.grid else 0
+        )
         draft = whole if self.request.whole_model else 0
-        if self._is_new:
+        if self._place.is_new:
             return whole + draft + hidden
         left = self._stage.blocks - self._stage.finished()
         return (whole * left + draft * (self._stage.blocks - self._finished(worker))) // self._stage.blocks + hidden
@@ -254,7 +229,7 @@ class StageJob:
             The run directory cannot be written.
         """
         disk.require_writable(self._directory)
-        plan, finished = self._plan, 0 if self._is_new else self._finished(self._plan.worker)
+        plan, finished = self._plan, 0 if self._place.is_new else self._finished(self._plan.worker)
         working = plan.worker.seconds(finished, plan.memory.batch, measures=self._measures)
         return forecast.Forecast(
             memory=plan.memory.peak,
@@ -263,7 +238,7 @@ class StageJob:
             batch=self.manifest["compute"]["batch"],
             disk=plan.bytes_to_write,
             free=disk.free(self._directory),
-            seconds=plan.checking + working + self._reading,  # the end reads all that is written
+            seconds=plan.checking + working + self._place.reading,  # the end reads all that is written
             blocks=self._stage.blocks,
             left=self._stage.blocks - finished,
         )
@@ -304,7 +279,7 @@ class StageJob:
         files = self._directory if memory.in_files else None
         budgets = self._block_budgets(ActivationStore(files), on_step) if self.request.measures_blocks else None
         ranks.run_main(
-            self.request, self._digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
+            self.request, self._place.digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
             prefetch=memory.overlapping, channels=channels, budgets=budgets,
         )  # fmt: skip
         stage = self._blocks
@@ -337,21 +312,14 @@ class StageJob:
 
     def _begin_or_resume(self) -> None:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
-        if self._is_new:
-            swap.discard(self._directory, self._final, self._sources())
-            left = self._plan.worker.decoder.left_out()
-            entry = {"left_out": {"tensors": list(left), "weights": sum(left.values())}} if left else {}
-            self._stage.begin({**self.manifest, **entry}, self.model.directory)
+        if self._place.is_new:
+            self._place.begin(self._stage, self._plan.worker.decoder.left_out())
         else:
             self._note_resumption()
         stages.sweep(self._directory)
         if self._plan.memory.in_files:
             self._notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
-        rest = self._plan.worker.decoder.rest_names()
-        if self._stage.shard(-1).exists():
-            self._stage.check_rest(weights.digest(self._source.read(rest)))
-        else:
-            self._stage.write_rest(self._source.read(rest))
+        self._place.write_rest(self._stage, self._plan.worker.decoder.rest_names())
 
     def _block_budgets(self, activations: ActivationStore, on_step: OnStep) -> list[int]:
         """Return the weights that each block prunes: those in the manifest, else measured and recorded there."""
@@ -376,6 +344,12 @@ class StageJob:
     def _checks(self, worker: StageWorker) -> bool:
         """Return True if samples are held out to check the result, and the manifest does not have the figures yet."""
         return worker.checked and "held_out" not in self.manifest
+
+    def work(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[BlockReport | PassReport]:
+        """Do all parts of the work, one after the other; see `blocks`, `passes` and `repaired`."""
+        yield from self.blocks(on_step)
+        yield from self.passes(on_step)
+        yield from self.repaired(on_step)
 
     def passes(self, on_step: OnStep = lambda done, total, phase: None) -> Iterator[PassReport]:
         """Let the whole model learn the sparsities of its rows, if the request asks for it.
@@ -413,6 +387,5 @@ class StageJob:
         added = self._whole_model.record(0 if held_out is None else len(held_out)) if self._whole_model else {}
         manifest = self._stage.finish(added)
         stages.drop_draft(self._directory)
-        if self._directory != self._final:
-            swap.replace_stage(self._final, self._directory)
+        self._place.take()
         return manifest

@@ -11,7 +11,7 @@ from besa_cli.checkpoint import manifests, stages
 from besa_cli.checkpoint.manifests import Compute, NewStageManifest, StageHistory, StageManifest
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
-from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs.request import Request
 from besa_cli.models import Model
 from besa_cli.ops import kernels
 from besa_cli.system import compute
@@ -24,7 +24,7 @@ _PASS_TOKENS = {"cpu": 1024, "cuda": 4096}  # in a pass without gradients: what 
 
 
 def new_manifest(
-    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: StageRequest, ranks: int = 1
+    run: Run, model: Model, digest: str, calibration_set: CalibrationSet, request: Request, ranks: int = 1
 ) -> NewStageManifest:
     """Return the manifest of a request, before any work; `digest` is that of the model's weights.
 
@@ -71,7 +71,7 @@ def new_manifest(
     }
 
 
-def _drawn(run: Run, calibration_set: CalibrationSet, request: StageRequest) -> JsonObject:
+def _drawn(run: Run, calibration_set: CalibrationSet, request: Request) -> JsonObject:
     """Return the options that say where the calibration samples come from; empty if the method uses none."""
     if not request.uses_calibration:
         return {}

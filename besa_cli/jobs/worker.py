@@ -16,7 +16,8 @@ from besa_cli.ops import budget
 from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, repair, sensitivity, walk, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Decision, OnStep
-from besa_cli.stream.global_rates import GlobalPlan, GlobalRates, StateFile
+from besa_cli.stream.distillation import LearningPlan
+from besa_cli.stream.global_rates import GlobalRates, StateFile
 from besa_cli.stream.rank_share import Store
 from besa_cli.system import compute, memory
 from besa_cli.system.ranks import Ranks
@@ -151,7 +152,7 @@ class StageWorker:
         options = self._request.whole_model
         if options is None:
             raise ValueError("the request asks for no learning of the whole model")
-        plan = GlobalPlan(
+        plan = LearningPlan(
             epochs=options.epochs, rate=options.rate, batch=batch, seed=self._request.seed, resident=self.resident
         )
         return GlobalRates(

@@ -18,6 +18,7 @@ from besa_cli.stream.propagation import batches, embed
 from besa_cli.system import compute
 
 HeadLoss = Callable[[Tensor, slice, slice], Tensor]  # logits, samples, positions: the sum of their losses
+Visit = Callable[[int, Mapping[str, Tensor] | None, Tensor], None]  # block, its weights, the gradient at its outputs
 
 
 class Blocks(Protocol):
@@ -31,18 +32,41 @@ class Blocks(Protocol):
 
 
 class StoredBlocks(Blocks):
-    """Blocks of a decoder's own checkpoint."""
+    """Blocks of a decoder's own checkpoint.
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    Parameters
+    ----------
+    decoder : Decoder
+    resident : bool
+        Let blocks stay loaded until `drop_all`.
+    """
 
-    def load(self, index: int) -> None:
-        """Load block `index` with its own weights."""
+    def __init__(self, decoder: Decoder, *, resident: bool = False) -> None:
+        self._decoder, self._resident = decoder, resident
+        self._loaded: set[int] = set()
+
+    def load(self, index: int) -> Mapping[str, Tensor] | None:
+        """Load block `index` with its own weights, unless it is loaded."""
+        if index not in self._loaded:
+            self._read(index)
+            self._loaded.add(index)
+        return None
+
+    def _read(self, index: int) -> None:
+        """Read block `index` from the checkpoint."""
         self._decoder.load(index)
 
     def drop(self, index: int) -> None:
-        """Free block `index`."""
-        self._decoder.drop(index)
+        """Free block `index`, unless it stays."""
+        if not self._resident:
+            self._decoder.drop(index)
+            self._loaded.discard(index)
+
+    def drop_all(self) -> None:
+        """Free every block."""
+        for index in self._loaded:
+            self._decoder.drop(index)
+        self._loaded.clear()
 
 
 class BackwardStream:
@@ -57,6 +81,8 @@ class BackwardStream:
         Samples in a pass.
     activations : ActivationStore, optional
         Storage of the inputs of all blocks; in memory by default.
+    depth : int, optional
+        Number of blocks to pass, from the first on; all by default.
     """
 
     def __init__(
@@ -67,7 +93,9 @@ class BackwardStream:
         *,
         batch: int = 1,
         activations: ActivationStore | None = None,
+        depth: int | None = None,
     ) -> None:
+        self._depth = len(decoder) if depth is None else depth
         self._decoder, self._blocks, self._tokens, self._batch = decoder, blocks, tokens, batch
         self._activations = activations or ActivationStore()
         self._inputs: list[Tensor] = []
@@ -87,7 +115,7 @@ class BackwardStream:
         """
         hidden = embed(self._decoder, self._tokens, self._batch, self._activations)
         self._inputs = []
-        for index in range(len(self._decoder)):
+        for index in range(self._depth):
             self._inputs.append(hidden)
             weights = self._blocks.load(index)
             output = self._activations.empty(hidden.shape, hidden.dtype)
@@ -126,11 +154,7 @@ class BackwardStream:
         self._activations.release()
         return total, gradient
 
-    def backward(
-        self,
-        gradient: Tensor,
-        visit: Callable[[int, Mapping[str, Tensor] | None, Tensor], None],
-    ) -> None:
+    def backward(self, gradient: Tensor, visit: Visit) -> None:
         """Pass a gradient from the outputs of the last block back to the first, overwriting it.
 
         Parameters
@@ -141,7 +165,7 @@ class BackwardStream:
             Called for each block, from the last to the first, before the block is dropped. The weights are those that
             `Blocks.load` returned; those that require a gradient have one.
         """
-        for index in reversed(range(len(self._decoder))):
+        for index in reversed(range(self._depth)):
             weights = self._blocks.load(index)
             inputs = self._inputs.pop()
             arrived = self._activations.empty(gradient.shape, gradient.dtype)

@@ -126,14 +126,10 @@ def effect(output: Tensor, dense: Tensor, gradient: Tensor) -> Tensor:
 class _Blocks(StoredBlocks):
     """Blocks of the checkpoint; the embedding is dropped when the first is loaded."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__(decoder)
-        self._decoder = decoder
-
     @override
-    def load(self, index: int) -> None:
+    def _read(self, index: int) -> None:
         self._decoder.drop_embedding()
-        super().load(index)
+        super()._read(index)
 
 
 def _errors(block: Block, gradient: Tensor, sparsities: Sequence[float]) -> tuple[float, ...]:

@@ -7,12 +7,10 @@ weights of one block are enough. `docs/method.md`, section "The whole model", ha
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -20,46 +18,19 @@ from typing_extensions import override
 from besa_cli.checkpoint import tensor_places
 from besa_cli.checkpoint.reports import PassReport
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.errors import BesaError
-from besa_cli.ops import importance, kernels, losses, masks, row_rates
-from besa_cli.stream import descent, held_out, uniform
+from besa_cli.ops import importance, kernels, masks, row_rates
+from besa_cli.stream import descent, uniform
 from besa_cli.stream.activations import ActivationStore
-from besa_cli.stream.backward import BackwardStream, Blocks
+from besa_cli.stream.backward import StoredBlocks
 from besa_cli.stream.block import Block, OnStep
+from besa_cli.stream.distillation import BETAS, SAVED, Distillation, LearningPlan, LearningProgress
 from besa_cli.stream.outcome import linear_report
-from besa_cli.stream.propagation import advance, embed
+from besa_cli.stream.propagation import embed
 from besa_cli.stream.rank_share import Store
 from besa_cli.stream.windows import WholeBlocks
-from besa_cli.system import compute
 
 RATE = 0.03  # default learning rate of the logits
 NORM_TOKENS = 16384  # tokens whose inputs order the weights of a row
-_SAVED = 16  # steps after which the state is stored
-_BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalPlan:
-    """Settings of the learning.
-
-    Attributes
-    ----------
-    epochs : int
-        Passes over the samples.
-    rate : float
-        Learning rate of the logits, decaying to 0 along a half cosine.
-    batch : int
-        Samples in a pass without gradients.
-    seed : int
-    resident : bool
-        Keep all blocks loaded; changes no result.
-    """
-
-    epochs: int
-    rate: float
-    batch: int
-    seed: int
-    resident: bool = False
 
 
 class StateFile(Protocol):
@@ -81,19 +52,17 @@ class _Linear:
     rows: slice
 
 
-class _MaskedBlocks(Blocks):
+class _MaskedBlocks(StoredBlocks):
     """Blocks of a decoder whose linears are masked by the present counts; the masked weights take gradients."""
 
     def __init__(self, decoder: Decoder, linears: Mapping[int, list[_Linear]], *, resident: bool) -> None:
-        self._decoder, self._linears, self._resident = decoder, linears, resident
-        self._loaded: set[int] = set()
+        super().__init__(decoder, resident=resident)
+        self._linears = linears
         self.counts = torch.empty(0, dtype=torch.int64)
 
     @override
     def load(self, index: int) -> dict[str, Tensor]:
-        if index not in self._loaded:
-            self._decoder.load(index)
-            self._loaded.add(index)
+        super().load(index)
         weights = {}
         for linear in self._linears[index]:
             own = self._decoder.linears(index)[linear.name].weight.detach()
@@ -101,18 +70,6 @@ class _MaskedBlocks(Blocks):
             ranks = linear.ranks.to(own.device)
             weights[f"{linear.name}.weight"] = kernels.mask(own, ranks, pruned, torch.empty_like(own)).requires_grad_()
         return weights
-
-    @override
-    def drop(self, index: int) -> None:
-        if not self._resident:
-            self._decoder.drop(index)
-            self._loaded.discard(index)
-
-    def drop_all(self) -> None:
-        """Free every block."""
-        for index in self._loaded:
-            self._decoder.drop(index)
-        self._loaded.clear()
 
 
 class GlobalRates:
@@ -125,7 +82,8 @@ class GlobalRates:
     start : Store
         All blocks, pruned; their zeros are the masks to start from.
     tokens : Tensor of shape (samples, seqlen)
-    plan : GlobalPlan
+    plan : LearningPlan
+        With the learning rate of the logits.
     state : StateFile
     held_out : Tensor of shape (windows, seqlen), optional
         Token ids that are not learned from, on which the passes are compared; else the first sample serves.
@@ -139,7 +97,7 @@ class GlobalRates:
         decoder: Decoder,
         start: Store,
         tokens: Tensor,
-        plan: GlobalPlan,
+        plan: LearningPlan,
         *,
         state: StateFile,
         held_out: Tensor | None = None,
@@ -148,15 +106,9 @@ class GlobalRates:
     ) -> None:
         self._decoder, self._start, self._tokens, self._plan = decoder, start, tokens, plan
         self._file, self._activations, self._on_step = state, activations or ActivationStore(), on_step
-        self._learned = torch.arange(len(tokens))
-        if held_out is not None:
-            self._tokens = torch.cat([tokens, held_out])
-        self._held = torch.arange(len(tokens), len(self._tokens))
-
-    @property
-    def steps(self) -> int:
-        """Steps of all passes."""
-        return self._plan.epochs * len(self._learned)
+        self._samples = Distillation(
+            decoder, tokens, plan, rate_option="--global-lr", held_out=held_out, activations=self._activations
+        )
 
     def learn(self) -> Iterator[PassReport]:
         """Learn from the stored state on, and yield a report before the first pass and after each; then see `masks`.
@@ -170,34 +122,33 @@ class GlobalRates:
         norms = self._norms() if stored is None else _norms_of(stored)
         self._rank(norms)
         state = _State.begin(self._start_logits(), norms) if stored is None else _State.of(stored)
-        yield from (replace(report, resumed=True) for report in self._reports(state))
-        if state.step < self.steps:
+        yield from (replace(report, resumed=True) for report in self._samples.reports(state.progress))
+        if state.progress.step < self._samples.steps:
             yield from self._go_on(state)
-        self.kept_pass = int(np.argmin(state.held))
+        self.kept_pass = state.progress.kept
         self._final = self._counts(state.best) if self.kept_pass else self._start_counts
 
     def _go_on(self, state: "_State") -> Iterator[PassReport]:
         """Do the steps that are left, and yield the report of each pass that they finish."""
-        dense = self._dense_outputs()
+        self._samples.observe_dense(self._decoder.load, self._on_step)
         blocks = _MaskedBlocks(self._decoder, self._linears, resident=self._plan.resident)
         blocks.counts = self._counts(state.theta)
-        if not state.held:
-            yield self._finish_pass(blocks, state, dense)
+        if not state.progress.held:
+            yield self._finish_pass(blocks, state)
         optimizer = state.optimizer(self._plan.rate)
-        for sample in itertools.islice(self._order(), state.step, None):
-            with compute.repeated_passes():
-                self._step(blocks, state, optimizer, sample, dense)
-            if state.step % len(self._learned) == 0:
-                yield self._finish_pass(blocks, state, dense)
-            elif state.step % _SAVED == 0:
+        for sample in itertools.islice(self._samples.order(), state.progress.step, None):
+            self._step(blocks, state, optimizer, sample)
+            if state.progress.step % self._samples.samples == 0:
+                yield self._finish_pass(blocks, state)
+            elif state.progress.step % SAVED == 0:
                 self._file.write(state.tensors())
         blocks.drop_all()
 
-    def _finish_pass(self, blocks: _MaskedBlocks, state: "_State", dense: Tensor) -> PassReport:
-        state.held.append(self._held_out_divergence(blocks, dense))
+    def _finish_pass(self, blocks: _MaskedBlocks, state: "_State") -> PassReport:
+        state.progress.held.append(self._samples.held_out_divergence(blocks))
         state.keep_best()
         self._file.write(state.tensors())
-        return list(self._reports(state))[-1]
+        return list(self._samples.reports(state.progress))[-1]
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Return the masks of the linears of block `index`, boolean, True = keep, after `learn`."""
@@ -232,28 +183,9 @@ class GlobalRates:
             store.write(replace(report, linears=tuple(linears)), tensor_places.replaced(sources, pruned), {})
             self._decoder.drop(index)
 
-    def _reports(self, state: "_State") -> Iterator[PassReport]:
-        passed = len(self._learned)
-        for number, held in enumerate(state.held):
-            own = state.history[(number - 1) * passed : number * passed] if number else []
-            mean = math.fsum(own) / len(own) if own else None
-            yield PassReport(number=number, epochs=self._plan.epochs, held_out=held, learned=mean)
-
-    def _dense_outputs(self) -> Tensor:
-        """Return the dense model's outputs of the last block, of shape (samples, seqlen, hidden)."""
-        hidden = embed(self._decoder, self._tokens, self._plan.batch, self._activations)
-        for index in range(len(self._decoder)):
-            self._decoder.load(index)
-            advance(self._decoder, index, hidden, self._tokens, self._plan.batch)
-            self._decoder.drop(index)
-            self._activations.release()
-            self._on_step(index + 1, len(self._decoder), "target")
-        return hidden
-
     def _norms(self) -> dict[tuple[int, str], Tensor]:
         """Return the norm of each input column of every linear in the pruned model, fp32."""
-        few = self._learned[: max(1, NORM_TOKENS // self._tokens.shape[1])]
-        tokens = self._tokens[few]
+        tokens = self._tokens[: max(1, NORM_TOKENS // self._tokens.shape[1])]
         found: dict[tuple[int, str], Tensor] = {}
         hidden = embed(self._decoder, tokens, self._plan.batch, self._activations)
         for index in range(len(self._decoder)):
@@ -310,19 +242,7 @@ class GlobalRates:
     def _counts(self, theta: Tensor) -> Tensor:
         return row_rates.counts(theta, self._cols, self._zeros, self._total)
 
-    def _order(self) -> Iterator[int]:
-        """Yield the samples of all steps."""
-        generator = torch.Generator().manual_seed(self._plan.seed)
-        for _ in range(self._plan.epochs):
-            yield from self._learned[torch.randperm(len(self._learned), generator=generator)].tolist()
-
-    def _step(
-        self, blocks: _MaskedBlocks, state: "_State", optimizer: torch.optim.Optimizer, sample: int, dense: Tensor
-    ) -> None:
-        part = slice(sample, sample + 1)
-        stream = self._stream(blocks, part)
-        loss, arriving = stream.head_gradient(stream.forward(), self._divergence(dense, part))
-        state.history.append(self._finite(loss / self._tokens.shape[1]))
+    def _step(self, blocks: _MaskedBlocks, state: "_State", optimizer: torch.optim.Optimizer, sample: int) -> None:
         found = torch.zeros_like(state.theta)
 
         def visit(index: int, weights: Mapping[str, Tensor] | None, arrived: Tensor) -> None:
@@ -334,56 +254,18 @@ class GlobalRates:
                     ranks = linear.ranks.to(own.device)
                     found[linear.rows] = row_rates.gradient(gradient, own, ranks, pruned).cpu()
 
-        stream.backward(arriving, visit)
+        loss = self._samples.step(blocks, sample, visit)
         theta = state.theta.detach()
         rates = torch.sigmoid(theta)
         state.theta.grad = found * self._cols * rates * (1 - rates)
-        optimizer.param_groups[0]["lr"] = self._plan.rate * descent.half_cosine(state.step / self.steps)
+        done = state.progress.step / self._samples.steps
+        optimizer.param_groups[0]["lr"] = self._plan.rate * descent.half_cosine(done)
         optimizer.step()
         theta += row_rates.shift(theta, self._cols, self._total)
-        self._finite(float(theta.sum()))
-        state.step += 1
+        self._samples.require_finite(float(theta.sum()))
+        state.progress.history.append(loss)
         blocks.counts = self._counts(theta)
-        self._on_step(state.step, self.steps, "global")
-
-    def _stream(self, blocks: Blocks, part: slice) -> BackwardStream:
-        return BackwardStream(
-            self._decoder, blocks, self._tokens[part], batch=self._plan.batch, activations=self._activations
-        )
-
-    def _divergence(self, dense: Tensor, chosen: slice) -> "_Divergence":
-        return _Divergence(self._decoder, dense[chosen], self._tokens[chosen])
-
-    def _held_out_divergence(self, blocks: _MaskedBlocks, dense: Tensor) -> float:
-        """Return the mean divergence per token over the samples that are not learned from; over all if there are none.
-
-        The first sample is taken if none is held out.
-        """
-        chosen = self._held if len(self._held) else self._learned[:1]
-        part = slice(int(chosen[0]), int(chosen[-1]) + 1)
-        outputs = self._stream(blocks, part).forward()
-        found = held_out.mean_divergence(self._decoder, outputs, dense[part], self._tokens[part])
-        return max(self._finite(found), 0.0)  # rounding alone can make it negative
-
-    @staticmethod
-    def _finite(value: float) -> float:
-        if not math.isfinite(value):
-            raise BesaError(
-                f"the loss of the whole model became {value}",
-                "compute with --dtype float32, or give a smaller --global-lr",
-            )
-        return value
-
-
-class _Divergence:
-    """KL divergence of logits to those of the dense model, summed over positions."""
-
-    def __init__(self, decoder: Decoder, dense: Tensor, tokens: Tensor) -> None:
-        self._decoder, self._dense, self._tokens = decoder, dense, tokens
-
-    def __call__(self, logits: Tensor, part: slice, positions: slice) -> Tensor:
-        target = self._decoder.finish(self._dense[part].to(self._decoder.device), self._tokens[part], positions)
-        return losses.divergence(logits, target)
+        self._on_step(state.progress.step, self._samples.steps, "global")
 
 
 @dataclass(kw_only=True)
@@ -397,11 +279,7 @@ class _State:
         The logits of the pass with the smallest divergence on samples that are not learned from.
     first, second : Tensor of shape (rows,)
         Moments of the optimizer.
-    step : int
-    history : list of float
-        Divergence of each step.
-    held : list of float
-        Divergence on samples that are not learned from, before the first pass and after each.
+    progress : LearningProgress
     """
 
     theta: Tensor
@@ -409,15 +287,13 @@ class _State:
     first: Tensor
     second: Tensor
     norms: Mapping[tuple[int, str], Tensor]
-    step: int
-    history: list[float]
-    held: list[float]
+    progress: LearningProgress
 
     @classmethod
     def begin(cls, theta: Tensor, norms: Mapping[tuple[int, str], Tensor]) -> "_State":
         zero = torch.zeros_like(theta)
         return cls(
-            theta=theta, best=theta.clone(), first=zero, second=zero.clone(), norms=norms, step=0, history=[], held=[]
+            theta=theta, best=theta.clone(), first=zero, second=zero.clone(), norms=norms, progress=LearningProgress()
         )
 
     @classmethod
@@ -426,9 +302,7 @@ class _State:
         return cls(
             **{name: tensors[name].clone() for name in names},
             norms=_norms_of(tensors),
-            step=len(tensors["history"]),
-            history=tensors["history"].tolist(),
-            held=tensors["held"].tolist(),
+            progress=LearningProgress.of(tensors),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -438,17 +312,16 @@ class _State:
             "best": self.best,
             "first": self.first,
             "second": self.second,
-            "history": torch.tensor(self.history, dtype=torch.float64),
-            "held": torch.tensor(self.held, dtype=torch.float64),
+            **self.progress.tensors(),
             **{f"norms.{index}.{name}": values for (index, name), values in self.norms.items()},
         }
 
     def optimizer(self, rate: float) -> torch.optim.Optimizer:
         """Return Adam at this step, which changes `theta`, `first` and `second` in place."""
         self.theta.requires_grad_()
-        made = torch.optim.Adam([self.theta], lr=rate, betas=_BETAS)
+        made = torch.optim.Adam([self.theta], lr=rate, betas=BETAS)
         made.state[self.theta] = {
-            "step": torch.tensor(float(self.step)),
+            "step": torch.tensor(float(self.progress.step)),
             "exp_avg": self.first,
             "exp_avg_sq": self.second,
         }
@@ -456,14 +329,14 @@ class _State:
 
     def keep_best(self) -> None:
         """Keep the present logits if they are better than all before."""
-        if self.held[-1] < min(self.held[:-1], default=math.inf):
+        if self.progress.kept == len(self.progress.held) - 1:
             self.best = self.theta.detach().clone()
 
 
 def result(tensors: Mapping[str, Tensor]) -> tuple[list[float], int]:
     """Return what a stored state says: the divergences on samples held out, and the pass whose rates are kept."""
-    held = tensors["held"].tolist()
-    return held, int(np.argmin(held))
+    progress = LearningProgress.of(tensors)
+    return progress.held, progress.kept
 
 
 def passes(epochs: int, samples: int, seqlen: int) -> float:

@@ -23,6 +23,7 @@ _SHORT = 1 << 15  # with fewer columns a rank takes two bytes
 HEAD_TOKENS = 512  # positions whose logits are computed at a time
 CHECK_TOKENS = 64  # the same of the check on held-out samples, beside the hidden states of all samples
 _CHECKED = 6  # hidden states of the held-out samples: three streams, and a copy that is being written
+LEARNED_BYTES = 16  # of a weight that learns: the weight in fp32, two moments, and its place
 _ROOM = 80 << 20  # allocator fragmentation, matrix-product buffers, lazily loaded libraries
 
 
@@ -288,6 +289,38 @@ def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqle
             "whole model": kept + shape.rest + rows + max(block + learning, logits, block + passing * widths * compute)
         },
         hidden=(tokens + 2 * seqlen) * shape.hidden * compute + weights * blocks * (4 if wide else 2),
+    )
+
+
+def tune_demand(
+    shape: Shape, blocks: int, *, kept: int, tokens: int, passing: int, seqlen: int, resident: bool
+) -> Demand:
+    """Return the memory demand of learning the kept weights of the whole model, see `besa_cli.stream.tuning`.
+
+    Parameters
+    ----------
+    shape : Shape
+        Of the largest block.
+    blocks : int
+        Blocks of the model.
+    kept : int
+        Kept weights of all linears.
+    tokens, passing, seqlen : int
+        Tokens of all samples, in a pass without gradients, and of one sample, which is a learning step.
+    resident : bool
+        All blocks stay loaded.
+    """
+    compute = shape.dtype.itemsize
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    block = round(shape.loaded * (compute + shape.source)) + shape.weights * compute  # and the gradient
+    own = min(shape.weights, kept) * LEARNED_BYTES + _SCRATCH * shape.largest
+    learning = round(seqlen * widths * _KEPT) * compute + attention.KEPT + 2 * blocks * seqlen * shape.hidden * compute
+    logits = min(HEAD_TOKENS, seqlen) * shape.vocabulary * 4 * compute
+    loaded = shape.loaded * compute * (blocks - 1) if resident else 0
+    work = max(block + own + learning, logits, block + passing * widths * compute)
+    return Demand(
+        phases={"tuning": loaded + shape.rest + work},
+        hidden=(tokens + 2 * seqlen) * shape.hidden * compute + kept * LEARNED_BYTES,
     )
 
 

@@ -15,8 +15,8 @@ from typer.main import get_command
 
 from besa_cli.app import app
 from besa_cli.commands.shared import panels
-from besa_cli.jobs import prune, quantize
-from besa_cli.jobs.request import StageRequest
+from besa_cli.jobs import prune, quantize, tune
+from besa_cli.jobs.request import Request
 from besa_cli.pruners import PRUNERS
 from besa_cli.quantizers import QUANTIZERS
 
@@ -155,6 +155,7 @@ def stated_numbers(command: str) -> dict[str, float]:
             ],
             {"sparsity", "damping", "epochs", "batch_size", "lr", "d_coef", "candidates", "group_size", "clip_lr"},
         ),
+        ("tune", [tune.request()], {"epochs", "lr"}),
         (
             "quantize",
             [quantize.request(method=name) for name in QUANTIZERS],
@@ -163,7 +164,7 @@ def stated_numbers(command: str) -> dict[str, float]:
     ],
 )
 def test_a_default_that_the_help_states_as_a_number_is_that_of_every_method_with_the_option(
-    command: str, requests: list[StageRequest], own: set[str]
+    command: str, requests: list[Request], own: set[str]
 ) -> None:
     """Options that say how samples are drawn belong to no method: tests/test_app.py has them.
 

@@ -215,10 +215,12 @@ class Workshop:
     def stages(self) -> list[Command]:
         """Commands beside `besa prune` that write a calibration set or a stage."""
         quantize = ("quantize", "--bits", "4", "--group-size", "16", "--method", "gptq", *self._common)
+        tune = ("tune", "--epochs", "5", "--lr", "0.01", *self._common)  # 20 steps: the state is stored within a pass
         calibrate = ("calibrate", "--model", str(self._model), "--data", str(self._text), "--samples", "4")
         again = (*calibrate, "--seqlen", "16", "--restart", "--run", str(self._run))
         return [
             Command(name="quantize", words=quantize, run=self._run, base=self._pruned),
+            Command(name="tune", words=tune, run=self._run, base=self._pruned, model=self._model),
             Command(name="calibrate --restart", words=again, run=self._run, base=self._pruned),
         ]
 

@@ -21,9 +21,9 @@ class WeightedBlocks(StoredBlocks):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
-        self._decoder, self.loaded = decoder, set[int]()
+        self.loaded = set[int]()
 
-    def load(self, index: int) -> dict[str, Tensor]:  # type: ignore[override]
+    def load(self, index: int) -> dict[str, Tensor]:
         super().load(index)
         self.loaded.add(index)
         assert len(self.loaded) == 1

@@ -37,6 +37,22 @@ SHAPE = Shape(
 )
 
 
+def test_tuning_holds_one_block_or_all_of_them() -> None:
+    """Beside a block of 1,100 parameters in fp32 and as stored, with its gradient, what is learned of its weights."""
+    tune_demand = partial(memory_model.tune_demand, SHAPE, tokens=100, passing=10, seqlen=10)
+    of = {name: tune_demand(blocks, kept=kept, resident=resident) for name, blocks, kept, resident in (
+        ("one", 5, 2_000, False), ("more blocks", 6, 2_000, False), ("more kept", 5, 3_000, False),
+        ("few kept", 5, 600, False), ("all", 5, 2_000, True),
+    )}  # fmt: skip
+    phase = {name: demand.phases["tuning"] for name, demand in of.items()}
+    assert phase["all"] - phase["one"] == 4 * 1_100 * 4
+    assert phase["more blocks"] - phase["one"] == 2 * 10 * 20 * 4  # the hidden states of a sample, and their gradient
+    assert phase["more kept"] == phase["one"]
+    assert phase["one"] - phase["few kept"] == 400 * 16
+    assert of["more kept"].hidden - of["one"].hidden == 1_000 * 16
+    assert phase["one"] > 500 + 1_100 * 6 + 1_000 * 4 + 1_000 * 16
+
+
 @pytest.mark.parametrize(("option", "blocks"), [("block", 1), ("2", 2), ("attn-mlp", 1)])
 def test_the_sizes_are_those_of_the_tensors(option: str, blocks: int, tmp_path: Path) -> None:
     directory = tiny_models.checkpoint(tmp_path, "llama", blocks=3, dtype=torch.bfloat16)

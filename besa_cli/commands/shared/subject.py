@@ -96,12 +96,10 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
 
 def _parent(manifest: "StageManifest", results: Path, console: Console) -> Subject:
     """Return the model that a stage was made from; fetch it again if it is gone."""
+    from besa_cli.checkpoint import origins
+
     origin = manifest["model"]
-    directory = Path(origin["directory"])
-    if not directory.is_dir():
-        name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
-        pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
-        directory = models.resolve(pinned, notify=console.note).directory
+    directory = origins.locate(origin, console.note)
     label = "parent" if manifest.get("history") else "dense"
     return Subject(name=label, directory=directory, digest=origin["digest"], results=results)
 

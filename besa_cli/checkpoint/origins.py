@@ -1,0 +1,37 @@
+"""Origins of a stage: the model that it was made from, and the dense model at the beginning."""
+
+from pathlib import Path
+
+from besa_cli import models
+from besa_cli.checkpoint import manifests
+from besa_cli.checkpoint.manifests import MANIFEST, Origin
+from besa_cli.system.notes import Notify
+
+
+def locate(origin: Origin, notify: Notify) -> Path:
+    """Return the directory of the model that a stage was made from; one that is gone is fetched again.
+
+    Raises
+    ------
+    BesaError
+        It cannot be had.
+    """
+    directory = Path(origin["directory"])
+    if directory.is_dir():
+        return directory
+    name = origin["name"].partition("@")[0] if origin["revision"] else origin["name"]
+    pinned = f"{name}@{origin['revision']}" if origin["revision"] else name
+    return models.resolve(pinned, notify=notify).directory
+
+
+def dense(stage: Path, notify: Notify) -> tuple[Path, manifests.Digest]:
+    """Return the directory and the digest of the dense model that a stage's history begins with.
+
+    Raises
+    ------
+    BesaError
+        It, or a stage in between, cannot be had.
+    """
+    origin = manifests.read_stage(stage)["model"]
+    directory = locate(origin, notify)
+    return dense(directory, notify) if (directory / MANIFEST).exists() else (directory, origin["digest"])
