@@ -9,6 +9,7 @@ from benchmarks.results import recorded
 from besa_cli.choices import Budget, Update
 from besa_cli.jobs import prune
 from besa_cli.models import DEMO
+from besa_cli.stream import tuning
 
 Line = Mapping[str, Any]  # one measured cell, as it stands in ablations.jsonl
 
@@ -23,12 +24,14 @@ _SHARED = (
     "budget",
     "global_epochs",
     "update",
+    "tune_epochs",
 )  # of every method; the others are BESA's own
 _NAMED = ("method", "sparsity", "samples")  # in every cell's name
 _PARTS = {
     "budget": "budget",
     "global_epochs": "global",
     "update": "repair",
+    "tune_epochs": "tune",
 }  # field → name of the version of what it adds to a method
 
 
@@ -36,6 +39,7 @@ _PARTS = {
 class Setting:
     """One way to prune, on so many calibration samples. What `besa prune` does by default is its default.
 
+    With `tune_epochs` so many passes of `besa tune` follow.
     Of another method than BESA, BESA's own fields are those defaults, whatever is given.
     """
 
@@ -45,6 +49,7 @@ class Setting:
     budget: Budget = "uniform"
     global_epochs: int = 0
     update: Update = "none"
+    tune_epochs: int = 0
     granularity: str = "row"
     window: str = "block"
     importance: str = "wanda"
@@ -68,8 +73,9 @@ class Setting:
         return {name: value for name, value in asdict(self).items() if self.method == "besa" or name in _SHARED}
 
     def words(self) -> list[str]:
-        """The options of `besa prune`; the samples are drawn before."""
-        named = {name: value for name, value in self.record().items() if name != "samples" and value is not None}
+        """The options of `besa prune`; the samples are drawn before, and the whole is tuned afterwards."""
+        other = ("samples", "tune_epochs")
+        named = {name: value for name, value in self.record().items() if name not in other and value is not None}
         return [word for name, value in named.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     def options(self) -> dict[str, Any]:
@@ -86,7 +92,8 @@ class Setting:
             options=own,
         )
         rest = {name: value for name, value in made.command_options.items() if name not in asdict(self)}
-        return made.method.options.record() | rest
+        tuned = {"tune_lr": tuning.RATE} if self.tune_epochs else {}
+        return made.method.options.record() | rest | tuned
 
     def methods(self) -> dict[str, int]:
         """The versions of all that has a part in it."""

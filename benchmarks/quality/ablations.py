@@ -44,14 +44,21 @@ def place(setup: Setup, work: Path) -> Path:
 
 
 def measure(cell: Cell, setup: Setup, sets: Sequence[str], work: Path) -> dict[str, Any]:
-    """Calibrate, prune and evaluate one cell; returns its line."""
+    """Calibrate, prune, tune where that is asked for, and evaluate one cell; returns its line."""
     if cell == DENSE:
         return {**_asked(cell, setup), **_evaluated(["--model", setup.model], setup, sets), **_made()}
     run, calibration = place(setup, work) / cell.name, _calibration(cell, setup, work)
     words = [*cell.setting.words(), "--seed", str(cell.seed), "--calibration", str(calibration), "--run", str(run)]
-    stage = besa("prune", "--model", setup.model, "--dtype", setup.dtype, "--device", setup.device, *words)
+    where = ["--dtype", setup.dtype, "--device", setup.device]
+    stage = besa("prune", "--model", setup.model, *where, *words)
+    if cell.setting.tune_epochs:
+        how = ["--epochs", str(cell.setting.tune_epochs), "--seed", str(cell.seed), "--calibration", str(calibration)]
+        besa("tune", "--run", str(run), *where, *how)
     evaluated = _evaluated(["--no-baseline", "--run", str(run)], setup, sets)
     seconds, peak_memory = spent(run / "pruned")
+    if cell.setting.tune_epochs:
+        tuning, peak = spent(run / "tuned")
+        seconds, peak_memory = seconds + tuning, max(peak_memory, peak)
     return {
         **_asked(cell, setup),
         **evaluated,
@@ -101,6 +108,7 @@ def _evaluated(subject: Sequence[str], setup: Setup, sets: Sequence[str]) -> dic
 def drop_weights(run: Path) -> None:
     """Leave only the small files of a measured model, under a name that `besa prune` takes for no model."""
     stage, report = run / "pruned", run / "report"
+    shutil.rmtree(run / "tuned", ignore_errors=True)
     if stage.exists():
         shutil.rmtree(report, ignore_errors=True)
         stage.rename(report)

@@ -37,16 +37,20 @@ TITLES = {
     "besa-row-window-2": "BESA, row-wise, two blocks at a time",
     "besa-row-budget": "BESA, row-wise, `--budget model`",
     "besa-row-global": "BESA, row-wise, `--global-epochs 1`",
-    "wanda-tune": "Wanda, `--update tune`",
-    "sparsegpt-tune": "SparseGPT, `--update tune`",
-    "besa-row-tune": "BESA, row-wise, `--update tune`",
-    "besa-row-global-tune": "BESA, row-wise, `--global-epochs 1 --update tune`",
+    "wanda-update": "Wanda, `--update tune`",
+    "sparsegpt-update": "SparseGPT, `--update tune`",
+    "besa-row-update": "BESA, row-wise, `--update tune`",
+    "besa-row-global-update": "BESA, row-wise, `--preset best`",
+    "wanda-tuned": "Wanda, `besa tune`",
+    "sparsegpt-tuned": "SparseGPT, `besa tune`",
+    "besa-row-global-tuned": "BESA, row-wise, `--global-epochs 1`, `besa tune`",
+    "besa-row-global-update-tuned": "BESA, row-wise, `--preset best`, `besa tune`",
     "besa-row-window-2-global": "BESA, row-wise, two blocks at a time, `--global-epochs 1`",
     "besa-layer-token": "BESA, layer-wise, `--loss token`",
     "besa-row-token": "BESA, row-wise, `--loss token`",
     "besa-row-window-2-token": "BESA, row-wise, two blocks at a time, `--loss token`",
 }
-HEADLINE = ("magnitude", "wanda", "sparsegpt", "besa-row", "besa-row-token", "besa-row-global", "besa-row-global-tune")
+HEADLINE = ("magnitude", "wanda", "sparsegpt", "besa-row", "besa-row-token", "besa-row-global", "besa-row-global-update")
 CHANGES = {"sparsegpt": "SparseGPT (changes the weights)"}
 _PART = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
