@@ -31,7 +31,7 @@ STATED = {
     "docs/export.md": {"2026.10": "the version of xllamacpp"},
     "docs/method.md": {
         **dict.fromkeys(("0.1", "1.0", "0.01", "3.75", "1.75", "0.05", "100"), "options and constants of the program"),
-        **dict.fromkeys(("0.03", "0.9", "0.95", "0.002", "0.15", "0.25"), "constants of what the whole model decides"),
+        **dict.fromkeys(("0.03", "0.9", "0.95", "0.001", "0.002", "0.15", "0.25"), "constants of the whole model"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
     },
     "docs/models.md": {"92": "MB of the demo model's wheel"},
