@@ -1,5 +1,7 @@
 """Packed matrices, in tiles and as stored: what they hold, what they take, and products with many vectors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,3 +51,19 @@ def test_half_of_the_weights_take_nine_bits_each(level: str) -> None:
     dense = half(512, 4096)
     bits = 8 * packed(dense).data.nbytes / dense.numel()
     assert 9 <= bits < 9.01
+
+
+def test_without_a_library_torch_does_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BESA_INSTRUCTIONS", raising=False)
+    caches = (native_tiles._library, native_tiles.supported)
+    with monkeypatch.context() as patch:
+        patch.setattr(native_tiles, "LIBRARY", tmp_path / "absent.so")
+        for cache in caches:
+            cache.cache_clear()
+        assert native_tiles.level() == "torch"
+        assert "were not built" in native_tiles.reason()
+        dense = half(33, 70)
+        assert isinstance(packed(dense), matrix.MaskedMatrix)
+        assert torch.equal(packed(dense).expand(), dense)
+    for cache in caches:
+        cache.cache_clear()
