@@ -35,7 +35,7 @@ faults: $(VENV)/installed-dev
 	$(BIN)/python tests/faults/hostile --write benchmarks/results/FAULTS.md
 
 # Dependency groups need pip 25.1; the pip that comes with Python may be older.
-$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py besa_cli/ops/kernels/loops.cpp
+$(VENV)/installed: pyproject.toml constraints.txt hatch_build.py $(wildcard besa_cli/ops/kernels/*.cpp besa_cli/ops/kernels/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'

@@ -145,14 +145,25 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
     BesaError
         The parts are inconsistent; `place` names the weight and its file.
     """
+    if CODES not in parts:
+        mask, values = kept(parts, place)
+        return packing.expand(mask, values)
+    values = _values(parts, place)
+    if values.numel():
+        raise _damaged(place, f"it has both {VALUES} and {CODES}")
+    return affine.dequantize(_quantized(parts, place)).to(values.dtype)
+
+
+def kept(parts: Mapping[str, Tensor], place: str) -> tuple[Tensor, Tensor]:
+    """Validate the parts of a weight without codes; returns its mask, bool of shape (rows, cols), and its values.
+
+    Raises
+    ------
+    BesaError
+        The parts are inconsistent; `place` names the weight and its file.
+    """
     mask = _mask(parts, place)
-    values, count = parts[VALUES], int(mask.sum())
-    if not values.is_floating_point():
-        raise _damaged(place, f"{VALUES} has the dtype {values.dtype}")
-    if CODES in parts:
-        if values.numel():
-            raise _damaged(place, f"it has both {VALUES} and {CODES}")
-        return affine.dequantize(_quantized(parts, place)).to(values.dtype)
+    values, count = _values(parts, place), int(mask.sum())
     strangers = [part for part in (SCALE, ZERO, GRID) if part in parts]
     if strangers:
         raise _damaged(place, f"it has {strangers[0]} but no {CODES}")
@@ -160,7 +171,15 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
         raise _damaged(place, f"{MASK} has {count} bits set, but {VALUES} has the shape {list(values.shape)}")
     if not bool(packing.stored_mask(values.unsqueeze(0)).all()) or not bool(torch.isfinite(values.float()).all()):
         raise _damaged(place, f"{VALUES} holds zeros, NaN or infinity")
-    return packing.expand(mask, values)
+    return mask, values
+
+
+def _values(parts: Mapping[str, Tensor], place: str) -> Tensor:
+    if VALUES not in parts:
+        raise _damaged(place, f"{VALUES} is missing")
+    if not parts[VALUES].is_floating_point():
+        raise _damaged(place, f"{VALUES} has the dtype {parts[VALUES].dtype}")
+    return parts[VALUES]
 
 
 def _mask(parts: Mapping[str, Tensor], place: str) -> Tensor:

@@ -10,7 +10,7 @@ from support import calls
 
 from benchmarks.quality import time_to_quality
 from benchmarks.results import recorded
-from benchmarks.speed import bench_prune
+from benchmarks.speed import bench_matvec, bench_prune
 from benchmarks.speed import learning_cost as results
 from besa_cli.pruners.besa import learning as besa_learning
 
@@ -105,3 +105,21 @@ def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     other = {**line("block", 8, 30.0, 0.5), "dtype": "bfloat16"}
     old = {**line("block", 8, 30.0, 0.5), "methods": {"besa": 1}}
     assert results.quality([stale, other, old, *lines]) == results.quality(lines)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_products_are_compared_with_each_dense_one(
+    vectors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_matvec, "SHAPES", ((32, 128),))
+    monkeypatch.setattr(bench_matvec, "_TURNED", 20_000)
+    monkeypatch.setattr(bench_matvec, "FILE", tmp_path / "lines.jsonl")
+    bench_matvec.main(["--turns", "2", "--vectors", str(vectors), "--record"])
+    (line,) = [json.loads(text) for text in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    dense = ["torch", "dense"] if vectors == 1 else ["torch"]
+    sparse = [f"sparse {sparsity}" for sparsity in bench_matvec.SPARSITIES]
+    assert list(line["microseconds"]) == ["read", *dense, *sparse]
+    times = line["times_as_fast"]
+    assert list(times) == [f"{name} as {other}" for name in sparse for other in dense]
+    half, whole = line["microseconds"]["sparse 0.5"], line["microseconds"]["torch"]
+    assert times["sparse 0.5 as torch"] == pytest.approx(whole / half, rel=0.1, abs=0.02)
