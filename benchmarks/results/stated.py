@@ -50,7 +50,15 @@ TITLES = {
     "besa-row-token": "BESA, row-wise, `--loss token`",
     "besa-row-window-2-token": "BESA, row-wise, two blocks at a time, `--loss token`",
 }
-HEADLINE = ("magnitude", "wanda", "sparsegpt", "besa-row", "besa-row-token", "besa-row-global", "besa-row-global-update")
+HEADLINE = (
+    "magnitude",
+    "wanda",
+    "sparsegpt",
+    "besa-row",
+    "besa-row-token",
+    "besa-row-global",
+    "besa-row-global-update",
+)
 CHANGES = {"sparsegpt": "SparseGPT (changes the weights)"}
 _PART = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
