@@ -12,6 +12,7 @@ from besa_cli.checkpoint import stages
 from besa_cli.checkpoint.manifests import MANIFEST, Counts, Quantization
 from besa_cli.checkpoint.reports import BlockReport
 from besa_cli.checkpoint.stages import Stage
+from besa_cli.checkpoint.tensor_places import TensorPlace
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.decoder import architecture, linears, tensor_names
 from besa_cli.errors import BesaError
@@ -48,6 +49,13 @@ class StageSource:
     ----------
     directory : Path
 
+    Attributes
+    ----------
+    linears : set of str
+        Stored tensors that hold the matrices of linears.
+    rearranged : set of str
+        Those of them that hold a transposed matrix, or the matrices of several experts.
+
     Raises
     ------
     BesaError
@@ -66,7 +74,9 @@ class StageSource:
         for path in self.weights.shards():
             for name, entry in entries(path).items():
                 self._dtype[name], self._shape[name] = entry["dtype"], tuple(entry["shape"])
-        self.linears = set(self._find_linears())
+        places = list(self._find_linears())
+        self.linears = {place.tensor for place in places}
+        self.rearranged = {place.tensor for place in places if place.transposed or place.expert is not None}
         refuse_other_counts(directory, self.manifest["counts"], self.stage.reports())
 
     def _require_shards(self) -> None:
@@ -98,7 +108,7 @@ class StageSource:
         linears.separate(prefix, blocks, names)
         tensor_names.reconcile(model, names, self.weights)
 
-    def _find_linears(self) -> Iterator[str]:
+    def _find_linears(self) -> Iterator[TensorPlace]:
         for report in self.stage.reports():
             stored = entries(self.stage.shard(report.index))
             for linear in report.linears:
@@ -109,7 +119,7 @@ class StageSource:
                         f"{self.stage.shard(report.index)} does not hold {linear.name} as its report says",
                         _REMEDY,
                     )
-                yield place.tensor
+                yield place
 
     @property
     def names(self) -> list[str]:

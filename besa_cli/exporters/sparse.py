@@ -8,6 +8,7 @@ from typing import Literal
 
 from besa_cli.checkpoint import copying, ownership, sparse_format, stages, zstd
 from besa_cli.checkpoint.sparse_format import INDEX, METHOD, NEEDS_IMPORT
+from besa_cli.errors import BesaError
 from besa_cli.exporters.source import STAGE_FILES, Piece, StageSource
 from besa_cli.system import disk
 
@@ -29,7 +30,19 @@ Options = SparseOptions
 
 
 def pieces(source: StageSource, options: SparseOptions) -> int:
-    """Return the number of pieces that `write` yields."""
+    """Return the number of pieces that `write` yields.
+
+    Raises
+    ------
+    BesaError
+        The stage has codes of tensors that are not one matrix of shape (rows, cols), which the format cannot hold.
+    """
+    if source.grid is not None and source.rearranged:
+        raise BesaError(
+            f"{min(source.rearranged)} in {source.directory} is stored transposed or for all experts together: the "
+            "sparse format cannot hold its codes",
+            "export it as hf, or export the pruned stage",
+        )
     return len(source.weights.shards())
 
 

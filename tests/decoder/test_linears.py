@@ -1,6 +1,7 @@
 """Matrices that are no `nn.Linear` of the model's code: Conv1D, experts, and weights that are left as they are."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import tiny_models
+from support import exported, tiny_models
 from torch import Tensor
 
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.decoder.verify import verify
+from besa_cli.errors import BesaError
+from besa_cli.jobs import import_, quantize
 from besa_cli.jobs.stage import StageJob
 
 CPU = torch.device("cpu")
@@ -290,3 +293,26 @@ def test_a_resumed_stage_has_the_same_bytes(source: Callable[[str], Path], tmp_p
         tiny_models.run(StageJob(Run(tmp_path / run), model, calibration, request))
     resumed, whole = (tiny_models.weights(tmp_path / run / "pruned") for run in ("resumed", "whole"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "qwen3_moe"])
+def test_sparse_exports_are_imported_to_the_bit(kind: str, source: Callable[[str], Path], tmp_path: Path) -> None:
+    """The codes of a transposed tensor, or of one for all experts, are refused."""
+    run, rows = Run(tmp_path / "run"), tiny_models.tokens(2, 12)
+    model = tiny_models.add_tokenizer(shutil.copytree(source(kind), tmp_path / "model"))
+    pruned = stage_of(run.path, model, rows)
+    request = quantize.request(method="rtn", bits=4, options={}, device="cpu", dtype="float32")
+    tiny_models.run(StageJob(run, tiny_models.local(pruned), tiny_models.calibration_set(rows), request))
+    for stage in ("quantized", "pruned"):
+        if stage == "quantized" and kind != "qwen3_moe":
+            with pytest.raises(BesaError, match="cannot hold its codes"):
+                exported.export(run, "sparse")
+            shutil.rmtree(run.stage(stage))
+            continue
+        back = Run(tmp_path / f"{stage}-again")
+        list(import_.ImportJob(exported.export(run, "sparse"), back).shards())
+        again, there = (tiny_models.weights(each.stage(stage)) for each in (back, run))
+        assert again.keys() == there.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in there.items())
+        shutil.rmtree(run.exports)
+        shutil.rmtree(run.stage(stage))
