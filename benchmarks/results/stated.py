@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.checks import architectures
 from benchmarks.exports import export_sizes
 from benchmarks.quality import protocol_a, quant_protocol_a, simulate_table4
 from benchmarks.quality.ablation_plan import Cell, Setting, experiments, measured
@@ -331,6 +332,7 @@ def _depth() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "architectures": architectures.table,
     "headline": headline,
     "protocol-a": perplexities,
     "second-model": second_model,

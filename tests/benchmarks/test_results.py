@@ -34,7 +34,7 @@ STATED = {
         **dict.fromkeys(("0.03", "0.9", "0.95", "0.001", "0.002", "0.15", "0.25"), "constants of the whole model"),
         **dict.fromkeys(("0.3", "0.7", "0.5", "0.497", "0.376", "0.624"), "examples that follow from formulas"),
     },
-    "docs/models.md": {"92": "MB of the demo model's wheel"},
+    "docs/models.md": {"92": "MB of the demo model's wheel", "2.5": "the version of a model"},
     "docs/usage.md": {"92": "MB of the demo model's wheel"},
     "docs/scale.md": {
         **dict.fromkeys(("0.4", "0.5", "80", "2.5"), "constants of the model of memory"),
