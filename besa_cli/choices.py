@@ -7,7 +7,7 @@ Importance = Literal["wanda", "magnitude", "sparsegpt"]
 Target = Literal["block", "stream"]
 Loss = Literal["token", "sensitivity", "channel", "frobenius"]
 Optimizer = Literal["adamw", "prodigy"]
-Preset = Literal["authors"]
+Preset = Literal["authors", "best"]
 Budget = Literal["uniform", "model"]
 Update = Literal["none", "solve", "tune"]
 

@@ -65,11 +65,12 @@ GlobalRateOption = Annotated[
     panels.WHOLE_MODEL("--global-lr", "Learning rate of these passes.", "0.03", min=0.0, metavar="RATE"),
 ]
 UpdateOption = Annotated[
-    choices.Update,
+    choices.Update | None,
     panels.REPAIR(
         "--update",
         "Change of the kept weights of each block, so that it keeps its output. solve: least squares, linear by "
         "linear; tune: then by gradient on the block's own loss.",
+        "none",
     ),
 ]
 UpdateEpochsOption = Annotated[
@@ -107,7 +108,9 @@ class BesaGroup:
     preset: Annotated[
         choices.Preset | None,
         panels.BESA(
-            "--preset", "authors: the settings of the paper's released program; other options that are given win."
+            "--preset",
+            "best: what is recommended where quality counts more than time, --global-epochs 1 --update tune; authors: "
+            "the settings of the paper's released program. Other options that are given win.",
         ),
     ] = None
     window: Annotated[
@@ -194,7 +197,7 @@ def prune(
     besa: BesaGroup,
     global_epochs: GlobalEpochsOption = None,
     global_lr: GlobalRateOption = None,
-    update: UpdateOption = "none",
+    update: UpdateOption = None,
     update_epochs: UpdateEpochsOption = None,
     update_lr: UpdateRateOption = None,
     bits: BitsOption = None,
@@ -225,7 +228,7 @@ def prune(
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
         budget=budget,
-        global_epochs=global_epochs or 0,
+        global_epochs=global_epochs,
         global_lr=global_lr,
         update=update,
         update_epochs=update_epochs,

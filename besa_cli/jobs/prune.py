@@ -17,9 +17,9 @@ def request(
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
     budget: Budget = "uniform",
-    global_epochs: int = 0,
+    global_epochs: int | None = None,
     global_lr: float | None = None,
-    update: Update = "none",
+    update: Update | None = None,
     update_epochs: int | None = None,
     update_lr: float | None = None,
     options: GivenOptions | None = None,
@@ -37,12 +37,14 @@ def request(
         Prune n of every m columns instead.
     budget : {"uniform", "model"}
         How the pruned weights are shared between blocks.
-    global_epochs : int
-        Passes over the samples in which the whole model learns the sparsities of its rows, after the blocks.
+    global_epochs : int, optional
+        Passes over the samples in which the whole model learns the sparsities of its rows, after the blocks; 0 by
+        default, 1 with the preset ``best``.
     global_lr : float, optional
         Learning rate of these passes, 0.03 by default.
-    update : {"none", "solve", "tune"}
-        Change of the kept weights of each window, so that it keeps its output.
+    update : {"none", "solve", "tune"}, optional
+        Change of the kept weights of each window, so that it keeps its output; ``none`` by default, ``tune`` with the
+        preset ``best``.
     update_epochs, update_lr : int and float, optional
         Passes over the samples with ``tune``, and its learning rate.
     options : mapping, optional
@@ -66,10 +68,16 @@ def request(
             f"--budget {budget} cannot be combined with --nm {nm[0]}:{nm[1]}, which gives every block the same share",
             "leave one of the two out",
         )
-    pruner = pruners.load(method, {**(options or {}), **({"nm": nm} if nm else {})})
-    _require_learnable(sparsity, pruner.options, (options or {}).get("preset"))
-    whole_model = _whole_model(pruner, nm, global_epochs, global_lr)
-    repair = _repair(pruner, update, update_epochs, update_lr)
+    given = dict(options or {})
+    if method == "besa" and given.get("preset") == "best":
+        _require_no_grid(given)
+        del given["preset"]
+        global_epochs = 1 if global_epochs is None else global_epochs
+        update = update or "tune"
+    pruner = pruners.load(method, {**given, **({"nm": nm} if nm else {})})
+    _require_learnable(sparsity, pruner.options, given.get("preset"))
+    whole_model = _whole_model(pruner, nm, global_epochs or 0, global_lr)
+    repair = _repair(pruner, update or "none", update_epochs, update_lr)
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
     if budget != "uniform":  # in manifests the default is absent, as it ever was
         own |= {"budget": budget}
@@ -141,6 +149,14 @@ def _repair(pruner: pruners.Pruner, update: Update, epochs: int | None, rate: fl
         rate=RepairOptions.rate if rate is None else rate,
         loss=loss,
     )
+
+
+def _require_no_grid(given: GivenOptions) -> None:
+    if given.get("bits"):
+        raise UsageError(
+            f"--preset best and --bits {given['bits']} exclude each other",
+            "prune first, then quantize with besa quantize",
+        )
 
 
 def _require_learnable(sparsity: float, options: MethodOptions, preset: str | None) -> None:

@@ -1,11 +1,11 @@
 """Options of BESA, and the learning rules of its presets."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 from typing_extensions import override
 
-from besa_cli.choices import CLIP_RATE, GivenOptions, Importance, Loss, Optimizer, OptionValue, Preset, Target
+from besa_cli.choices import CLIP_RATE, GivenOptions, Importance, Loss, Optimizer, OptionValue, Target
 from besa_cli.errors import UsageError, require_counts, require_factors
 from besa_cli.ops import affine, allocation
 from besa_cli.ops.affine import Grid
@@ -102,7 +102,7 @@ class BesaOptions(MethodOptions):
     loss: Loss = "sensitivity"
     grid: Grid | None = None
     clip_lr: float | None = None
-    preset: Preset | None = None
+    preset: Literal["authors"] | None = None
 
     def __post_init__(self) -> None:
         if self.lr is None:
