@@ -240,6 +240,8 @@ def _row(run: _Run, record: Record, titles: Mapping[tuple[Path, str], str]) -> t
     for manifest in run.stages.values():
         if digest == manifest["model"]["digest"]:
             return digest, Row(title="parent" if manifest.get("history") else "dense", run=None)
+        if manifest.get("history") and info.get("name") == "dense":
+            return digest, Row(title="dense", run=None)
     directory = Path(str(info.get("directory"))).name
     if info.get("name") in _OTHER_MODELS or directory.removesuffix(".next") in STAGES:
         return None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,13 +374,18 @@ def test_nonsense_is_refused(options: dict[str, Any], said: str) -> None:
         tune.request(**options)
 
 
-def test_the_command_line(besa: Besa, workplace: Path) -> None:
+def sources(workplace: Path) -> tuple[Path, tuple[object, ...]]:
+    """A model with a tokenizer, and the words that name its samples."""
     model = tiny_models.add_tokenizer(tiny_models.checkpoint(workplace / "model", blocks=BLOCKS, dtype=torch.bfloat16))
     rows = tiny_models.rows_file(workplace / "rows.jsonl", tiny_models.tokens(8, 12))
     (workplace / "text.txt").write_text("w3 w4 w5 w9 " * 60)
+    return model, ("--data", rows, "--samples", "6", "--seqlen", "12")
+
+
+def test_the_command_line(besa: Besa, workplace: Path) -> None:
+    model, drawn = sources(workplace)
     none = besa("tune", "--run", "run")
     assert (none.code, "run has no pruned stage" in none.err) == (1, True)
-    drawn = ("--data", rows, "--samples", "6", "--seqlen", "12")
     common = ("--dtype", "float32", "--run", "run")
     assert besa("prune", "--model", model, "--method", "wanda", *drawn, *common).code == 0
     assert besa("quantize", "--group-size", "16", *common).code == 0
@@ -403,8 +409,6 @@ def test_the_command_line(besa: Besa, workplace: Path) -> None:
     shown = besa("show", "run")
     assert "whole model: KL divergence to dense" in shown.out
     assert "besa tune --model run/pruned --epochs 1 --lr 0.01" in shown.out
-    measured = besa("eval", "ppl", "text.txt", "--seqlen", "12", *common, "--json")
-    assert measured.code == 0, measured.err
     assert besa("simulate", "--func", "model", "--run", "run").code == 0
     assert besa("export", "--format", "sparse", "--run", "run").code == 0
     again = besa("quantize", "--group-size", "16", *common)
@@ -414,3 +418,22 @@ def test_the_command_line(besa: Besa, workplace: Path) -> None:
     assert Run(workplace / "run").newest() == workplace / "run" / "quantized"
     other = besa("tune", "--lr", "0.02", *common)
     assert (other.code, "lr 0.01 there, 0.02 asked" in other.err) == (1, True)
+
+
+def test_measurements_compare_with_the_dense_model_not_with_the_pruned_one(besa: Besa, workplace: Path) -> None:
+    model, drawn = sources(workplace)
+    common = ("--dtype", "float32", "--run", "run")
+    assert besa("prune", "--model", model, "--method", "wanda", *drawn, *common).code == 0
+    assert besa("tune", *common).code == 0
+    asked = ("eval", "ppl", "text.txt", "--seqlen", "12", "--dtype", "float32", "--device", "cpu", "--json")
+    measured = besa(*asked, "--run", "run")
+    assert measured.code == 0, measured.err
+    alone = besa(*asked, "--model", model)
+    (row,), (dense,) = (json.loads(outcome.out)["results"] for outcome in (measured, alone))
+    assert row["dense"]["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-6)  # not the pruned stage's
+    compared = besa("eval", "compare", "run")
+    assert (compared.code, "dense" in compared.out) == (0, True), compared.err
+    assert besa("quantize", "--model", "run/tuned", "--dtype", "float32", "--run", "codes").code == 0
+    shutil.rmtree(workplace / "run" / "pruned")
+    lost = besa(*asked, "--run", "codes")
+    assert (lost.code, "compared with the model that it was made from" in lost.err) == (0, True), lost.err

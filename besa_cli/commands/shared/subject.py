@@ -1,4 +1,4 @@
-"""Subjects of `besa eval` and `besa simulate`: `--model` or the newest stage of a run, and its parent model."""
+"""Subjects of `besa eval` and `besa simulate`: `--model` or the newest stage of a run, and its dense model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Subject:
     digest : str, optional
         Content digest that the manifest states; None for a model that is not part of a run.
     parent : Subject, optional
-        Model that the stage was made from.
+        Model that the stage is compared with: the dense one.
     results : Path, optional
         Directory of stored results.
     """
@@ -59,7 +59,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
     """Find the checkpoint to measure.
 
     It is `model` if given, else the newest stage of the run directory, else, if no run directory is given, the demo
-    model. `baseline` adds the stage's parent.
+    model. `baseline` adds the dense model that the stage's history begins with.
 
     Raises
     ------
@@ -89,19 +89,30 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         name=f"{manifest['options'].get('method', manifest['stage'])} {human_share(counts['sparsity'])}{bits}",
         directory=newest,
         digest=manifest["digest"],
-        parent=_parent(manifest, source.evaluations, console) if baseline else None,
+        parent=_baseline(newest, manifest, source.evaluations, console) if baseline else None,
         results=source.evaluations,
     )
 
 
-def _parent(manifest: "StageManifest", results: Path, console: Console) -> Subject:
-    """Return the model that a stage was made from; fetch it again if it is gone."""
+def _baseline(stage: Path, manifest: "StageManifest", results: Path, console: Console) -> Subject:
+    """Return the dense model that a stage's history begins with; fetch it again if it is gone.
+
+    Where a stage in between is gone, it is the model that the stage was made from.
+    """
     from besa_cli.checkpoint import origins
 
     origin = manifest["model"]
-    directory = origins.locate(origin, console.note)
-    label = "parent" if manifest.get("history") else "dense"
-    return Subject(name=label, directory=directory, digest=origin["digest"], results=results)
+    if not manifest["history"]:
+        return Subject(
+            name="dense", directory=origins.locate(origin, console.note), digest=origin["digest"], results=results
+        )
+    try:
+        directory, content = origins.dense(stage, console.note)
+    except BesaError as error:
+        console.note(f"compared with the model that it was made from, not with the dense one: {error}")
+        directory = origins.locate(origin, console.note)
+        return Subject(name="parent", directory=directory, digest=origin["digest"], results=results)
+    return Subject(name="dense", directory=directory, digest=content, results=results)
 
 
 def digest(subject: Subject) -> str:
