@@ -343,16 +343,19 @@ def plan(chosen: Iterable[Experiment], seeds: Sequence[int]) -> list[Cell]:
 
 
 def measured(lines: Iterable[Line], setup: Setup) -> dict[Cell, Line]:
-    """The newest line of every cell that was measured in this setup, by what its method does and defaults to today."""
-    wanted = setup.record()
-    found = {
-        Cell(setting=Setting(**line["setting"]), seed=line["seed"]): line for line in lines if line["setup"] == wanted
-    }
-    return {
-        cell: line
-        for cell, line in found.items()
-        if recorded.same_options(line["options"], cell.setting.options()) and not recorded.is_old(line)
-    }
+    """The newest line of every cell that was measured in this setup, by what its method does and defaults to today.
+
+    Perplexities on sets that only older lines of the cell have are added.
+    """
+    wanted, found = setup.record(), dict[Cell, Line]()
+    for line in lines:
+        if line["setup"] != wanted:
+            continue
+        cell = Cell(setting=Setting(**line["setting"]), seed=line["seed"])
+        earlier = found.pop(cell, {"perplexity": {}})
+        if recorded.same_options(line["options"], cell.setting.options()) and not recorded.is_old(line):
+            found[cell] = {**line, "perplexity": {**earlier["perplexity"], **line["perplexity"]}}
+    return found
 
 
 def left(cells: Iterable[Cell], found: Mapping[Cell, Line], sets: Iterable[str]) -> list[Cell]:

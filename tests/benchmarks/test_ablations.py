@@ -120,6 +120,7 @@ def test_besa_takes_the_options_of_every_setting(name: str) -> None:
     command = get_command(app).commands["prune"]  # type: ignore[attr-defined]
     for setting in EXPERIMENTS[name].settings.values():
         wanted = {**setting.record(), "samples": None}  # the calibration set has them already
+        del wanted["tune_epochs"]  # of `besa tune`
         parsed = command.make_context("prune", setting.words()).params
         assert {field: parsed[field] for field in wanted} == wanted
         own = {field: wanted[field] for field in wanted if field not in plans._SHARED}
@@ -197,6 +198,9 @@ def test_protocol_a_computes_all_of_a_cell_in_the_dtype_and_on_the_device_that_a
 def test_the_newest_line_of_a_cell_counts() -> None:
     found = plans.measured([line(CELLS[0], 1.0), line(CELLS[0], 2.0)], SETUP)
     assert found[CELLS[0]]["perplexity"] == {"wikitext2": 2.0}
+    other = {**line(CELLS[0], 1.0), "perplexity": {"c4": 3.0}}
+    found = plans.measured([line(CELLS[0], 2.0), other], SETUP)
+    assert found[CELLS[0]]["perplexity"] == {"wikitext2": 2.0, "c4": 3.0}
 
 
 def test_a_line_names_no_directory_of_this_machine(tmp_path: Path) -> None:
@@ -396,9 +400,9 @@ class Besa:
             (run / "calibration").mkdir(parents=True)
             (run / "calibration" / "besa.json").touch()
             return {}
-        return self._pruned(run / "pruned")
+        return self._made(run / ("tuned" if words[0] == "tune" else "pruned"))
 
-    def _pruned(self, stage: Path) -> dict[str, Any]:
+    def _made(self, stage: Path) -> dict[str, Any]:
         stage.mkdir(parents=True)
         (stage / "timing.jsonl").write_text(
             '{"resumed": false, "seconds": 2.0, "peak_memory": 5}\n'
@@ -417,6 +421,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Besa:
     monkeypatch.setattr(ablations, "besa", made)
     monkeypatch.setattr(report, "draw", lambda *_: [])
     return made
+
+
+def test_a_cell_that_ends_with_besa_tune_is_measured_after_it(tmp_path: Path, fake: Besa) -> None:
+    cell = plans.Cell(setting=plans.Setting(samples=SETUP.samples, method="wanda", tune_epochs=2), seed=1)
+    made = ablations.measure(cell, SETUP, ["wikitext2"], tmp_path)
+    assert [call[0] for call in fake.calls] == ["calibrate", "prune", "tune", "eval"]
+    assert fake.calls[2][fake.calls[2].index("--epochs") + 1] == "2"
+    assert made["seconds"] == 4.0  # of both stages
+    assert made["methods"].keys() == {"wanda", "tune"}
+    assert made["options"]["tune_lr"] > 0
 
 
 def options(place: Path, *more: str) -> list[str]:
