@@ -165,6 +165,7 @@ class StageJob:
             partial(worker.demand, measures=self._measures),
             fixed=not self._place.is_new,
             overlapping=compute.overlaps(worker.decoder.device),
+            windows=self.request.command == "prune",
         )
 
     @property

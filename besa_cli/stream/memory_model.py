@@ -421,6 +421,7 @@ def plan(
     *,
     fixed: bool = False,
     overlapping: bool = False,
+    windows: bool = False,
 ) -> MemoryPlan:
     """Choose the first settings that fit: unchanged, without overlapping, hidden states in files, smaller batches.
 
@@ -437,6 +438,8 @@ def plan(
         True if the batch must not change, because it determines the order of summation.
     overlapping : bool
         True if prefetching and background writing are worth their memory.
+    windows : bool
+        True if the command has ``--window``, which the hint then names.
 
     Raises
     ------
@@ -453,10 +456,11 @@ def plan(
         peak = resident + needed.peak(in_files=in_files, overlapping=overlap)
         if limit is None or peak <= limit:
             return MemoryPlan(batch=samples, in_files=in_files, peak=peak, phase=needed.phase, overlapping=overlap)
+    smaller = "a narrower --window or a shorter --seqlen" if windows else "or a shorter --seqlen"
     raise UsageError(
         f"--max-memory {(limit or 0) / 1e9:.1f}GB is too little: with one window of the model the process needs "
         f"about {peak / 1e9:.1f} GB",
-        f"give at least {peak / 1e9 + 0.1:.1f}GB, a narrower --window or a shorter --seqlen",
+        f"give at least {peak / 1e9 + 0.1:.1f}GB, {smaller}",
     )
 
 

@@ -259,10 +259,11 @@ def test_overlapping_is_given_up_before_anything_else() -> None:
     assert not memory_model.plan(None, 0, 8, both).overlapping
 
 
-def test_what_fits_in_no_way_is_refused_with_what_would() -> None:
+@pytest.mark.parametrize("windows", [True, False])
+def test_what_fits_in_no_way_is_refused_with_what_would(windows: bool) -> None:
     with pytest.raises(UsageError, match=r"--max-memory 0.1GB is too little.* about 0.2 GB") as caught:
-        memory_model.plan(10**8, 10**8, 8, demand)
-    assert "--window" in caught.value.hint
+        memory_model.plan(10**8, 10**8, 8, demand, windows=windows)
+    assert ("--window" in caught.value.hint) == windows  # only prune has it
     with pytest.raises(UsageError):  # a stage that was begun keeps its batch
         memory_model.plan(demand(8).peak() - 1_001, 0, 8, demand, fixed=True)
 
