@@ -65,12 +65,11 @@ GlobalRateOption = Annotated[
     panels.WHOLE_MODEL("--global-lr", "Learning rate of these passes.", "0.03", min=0.0, metavar="RATE"),
 ]
 UpdateOption = Annotated[
-    choices.Update | None,
+    choices.Update,
     panels.REPAIR(
         "--update",
         "Change of the kept weights of each block, so that it keeps its output. solve: least squares, linear by "
         "linear; tune: then by gradient on the block's own loss.",
-        "none",
     ),
 ]
 UpdateEpochsOption = Annotated[
@@ -109,7 +108,7 @@ class BesaGroup:
         choices.Preset | None,
         panels.BESA(
             "--preset",
-            "best: what is recommended where quality counts more than time, --global-epochs 1 --update tune; authors: "
+            "best: what is recommended where quality counts more than time, --global-epochs 1; authors: "
             "the settings of the paper's released program. Other options that are given win.",
         ),
     ] = None
@@ -197,7 +196,7 @@ def prune(
     besa: BesaGroup,
     global_epochs: GlobalEpochsOption = None,
     global_lr: GlobalRateOption = None,
-    update: UpdateOption = None,
+    update: UpdateOption = "none",
     update_epochs: UpdateEpochsOption = None,
     update_lr: UpdateRateOption = None,
     bits: BitsOption = None,

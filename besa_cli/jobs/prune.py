@@ -19,7 +19,7 @@ def request(
     budget: Budget = "uniform",
     global_epochs: int | None = None,
     global_lr: float | None = None,
-    update: Update | None = None,
+    update: Update = "none",
     update_epochs: int | None = None,
     update_lr: float | None = None,
     options: GivenOptions | None = None,
@@ -42,9 +42,8 @@ def request(
         default, 1 with the preset ``best``.
     global_lr : float, optional
         Learning rate of these passes, 0.03 by default.
-    update : {"none", "solve", "tune"}, optional
-        Change of the kept weights of each window, so that it keeps its output; ``none`` by default, ``tune`` with the
-        preset ``best``.
+    update : {"none", "solve", "tune"}
+        Change of the kept weights of each window, so that it keeps its output.
     update_epochs, update_lr : int and float, optional
         Passes over the samples with ``tune``, and its learning rate.
     options : mapping, optional
@@ -73,11 +72,10 @@ def request(
         _require_no_grid(given)
         del given["preset"]
         global_epochs = 1 if global_epochs is None else global_epochs
-        update = update or "tune"
     pruner = pruners.load(method, {**given, **({"nm": nm} if nm else {})})
     _require_learnable(sparsity, pruner.options, given.get("preset"))
     whole_model = _whole_model(pruner, nm, global_epochs or 0, global_lr)
-    repair = _repair(pruner, update or "none", update_epochs, update_lr)
+    repair = _repair(pruner, update, update_epochs, update_lr)
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
     if budget != "uniform":  # in manifests the default is absent, as it ever was
         own |= {"budget": budget}
