@@ -134,7 +134,7 @@ def test_not_a_decoder(kind: str, place: Place) -> None:
     if kind == "no layers":
         (directory / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, "num_hidden_layers": 0}))
     tiny_models.add_tokenizer(directory)
-    said = "num_hidden_layers: 0" if kind == "no layers" else "dense decoders"
+    said = "num_hidden_layers: 0" if kind == "no layers" else "causal language models"
     refused(place.prune(model="other"), 1, "other", said)
     refused(place.besa("eval", "ppl", "short.txt", "--model", "other", "--seqlen", 2), 1, said)
 
