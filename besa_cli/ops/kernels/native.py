@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa_cli.ops.kernels import plain
+from besa_cli.ops.kernels import library, plain
 
 LIBRARY = Path(__file__).with_name("loops.so")
 _NAMES = {
@@ -25,24 +25,16 @@ _THREAD_COST = 70_000  # ns to start a thread and wait for it: the least work th
 _RANK, _MASK, _SUM, _GRID, _SLOPE = 5.0, 0.1, 0.6, 0.1, 0.5  # approximate ns per weight
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(LIBRARY))
-    except OSError:  # not built: there was no compiler
-        return None
-
-
 def _function(name: str, *types: torch.dtype) -> "ctypes._NamedFuncPointer | None":
-    library = _library()
-    if library is None or not all(dtype in _NAMES for dtype in types):
+    loaded = library.load(LIBRARY)
+    if loaded is None or not all(dtype in _NAMES for dtype in types):
         return None
-    return getattr(library, "_".join([name, *(_NAMES[dtype] for dtype in types)]), None)
+    return getattr(loaded, "_".join([name, *(_NAMES[dtype] for dtype in types)]), None)
 
 
 def available() -> bool:
     """Check that the library was built for this machine."""
-    return _library() is not None
+    return library.load(LIBRARY) is not None
 
 
 def computes_in(dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from besa_cli.errors import UsageError
+from besa_cli.ops.kernels import library
 
 LIBRARY = Path(__file__).with_name("tiles.so")
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")  # instructions, the fastest last
@@ -26,20 +27,12 @@ _THREAD_WORK = 100_000  # weights: the least work that a further thread should t
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(LIBRARY))
-    except OSError:  # not built: there was no compiler
-        return None
-
-
-@cache
 def supported() -> tuple[str, ...]:
     """Return the levels that the processor can run, the fastest last; none if the library was not built."""
-    library = _library()
-    if library is None:
+    loaded = library.load(LIBRARY)
+    if loaded is None:
         return ()
-    return tuple(name for number, name in enumerate(LEVELS) if library.tiles_supports(ctypes.c_int64(number)))
+    return tuple(name for number, name in enumerate(LEVELS) if loaded.tiles_supports(ctypes.c_int64(number)))
 
 
 def level() -> str:
@@ -164,4 +157,4 @@ def _threads(work: int) -> int:
 def _call(function: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
     """Call a C function with pointers to tensors and 64-bit integers."""
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    getattr(_library(), function)(*pointers, *map(ctypes.c_int64, sizes))
+    getattr(library.load(LIBRARY), function)(*pointers, *map(ctypes.c_int64, sizes))
