@@ -216,11 +216,17 @@ class Distillation:
         )
 
     def reports(self, progress: LearningProgress) -> Iterator[PassReport]:
-        """Yield a report of the model before the first pass, and of each pass that was finished."""
-        for number, held in enumerate(progress.held):
-            own = progress.history[(number - 1) * self.samples : number * self.samples] if number else []
-            mean = math.fsum(own) / len(own) if own else None
-            yield PassReport(number=number, epochs=self._plan.epochs, held_out=held, learned=mean)
+        """Return a report of the model before the first pass, and of each pass that was finished."""
+        return (self._report(progress, number) for number in range(len(progress.held)))
+
+    def last_report(self, progress: LearningProgress) -> PassReport:
+        """Return the last of `reports`."""
+        return self._report(progress, len(progress.held) - 1)
+
+    def _report(self, progress: LearningProgress, number: int) -> PassReport:
+        own = progress.history[(number - 1) * self.samples : number * self.samples] if number else []
+        mean = math.fsum(own) / len(own) if own else None
+        return PassReport(number=number, epochs=self._plan.epochs, held_out=progress.held[number], learned=mean)
 
     def require_finite(self, value: float) -> float:
         """Return the value unchanged, after checking that it is finite.

@@ -148,7 +148,7 @@ class GlobalRates:
         state.progress.held.append(self._samples.held_out_divergence(blocks))
         state.keep_best()
         self._file.write(state.tensors())
-        return list(self._samples.reports(state.progress))[-1]
+        return self._samples.last_report(state.progress)
 
     def masks(self, index: int) -> dict[str, Tensor]:
         """Return the masks of the linears of block `index`, boolean, True = keep, after `learn`."""

@@ -198,13 +198,13 @@ class Tuner:
         blocks = _LearnedBlocks(self._decoder, linears, resident=self._plan.resident)
         if not progress.held:
             progress.held.append(self._samples.held_out_divergence(blocks))
-            yield self._last_report(progress)
+            yield self._samples.last_report(progress)
         for sample in itertools.islice(self._samples.order(), progress.step, None):
             self._step(blocks, sample, progress)
             if progress.step % self._samples.samples == 0:
                 progress.held.append(self._samples.held_out_divergence(blocks))
                 self._save(linears, progress)
-                yield self._last_report(progress)
+                yield self._samples.last_report(progress)
             elif progress.step % SAVED == 0:
                 self._save(linears, progress)
         blocks.drop_all()
@@ -234,9 +234,6 @@ class Tuner:
         visit = partial(blocks.step, descent.half_cosine(done / steps), done)
         progress.history.append(self._samples.step(blocks, sample, visit))
         self._on_step(progress.step, steps, "tuning")
-
-    def _last_report(self, progress: LearningProgress) -> PassReport:
-        return list(self._samples.reports(progress))[-1]
 
     def _save(self, linears: Mapping[int, list[_LearnedLinear]], progress: LearningProgress) -> None:
         def states() -> Iterator[dict[str, Tensor]]:
