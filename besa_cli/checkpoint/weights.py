@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from besa_cli.errors import BesaError
-from besa_cli.models import headers
+from besa_cli.models import cache, headers
 from besa_cli.models.headers import INDEX, SINGLE, entries
 from besa_cli.system import compute
 
@@ -209,6 +209,19 @@ def _read(path: Path, names: Sequence[str], get: Callable[[safe_open, str], Resu
             return {name: get(file, name) for name in names}
     except (SafetensorError, OSError) as error:
         raise BesaError(f"cannot read {names[0]} from {path}: {error}", _REMEDY) from error
+
+
+def check_source(weights: Weights, extremes: dict[str, tuple[float, float]] | None = None) -> str:
+    """Call `check` on a model that a job reads, and compare its digest with that of its first use where it is cached.
+
+    Raises
+    ------
+    BesaError
+        A tensor holds a NaN or an infinity, or the cached files were damaged.
+    """
+    digest = check(weights, extremes)
+    cache.confirm(weights.directory, digest)
+    return digest
 
 
 def check(weights: Weights, extremes: dict[str, tuple[float, float]] | None = None) -> str:

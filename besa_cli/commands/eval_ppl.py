@@ -89,9 +89,9 @@ def ppl(
 def _measure(
     subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings", console: Console
 ) -> "list[tuple[Perplexity, Perplexity | None]]":
-    """Return the results of subject and parent on each text: those stored, and one pass through each model for others.
+    """Return the results of subject and baseline on each text: those stored, and one pass through each for others.
 
-    Without a parent a stored comparison with it is left out, so that what is shown does not depend on what is stored.
+    Without a baseline a stored comparison with it is left out, so that what is shown does not depend on what is stored.
     """
     from besa_cli.evaluation.results import Results
 
@@ -107,10 +107,10 @@ def _measure(
         found, others = _walk(subject, plan.of(plan.together), plan.baseline_of(plan.together), results, console)
         measured.update(zip(plan.together, found, strict=True))
         dense = {**dict(zip(plan.together, others, strict=True)), **dense}
-    if plan.baseline_alone and subject.parent:
-        found, _ = _walk(subject.parent, plan.baseline_of(plan.baseline_alone), [], results, console)
+    if plan.baseline_alone and subject.baseline:
+        found, _ = _walk(subject.baseline, plan.baseline_of(plan.baseline_alone), [], results, console)
         dense.update(zip(plan.baseline_alone, found, strict=True))
-    if subject.parent is None:
+    if subject.baseline is None:
         measured = {
             number: replace(result, kl=None, same_token=None, baseline_digest=None)
             for number, result in measured.items()
@@ -125,17 +125,17 @@ def _plan(
     load: "Load",
     notify: "Callable[[str], None]" = lambda _: None,
 ) -> "PerplexityPlan":
-    """Plan the measurement of subject and parent; `load` returns a stored result.
+    """Plan the measurement of subject and baseline; `load` returns a stored result.
 
-    The digest of a stage is checked before its stored results are used; that of its parent if the parent is measured.
+    The digest of a stage is checked before its stored results are used; that of its baseline if that is measured.
     """
     from besa_cli.evaluation import plan
 
     jobs = _jobs(subject, subjects.digest(subject), texts, settings, notify)
-    parent = subject.parent
-    made = plan.plan(jobs, _jobs(parent, str(parent.digest), texts, settings, notify) if parent else [], load)
-    if parent and made.passes_baseline:
-        subjects.refuse_changed(parent)
+    baseline = subject.baseline
+    made = plan.plan(jobs, _jobs(baseline, str(baseline.digest), texts, settings, notify) if baseline else [], load)
+    if baseline and made.passes_baseline:
+        subjects.refuse_changed(baseline)
     return made
 
 
@@ -144,18 +144,20 @@ def _note_stored(subject: Subject, plan: "PerplexityPlan", results: "Results", c
     for number, job in enumerate(plan.jobs):
         if number in plan.stored:
             console.note(f"{subject.name}: result taken from {results.file(job)}")
-        if number in plan.replaced and subject.parent:
-            lacks = f"lacks the KL divergence from {subject.parent.name}"
+        if number in plan.replaced and subject.baseline:
+            lacks = f"lacks the KL divergence from {subject.baseline.name}"
             console.note(f"{subject.name}: measured again, {results.file(job)} {lacks}")
     for number, job in enumerate(plan.baseline):
-        if subject.parent and number in plan.stored_baseline:
-            console.note(f"{subject.parent.name}: result taken from {results.file(job)}")
+        if subject.baseline and number in plan.stored_baseline:
+            console.note(f"{subject.baseline.name}: result taken from {results.file(job)}")
             if number in plan.together:
-                console.note(f"{subject.parent.name}: passes again to be compared with; --no-baseline leaves that out")
+                console.note(
+                    f"{subject.baseline.name}: passes again to be compared with; --no-baseline leaves that out"
+                )
 
 
 def _forecasts(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "list[Forecast]":
-    """Forecast the measurement of subject and parent, run by run; the time of the first includes that of the checks."""
+    """Forecast the measurement of subject and baseline, run by run; the first includes the time of the checks."""
     from besa_cli.evaluation import results
     from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.system import disk
@@ -185,9 +187,9 @@ def _walk(
     results: "Results | None",
     console: Console,
 ) -> "tuple[list[Perplexity], list[Perplexity]]":
-    """Measure texts with the subject, side by side with its parent if `baseline` is given; return the results of both.
+    """Measure texts with the subject, beside its baseline if `baseline` is given; return the results of both.
 
-    Results are stored, those of the parent unless it has one already.
+    Results are stored, those of the baseline unless it has one already.
     """
     from besa_cli.evaluation.perplexity import PerplexityRun
 
@@ -203,7 +205,7 @@ def _walk(
             )
     for note in walk.notes:
         console.note(note)
-    names = f"{subject.name} and {subject.parent.name}" if baseline and subject.parent else subject.name
+    names = f"{subject.name} and {subject.baseline.name}" if baseline and subject.baseline else subject.name
     try:
         with console.blocks(f"{', '.join(job.dataset for job in jobs)}, {names}", walk.steps, walk.work) as progress:
             for step in walk:
@@ -213,9 +215,9 @@ def _walk(
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_hint(results, jobs)) from interrupt
     measured, others = walk.results(), walk.baseline_results()
-    if results and subject.parent:
+    if results and subject.baseline:
         new = [(job, other) for job, other in zip(baseline, others, strict=True) if results.load(job) is None]
-        _store(results, subject.parent, new)
+        _store(results, subject.baseline, new)
     if results:
         _store(results, subject, zip(jobs, measured, strict=True))
     return measured, others
@@ -261,12 +263,12 @@ def _jobs(
 
 
 def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]]", console: Console) -> None:
-    parent = subject.parent.name if subject.parent else "dense"
+    baseline = subject.baseline.name if subject.baseline else "dense"
     compared = any(measured.kl is not None for measured, _ in rows)
     header = ("data", "split", "model", "windows", "context", "perplexity", "difference")
     cells: list[tuple[str | int, ...]] = []
     for measured, dense in rows:
-        for name, result in ((subject.name, measured), (parent, dense)):
+        for name, result in ((subject.name, measured), (baseline, dense)):
             if result is None:
                 continue
             against = f"{measured.perplexity - dense.perplexity:+.4f}" if dense and result is measured else ""
@@ -283,7 +285,7 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
                     *(_comparison(result) if compared else ()),
                 )
             )
-    console.table("", (*header, f"KL to {parent}", "same token") if compared else header, cells)
+    console.table("", (*header, f"KL to {baseline}", "same token") if compared else header, cells)
     results = [
         {
             **asdict(measured),
@@ -296,7 +298,7 @@ def _show(subject: Subject, rows: "Sequence[tuple[Perplexity, Perplexity | None]
 
 
 def _comparison(result: "Perplexity") -> tuple[str, str]:
-    """Return the cells of the comparison with the parent; empty where there is none."""
+    """Return the cells of the comparison with the baseline; empty where there is none."""
     if result.kl is None or result.same_token is None:
         return "", ""
     return human_divergence(result.kl), human_share(result.same_token)

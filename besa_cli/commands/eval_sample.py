@@ -38,7 +38,7 @@ def sample(
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console)
     subjects.digest(subject)  # refuses a damaged stage
-    models = [measured for measured in (subject.parent, subject) if measured is not None]
+    models = [measured for measured in (subject.baseline, subject) if measured is not None]
     tokenizers = [subjects.tokenizer(measured, console.note) for measured in models]
     prompts = [
         continuations.encode_prompt(measured.directory, tokenizer, prompt, tokens)

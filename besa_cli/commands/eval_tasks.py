@@ -112,12 +112,12 @@ def tasks(
         measured = subject.find(model, run, console, baseline=baseline)
         if streamed is None:
             settings = _with_memory_mode(measured, settings, console)
-        parent = measured.parent
+        other = measured.baseline
         if dry_run:
-            _forecast([model for model in (measured, parent) if model], ready, settings, console, restart=restart)
+            _forecast([model for model in (measured, other) if model], ready, settings, console, restart=restart)
             return
         results = _measure(measured, ready, settings, console, restart=restart)
-        dense = _measure(parent, ready, settings, console, restart=restart, parent=True) if parent else None
+        dense = _measure(other, ready, settings, console, restart=restart, is_baseline=True) if other else None
     _show(measured, results, dense, console)
 
 
@@ -140,15 +140,15 @@ def _measure(
     console: Console,
     *,
     restart: bool,
-    parent: bool = False,
+    is_baseline: bool = False,
 ) -> "list[TaskResult]":
     """Return the result of every task: the stored one, else measure it now.
 
-    The digest of a stage is checked before its stored results are used; that of its parent is not.
+    The digest of a stage is checked before its stored results are used; that of its baseline is not.
     """
     from besa_cli.system import lock
 
-    job, by_task = _checked(measured, ready, settings, restart=restart, parent=parent)
+    job, by_task = _checked(measured, ready, settings, restart=restart, is_baseline=is_baseline)
     kept = measured.results
     if kept and not all(by_task.values()):
         lock.require_writable(kept.parent)
@@ -165,13 +165,13 @@ def _measure(
 
 
 def _checked(
-    measured: "Subject", ready: "Tasks", settings: "TaskSettings", *, restart: bool, parent: bool
+    measured: "Subject", ready: "Tasks", settings: "TaskSettings", *, restart: bool, is_baseline: bool
 ) -> "tuple[TaskMeasurement, dict[str, TaskResult | None]]":
     """Check a model; return its measurement and the stored result of every task, or None."""
-    digest = str(measured.digest) if parent else subject.digest(measured)
+    digest = str(measured.digest) if is_baseline else subject.digest(measured)
     job, kept = _job(measured, digest, ready, settings), measured.results
     by_task = {name: job.load(name, kept) if kept and not restart else None for name in ready.names}
-    if parent and not all(by_task.values()):
+    if is_baseline and not all(by_task.values()):
         subject.refuse_changed(measured)
     return job, by_task
 
@@ -185,7 +185,7 @@ def _forecast(
     seconds, rows, records = compute.age(), [], []
     for number, measured in enumerate(models):
         began = time.perf_counter()
-        job, by_task = _checked(measured, ready, settings, restart=restart, parent=number > 0)
+        job, by_task = _checked(measured, ready, settings, restart=restart, is_baseline=number > 0)
         if measured.results:
             disk.require_writable(measured.results)
         seconds += time.perf_counter() - began
@@ -236,7 +236,7 @@ def _show(
 ) -> None:
     from besa_cli.evaluation.zeroshot.results import AVERAGED, average, versions
 
-    parent = measured.parent.name if measured.parent else "dense"
+    baseline = measured.baseline.name if measured.baseline else "dense"
     beside: list[TaskResult | None] = [*dense] if dense else [None] * len(results)
     pairs = [pair for both in zip(results, beside, strict=True) for pair in _pairs(*both)]
     means = average(results), average(dense) if dense else None
@@ -245,7 +245,7 @@ def _show(
         cells.append(("average", AVERAGED, "-", "-", *_numbers(means[0], None, means[1], None)))
     columns = ["task", "metric", "split", "questions", measured.name, "±"]
     shown = len(columns) + (3 if dense else 0)
-    console.table("", [*columns, parent, "±", "difference"][:shown], [row[:shown] for row in cells])
+    console.table("", [*columns, baseline, "±", "difference"][:shown], [row[:shown] for row in cells])
     console.emit_json(
         {
             "model": measured.name,

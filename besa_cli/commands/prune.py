@@ -16,7 +16,7 @@ from besa_cli.errors import UsageError
 from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint.manifests import StageManifest, WholeModel
+    from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
 
 _METHODS = "; ".join(f"{name}: {summary}" for name, summary in PRUNERS.items())
@@ -286,18 +286,10 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
             f"{counts['blocks_kept_uniform']} blocks kept the uniform allocation: learning did not improve on it"
         )
     if "whole_model" in manifest:
-        console.line(whole_model_in_words(manifest["whole_model"]))
+        console.line(held_out_view.whole_model_in_words(manifest["whole_model"]))
     warning = held_out_view.warning(manifest)
     if warning:
         console.note(warning)
     elif "held_out" in manifest:
         console.line(held_out_view.in_words(manifest["held_out"]))
     console.emit_json({"directory": str(directory), **manifest, **({"warning": warning} if warning else {})})
-
-
-def whole_model_in_words(found: "WholeModel") -> str:
-    """Return one line on the passes in which the whole model learned its rates or its kept weights."""
-    first, kept = found["divergence"][0], found["kept"]
-    if not kept:
-        return f"whole model: no pass was better than the start (KL divergence to dense {first:.4f}), which is kept"
-    return f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out"

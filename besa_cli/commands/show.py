@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from besa_cli.commands import prune as pruned
 from besa_cli.commands import quantize as quantized
 from besa_cli.commands.shared import held_out_view, options, panels
 from besa_cli.console import Console, human_bytes, human_share, short_names
@@ -167,7 +166,7 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     if manifest is not None and "quantization" in manifest:
         console.line(f"  {_grid(manifest)}")
     if manifest is not None and "whole_model" in manifest:
-        console.line(f"  {pruned.whole_model_in_words(manifest['whole_model'])}")
+        console.line(f"  {held_out_view.whole_model_in_words(manifest['whole_model'])}")
     if manifest is not None and "held_out" in manifest:
         console.line(f"  {held_out_view.warning(manifest) or held_out_view.in_words(manifest['held_out'])}")
     total = inspection.number_of_blocks(directory)

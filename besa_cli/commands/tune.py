@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 from besa_cli import models
-from besa_cli.commands.prune import whole_model_in_words
-from besa_cli.commands.shared import option_groups, options, panels, stage_command
+from besa_cli.commands.shared import held_out_view, option_groups, options, panels, stage_command
 from besa_cli.console import Console
 from besa_cli.errors import BesaError
 
@@ -95,5 +94,5 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         f"{directory}: {manifest['options']['model']} tuned, {counts['pruned']:,} of {counts['weights']:,} weights "
         f"pruned ({100 * counts['sparsity']:.4f} %)"
     )
-    console.line(whole_model_in_words(manifest["whole_model"]))
+    console.line(held_out_view.whole_model_in_words(manifest["whole_model"]))
     console.emit_json({"directory": str(directory), **manifest})

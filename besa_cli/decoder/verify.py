@@ -11,9 +11,24 @@ from besa_cli.decoder import architecture
 from besa_cli.decoder.conduct import TOLERANCE, following, not_causal, relative_error, require_finite
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.errors import BesaError
+from besa_cli.system import compute
 
 _CHECK_TOKENS = 32  # length of the samples on which stream and whole model are compared
 SMALL = 64 << 20  # bytes of weights up to which a model is always compared with stock transformers
+
+
+def room(peak: int, limit: int | None) -> int:
+    """Return the bytes that `verify` may take: no more than the work after it, or little.
+
+    Parameters
+    ----------
+    peak : int
+        Bytes of the process while it works.
+    limit : int, optional
+        Maximum bytes of the process.
+    """
+    most = max(peak, compute.resident() + SMALL)
+    return (most if limit is None else min(most, limit)) - compute.resident()
 
 
 def verify(decoder: Decoder, tokens: Tensor, *, room: int = SMALL) -> None:

@@ -11,7 +11,7 @@ from besa_cli.checkpoint.manifests import Compute
 from besa_cli.errors import UsageError
 from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.worker import StageWorker
-from besa_cli.models import Model, cache
+from besa_cli.models import Model
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.system.disk import JsonObject
 from besa_cli.system.ranks import Ranks
@@ -109,8 +109,7 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
         This rank has another model, other options or other libraries than the first.
     """
     source = weights.Weights(model.directory)
-    digest = weights.check(source)
-    cache.confirm(model.directory, digest)
+    digest = weights.check_source(source)
     told = world.broadcast_json(None)
     if told is None:
         return

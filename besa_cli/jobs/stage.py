@@ -16,7 +16,7 @@ from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
-from besa_cli.decoder.verify import SMALL, verify
+from besa_cli.decoder.verify import room, verify
 from besa_cli.jobs import ranks, stage_place
 from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
 from besa_cli.jobs.request import StageRequest
@@ -146,7 +146,7 @@ class StageJob:
         size = self._bytes_to_write(worker, memory)
         if self._place.is_new:
             preflight.require_space(self._directory, size)
-            verify(worker.decoder, self.calibration.tokens, room=self._room_for_checks(memory))
+            verify(worker.decoder, self.calibration.tokens, room=room(memory.peak, self.request.max_memory))
         memory = replace(memory, peak=max(memory.peak, compute.peak_resident()))
         return _WorkPlan(worker=worker, memory=memory, bytes_to_write=size, checking=compute.age())
 
@@ -214,12 +214,6 @@ class StageJob:
             return whole + draft + hidden
         left = self._stage.blocks - self._stage.finished()
         return (whole * left + draft * (self._stage.blocks - self._finished(worker))) // self._stage.blocks + hidden
-
-    def _room_for_checks(self, memory: memory_model.MemoryPlan) -> int:
-        """Return the bytes that checking the decoder may take: no more than the work after it, or little."""
-        limit = self.request.max_memory
-        most = max(memory.peak, compute.resident() + SMALL)
-        return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> forecast.Forecast:
         """Forecast memory, disk and time, from the model of memory and a trial of the first window.

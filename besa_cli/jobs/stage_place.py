@@ -13,7 +13,7 @@ from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.jobs import stage_manifest
 from besa_cli.jobs.request import Request
-from besa_cli.models import Model, cache
+from besa_cli.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,7 @@ def find(
             ownership.refuse_to_replace(place, sources)
     source = Weights(model.directory)
     extremes: dict[str, tuple[float, float]] = {}
-    digest = weights.check(source, extremes)
-    cache.confirm(model.directory, digest)
+    digest = weights.check_source(source, extremes)
     reading = time.perf_counter() - began
     preflight.refuse_damaged(model.directory, digest)
     new = stage_manifest.new_manifest(run, model, digest, calibration, request, ranks)

@@ -18,12 +18,12 @@ from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.tuning_states import TuningStates
 from besa_cli.checkpoint.weights import Weights
 from besa_cli.decoder.decoder import Decoder
-from besa_cli.decoder.verify import SMALL, verify
+from besa_cli.decoder.verify import room, verify
 from besa_cli.errors import BesaError
 from besa_cli.jobs import stage_place
 from besa_cli.jobs.timing import Timing
 from besa_cli.jobs.tune import TuneRequest
-from besa_cli.models import Model, cache
+from besa_cli.models import Model
 from besa_cli.stream import memory_model, tuning, windows
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import OnStep
@@ -115,7 +115,7 @@ class TuneJob:
         if self._place.is_new:
             settings["batch"] = self._memory.batch
             preflight.require_space(self._stage.directory, self._bytes_to_write)
-            verify(self._decoder, self._calibration.tokens, room=self._room_for_checks)
+            verify(self._decoder, self._calibration.tokens, room=room(self._memory.peak, self._request.max_memory))
         self._memory = replace(self._memory, peak=max(self._memory.peak, compute.peak_resident()))
 
     def _plan_memory(self) -> MemoryPlan:
@@ -172,13 +172,6 @@ class TuneJob:
         states = self._kept * tuning.STATE_BYTES * (2 if self._request.epochs == 1 else 3)  # one while it is replaced
         in_files = self._demand(self._memory.batch).hidden if self._memory.in_files else 0
         return whole * (self.number_of_blocks - left) // self.number_of_blocks + states + in_files
-
-    @property
-    def _room_for_checks(self) -> int:
-        """Bytes that checking the decoder may take: no more than the work after it, or little."""
-        limit = self._request.max_memory
-        most = max(self._memory.peak, compute.resident() + SMALL)
-        return (most if limit is None else min(most, limit)) - compute.resident()
 
     def forecast(self) -> Forecast:
         """Forecast memory, disk and time.
@@ -301,8 +294,7 @@ def _dense_weights(stage: Path, notify: Notify) -> Weights:
     """
     directory, digest = origins.dense(stage, notify)
     found = Weights(directory)
-    computed = weights.check(found)
-    cache.confirm(directory, computed)
+    computed = weights.check_source(found)
     if computed != digest:
         raise BesaError(
             f"the dense model in {directory} has changed since {stage} was made from it ({digest[:12]} then, "

@@ -1,9 +1,9 @@
-"""Result of the check on held-out samples in words, for `besa prune` and `besa show`."""
+"""Divergences from the dense model on held-out samples in words, for `besa prune`, `besa tune` and `besa show`."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from besa_cli.checkpoint.manifests import HeldOut, StageManifest
+    from besa_cli.checkpoint.manifests import HeldOut, StageManifest, WholeModel
 
 
 def in_words(found: "HeldOut") -> str:
@@ -13,6 +13,14 @@ def in_words(found: "HeldOut") -> str:
         f"KL divergence from the dense model: {kl} nats a token, {uniform} with uniform masks "
         f"(on {found['samples']} samples held out)"
     )
+
+
+def whole_model_in_words(found: "WholeModel") -> str:
+    """Return one line on the passes in which the whole model learned its rates or its kept weights."""
+    first, kept = found["divergence"][0], found["kept"]
+    if not kept:
+        return f"whole model: no pass was better than the start (KL divergence to dense {first:.4f}), which is kept"
+    return f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out"
 
 
 def warning(manifest: "StageManifest") -> str:

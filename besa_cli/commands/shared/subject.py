@@ -42,7 +42,7 @@ class Subject:
     directory : Path
     digest : str, optional
         Content digest that the manifest states; None for a model that is not part of a run.
-    parent : Subject, optional
+    baseline : Subject, optional
         Model that the stage is compared with: the dense one.
     results : Path, optional
         Directory of stored results.
@@ -51,7 +51,7 @@ class Subject:
     name: str
     directory: Path
     digest: str | None
-    parent: "Subject | None" = None
+    baseline: "Subject | None" = None
     results: Path | None = None
 
 
@@ -89,7 +89,7 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
         name=f"{manifest['options'].get('method', manifest['stage'])} {human_share(counts['sparsity'])}{bits}",
         directory=newest,
         digest=manifest["digest"],
-        parent=_baseline(newest, manifest, source.evaluations, console) if baseline else None,
+        baseline=_baseline(newest, manifest, source.evaluations, console) if baseline else None,
         results=source.evaluations,
     )
 
@@ -101,18 +101,16 @@ def _baseline(stage: Path, manifest: "StageManifest", results: Path, console: Co
     """
     from besa_cli.checkpoint import origins
 
-    origin = manifest["model"]
-    if not manifest["history"]:
-        return Subject(
-            name="dense", directory=origins.locate(origin, console.note), digest=origin["digest"], results=results
-        )
+    name = "dense"
     try:
         directory, content = origins.dense(stage, console.note)
     except BesaError as error:
+        if not manifest["history"]:  # there is no stage in between
+            raise
         console.note(f"compared with the model that it was made from, not with the dense one: {error}")
-        directory = origins.locate(origin, console.note)
-        return Subject(name="parent", directory=directory, digest=origin["digest"], results=results)
-    return Subject(name="dense", directory=directory, digest=content, results=results)
+        origin = manifest["model"]
+        name, directory, content = "parent", origins.locate(origin, console.note), origin["digest"]
+    return Subject(name=name, directory=directory, digest=content, results=results)
 
 
 def digest(subject: Subject) -> str:
@@ -124,17 +122,15 @@ def digest(subject: Subject) -> str:
         The digest of a stage differs from that of its manifest.
     """
     from besa_cli.checkpoint import preflight, weights
-    from besa_cli.models import cache
 
-    computed = weights.check(weights.Weights(subject.directory))
-    cache.confirm(subject.directory, computed)
+    computed = weights.check_source(weights.Weights(subject.directory))
     if subject.digest is not None:
         preflight.refuse_damaged(subject.directory, computed)
     return computed
 
 
-def refuse_changed(parent: Subject) -> None:
-    """Refuse a parent model that has changed since the stage was made from it.
+def refuse_changed(baseline: Subject) -> None:
+    """Refuse a model to compare with that has changed since the stage was made from it.
 
     Raises
     ------
@@ -142,14 +138,12 @@ def refuse_changed(parent: Subject) -> None:
         Its digest differs from that of the stage's manifest.
     """
     from besa_cli.checkpoint import weights
-    from besa_cli.models import cache
 
-    computed = weights.check(weights.Weights(parent.directory))
-    cache.confirm(parent.directory, computed)
-    if computed != parent.digest:
+    computed = weights.check_source(weights.Weights(baseline.directory))
+    if computed != baseline.digest:
         raise BesaError(
-            f"the model in {parent.directory} has changed since the stage was made from it "
-            f"({str(parent.digest)[:12]} then, {computed[:12]} now)",
+            f"the model in {baseline.directory} has changed since the stage was made from it "
+            f"({str(baseline.digest)[:12]} then, {computed[:12]} now)",
             "measure the stage alone with --no-baseline",
         )
 
