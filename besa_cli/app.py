@@ -20,6 +20,7 @@ from besa_cli.commands import eval_
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.export import export
 from besa_cli.commands.import_ import import_
+from besa_cli.commands.overview import overview
 from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
 from besa_cli.commands.run import run
@@ -40,7 +41,7 @@ _ON_RANKS = ("prune",)  # commands that several ranks can work on
 app = typer.Typer(
     name="besa",
     cls=HelpGroup,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     context_settings={"max_content_width": 110},
 )
@@ -72,7 +73,10 @@ def besa(
     """
     if isinstance(context.obj, ProcessSettings):
         context.obj.debug = debug
-        _join_ranks(context, context.obj)
+        if context.invoked_subcommand is not None:
+            _join_ranks(context, context.obj)
+    if context.invoked_subcommand is None:
+        overview(context)
 
 
 def _join_ranks(context: typer.Context, settings: ProcessSettings) -> None:
@@ -266,6 +270,9 @@ def _usage_line(error: typer.TyperException) -> tuple[str, str]:
     context: typer.Context | None = getattr(error, "ctx", None)
     hint = f"see '{context.command_path} --help'" if context is not None else "see 'besa --help'"
     message = " ".join(error.format_message().split())
+    option = getattr(error, "option_name", None)
+    if context is not None and isinstance(option, str) and hasattr(error, "possibilities"):
+        return _unknown_option(context, option, error.possibilities or (), hint)
     parameter, reasons = getattr(error, "param", None), _reasons(error.__cause__)
     if parameter is None or context is None:
         return message, hint
@@ -275,6 +282,20 @@ def _usage_line(error: typer.TyperException) -> tuple[str, str]:
         reason = _PLAIN_REASONS.get(str(reasons[0].get("type")), reason)
         message = f"invalid value '{reasons[0].get('input')}' for {name}: {reason}"
     return message + origin(context, parameter.name), hint
+
+
+def _unknown_option(context: typer.Context, option: str, similar: Sequence[str], hint: str) -> tuple[str, str]:
+    """Return message and hint for an unknown option: the nearest known one, or the commands that have it."""
+    if similar:
+        return f"No such option '{option}'. Did you mean '{similar[0]}'?", hint
+    having = [
+        f"{context.command_path} {name}"
+        for name, command in getattr(context.command, "commands", {}).items()
+        if any(option in (*parameter.opts, *parameter.secondary_opts) for parameter in command.params)
+    ]
+    if having:
+        hint = f"it is an option of {', '.join(having)}: type it after the command"
+    return f"No such option '{option}'", hint
 
 
 def _reasons(cause: BaseException | None) -> list[Mapping[str, object]]:

@@ -41,7 +41,7 @@ BudgetOption = Annotated[
 MethodOption = Annotated[str, panels.SPARSITY("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    panels.SPARSITY(
+    panels.ADVANCED(
         "--damping",
         "SparseGPT: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",
@@ -62,7 +62,7 @@ GlobalEpochsOption = Annotated[
 ]
 GlobalRateOption = Annotated[
     float | None,
-    panels.WHOLE_MODEL("--global-lr", "Learning rate of these passes.", "0.03", min=0.0, metavar="RATE"),
+    panels.ADVANCED("--global-lr", "Learning rate of the passes of --global-epochs.", "0.03", min=0.0, metavar="RATE"),
 ]
 UpdateOption = Annotated[
     choices.Update,
@@ -74,13 +74,15 @@ UpdateOption = Annotated[
 ]
 UpdateEpochsOption = Annotated[
     int | None,
-    panels.REPAIR("--update-epochs", "Passes over the samples of tune.", "1", min=1, max=options.MOST, metavar="N"),
+    panels.REPAIR(
+        "--update-epochs", "Passes over the samples of --update tune.", "1", min=1, max=options.MOST, metavar="N"
+    ),
 ]
 UpdateRateOption = Annotated[
     float | None,
-    panels.REPAIR(
+    panels.ADVANCED(
         "--update-lr",
-        "Learning rate of tune, relative to the size of a linear's weights.",
+        "Learning rate of --update tune, relative to the size of a linear's weights.",
         "0.01",
         min=0.0,
         metavar="RATE",
@@ -96,7 +98,7 @@ BitsOption = Annotated[
 ]
 ClipRateOption = Annotated[
     float | None,
-    panels.QUANTIZATION("--clip-lr", "Learning rate of the clipping strengths.", "0.03", min=0.0, metavar="RATE"),
+    panels.ADVANCED("--clip-lr", "Learning rate of the clipping strengths of --bits.", "0.03", min=0.0, metavar="RATE"),
 ]
 
 
@@ -131,7 +133,7 @@ class BesaGroup:
         ),
     ] = None
     importance: Annotated[
-        choices.Importance | None, panels.BESA("--importance", "Score that ranks the weights of a row.", "wanda")
+        choices.Importance | None, panels.ADVANCED("--importance", "Score that ranks the weights of a row.", "wanda")
     ] = None
     target: Annotated[
         choices.Target | None,
@@ -157,16 +159,16 @@ class BesaGroup:
         int | None, panels.BESA("--batch-size", "Samples per learning step.", "1", min=1, metavar="N")
     ] = None
     optimizer: Annotated[
-        choices.Optimizer | None, panels.BESA("--optimizer", "Optimizer of the mixture logits.", "adamw")
+        choices.Optimizer | None, panels.ADVANCED("--optimizer", "Optimizer of the mixture logits.", "adamw")
     ] = None
     lr: Annotated[float | None, panels.BESA("--lr", "Learning rate.", "1", min=0.0, metavar="RATE")] = None
     d_coef: Annotated[
         float | None,
-        panels.BESA("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
+        panels.ADVANCED("--d-coef", "Prodigy: factor on its estimated learning rate.", "1", min=0.0, metavar="FACTOR"),
     ] = None
     penalty: Annotated[
         float | None,
-        panels.BESA(
+        panels.ADVANCED(
             "--penalty",
             "Use a soft sparsity penalty of this weight instead of meeting the budget at every step "
             "(0: meet it only at the end).",
@@ -176,7 +178,7 @@ class BesaGroup:
     ] = None
     candidates: Annotated[
         int | None,
-        panels.BESA(
+        panels.ADVANCED(
             "--candidates", "The candidate sparsities are 0, 1/D, 2/D, ... 1.", "100", min=1, max=1000, metavar="D"
         ),
     ] = None

@@ -30,7 +30,7 @@ BitsOption = Annotated[int, panels.QUANTIZATION("--bits", "Bits of a weight: 2, 
 MethodOption = Annotated[str, panels.QUANTIZATION("--method", f"{_METHODS}.", metavar="NAME")]
 DampingOption = Annotated[
     float | None,
-    panels.QUANTIZATION(
+    panels.ADVANCED(
         "--damping",
         "GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
         "0.01",

@@ -188,6 +188,27 @@ def test_lists_of_commands_show_whole_sentences(besa: Besa) -> None:
         assert all(entry.rstrip().endswith(".") for entry in entries)
 
 
+@pytest.mark.parametrize(
+    ("stated", "shown"),
+    [
+        ("Text.  [default: (128); x<=1000000]", "Text.  [default: 128]"),
+        ("Text.  [default: (1 (one)); 1<=x<=1000]", "Text.  [default: 1 (one); 1 to 1000]"),
+        ("Text.  [env var: A; default: a; x>=0.0]", "Text.  [env var: A; default: a; 0 or more]"),
+        ("Text.  [0<=x<=1000000]", "Text.  [0 or more]"),
+        ("Text.  [x<=1000000]", "Text."),
+        ("Text [of] it.", "Text [of] it."),
+        ("Text.", "Text."),
+    ],
+)
+def test_defaults_and_ranges_are_shown_as_a_person_writes_them(stated: str, shown: str) -> None:
+    assert panels.in_words(stated) == shown
+
+
+def test_what_is_rarely_used_comes_last(besa: Besa) -> None:
+    titles = list(sections(besa("prune", "--help").out))
+    assert titles[-2:] == ["Advanced", "Examples"]
+
+
 def test_examples_are_the_lines_below_their_title() -> None:
     text = "Do it.\n\nMore of it.\n\nExamples:\n\n    besa one\n    besa two --three\n"
     assert panels.examples(text) == ["besa one", "besa two --three"]

@@ -57,7 +57,7 @@ class SampleGroup(CalibrationRequest):
 
     data: Annotated[
         list[str] | None,
-        panels.DATA(
+        panels.CALIBRATION(
             "--data",
             "Calibration text: c4, wikitext2, ptb, bundled, or a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
             "c4",
@@ -65,14 +65,15 @@ class SampleGroup(CalibrationRequest):
         ),
     ] = None
     samples: Annotated[
-        int | None, panels.DATA("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
+        int | None, panels.CALIBRATION("--samples", "Calibration samples.", "128", max=options.MOST, metavar="N")
     ] = None
     seqlen: Annotated[
-        int | None, panels.DATA("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N")
+        int | None,
+        panels.CALIBRATION("--seqlen", "Tokens per sample.", "2048, or the model's maximum if less", metavar="N"),
     ] = None
     pack: Annotated[
         bool | None,
-        panels.DATA(
+        panels.CALIBRATION(
             "--pack/--no-pack",
             "Join short documents into full samples, or draw each sample from one document that is long enough.",
             "pack if the documents of the data are short",
@@ -88,7 +89,7 @@ class CalibrationGroup(SampleGroup):
 
     shared: Annotated[
         Path | None,
-        panels.DATA(
+        panels.CALIBRATION(
             "--calibration",
             "Use the finished calibration set in this directory.",
             metavar="DIR",

@@ -12,7 +12,7 @@ from besa_cli.models import DEMO
 DEFAULT_MODEL = DEMO
 DEFAULT_RUN = Path("besa-run")
 
-MOST = 1_000_000  # upper limit of options that count steps or tokens; more would take years
+MOST = panels.MOST
 
 
 def expand_home(value: Path | list[Path] | None) -> Path | list[Path] | None:

@@ -5,6 +5,7 @@ as plain text.
 """
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
+MOST = 1_000_000  # upper limit of options that count steps or tokens; more would take years
+
 _EXAMPLES = "\n\nExamples:\n\n"  # heading in the docstring of a command; indented command lines follow
+_LIMITS = re.compile(r"(?:([\d.]+)<=)?x<=(\d+)|x>=([\d.]+)")
 _WIDEST = 27  # characters of the column of names; the text of a wider name begins on the next line
 
 
@@ -44,19 +48,21 @@ class Panel:
 
 
 DATA = Panel("Model and data")
-SPARSITY = Panel("Sparsity")
-BESA = Panel("BESA")
+CALIBRATION = Panel("Calibration")
+SPARSITY = Panel("What to prune")
+BESA = Panel("How to learn")
 WHOLE_MODEL = Panel("Whole model")
 REPAIR = Panel("Repair")
-QUANTIZATION = Panel("Quantization")
+QUANTIZATION = Panel("Few bits")
 CLIPPING = Panel("Learned clipping")
 MEASUREMENT = Panel("Measurement")
 SIMULATION = Panel("Simulation")
 EXPORT = Panel("Format")
 HUB = Panel("Hugging Face hub")
-COMPUTE = Panel("Compute")
+COMPUTE = Panel("Machine")
 RUN = Panel("Run")
 OUTPUT = Panel("Output")
+ADVANCED = Panel("Advanced")  # shown last
 
 
 class _WithExamples:
@@ -87,13 +93,15 @@ class HelpCommand(_WithExamples, TyperCommand):
 
     @override
     def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
-        """Write a section for each panel, all with the same two columns; options without a panel join the last one."""
+        """Write a section for each panel, all with the same two columns; options without a panel join the output's."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 title, name = _panel(parameter), record[0].partition(" <list")[0]
-                sections.setdefault(title, []).append((name, record[1]))
+                sections.setdefault(title, []).append((name, in_words(record[1])))
+        if ADVANCED.title in sections:
+            sections[ADVANCED.title] = sections.pop(ADVANCED.title)
         names = [name for records in sections.values() for name, _ in records]
         width = max(len(name) for name in names if len(name) <= _WIDEST)
         for title, records in sections.items():
@@ -103,6 +111,33 @@ class HelpCommand(_WithExamples, TyperCommand):
 
 class HelpGroup(_WithExamples, TyperGroup):
     """Group of commands whose help has examples."""
+
+
+def in_words(text: str) -> str:
+    """Return the help text of an option with its default and its range as a person writes them.
+
+    ``[default: (128); x<=1000000]`` becomes ``[default: 128]``, ``1<=x<=1000`` becomes ``1 to 1000``, ``x>=0`` becomes
+    ``0 or more``. The upper limit `MOST` is not shown.
+    """
+    about, bracket, details = text.rpartition("  [")
+    if not bracket or not details.endswith("]"):
+        return text
+    parts = [_plain_detail(part) for part in details[:-1].split("; ")]
+    shown = "; ".join(part for part in parts if part)
+    return f"{about}  [{shown}]" if shown else about
+
+
+def _plain_detail(detail: str) -> str:
+    """Return one of the details that Typer shows after the help text; empty for an upper limit alone."""
+    default, limits = re.fullmatch(r"default: \((.*)\)", detail), _LIMITS.fullmatch(detail)
+    if default:
+        return f"default: {default[1]}"
+    if not limits:
+        return detail
+    least, most = ((number or "").removesuffix(".0") for number in (limits[1] or limits[3], limits[2]))
+    if not least:
+        return ""
+    return f"{least} to {most}" if most and int(most) < MOST else f"{least} or more"
 
 
 def examples(text: str | None) -> list[str]:
