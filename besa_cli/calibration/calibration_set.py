@@ -2,37 +2,28 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from besa_cli import __version__
-from besa_cli.calibration import sampling
+from besa_cli.calibration import drawing, sampling
 from besa_cli.checkpoint import manifests, ownership, swap, weights
 from besa_cli.errors import BesaError, UsageError, reason_of
 from besa_cli.system.disk import MANIFEST, publish, save_tensors, write_json
 from besa_cli.system.notes import Notify
-from besa_cli.text import corpora, documents, hub_files, token_rows, tokenizing
-from besa_cli.text.spool import Text
+from besa_cli.text import chat, corpora, documents, hub_files, mixture, token_rows
 
 FORMAT = 1
 SHORTEST = 2  # tokens of a window: at least one token and the next one, which it predicts
 _TOKENS = "tokens.safetensors"
 _FILES = (_TOKENS, MANIFEST)
-
-
-class SampleTokenizer(tokenizing.Tokenizer, Protocol):
-    """Protocol of the tokenizers used for sampling; those of transformers satisfy it."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Id of the end-of-text token, which separates packed documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +33,10 @@ class CalibrationOptions:
     Parameters
     ----------
     data : tuple of str, default=("c4",)
-        Names (`corpora.SOURCES`) or files; the documents of all sources form one pool.
+        Names (`corpora.SOURCES`) or files; the documents of all sources form one pool. With weights (``c4:0.7``) each
+        source gives its share of the samples.
+    text_column : str, optional
+        Field or column of the files with the texts or the messages.
     samples : int, default=128
         Number of token windows.
     seqlen : int, default=2048
@@ -51,7 +45,7 @@ class CalibrationOptions:
         Seed of the sampling, not negative.
     pack : bool or None, default=None
         True: shuffle and join the documents and cut them into full windows. False: draw windows from documents longer
-        than `seqlen`. None packs if bundled text is among the sources, since most of its documents are short.
+        than `seqlen`. None packs if bundled text or conversations are among the sources, since most of them are short.
 
     Raises
     ------
@@ -60,6 +54,7 @@ class CalibrationOptions:
     """
 
     data: tuple[str, ...] = ("c4",)
+    text_column: str | None = None
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -74,9 +69,17 @@ class CalibrationOptions:
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative", "give 0 or more")
 
+    @property
+    def sources(self) -> tuple[mixture.Source, ...]:
+        """The sources of `data`, with their weights."""
+        return mixture.parse(self.data, corpora.SOURCES)
+
     def record(self) -> manifests.Options:
-        """Return the options as JSON data."""
-        return {**asdict(self), "data": [documents.printable(name) for name in self.data]}
+        """Return the options as JSON data; a column that is not named is left out."""
+        record = {**asdict(self), "data": [documents.printable(name) for name in self.data]}
+        if self.text_column is None:
+            del record["text_column"]
+        return record
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,8 +111,9 @@ class CalibrationSet:
 
 def build(
     options: CalibrationOptions,
-    tokenizer: SampleTokenizer,
+    tokenizer: drawing.SampleTokenizer,
     *,
+    write: drawing.Write | None = None,
     tokenizer_digest: str,
     max_length: int | None,
     vocab_size: int,
@@ -124,6 +128,8 @@ def build(
     options : CalibrationOptions
     tokenizer : SampleTokenizer
         The model's tokenizer.
+    write : callable, optional
+        Lets the model write samples itself, for the source ``self``.
     tokenizer_digest : str
         Digest of the tokenizer, for the manifest.
     max_length : int or None
@@ -145,21 +151,40 @@ def build(
         A source cannot be read or reached, holds too little text, or does not fit the model.
     """
     _check_length(options.seqlen, max_length)
-    row_files = corpora.check_sources(options.data, data_dir)
+    sources = options.sources
+    row_files = corpora.check_sources([source.name for source in sources], data_dir, options.text_column)
+    _check_combination(options, sources, row_files)
     if row_files:
-        if options.pack:
-            raise UsageError(
-                "--pack cannot be combined with token rows", "leave --pack out: the rows are the samples already"
-            )
         sizes = {"samples": options.samples, "seqlen": options.seqlen, "vocab_size": vocab_size}
         from_files = token_rows.read_rows(row_files, **sizes, held_out=sampling.HELD_OUT, notify=notify)
         tokens, others = _tensor(from_files.rows, vocab_size), from_files.held_out
-        sources = cast("list[manifests.SourceRecord]", list(from_files.sources))
-        origin: manifests.CalibrationOrigin = {"sources": sources, "sampling": "token rows"}
+        records = cast("list[manifests.SourceRecord]", list(from_files.sources))
+        origin: manifests.CalibrationOrigin = {"sources": records, "sampling": "token rows"}
     else:
-        hub = hub or hub_files.from_environment()
-        opened = [corpora.open_source(name, data_dir=data_dir, hub=hub, notify=notify) for name in options.data]
-        drawn, origin = _sample(options, tokenizer, opened, notify)
+        sampler = drawing.Sampler(
+            tokenizer=tokenizer, seqlen=options.seqlen, seed=options.seed, pack=options.pack, notify=notify
+        )
+        open_source = partial(
+            corpora.open_source,
+            data_dir=data_dir,
+            hub=hub or hub_files.from_environment(),
+            notify=notify,
+            column=options.text_column,
+            template=cast("chat.Template", tokenizer),
+        )
+
+        def draw(sources: Sequence[mixture.Source], samples: int, held_out: int) -> drawing.Drawn:
+            if write is not None and sources[0].name == corpora.SELF:
+                return write(samples, held_out)
+            return sampler.draw([open_source(source.name) for source in sources], samples, held_out)
+
+        sizes = {"samples": options.samples, "held_out": sampling.HELD_OUT}
+        if sources[0].weight is None:
+            drawn, origin = draw(sources, **sizes)
+        else:
+            drawn, origin = drawing.draw_mixture(
+                sources, lambda source, *counts: draw([source], *counts), **sizes, seed=options.seed, notify=notify
+            )
         tokens = _tensor(drawn.tokens, vocab_size)
         others = drawn.held_out
     held_out = _tensor(others, vocab_size) if others else None
@@ -174,6 +199,30 @@ def _check_length(seqlen: int, max_length: int | None) -> None:
         raise UsageError(
             f"--seqlen {seqlen} exceeds the {max_length} tokens that the model supports",
             f"give --seqlen {max_length} or less",
+        )
+
+
+def _check_combination(
+    options: CalibrationOptions, sources: Sequence[mixture.Source], row_files: Sequence[Path]
+) -> None:
+    """Refuse options that exclude each other."""
+    if row_files and options.pack:
+        raise UsageError(
+            "--pack cannot be combined with token rows", "leave --pack out: the rows are the samples already"
+        )
+    if row_files and sources[0].weight is not None:
+        raise UsageError(f"--data {sources[0].asked} holds token rows, which have no weights", "leave the weight out")
+    own = any(source.name == corpora.SELF for source in sources)
+    if own and len(sources) > 1 and sources[0].weight is None:
+        others = next(source.asked for source in sources if source.name != corpora.SELF)
+        raise UsageError(
+            f"--data {corpora.SELF} and --data {others} need weights: the model writes samples, not documents",
+            f"--data {corpora.SELF}:0.5 --data {others}:0.5 takes half of the samples from each",
+        )
+    if own and len(sources) == 1 and options.pack is not None:
+        raise UsageError(
+            f"--{'' if options.pack else 'no-'}pack has no effect with --data {corpora.SELF}",
+            "leave it out: the model writes full samples",
         )
 
 
@@ -199,56 +248,6 @@ def _manifest(
 def tokens_digest(tokens: Tensor) -> str:
     """Return the SHA-256 of token ids as little-endian 64-bit integers, row after row."""
     return hashlib.sha256(tokens.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def _sample(
-    options: CalibrationOptions, tokenizer: SampleTokenizer, opened: Sequence[corpora.Corpus], notify: Notify
-) -> tuple[sampling.Windows, manifests.CalibrationOrigin]:
-    """Sample the windows; returns them with the manifest's entries on sources and sampling."""
-    encode = tokenizing.Encoder(tokenizer)
-    with_bundled = any(corpus.source == "bundled" for corpus in opened)
-    packed = with_bundled if options.pack is None else options.pack
-    for corpus in opened:
-        if corpus.note:
-            notify(corpus.note + (", packed to full windows" if packed else ""))
-    pool = sampling.Joined([corpus.documents for corpus in opened])
-    sizes = {"samples": options.samples, "seqlen": options.seqlen, "held_out": sampling.HELD_OUT}
-    if not packed:
-        drawn = sampling.draw(pool, encode, seed=options.seed, **sizes)
-        sources = [_source(corpus) for corpus in opened]
-        return drawn, {"sources": sources, "sampling": "documents", "documents": drawn.documents}
-    books: list[corpora.Corpus] = []
-    texts = chain(sampling.shuffled(pool, options.seed), _books(opened, books) if with_bundled else ())
-    separator = tokenizer.eos_token_id
-    packed_windows = sampling.pack(texts, encode, separator=separator, **sizes)
-    return packed_windows, {
-        "sources": [_source(corpus) for corpus in (*opened, *books)],
-        "sampling": "packed",
-        "documents": packed_windows.documents,
-        "separator": separator,
-    }
-
-
-def _books(opened: Sequence[corpora.Corpus], used: list[corpora.Corpus]) -> Iterator[Text]:
-    """Yield the texts of the bundled books; each book is appended to `used` when it is read."""
-    asked = next(corpus.asked for corpus in opened if corpus.source == "bundled")
-    for name in corpora.BOOKS:
-        used.append(corpora.book(name, asked))
-        yield from used[-1].documents
-
-
-def _source(corpus: corpora.Corpus) -> manifests.SourceRecord:
-    source: manifests.SourceRecord = {
-        "asked": corpus.asked,
-        "source": corpus.source,
-        "file": corpus.file,
-        "sha256": corpus.digest,
-    }
-    if corpus.source == "file":
-        source["asked"] = corpus.file  # the name alone: a path would reveal the user's directories
-    if corpus.revision is not None:
-        source["revision"] = corpus.revision
-    return {**source, "documents": len(corpus.documents)}
 
 
 def _tensor(rows: Sequence[Sequence[int]], vocab_size: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Calibration sets for a model: its tokenizer and limits, and the checks before an existing set is reused."""
 
+from array import array
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from besa_cli.calibration import calibration_set
+from besa_cli.calibration import calibration_set, drawing, own_text, sampling
 from besa_cli.calibration.request import CalibrationRequest
 from besa_cli.checkpoint import manifests
 from besa_cli.decoder import architecture
@@ -53,6 +54,7 @@ def calibrate(
     *,
     restart: bool = False,
     keep: bool = True,
+    machine: own_text.Machine | None = None,
 ) -> calibration_set.CalibrationSet:
     """Make the calibration set in `directory`, or reuse the existing one if it was made with the same options.
 
@@ -70,7 +72,9 @@ def calibrate(
     restart : bool, default=False
         Replace an existing set.
     keep : bool, default=True
-        Write the set to `directory`.
+        Write the set to `directory`; without it, stand-ins take the place of samples that the model would write.
+    machine : Machine, optional
+        Where the model computes if it writes samples itself.
 
     Raises
     ------
@@ -79,18 +83,24 @@ def calibrate(
     """
     if (directory / MANIFEST).exists() and not restart:
         existing = reuse(model, directory)
-        _refuse_difference(existing, options, directory)
+        _refuse_difference(existing, model, options, directory)
         notify(f"the calibration set in {directory} was made with the same options: reused")
         return existing
     calibration_set.refuse_foreign(directory)
     config = architecture.config_of(model.directory)
     tokenizer = LazyTokenizer(model, notify)
-    kinds = {documents.suffix(Path(name)) for name in options.data}
+    kinds = {documents.suffix(Path(source.name)) for source in options.sources}
     if not kinds <= {".jsonl", ".jsonl.gz"}:  # these may hold token ids, which need no tokenizer
         tokenizer.load()
+    rows = directory.with_name(f".{directory.name}.self")
+    writer = own_text.Writer(
+        model=model, tokenizer=tokenizer, seqlen=options.seqlen, seed=options.seed, notify=notify,
+        machine=machine or own_text.Machine(), directory=rows,
+    )  # fmt: skip
     new = calibration_set.build(
         options,
         tokenizer,
+        write=writer.write if keep else partial(_stand_ins, model, options.seqlen),
         tokenizer_digest=tokenizer_digest(model.directory),
         max_length=architecture.maximum_length(config),
         vocab_size=config.get_text_config().vocab_size,
@@ -102,7 +112,16 @@ def calibrate(
     if keep:
         calibration_set.save(new, directory)
         new = replace(new, directory=directory)
+        writer.clear()
     return new
+
+
+def _stand_ins(model: Model, seqlen: int, samples: int, held_out: int) -> drawing.Drawn:
+    """Return rows in place of those that the model would write."""
+    vocabulary = architecture.config_of(model.directory).get_text_config().vocab_size
+    row = array("q", [index % vocabulary for index in range(seqlen)])
+    windows = sampling.Windows(tokens=[row] * samples, documents=samples, held_out=[row] * held_out)
+    return windows, {"sources": [], "sampling": "stand-ins"}
 
 
 def unobserved(model: Model) -> calibration_set.CalibrationSet:
@@ -149,20 +168,26 @@ def reuse(model: Model, directory: Path) -> calibration_set.CalibrationSet:
 
 
 def _refuse_difference(
-    existing: calibration_set.CalibrationSet, options: calibration_set.CalibrationOptions, directory: Path
+    existing: calibration_set.CalibrationSet,
+    model: Model,
+    options: calibration_set.CalibrationOptions,
+    directory: Path,
 ) -> None:
-    """Refuse a calibration set made with other options, or from files that have changed since."""
-    used = existing.manifest["options"]
+    """Refuse a calibration set made with other options, written by another model, or from files changed since."""
+    used, wanted = existing.manifest["options"], options.record()
     hint = "give --run NAME to keep both, or --restart to replace it"
     different = [
-        f"{name} {_text(used.get(name))} instead of {_text(value)}"
-        for name, value in options.record().items()
-        if used.get(name) != value
+        f"{name.replace('_', '-')} {_text(used.get(name))} instead of {_text(wanted.get(name))}"
+        for name in {**wanted, **used}
+        if used.get(name) != wanted.get(name)
     ]
+    author = existing.manifest.get("model", {}).get("name", model.name)
+    if author != model.name and any(source.name == corpora.SELF for source in options.sources):
+        different.append(f"written by {author} instead of {model.name}")
     if different:
         raise BesaError(f"the calibration set in {directory} was made with other options: {'; '.join(different)}", hint)
     known = {source["sha256"] for source in existing.manifest["sources"]}
-    for name in options.data:
+    for name in (source.name for source in options.sources):
         path = documents.local_path(name)
         if name in corpora.SOURCES or not path.is_file():  # the stored tokens make the text unnecessary
             continue
@@ -211,6 +236,32 @@ class LazyTokenizer:
     def backend_tokenizer(self) -> object:
         """The underlying tokenizer of the `tokenizers` library."""
         return self._tokenizer.backend_tokenizer
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        value: int | None = self._tokenizer.bos_token_id
+        return value
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        return list(self._tokenizer.all_special_ids)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, object]:
+        """Added tokens by their ids."""
+        return dict(self._tokenizer.added_tokens_decoder)
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """Template of conversations; None without one."""
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
+        return template
+
+    def apply_chat_template(self, conversation: list[JsonObject], **options: Any) -> Any:
+        """Write out a conversation."""
+        return self._tokenizer.apply_chat_template(conversation, **options)
 
     def __call__(self, text: str, **options: Any) -> "BatchEncoding":
         """Tokenize a text; returns a mapping with the token ids under ``input_ids``."""

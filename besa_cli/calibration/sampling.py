@@ -14,6 +14,7 @@ from itertools import accumulate, islice
 from typing import Protocol
 
 from besa_cli.errors import BesaError
+from besa_cli.text.chat import Conversation
 from besa_cli.text.spool import Numbers, Text
 
 Encode = Callable[[Text], Iterable[int]]
@@ -213,7 +214,8 @@ def pack(
     samples, seqlen : int
         Number of windows, and tokens per window.
     separator : int or None
-        The token between two documents (the tokenizer's EOS); not added if the tokenizer already appends it.
+        The token between two documents (the tokenizer's EOS); not added if the tokenizer already appends it, nor after
+        a conversation, whose own last token its template has written.
     held_out : int
         Windows to cut after these; fewer if the text ends.
 
@@ -224,10 +226,12 @@ def pack(
     """
     stream: array[int] = array("q")
     needed, wanted = samples * seqlen, (samples + held_out) * seqlen
-    count = 0
-    for number, text in enumerate(documents):
-        if separator is not None and number and stream and stream[-1] != separator:
+    count, previous = 0, None
+    for text in documents:
+        ended = previous is None or isinstance(previous, Conversation)
+        if separator is not None and not ended and stream and stream[-1] != separator:
             stream.append(separator)
+        previous = text
         count += len(stream) < needed
         stream.extend(islice(encode(text), min(max(wanted - len(stream), 0), sys.maxsize)))
         if len(stream) >= wanted:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -293,8 +293,12 @@ def command_line(command: str, options: Mapping[str, object], run: Path | None =
     return shlex.join(words)
 
 
-def _data(source: Json) -> str:
-    return "bundled" if source["source"] == "bundled" else str(source["asked"])
+def _available(value: str, replaced: Collection[str]) -> str:
+    """Return a value of ``--data`` with the bundled text in place of a data set that it replaced."""
+    name, colon, weight = value.rpartition(":")
+    if value in replaced:
+        return "bundled"
+    return f"bundled{colon}{weight}" if name in replaced else value
 
 
 def options_to_repeat(manifest: Json) -> JsonObject:
@@ -305,8 +309,9 @@ def options_to_repeat(manifest: Json) -> JsonObject:
     if model.get("revision") and "@" not in str(options["model"]):
         options["model"] = f"{options['model']}@{model['revision']}"
     sources = manifest.get("calibration", {}).get("sources", manifest.get("sources", []))
-    if "data" in options and any(source["source"] == "bundled" for source in sources):  # it may replace c4
-        options["data"] = list(dict.fromkeys(_data(source) for source in sources))
+    replaced = {source["asked"] for source in sources if source["source"] == "bundled"}  # c4, where it was not reached
+    if "data" in options and replaced:
+        options["data"] = [_available(value, replaced) for value in options["data"]]
     resolved = manifest.get("compute", {})
     for name in ("device", "dtype"):
         if name in options and name in resolved:

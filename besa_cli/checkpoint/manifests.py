@@ -31,7 +31,11 @@ Options = dict[str, str | int | float | bool | list[str | int] | None]
 
 @strict
 class SourceRecord(TypedDict):
-    """A text or a file of token rows that calibration samples come from."""
+    """A text or a file of token rows that calibration samples come from, or the model that wrote them.
+
+    `chat_template` is the digest of the template that wrote out a file of conversations. `weight`, `samples` and
+    `sampling` say what a source of a mixture contributes. `device` and `dtype` are those that the model wrote with.
+    """
 
     asked: str
     source: str
@@ -41,6 +45,12 @@ class SourceRecord(TypedDict):
     documents: NotRequired[Count]
     rows: NotRequired[Count]
     padded: NotRequired[Count]
+    chat_template: NotRequired[Digest]
+    weight: NotRequired[str]
+    samples: NotRequired[Positive]
+    sampling: NotRequired[str]
+    device: NotRequired[str]
+    dtype: NotRequired[str]
 
 
 @strict

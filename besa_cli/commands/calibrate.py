@@ -26,7 +26,7 @@ def calibrate(
 
         besa calibrate --data bundled --samples 32 --seqlen 512
         besa calibrate --model Qwen/Qwen3-0.6B --data wikitext2 --run qwen
-        besa calibrate --data notes.txt --data more.jsonl --pack
+        besa calibrate --data bundled:0.7 --data chat.jsonl:0.3
     """
     from besa_cli.calibration import calibration_set, prepare
     from besa_cli.system import lock
@@ -47,10 +47,12 @@ def _show(calibration: "CalibrationSet", console: Console, directory: str) -> No
     console.line(
         f"{samples} samples of {seqlen} tokens ({manifest['sampling']}, seed {manifest['seed']}) in {directory}"
     )
-    columns = ("asked", "source", "file", "documents", "sha256")
+    mixed = manifest["sampling"] == "mixture"
+    columns = ("asked", *(["samples"] if mixed else []), "source", "file", "documents", "sha256")
     rows = [
         (
             source["asked"],
+            *([source["samples"]] if mixed else []),
             source["source"],
             source["file"],
             source.get("documents", source.get("rows")),

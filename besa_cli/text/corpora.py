@@ -14,7 +14,7 @@ from typing import Literal
 from besa_cli.errors import BesaError, UsageError, unknown
 from besa_cli.system.disk import sha256_file
 from besa_cli.system.notes import Notify
-from besa_cli.text import documents, hub_files, token_rows
+from besa_cli.text import chat, documents, hub_files, token_rows
 from besa_cli.text.spool import Text
 
 BUNDLED = {  # name: SHA-256 of the unpacked bytes; described in data/LICENSES.md
@@ -50,6 +50,8 @@ class Corpus:
         Commit on the hub.
     note : str or None, default=None
         Message for the user if this text replaces the requested one, with the reason.
+    template : str or None, default=None
+        SHA-256 of the chat template that wrote the documents, if they are conversations.
     """
 
     asked: str
@@ -59,6 +61,7 @@ class Corpus:
     documents: Sequence[Text]
     revision: str | None = None
     note: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +149,21 @@ _NAMED = {
         joint=" ",
     ),
 }
-SOURCES = (*_NAMED, "bundled")  # values of --data beside files
+SELF = "self"  # text that the model writes itself
+SOURCES = (*_NAMED, "bundled", SELF)  # values of --data beside files
 
 
-def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]:
-    """Validate the values of ``--data`` before reading any text.
+def check_sources(names: Sequence[str], data_dir: Path | None, column: str | None = None) -> Sequence[Path]:
+    """Validate the sources of ``--data`` before reading any text.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Values of ``--data`` without their weights.
+    data_dir : Path or None
+        First place to look for the official files of named data sets.
+    column : str, optional
+        Field or column with the documents of the files, which then hold no token rows.
 
     Returns
     -------
@@ -161,7 +174,7 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
     ------
     UsageError
         There is no source, an unknown one (the nearest known one is named), a file of an unknown type, text mixed
-        with token rows, or `data_dir` is not a directory.
+        with token rows, a column without a file that has columns, or `data_dir` is not a directory.
     BesaError
         A file is missing, empty, or invalid in its first line.
     """
@@ -169,14 +182,27 @@ def check_sources(names: Sequence[str], data_dir: Path | None) -> Sequence[Path]
         raise UsageError("no --data given", f"known: {', '.join(SOURCES)}, or {documents.FILE_KINDS}")
     documents.check_directory(data_dir)
     files = [named_file(name, "data source", SOURCES) for name in names if name not in SOURCES]
-    rows = [path for path in files if token_rows.holds_rows(path)]
+    if column is not None and all(documents.suffix(path) == ".txt" for path in files):
+        raise UsageError(
+            f"--text-column {column} has no effect: no file of --data has fields or columns",
+            "leave it out, or give a .jsonl, .jsonl.gz or .parquet file",
+        )
+    rows = [path for path in files if column is None and token_rows.holds_rows(path)]
     if rows and len(rows) < len(names):
         raise UsageError(f"--data {rows[0]} holds token rows, other sources hold text", "give only one of the two")
     return rows
 
 
-def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:
-    """Open the documents of one value of ``--data``.
+def open_source(
+    name: str,
+    *,
+    data_dir: Path | None,
+    hub: hub_files.Hub,
+    notify: Notify,
+    column: str | None = None,
+    template: chat.Template | None = None,
+) -> Corpus:
+    """Open the documents of one source of ``--data``.
 
     Parameters
     ----------
@@ -188,6 +214,10 @@ def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify:
         Second place to look for them.
     notify : callable
         Called with a one-line note when a file is fetched.
+    column : str, optional
+        Field or column with the documents of a file.
+    template : Template, optional
+        The model's tokenizer, which writes out conversations.
 
     Raises
     ------
@@ -197,10 +227,7 @@ def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify:
     if name == "bundled":
         return bundled(name)
     if name not in _NAMED:
-        path = named_file(name, "data source", SOURCES)
-        texts = documents.read_documents(path)
-        printable_name = documents.printable(path.name)
-        return Corpus(asked=name, source="file", file=printable_name, digest=sha256_file(path), documents=texts)
+        return _open_file(name, notify, column, template)
     try:
         return _open_named(name, data_dir, hub, notify)
     except hub_files.Unreachable as error:
@@ -211,6 +238,15 @@ def open_source(name: str, *, data_dir: Path | None, hub: hub_files.Hub, notify:
             ) from error
         note = f"c4 cannot be reached ({error.reason}; to use it, {remedy}): using bundled text instead"
         return replace(bundled(name), note=note)
+
+
+def _open_file(name: str, notify: Notify, column: str | None, template: chat.Template | None) -> Corpus:
+    path = named_file(name, "data source", SOURCES)
+    make = functools.partial(Corpus, asked=name, source="file", file=documents.printable(path.name))
+    if template is not None and chat.holds_conversations(path, column):
+        texts = chat.read(path, template, notify, column)
+        return make(digest=sha256_file(path), documents=texts, template=chat.digest(template))
+    return make(digest=sha256_file(path), documents=documents.read_documents(path, column=column or documents.COLUMN))
 
 
 def _open_named(name: str, data_dir: Path | None, hub: hub_files.Hub, notify: Notify) -> Corpus:

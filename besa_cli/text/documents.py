@@ -13,6 +13,7 @@ from besa_cli.text import row_files
 from besa_cli.text.spool import LongText, Text, Texts, parts
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+COLUMN = "text"  # field or column with a document, unless another one is named
 FILE_KINDS = "a .txt, .jsonl, .jsonl.gz or .parquet file"
 _HELD = 4 << 20  # bytes of the longest text kept in memory; longer ones are read again in parts when needed
 _PART = 1 << 20  # bytes read at a time
@@ -113,7 +114,7 @@ def _check_regular(path: Path) -> None:
     row_files.opened(path).close()
 
 
-def read_documents(path: Path, *, column: str = "text") -> Sequence[Text]:
+def read_documents(path: Path, *, column: str = COLUMN) -> Sequence[Text]:
     """Read the documents of a file: a ``.txt`` is one, unchanged; in other files every line or row is one.
 
     Parameters
@@ -135,7 +136,7 @@ def read_documents(path: Path, *, column: str = "text") -> Sequence[Text]:
     return read_rows(path, column=column)
 
 
-def read_rows(path: Path, *, column: str = "text", first: int | None = None) -> Sequence[str]:
+def read_rows(path: Path, *, column: str = COLUMN, first: int | None = None) -> Sequence[str]:
     """Read the texts of a parquet or JSON-lines file.
 
     Parameters

@@ -41,10 +41,13 @@ class Encoder:
     tokenizer : Tokenizer
         A tokenizer outside the `tokenizers` library (not ``is_fast``) gets the whole text, since it returns no
         positions.
+    special : bool, default=True
+        Add the tokens that the tokenizer adds around a text; False for texts that contain them, as conversations do.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = True) -> None:
         self._tokenizer: Any = tokenizer
+        self._special = special
         self._added: int | None = None
 
     def __call__(self, text: Text) -> Iterator[int]:
@@ -68,6 +71,8 @@ class Encoder:
 
     def _tokenize(self, text: str, **options: bool) -> Any:
         """Tokenize a text; any exception is a fault of the tokenizer's files."""
+        if not self._special:
+            options["add_special_tokens"] = False
         with reading("a text with the model's tokenizer", "the tokenizer's files are damaged: fetch the model again"):
             return self._tokenizer(text, **options)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.joined_text import joined
 from torch import Tensor
 
-from besa_cli.calibration import calibration_set, sampling
+from besa_cli.calibration import calibration_set, drawing, sampling
 from besa_cli.errors import BesaError, UsageError
 from besa_cli.evaluation import texts
 from besa_cli.models import cache
@@ -553,23 +553,23 @@ def test_a_directory_that_cannot_be_written_is_named(text: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> calibration_set.SampleTokenizer:
+def demo(tmp_path: Path) -> drawing.SampleTokenizer:
     if DEMO is None:
         pytest.skip("the demo model is not in the user's cache")
     from transformers import AutoTokenizer
 
     for path in DEMO.parent.glob("*.json"):
         shutil.copy(path, tmp_path)
-    tokenizer: calibration_set.SampleTokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer: drawing.SampleTokenizer = AutoTokenizer.from_pretrained(tmp_path)
     return tokenizer
 
 
-def test_wikitext2_has_the_published_number_of_tokens(demo: calibration_set.SampleTokenizer) -> None:
+def test_wikitext2_has_the_published_number_of_tokens(demo: drawing.SampleTokenizer) -> None:
     text = texts.evaluation_text("wikitext2", data_dir=None, hub=hub_files.from_environment(), notify=pytest.fail).text
     assert len(demo(joined(text), verbose=False)["input_ids"]) == 304_986
 
 
-def test_the_rows_of_protocol_a_are_drawn_again(demo: calibration_set.SampleTokenizer) -> None:
+def test_the_rows_of_protocol_a_are_drawn_again(demo: drawing.SampleTokenizer) -> None:
     made = calibration_set.build(
         calibration_set.CalibrationOptions(data=("bundled",), samples=128, seqlen=512, seed=0, pack=False),
         demo,

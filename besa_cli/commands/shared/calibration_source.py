@@ -9,6 +9,7 @@ from besa_cli.system.disk import MANIFEST
 
 if TYPE_CHECKING:
     from besa_cli.calibration.calibration_set import CalibrationSet
+    from besa_cli.calibration.own_text import Machine
     from besa_cli.checkpoint.runs import Run
     from besa_cli.models import Model
 
@@ -21,6 +22,7 @@ def calibration(
     *,
     restart: bool,
     keep: bool = True,
+    machine: "Machine | None" = None,
 ) -> "CalibrationSet":
     """Return the calibration set of `--calibration` or of the run directory; without one, draw it.
 
@@ -36,6 +38,8 @@ def calibration(
         Replace the set in the run directory if options say which samples to draw.
     keep : bool, default=True
         Write a new set.
+    machine : Machine, optional
+        Where the model computes if it writes samples itself.
 
     Raises
     ------
@@ -53,14 +57,16 @@ def calibration(
     if request.shared is not None:
         if names:
             raise UsageError(
-                f"--calibration {request.shared} and --{names[0]} exclude each other",
+                f"--calibration {request.shared} and --{_option(names[0])} exclude each other",
                 "leave one out: the set has its own samples",
             )
         return prepare.reuse(model, request.shared)
     if not names and (run.calibration / MANIFEST).exists():
         return prepare.reuse(model, run.calibration)
     drawn = prepare.calibration_options(model, request, console.note)
-    return prepare.calibrate(model, drawn, run.calibration, request.data_dir, console.note, restart=restart, keep=keep)
+    return prepare.calibrate(
+        model, drawn, run.calibration, request.data_dir, console.note, restart=restart, keep=keep, machine=machine
+    )
 
 
 def refuse_samples(request: CalibrationRequest, method: str) -> None:
@@ -76,5 +82,9 @@ def refuse_samples(request: CalibrationRequest, method: str) -> None:
         if isinstance(value, bool):
             option = f"--{name}" if value else f"--no-{name}"
         else:
-            option = " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+            option = " ".join([f"--{_option(name)}", *map(str, value if isinstance(value, list) else [value])])
         raise UsageError(f"{option} has no effect with --method {method}, which uses no samples", "leave it out")
+
+
+def _option(field: str) -> str:
+    return field.replace("_", "-")

@@ -59,9 +59,19 @@ class SampleGroup(CalibrationRequest):
         list[str] | None,
         panels.CALIBRATION(
             "--data",
-            "Calibration text: c4, wikitext2, ptb, bundled, or a .txt, .jsonl, .jsonl.gz or .parquet file. Repeatable.",
+            "Calibration text: c4, wikitext2, ptb, bundled, self (written by the model), or a .txt, .jsonl, .jsonl.gz "
+            "or .parquet file of texts or conversations. Repeatable, for a mixture with weights: c4:0.7.",
             "c4",
-            metavar="NAME|FILE",
+            metavar="NAME|FILE[:WEIGHT]",
+        ),
+    ] = None
+    text_column: Annotated[
+        str | None,
+        panels.CALIBRATION(
+            "--text-column",
+            "Field or column of the files with the texts or the messages.",
+            "text, or messages without it",
+            metavar="NAME",
         ),
     ] = None
     samples: Annotated[

@@ -67,14 +67,18 @@ def stage(
         Manifest of the finished stage; None after a dry run.
     """
     from besa_cli.calibration import prepare
+    from besa_cli.calibration.own_text import Machine
     from besa_cli.checkpoint.reports import PassReport
     from besa_cli.jobs.stage import finish_exchange
     from besa_cli.system import lock
 
     name = request.command
+    machine = Machine(device=request.device, dtype=request.dtype, max_memory=request.max_memory)
     with lock.hold_existing(run.path) if dry_run else lock.hold(run.path, f"besa {name} --run {run.path}"):
         tokens = (
-            calibration_source.calibration(source, run, calibration, console, restart=restart, keep=not dry_run)
+            calibration_source.calibration(
+                source, run, calibration, console, restart=restart, keep=not dry_run, machine=machine
+            )
             if request.uses_calibration
             else prepare.unobserved(source)
         )
