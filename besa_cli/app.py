@@ -19,6 +19,7 @@ from besa_cli import __version__
 from besa_cli.commands import eval_
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.export import export
+from besa_cli.commands.generate import generate
 from besa_cli.commands.import_ import import_
 from besa_cli.commands.overview import overview
 from besa_cli.commands.prune import prune
@@ -104,6 +105,7 @@ app.command(cls=HelpCommand)(prune)
 app.command(cls=HelpCommand)(tune)
 app.command(cls=HelpCommand)(quantize)
 app.add_typer(eval_.app, name="eval")
+app.command(cls=HelpCommand)(generate)
 app.command(cls=HelpCommand)(export)
 app.command("import", cls=HelpCommand)(import_)
 app.command(cls=HelpCommand)(simulate)

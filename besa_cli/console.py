@@ -74,6 +74,12 @@ class Console:
         if not self.json:
             _write(sys.stdout, escaped(text, keep="\n\t"))
 
+    def stream(self, piece: str) -> None:
+        """Print a piece of a text as part of the result (stdout) at once, without ending the line."""
+        if not self.json:
+            sys.stdout.write(escaped(piece, keep="\n\t"))
+            sys.stdout.flush()
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Print a table of results (stdout): numbers right-aligned, no cell truncated, styled only at a terminal."""
         if self.json:

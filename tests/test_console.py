@@ -278,3 +278,15 @@ def test_what_is_escaped_is_one_line_and_safe(text: str) -> None:
     assert len(said.splitlines()) <= 1
     assert UNSAFE.search(said) is None
     assert said == text or len(said) > len(text)
+
+
+def test_pieces_of_a_text_are_written_at_once_with_control_characters_escaped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console()
+    console.stream("one \x1b[2J")
+    assert capsys.readouterr().out == "one \\x1b[2J"
+    console.stream("two\n\tthree\x00")
+    assert capsys.readouterr().out == "two\n\tthree\\x00"
+    Console(json=True).stream("four")
+    assert capsys.readouterr().out == ""

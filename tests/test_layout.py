@@ -29,6 +29,7 @@ LAYERS = (
     {"checkpoint"},
     {"decoder", "runtime", "simulation"},
     {"calibration", "exporters", "hf", "stream"},
+    {"inference"},
     {"evaluation", "pruners", "quantizers"},
     {"jobs"},
     {"console"},

@@ -1,5 +1,7 @@
 """The index of a sparse checkpoint: the file of each part, and each file's digest; every entry is validated."""
 
+import hashlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -49,6 +51,11 @@ class Index:
     names: Mapping[str, frozenset[str]]
     total: int
 
+    @property
+    def digest(self) -> str:
+        """Digest of all files of weights, from their digests."""
+        return hashlib.sha256(json.dumps(sorted(self.digests.items())).encode()).hexdigest()
+
     def check(self, file: str) -> Path:
         """Compare a file with its digest and return its path.
 
@@ -94,6 +101,11 @@ class Index:
         differing = set(weights.tensor_sizes(path)) ^ self.names.get(file, frozenset())
         if differing:
             raise BesaError(f"{self.directory / file} and {INDEX} differ about {min(differing)}", _FETCH)
+
+
+def is_sparse(directory: Path) -> bool:
+    """Return whether a directory is a sparse checkpoint, judged by its files."""
+    return (directory / INDEX).exists()
 
 
 def read(directory: Path) -> Index:

@@ -14,7 +14,7 @@ _PROMPT = "The capital of France is"
 
 def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Prompt.")] = _PROMPT,
-    model: options.OtherModelOption = None,
+    model: options.AnyModelOption = None,
     tokens: Annotated[
         int, panels.MEASUREMENT("--tokens", "Tokens to add to the prompt.", min=1, max=options.MOST, metavar="N")
     ] = 40,
@@ -32,25 +32,29 @@ def sample(
         besa eval sample "1, 2, 3," --model Qwen/Qwen3-0.6B
     """
     console = Console(json=as_json)
-    from besa_cli.evaluation import continuations
+    from besa_cli.inference import generating, loading, prompts
+    from besa_cli.inference.generating import Sampling
     from besa_cli.system import compute
 
     computed = compute.dtype(dtype, compute.device("cpu"))
-    subject = subjects.find(model, run, console)
+    subject = subjects.find(model, run, console, exports=True)
     subjects.digest(subject)  # refuses a damaged stage
     models = [measured for measured in (subject.baseline, subject) if measured is not None]
     tokenizers = [subjects.tokenizer(measured, console.note) for measured in models]
-    prompts = [
-        continuations.encode_prompt(measured.directory, tokenizer, prompt, tokens)
+    encoded = [
+        prompts.encode_text(measured.directory, tokenizer, prompt)
         for measured, tokenizer in zip(models, tokenizers, strict=True)
     ]
+    for measured, inputs in zip(models, encoded, strict=True):
+        prompts.require_room(measured.directory, inputs, tokens, "--tokens")
     texts = {}
-    for measured, tokenizer, inputs in zip(models, tokenizers, prompts, strict=True):
+    for measured, tokenizer, inputs in zip(models, tokenizers, encoded, strict=True):
         with console.blocks(measured.name, 1) as progress:
             show = functools.partial(progress.step, total=tokens, phase="token")
-            texts[measured.name] = continuations.continuation(
-                measured.directory, tokenizer, inputs, tokens, computed, show
-            )
+            whole = loading.load(measured.directory, computed)
+            generated = generating.generate(whole, tokenizer, inputs, Sampling(tokens=tokens), on_token=show)
+            texts[measured.name] = generated.text
+            del whole  # before the next model is loaded
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in texts.items()]
     )

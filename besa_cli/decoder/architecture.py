@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from besa_cli.checkpoint import sparse_format
 from besa_cli.errors import BesaError, reading
 from besa_cli.models import config_json
 from besa_cli.models.config_json import SUITED as _SUITED
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 def config_of(directory: Path) -> "PretrainedConfig":
     """Return the configuration of a checkpoint directory that must hold a decoder known to stock transformers.
 
-    Models that read images beside text count, too: their language model is a decoder.
+    Models that read images beside text count, too: their language model is a decoder. So do sparse exports, which
+    transformers loads as a whole with `besa_cli.hf`.
 
     Raises
     ------
@@ -43,11 +45,17 @@ def config_of(directory: Path) -> "PretrainedConfig":
         raise BesaError(
             f"{directory} is not a decoder: transformers has no causal language model for '{kind}'", _SUITED
         )
-    if getattr(config, "quantization_config", None):
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not _is_sparse(quantization):
         raise BesaError(
             f"{directory} is quantized ({kind} with a quantization_config)", "use the dense model it was made from"
         )
     return config
+
+
+def _is_sparse(quantization: object) -> bool:
+    """Return True for the settings in the configuration of a sparse export."""
+    return isinstance(quantization, dict) and quantization.get("quant_method") == sparse_format.METHOD
 
 
 def _reads_images(config: "PretrainedConfig") -> bool:
@@ -80,15 +88,22 @@ def skeleton(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel
     return model
 
 
-def load_stock(directory: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def load_stock(directory: Path, dtype: torch.dtype, config: "PretrainedConfig | None" = None) -> "PreTrainedModel":
     """Load the stock transformers model with all its weights; code in the directory is never run.
+
+    Parameters
+    ----------
+    directory : Path
+    dtype : dtype
+    config : PretrainedConfig, optional
+        Configuration to load it with, in place of the directory's own.
 
     Raises
     ------
     BesaError
         The model is not supported, or transformers cannot load it.
     """
-    config = config_of(directory)
+    config = config or config_of(directory)
     config_json.check_generation(directory)
     index = directory / INDEX
     if index.exists() and not isinstance(read_json(index).get("metadata"), dict):

@@ -16,6 +16,7 @@ from torch import Tensor
 from besa_cli.decoder.conduct import overflow
 from besa_cli.errors import BesaError, UsageError, require_counts
 from besa_cli.evaluation.texts import EvaluationText
+from besa_cli.inference.prompts import require_known
 from besa_cli.system import compute, disk
 from besa_cli.system.disk import JsonObject
 from besa_cli.text.spool import Numbers
@@ -317,18 +318,3 @@ class PerplexityMeasurement:
 
 def _perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))
-
-
-def require_known(ids: Tensor, vocabulary: int) -> None:
-    """Check that all token ids are below `vocabulary`, the size of the model's vocabulary.
-
-    Raises
-    ------
-    BesaError
-        A token id is too large.
-    """
-    if ids.numel() and int(ids.max()) >= vocabulary:
-        raise BesaError(
-            f"the tokenizer yields token id {int(ids.max())}, outside the model's vocabulary of {vocabulary}",
-            "the tokenizer in the model's directory belongs to another model",
-        )

@@ -66,6 +66,16 @@ OtherModelOption = Annotated[
     str | None,
     panels.DATA("--model", _MODEL, "the newest stage of the run directory", metavar="MODEL", callback=require_utf8),
 ]
+AnyModelOption = Annotated[
+    str | None,
+    panels.DATA(
+        "--model",
+        f"Hub name, local directory, export, GGUF file, or {DEMO} (the demo model).",
+        "the newest stage of the run directory",
+        metavar="MODEL",
+        callback=require_utf8,
+    ),
+]
 DataDirOption = Annotated[
     Path | None,
     panels.DATA(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from besa_cli import models
 from besa_cli.commands.shared import options, panels
 from besa_cli.console import Console, human_share
-from besa_cli.errors import BesaError
+from besa_cli.errors import BesaError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from besa_cli.checkpoint.manifests import StageManifest
@@ -46,6 +47,8 @@ class Subject:
         Model that the stage is compared with: the dense one.
     results : Path, optional
         Directory of stored results.
+    packed : bool
+        A sparse export, which runs from its packed weights.
     """
 
     name: str
@@ -53,13 +56,17 @@ class Subject:
     digest: str | None
     baseline: "Subject | None" = None
     results: Path | None = None
+    packed: bool = False
 
 
-def find(model: str | None, run: Path | None, console: Console, *, baseline: bool = True) -> Subject:
+def find(
+    model: str | None, run: Path | None, console: Console, *, baseline: bool = True, exports: bool = False
+) -> Subject:
     """Find the checkpoint to measure.
 
     It is `model` if given, else the newest stage of the run directory, else, if no run directory is given, the demo
-    model. `baseline` adds the dense model that the stage's history begins with.
+    model. `baseline` adds the dense model that the stage's history begins with; with `exports` the model may be the
+    directory of an export.
 
     Raises
     ------
@@ -70,6 +77,17 @@ def find(model: str | None, run: Path | None, console: Console, *, baseline: boo
     from besa_cli.checkpoint.runs import Run
 
     source = Run(run or options.DEFAULT_RUN)
+    if model is not None and exports:
+        from besa_cli.inference import sources
+
+        found = sources.resolve(model, console.note)
+        return Subject(
+            name=model,
+            directory=found.directory,
+            digest=found.packed_digest,
+            results=source.evaluations if run else None,
+            packed=found.packed_digest is not None,
+        )
     if model is not None:
         resolved = models.resolve(model, notify=console.note)
         return Subject(
@@ -113,8 +131,26 @@ def _baseline(stage: Path, manifest: "StageManifest", results: Path, console: Co
     return Subject(name=name, directory=directory, digest=content, results=results)
 
 
+def device(name: str, model: str | None) -> "torch.device":
+    """Return the device for ``--device``: a sparse export runs on the CPU.
+
+    Raises
+    ------
+    UsageError
+        CUDA is requested for a sparse export, or not available.
+    """
+    from besa_cli.inference import sources
+    from besa_cli.system import compute
+
+    if model is None or not sources.names_sparse_export(model):
+        return compute.device(name)
+    if name == "cuda":
+        raise UsageError(f"--device cuda: {model} runs from its packed weights, on the CPU", "omit the option")
+    return compute.device("cpu")
+
+
 def digest(subject: Subject) -> str:
-    """Compute the content digest of the files in the subject's directory.
+    """Compute the content digest of the files in the subject's directory; that of a sparse export is read.
 
     Raises
     ------
@@ -123,6 +159,8 @@ def digest(subject: Subject) -> str:
     """
     from besa_cli.checkpoint import preflight, weights
 
+    if subject.packed:
+        return str(subject.digest)  # the files are compared with it when they are loaded
     computed = weights.check_source(weights.Weights(subject.directory))
     if subject.digest is not None:
         preflight.refuse_damaged(subject.directory, computed)
