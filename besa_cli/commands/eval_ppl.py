@@ -16,7 +16,14 @@ from besa_cli.errors import Interrupted
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from besa_cli.evaluation.measurement import Perplexity, PerplexityMeasurement, PerplexitySettings
+    from besa_cli.evaluation.measurement import (
+        Loss,
+        Perplexity,
+        PerplexityMeasurement,
+        PerplexitySettings,
+        WindowComparison,
+    )
+    from besa_cli.evaluation.packed_perplexity import PackedPerplexityRun
     from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.evaluation.plan import Load, PerplexityPlan
     from besa_cli.evaluation.results import Results
@@ -29,7 +36,7 @@ def ppl(
         list[str] | None,
         typer.Argument(metavar="DATASET", help="wikitext2, ptb, c4 or a text file.", show_default="wikitext2"),
     ] = None,
-    model: options.OtherModelOption = None,
+    model: options.AnyModelOption = None,
     baseline: subjects.BaselineOption = True,
     data_dir: options.DataDirOption = None,
     seqlen: Annotated[int, panels.MEASUREMENT("--seqlen", "Tokens per window.", metavar="N")] = 2048,
@@ -66,7 +73,7 @@ def ppl(
     from besa_cli.system import compute
     from besa_cli.text import documents, hub_files
 
-    where = compute.device(device)
+    where = subjects.device(device, model)
     resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
     settings = PerplexitySettings(
         seqlen=seqlen, stride=stride, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved
@@ -77,7 +84,7 @@ def ppl(
         texts.evaluation_text(name, data_dir=data_dir, hub=hub, notify=console.note)
         for name in dict.fromkeys(datasets or ["wikitext2"])
     ]
-    subject = subjects.find(model, run, console, baseline=baseline)
+    subject = subjects.find(model, run, console, baseline=baseline, exports=True)
     if dry_run:
         started = compute.age()
         total = forecast.combine(_forecasts(subject, selected, settings))
@@ -159,7 +166,6 @@ def _note_stored(subject: Subject, plan: "PerplexityPlan", results: "Results", c
 def _forecasts(subject: Subject, texts: "Sequence[EvaluationText]", settings: "PerplexitySettings") -> "list[Forecast]":
     """Forecast the measurement of subject and baseline, run by run; the first includes the time of the checks."""
     from besa_cli.evaluation import results
-    from besa_cli.evaluation.perplexity import PerplexityRun
     from besa_cli.system import disk
 
     began = time.perf_counter()
@@ -171,7 +177,7 @@ def _forecasts(subject: Subject, texts: "Sequence[EvaluationText]", settings: "P
     found = []
     for jobs, baseline in plan.runs() or [(list(plan.jobs), [])]:
         start = time.perf_counter()
-        walk = PerplexityRun(jobs, baseline=baseline)
+        walk = _perplexity_run(subject, jobs, baseline=baseline)
         seconds = time.perf_counter() - start
         forecast = walk.forecast(directory or subject.directory)
         found.append(replace(forecast, seconds=forecast.seconds + seconds))
@@ -191,13 +197,11 @@ def _walk(
 
     Results are stored, those of the baseline unless it has one already.
     """
-    from besa_cli.evaluation.perplexity import PerplexityRun
-
     known = [results.load_losses(job) for job in jobs] if results else None
     compared = None
     if results and baseline:
         compared = [results.load_comparisons(job, other.digest) for job, other in zip(jobs, baseline, strict=True)]
-    walk = PerplexityRun(jobs, known, baseline, compared)
+    walk = _perplexity_run(subject, jobs, known, baseline, compared)
     for job, losses in zip(jobs, walk.losses, strict=True):
         if losses:
             console.note(
@@ -223,8 +227,25 @@ def _walk(
     return measured, others
 
 
+def _perplexity_run(
+    subject: Subject,
+    jobs: "Sequence[PerplexityMeasurement]",
+    known: "Sequence[Sequence[Loss]] | None" = None,
+    baseline: "Sequence[PerplexityMeasurement]" = (),
+    compared: "Sequence[Sequence[WindowComparison]] | None" = None,
+) -> "PerplexityRun | PackedPerplexityRun":
+    """Return the measurement by the block stream; that of a sparse export, by the whole packed model."""
+    from besa_cli.evaluation.packed_perplexity import PackedPerplexityRun
+    from besa_cli.evaluation.perplexity import PerplexityRun
+
+    return PackedPerplexityRun(jobs, known) if subject.packed else PerplexityRun(jobs, known, baseline, compared)
+
+
 def _store_windows(
-    results: "Results", walk: "PerplexityRun", jobs: "Sequence[PerplexityMeasurement]", texts: "Sequence[int]"
+    results: "Results",
+    walk: "PerplexityRun | PackedPerplexityRun",
+    jobs: "Sequence[PerplexityMeasurement]",
+    texts: "Sequence[int]",
 ) -> None:
     for number in texts:
         results.save_losses(jobs[number], walk.losses[number], walk.comparisons[number], walk.baseline_digest)

@@ -12,7 +12,7 @@ import typer
 
 from besa_cli.commands.shared import forecast_view, options, panels, subject
 from besa_cli.console import Console, human_bytes, human_seconds
-from besa_cli.errors import Interrupted
+from besa_cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from besa_cli.commands.shared.subject import Subject
@@ -70,7 +70,7 @@ DefinitionsOption = Annotated[
 
 def tasks(
     names: TasksArgument = None,
-    model: options.OtherModelOption = None,
+    model: options.AnyModelOption = None,
     baseline: subject.BaselineOption = True,
     data_dir: options.DataDirOption = None,
     num_fewshot: ShotsOption = None,
@@ -100,7 +100,7 @@ def tasks(
     from besa_cli.system import compute
 
     selected = harness.split_names(names or [])
-    where = compute.device(device)
+    where = subject.device(device, model)
     resolved = compute.name_of(compute.dtype(dtype, where))  # once: both models are measured in it
     settings = TaskSettings(
         num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, device=where.type, dtype=resolved,
@@ -109,8 +109,10 @@ def tasks(
     with harness.prepare(
         selected, data_dir, shots=num_fewshot, keep=None if dry_run else definitions, notify=console.note
     ) as ready:
-        measured = subject.find(model, run, console, baseline=baseline)
-        if streamed is None:
+        measured = subject.find(model, run, console, baseline=baseline, exports=True)
+        if measured.packed and streamed:
+            raise UsageError(f"--streamed: {model} runs from its packed weights, in memory", "omit the option")
+        if streamed is None and not measured.packed:
             settings = _with_memory_mode(measured, settings, console)
         other = measured.baseline
         if dry_run:

@@ -95,7 +95,7 @@ class PerplexityRun:
     ) -> None:
         self._jobs, self._baseline = jobs, baseline
         self._batch = jobs[0].settings.batch_size
-        self.losses: list[list[Loss]] = [list(takewhile(_is_finite, losses)) for losses in known or [()] * len(jobs)]
+        self.losses: list[list[Loss]] = [list(takewhile(is_finite, losses)) for losses in known or [()] * len(jobs)]
         self.comparisons: list[list[WindowComparison]] = [[] for _ in jobs]
         if baseline:
             both = list(zip(self.losses, compared or [()] * len(jobs), strict=True))
@@ -274,24 +274,25 @@ class PerplexityRun:
             counted, window = job.counted_tokens(part.start + row), tokens[row : row + 1]
             *others, own = (states[row : row + 1] for states in hidden)
             if not others:
-                loss = _sum_last(token_losses(self._decoder, own, window), counted)
+                loss = sum_last(token_losses(self._decoder, own, window), counted)
                 job.require_finite(loss)
                 yield (loss, counted), None
                 continue
             compared = compare_tokens((self._decoder, own), (self._outer, others[0]), window)
-            loss, baseline, divergence, same = (_sum_last(figures, counted) for figures in compared)
+            loss, baseline, divergence, same = (sum_last(figures, counted) for figures in compared)
             job.require_finite(loss)
             self._baseline[part.text].require_finite(baseline)
             job.require_finite(divergence, "divergence")
             yield (loss, counted), WindowComparison(baseline=baseline, divergence=divergence, same=int(same))
 
 
-def _sum_last(figures: Tensor, counted: int) -> float:
+def sum_last(figures: Tensor, counted: int) -> float:
     """Sum the last figures of a window, of shape (1, tokens)."""
     return float(figures[0, figures.shape[1] - counted :].double().sum())
 
 
-def _is_finite(loss: Loss) -> bool:
+def is_finite(loss: Loss) -> bool:
+    """Return whether the loss of a window is a number."""
     return math.isfinite(loss[0])
 
 

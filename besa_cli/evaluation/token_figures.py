@@ -77,6 +77,26 @@ def _parts(tokens: Tensor) -> Iterator[slice]:
 def _losses(decoder: Decoder, hidden: Tensor, tokens: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     """Return the logits of some positions, of shape (samples, positions, vocabulary), and their losses, both fp32."""
     logits = decoder.finish(hidden, tokens, part).float()
+    return logits, _cross_entropy(logits, tokens, part)
+
+
+def losses_of_logits(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return −log p of every token but the first from the logits of a whole model, some positions at a time, fp32.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (samples, seqlen, vocabulary)
+    tokens : Tensor of shape (samples, seqlen)
+
+    Returns
+    -------
+    Tensor of shape (samples, seqlen − 1)
+    """
+    return torch.cat([_cross_entropy(logits[:, part].float(), tokens, part) for part in _parts(tokens)], dim=1)
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, part: slice) -> Tensor:
+    """Return −log p of the tokens behind some positions, from their logits in fp32."""
     targets = tokens[:, part.start + 1 : part.stop + 1].to(logits.device)
     flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return logits, flat.view(targets.shape)  # flattened first, because torch would copy logits to move their classes
+    return flat.view(targets.shape)  # flattened first, because torch would copy logits to move their classes

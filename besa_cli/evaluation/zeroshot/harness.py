@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from besa_cli.checkpoint import sparse_index
 from besa_cli.decoder import architecture
 from besa_cli.errors import BesaError, UsageError, reading, unknown
 from besa_cli.evaluation.zeroshot import definitions
 from besa_cli.evaluation.zeroshot.definitions import LocalData
 from besa_cli.evaluation.zeroshot.forms import FORMS
+from besa_cli.inference import loading
 from besa_cli.models import answers
+from besa_cli.system import compute
 from besa_cli.system.disk import JsonObject
 from besa_cli.system.notes import Notify
 from besa_cli.text import documents
@@ -188,6 +191,8 @@ def in_memory(
 ) -> "LM":
     """Load a checkpoint into lm-eval's own model class, without running code of the checkpoint.
 
+    A sparse export keeps its packed weights.
+
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
@@ -206,17 +211,22 @@ def in_memory(
     from besa_cli.decoder.conduct import require_logits
 
     progress.disable_progress_bar()
-    config = architecture.config_of(directory)
-    with _quiet(notify), reading(directory):
-        model = HFLM(
-            pretrained=str(directory.resolve()),  # a relative path could be interpreted as a name on the hub
-            config=config,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            trust_remote_code=False,
-        )
+    if sparse_index.is_sparse(directory):
+        whole = loading.load(directory, compute.DTYPES[dtype])
+        with _quiet(lambda _: None):  # it warns that arguments may be ignored, which a loaded model does not need
+            model = HFLM(pretrained=whole, tokenizer=tokenizer, batch_size=batch_size)
+    else:
+        config = architecture.config_of(directory)
+        with _quiet(notify), reading(directory):
+            model = HFLM(
+                pretrained=str(directory.resolve()),  # a relative path could be interpreted as a name on the hub
+                config=config,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=dtype,
+                batch_size=batch_size,
+                trust_remote_code=False,
+            )
     model.model.register_forward_hook(lambda _, __, output: require_logits(output.logits, str(directory)))
     return model
 
