@@ -19,6 +19,7 @@ from besa_cli import __version__
 from besa_cli.commands import eval_
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.export import export
+from besa_cli.commands.fit import fit
 from besa_cli.commands.generate import generate
 from besa_cli.commands.import_ import import_
 from besa_cli.commands.overview import overview
@@ -110,6 +111,7 @@ app.command(cls=HelpCommand)(export)
 app.command("import", cls=HelpCommand)(import_)
 app.command(cls=HelpCommand)(simulate)
 app.command(cls=HelpCommand)(show)
+app.command(cls=HelpCommand)(fit)
 app.command(cls=HelpCommand)(run)
 
 

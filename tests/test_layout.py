@@ -30,7 +30,7 @@ LAYERS = (
     {"decoder", "runtime", "simulation"},
     {"calibration", "exporters", "hf", "stream"},
     {"inference"},
-    {"evaluation", "pruners", "quantizers"},
+    {"evaluation", "fitting", "pruners", "quantizers"},
     {"jobs"},
     {"console"},
     {"commands"},

@@ -1,24 +1,16 @@
 """`besa run`: run the commands of experiment files one after another, then show all results in one table."""
 
-import os
 import shlex
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from besa_cli.commands.shared import config_file, options
+from besa_cli.commands.shared import config_file, options, subcommand
 from besa_cli.console import Console
-from besa_cli.errors import BesaError, Interrupted, UsageError
-
-# With -P nothing is imported from the current directory, which may hold files of others. The directory of this program
-# comes last on the path: it is needed only if the program is not installed.
-_PACKAGES = str(Path(__file__).parents[2])
-_BESA = "import sys; sys.path.append(sys.argv.pop(1)); from besa_cli.app import main; sys.exit(main())"
+from besa_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -52,15 +44,16 @@ def run(
     console = Console(json=as_json)
     experiments = [_read(context, file) for file in files]
     _require_own_runs(experiments)
-    environment = {**os.environ, **({} if data_dir is None else {"BESA_DATA": str(data_dir)})}
+    environment = {} if data_dir is None else {"BESA_DATA": str(data_dir)}
     for experiment in experiments:
         for command in experiment.commands:
             words = [*command.split(), "--config", str(experiment.file)]
             console.note(f"besa {shlex.join(words)}")
-            _call(words, environment, silent=as_json)
+            subcommand.call(words, environment=environment, output="discarded" if as_json else "shown")
     measured = [str(experiment.run) for experiment in experiments if any((experiment.run / "eval").glob("*.json"))]
     if measured:
-        _call(["eval", "compare", *measured, "--format", "json" if as_json else "table"], environment)
+        words = ["eval", "compare", *measured, "--format", "json" if as_json else "table"]
+        subcommand.call(words, environment=environment)
     else:
         console.emit_json({"columns": [], "rows": [], "notes": []})
 
@@ -97,38 +90,3 @@ def _require_own_runs(experiments: Sequence[Experiment]) -> None:
                 f"{other} and {experiment.file} both work on {experiment.run}",
                 "write 'run: DIR' with a different directory in each file, and unset BESA_RUN",
             )
-
-
-def _call(words: Sequence[str], environment: Mapping[str, str], *, silent: bool = False) -> None:
-    """Run one command in a separate process, whose memory is all freed at its end.
-
-    Raises
-    ------
-    typer.Exit
-        The command failed and has shown why; its exit code is passed on.
-    BesaError
-        A signal killed it.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _BESA, _PACKAGES, *words],
-        env=environment,
-        stdout=subprocess.DEVNULL if silent else None,
-    )
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        _wait_or_terminate(process)
-        raise Interrupted("run the same command again to resume") from None
-    if code < 0:
-        raise BesaError(f"besa {words[0]} was killed by signal {-code}", "run the same command again to resume")
-    if code:
-        raise typer.Exit(code)
-
-
-def _wait_or_terminate(process: "subprocess.Popen[bytes]") -> None:
-    """Wait for the command to end; terminate it if the interrupt reached only this process (Ctrl-C reaches both)."""
-    try:
-        process.wait(0.5)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait()
