@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What the size of a compressed model depends on.
+    """Shapes of a model, from which the sizes of its compressed forms follow.
 
     Attributes
     ----------
