@@ -16,7 +16,7 @@ from besa_cli.pruners import PRUNERS
 
 if TYPE_CHECKING:
     from besa_cli.decoder.decoder import Decoder
-    from besa_cli.fitting.journal import Journal, Attempt
+    from besa_cli.fitting.journal import Attempt, Journal
     from besa_cli.fitting.recipe import Recipe
     from besa_cli.fitting.search import Aim, Search, Targets
     from besa_cli.fitting.space import Candidate, Space
