@@ -294,11 +294,12 @@ def _sample_words(samples: option_groups.SampleGroup) -> list[str]:
     """Return the options that choose the calibration samples, as they were typed."""
     words: list[str] = []
     for name, value in samples.given().items():
+        option = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
+            words.append(f"--{option}" if value else f"--no-{option}")
         else:
             for each in value if isinstance(value, list) else [value]:
-                words += [f"--{name}", str(each)]
+                words += [f"--{option}", str(each)]
     return words
 
 
