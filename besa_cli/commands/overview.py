@@ -95,20 +95,23 @@ def _stage_in_words(manifest: "StageManifest", directory: Path, run: "Run") -> s
 
 
 def _results(run: "Run") -> list[dict[str, Any]]:
-    """Return the results of evaluations that are not those of the dense model, the newest last."""
+    """Return the results of evaluations that are not those of the dense model, the newest last; no other files."""
     from besa_cli.checkpoint import inspection
     from besa_cli.system import disk
 
     files = sorted(inspection.evaluation_files(run), key=lambda file: (file.stat().st_mtime_ns, file.name))
     results = [dict(disk.read_json(file)) for file in files]
-    return [result for result in results if result.get("model", {}).get("name") != "dense"]
+    measured = [result for result in results if isinstance(result.get("model"), dict) and "model_digest" in result]
+    return [result for result in measured if result["model"].get("name") != "dense"]
 
 
 def _result_in_words(result: dict[str, Any]) -> str:
-    model = result["model"].get("name", "model")
-    if result.get("kind") == "perplexity":
-        return f"{model}: perplexity {human_perplexity(result['perplexity'])} on {result['dataset']}"
-    return f"{model}: task {result.get('task', 'unknown')}"
+    model, perplexity = result["model"].get("name", "model"), result.get("perplexity")
+    if isinstance(perplexity, float):
+        return f"{model}: perplexity {human_perplexity(perplexity)} on {result.get('dataset')}"
+    accuracy = result.get("harness", {}).get("results", {}).get(result.get("task"), {}).get("acc,none")
+    shown = f": accuracy {human_share(accuracy)}" if isinstance(accuracy, float) else ""
+    return f"{model}: task {result.get('task')}{shown}"
 
 
 def next_command(run: "Run", stages: Sequence[tuple[Path, "StageManifest"]], results: Sequence[dict[str, Any]]) -> str:

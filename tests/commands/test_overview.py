@@ -1,6 +1,7 @@
 """`besa` without a command: what is here, and a next command that parses."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_each_step_of_a_run_leads_to_the_next(besa: Besa) -> None:
     lines, following = said(besa)
     assert any(line.endswith("besa 50.00 %: perplexity 12.5000 on wikitext2") for line in lines)
     assert following == "besa export"
+
+
+def test_the_newest_result_may_be_that_of_a_task_and_other_files_are_not_results(besa: Besa) -> None:
+    run = Path("besa-run")
+    write(run / "pruned/besa.json", stage_manifest(status="complete"))
+    result(run, digest_of("stage"))
+    harness = {"results": {"piqa": {"alias": "piqa", "acc,none": 0.625}}}
+    task = {"kind": "tasks", "task": "piqa", "harness": harness, "model_digest": digest_of("stage")}
+    write(run / "eval/tasks-piqa.json", {**task, "model": {"name": "besa 50.00 %"}})
+    others: list[dict[str, Any]] = [{"model": 3}, {}, {"model": {"name": "x"}}]
+    for number, value in enumerate(others):
+        write(run / f"eval/notes-{number}.json", value)
+    for number, name in enumerate(("ppl-besa.json", "tasks-piqa.json", "notes-0.json")):
+        os.utime(run / "eval" / name, (number, number))
+    assert any(line.endswith("besa 50.00 %: task piqa: accuracy 62.50 %") for line in said(besa)[0])
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
