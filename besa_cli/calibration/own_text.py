@@ -302,7 +302,7 @@ class Writer:
         source = weights.Weights(self.model.directory)
         count = sum(math.prod(shape) for shape in source.shapes(list(source.names)).values())
         scores = together * int(self._config.vocab_size) * 24  # logits in fp32, distribution in fp64, both twice
-        needed = count * self._dtype.itemsize + together * self._row_bytes() + scores
+        needed = count * self._dtype.itemsize + 2 * together * self._row_bytes() + scores  # old and new keys and values
         free = memory.available(self._device)
         if self.machine.max_memory is not None:
             free = min(free, self.machine.max_memory - compute.resident())
