@@ -211,6 +211,7 @@ class Writer:
             The model does not fit in memory, or its scores are NaN.
         """
         rows = list(self._batches(samples + held_out))
+        compute.give_back_memory()  # of the model, which is no longer needed
         tokens = torch.cat(rows)
         source: manifests.SourceRecord = {
             "asked": corpora.SELF,

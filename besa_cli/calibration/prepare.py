@@ -100,7 +100,7 @@ def calibrate(
     new = calibration_set.build(
         options,
         tokenizer,
-        write=writer.write if keep else partial(_stand_ins, model, options.seqlen),
+        write=writer.write if keep else partial(_stand_ins, model, options.seqlen, notify),
         tokenizer_digest=tokenizer_digest(model.directory),
         max_length=architecture.maximum_length(config),
         vocab_size=config.get_text_config().vocab_size,
@@ -116,8 +116,9 @@ def calibrate(
     return new
 
 
-def _stand_ins(model: Model, seqlen: int, samples: int, held_out: int) -> drawing.Drawn:
-    """Return rows in place of those that the model would write."""
+def _stand_ins(model: Model, seqlen: int, notify: Notify, samples: int, held_out: int) -> drawing.Drawn:
+    """Return rows in place of those that the model would write, with a note."""
+    notify(f"{model.name} writes no samples for a forecast: stand-ins take their place, its time to write is not in it")
     vocabulary = architecture.config_of(model.directory).get_text_config().vocab_size
     row = array("q", [index % vocabulary for index in range(seqlen)])
     windows = sampling.Windows(tokens=[row] * samples, documents=samples, held_out=[row] * held_out)

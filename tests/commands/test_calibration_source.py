@@ -21,7 +21,12 @@ def test_a_request_gives_what_was_asked_for_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"samples": 4}, "samples"), ({"pack": False, "seqlen": 16}, "seqlen"), ({"data": ["c4"], "pack": True}, "data")],
+    [
+        ({"samples": 4}, "samples"),
+        ({"pack": False, "seqlen": 16}, "seqlen"),
+        ({"data": ["c4"], "pack": True}, "data"),
+        ({"text_column": "a"}, "text-column"),
+    ],
 )
 def test_a_finished_set_and_options_that_draw_one_exclude_each_other(
     workplace: Path, options: dict[str, Any], named: str
@@ -38,6 +43,7 @@ def test_a_finished_set_and_options_that_draw_one_exclude_each_other(
         (CalibrationRequest(shared=Path("set"), samples=4), "--calibration set"),
         (CalibrationRequest(data=["c4", "ptb"]), "--data c4 ptb"),
         (CalibrationRequest(pack=False), "--no-pack"),
+        (CalibrationRequest(text_column="body"), "--text-column body"),
     ],
 )
 def test_a_method_without_samples_refuses_options_that_draw_them(request_: CalibrationRequest, said: str) -> None:
