@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from besa_cli import __version__
 from besa_cli.commands import eval_
+from besa_cli.commands.bench import bench
 from besa_cli.commands.calibrate import calibrate
 from besa_cli.commands.export import export
 from besa_cli.commands.fit import fit
@@ -107,6 +108,7 @@ app.command(cls=HelpCommand)(tune)
 app.command(cls=HelpCommand)(quantize)
 app.add_typer(eval_.app, name="eval")
 app.command(cls=HelpCommand)(generate)
+app.command(cls=HelpCommand)(bench)
 app.command(cls=HelpCommand)(export)
 app.command("import", cls=HelpCommand)(import_)
 app.command(cls=HelpCommand)(simulate)

@@ -31,7 +31,7 @@ LAYERS = (
     {"calibration", "exporters", "hf", "stream"},
     {"inference"},
     {"evaluation", "fitting", "pruners", "quantizers"},
-    {"jobs"},
+    {"bench", "jobs"},
     {"console"},
     {"commands"},
     {"app"},

@@ -1,21 +1,22 @@
 """Whole models of transformers: dense checkpoints as they are, sparse exports from their packed weights."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from besa_cli import hf  # registers the loader of sparse exports
 from besa_cli.checkpoint import sparse_index
 from besa_cli.decoder import architecture
+from besa_cli.runtime.linear import PackedLinear
 from besa_cli.system import compute
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def config_of(directory: Path) -> "PretrainedConfig":
-    """Return the configuration with which transformers loads a directory; that of a sparse export keeps it packed.
+def config_of(directory: Path, *, packed: bool = True) -> "PretrainedConfig":
+    """Return the configuration with which transformers loads a directory; that of a sparse export may keep it packed.
 
     Raises
     ------
@@ -24,12 +25,14 @@ def config_of(directory: Path) -> "PretrainedConfig":
     """
     config = architecture.config_of(directory)
     if sparse_index.is_sparse(directory):
-        config.quantization_config = hf.SparseConfig(packed=True).to_dict()
+        config.quantization_config = hf.SparseConfig(packed=packed).to_dict()
     return config
 
 
-def load(directory: Path, dtype: torch.dtype, device: torch.device | None = None) -> "PreTrainedModel":
-    """Load a whole model for inference; the linears of a sparse export stay packed, on the CPU.
+def load(
+    directory: Path, dtype: torch.dtype, device: torch.device | None = None, *, packed: bool = True
+) -> "PreTrainedModel":
+    """Load a whole model for inference; the linears of a sparse export stay packed, on the CPU, or are expanded.
 
     Raises
     ------
@@ -39,6 +42,36 @@ def load(directory: Path, dtype: torch.dtype, device: torch.device | None = None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = architecture.load_stock(directory, dtype, config_of(directory))
+    model = architecture.load_stock(directory, dtype, config_of(directory, packed=packed))
+    if packed and sparse_index.is_sparse(directory):
+        _leave_files(model)
     compute.give_back_memory()
     return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def _leave_files(model: "PreTrainedModel") -> None:
+    """Copy the dense parameters of a packed model out of the files that transformers maps.
+
+    A single one that stays would keep its file mapped, whose pages were read while the weights were packed and count as
+    the memory of the process.
+    """
+    for module in model.modules():
+        if not isinstance(module, PackedLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+
+
+def weights_read(model: "PreTrainedModel") -> int | None:
+    """Return the bytes of weights that are read to generate a token; None if that depends on the token.
+
+    They are all parameters but an embedding that is not the head, too: only one of its rows is read.
+    """
+    text = model.config.get_text_config()
+    if text is not model.config or getattr(text, "num_experts_per_tok", None):
+        return None
+    tables: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    everything = sum(parameter.nbytes for parameter in model.parameters())
+    if head is not None and head.weight is tables.weight:
+        return everything
+    return everything - int(tables.weight.nbytes)

@@ -60,11 +60,12 @@ def draw(block_costs: Sequence[BlockCost], request: SimulationRequest, file: Pat
     draw_blocks(axes[1, 0], block_costs, request, "speedup")
     linears = [linear for block in block_costs for linear in block.linears]
     draw_columns(axes[1, 1], linears[len(linears) // 2], request)
-    disk.publish(file, lambda temporary: _save(figure, temporary, file.suffix))
+    save(figure, file)
 
 
-def _save(figure: "Figure", path: Path, suffix: str) -> None:
-    figure.savefig(path, format=suffix.removeprefix("."), dpi=150)
+def save(figure: "Figure", file: Path) -> None:
+    """Write a figure to a file, whole or not at all."""
+    disk.publish(file, lambda path: figure.savefig(path, format=file.suffix.removeprefix("."), dpi=150))
 
 
 def draw_means(axes: "Axes", block_costs: Sequence[BlockCost], request: SimulationRequest) -> None:
