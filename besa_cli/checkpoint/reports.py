@@ -77,6 +77,8 @@ class BlockReport:
         clipping with the nearest codes (only of methods that compare, over the samples compared). After: as stored.
     learned_loss : float or None
         Mean reconstruction loss over the last tenth of the learning steps.
+    curve : tuple of float
+        Loss over all learning steps in at most 50 points, each the mean of as many steps; empty without learning.
     kept_uniform : bool
         The learned result was not better than the uniform allocation (or the nearest codes), which was kept.
     resumed : bool
@@ -90,6 +92,7 @@ class BlockReport:
     error_after: float | None
     learned_loss: float | None = None
     kept_uniform: bool = False
+    curve: tuple[float, ...] = ()
     resumed: bool = False
     seconds: float = 0.0
     peak_memory: int = 0
@@ -110,13 +113,16 @@ class BlockReport:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("resumed", "seconds", "peak_memory"):
             del values[name]
+        if not self.curve:
+            del values["curve"]
         return {**values, "linears": [linear.record() for linear in self.linears]}
 
     @classmethod
     def from_record(cls, record: Json) -> "BlockReport":
         """Return the report of a finished block from its `record`."""
         linears = tuple(LinearReport(**linear) for linear in record["linears"])
-        return cls(**{**record, "linears": linears, "resumed": True})
+        curve = tuple(record.get("curve", ()))
+        return cls(**{**record, "linears": linears, "curve": curve, "resumed": True})
 
 
 @dataclass(frozen=True, kw_only=True)

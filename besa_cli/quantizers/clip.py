@@ -66,7 +66,7 @@ Options = ClipOptions
 def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
     """Learn the block's grids; keep round to nearest if learning did not beat it on the same samples."""
     nearest = quantized_blocks.round_to_nearest(block, grid)
-    learned, loss = _learn(block, grid, options)
+    learned, history = _learn(block, grid, options)
     before, after = (_errors(block, each, options.loss) for each in (nearest, learned))
     better = after[0] < before[0]
     return quantized_blocks.decision(
@@ -74,13 +74,13 @@ def quantize(block: Block, grid: Grid, options: ClipOptions) -> Decision:
         learned if better else nearest,
         error_before=before[1],
         error_after=after[1] if better else before[1],
-        learned_loss=loss,
+        **descent.learned(history),
         kept_uniform=not better,
     )
 
 
-def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Quantized], float]:
-    """Minimise the reconstruction error; return the codes, and the mean loss of the last tenth of the steps."""
+def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Quantized], list[float]]:
+    """Minimise the reconstruction error; return the codes, and the loss of every step."""
     linears = {name: Clipped(weight, grid) for name, weight in block.weights.items()}
     sums = block.observe(importance.squared_sums)
     logits = {name: linear.searched(sums[name]).requires_grad_() for name, linear in linears.items()}
@@ -92,7 +92,7 @@ def _learn(block: Block, grid: Grid, options: ClipOptions) -> tuple[dict[str, Qu
     schedule = descent.Schedule(loss=options.loss, epochs=options.epochs, batch_size=options.batch_size)
     history = descent.minimise(block, weights, descent.adamw(list(logits.values()), options.lr), schedule)
     found = {name: linear.quantized(logits[name].detach()) for name, linear in linears.items()}
-    return found, descent.tail_mean(history)
+    return found, history
 
 
 def _errors(block: Block, quantized: Mapping[str, Quantized], loss: Loss) -> tuple[float, float]:

@@ -40,6 +40,8 @@ class Decision:
         gives no `error_after`, the stream measures it over all samples.
     learned_loss : float, optional
         Mean loss of the last learning steps.
+    curve : tuple of float
+        Loss over the learning steps, in at most `descent.CURVE_POINTS` points; empty where nothing was learned.
     kept_uniform : bool
         True if the learned masks were no better than the uniform ones, which were kept.
     uniform : mapping of linear name to boolean Tensor of shape (rows, cols), optional
@@ -54,6 +56,7 @@ class Decision:
     error_before: float | None = None
     error_after: float | None = None
     learned_loss: float | None = None
+    curve: tuple[float, ...] = ()
     kept_uniform: bool = False
     uniform: Mapping[str, Tensor] | None = None
     exact: bool = True

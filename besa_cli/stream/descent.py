@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from besa_cli.choices import Loss
 from besa_cli.errors import BesaError
@@ -16,7 +18,15 @@ from besa_cli.stream.block import Block, Phase
 from besa_cli.system import compute
 
 _EPSILON = 1e-16  # AdamW's epsilon: gradients shrink with the size of the block and must stay well above it
+CURVE_POINTS = 50  # points of a learning curve in the report of a block
 _COMPARED, _SAMPLES = 4096, 8  # minimum tokens and samples on which learned and unlearned masks are compared
+
+
+class LearnedFacts(TypedDict):
+    """The fields of a `Decision` that describe its learning."""
+
+    learned_loss: float
+    curve: tuple[float, ...]
 
 
 class Measure(Protocol):
@@ -147,6 +157,18 @@ def tail_mean(history: Sequence[float]) -> float:
     """Return the mean loss over the last tenth of all steps."""
     last = history[-max(len(history) // 10, 1) :]
     return math.fsum(last) / len(last)
+
+
+def curve(history: Sequence[float]) -> tuple[float, ...]:
+    """Return the loss over the steps in at most `CURVE_POINTS` points: means of equal parts of the steps, in order."""
+    points = min(CURVE_POINTS, len(history))
+    edges = [len(history) * point // points for point in range(points + 1)] if points else []
+    return tuple(math.fsum(history[start:end]) / (end - start) for start, end in pairwise(edges))
+
+
+def learned(history: Sequence[float]) -> LearnedFacts:
+    """Return what a decision says of its learning."""
+    return {"learned_loss": tail_mean(history), "curve": curve(history)}
 
 
 def compare_errors(block: Block, weights: Mapping[str, Tensor], loss: Loss) -> tuple[float, float]:

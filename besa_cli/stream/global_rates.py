@@ -179,7 +179,9 @@ class GlobalRates:
                 pruned.append((place, place.of(sources).masked_fill(~mask, 0.0)))
                 linears.append(linear_report(name, *pruned[-1], mask, unreached=name in unreached))
             if self.kept_pass:
-                report = replace(report, error_before=None, error_after=None, learned_loss=None, kept_uniform=False)
+                report = replace(
+                    report, error_before=None, error_after=None, learned_loss=None, kept_uniform=False, curve=()
+                )
             store.write(replace(report, linears=tuple(linears)), tensor_places.replaced(sources, pruned), {})
             self._decoder.drop(index)
 

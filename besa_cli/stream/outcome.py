@@ -94,6 +94,7 @@ def block_report(
     """
     single = outcomes[0].decision if len(outcomes) == 1 and error is not None else None
     learned = [outcome.decision.learned_loss for outcome in outcomes if outcome.decision.learned_loss is not None]
+    curves = [outcome.decision.curve for outcome in outcomes if outcome.decision.curve]
     return BlockReport(
         index=index,
         blocks=blocks,
@@ -101,5 +102,6 @@ def block_report(
         error_before=single.error_before if single else None,
         error_after=single.error_after if single and single.error_after is not None else error,
         learned_loss=math.fsum(learned) / len(learned) if learned else None,
+        curve=tuple(math.fsum(losses) / len(losses) for losses in zip(*curves, strict=True)),
         kept_uniform=any(outcome.decision.kept_uniform for outcome in outcomes),
     )

@@ -269,5 +269,6 @@ class Tuner:
                     error_after=None,
                     learned_loss=None,
                     kept_uniform=False,
+                    curve=(),
                 )
             store.write(replace(report, resumed=False), tensors, {})

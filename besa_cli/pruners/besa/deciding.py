@@ -30,15 +30,16 @@ def _decide(window: RankedWindow) -> Decision:
     if window.budget_met and not window.clipped:
         (kept,) = _masks(window, window.uniform_counts())
         return Decision(masks=kept, uniform=kept)
-    theta, strengths, learned_loss = learn(window)
+    theta, strengths, history = learn(window)
+    facts = descent.learned(history)
     quantized = {name: clipped.quantized(strengths[name]) for name, clipped in window.clipped.items()}
     for name, each in quantized.items():
         window.linears[name].set_quantized(each)
     if window.budget_met:
         (kept,) = _masks(window, window.uniform_counts())
-        return Decision(masks=kept, **_on_grid(quantized, kept), learned_loss=learned_loss)
+        return Decision(masks=kept, **_on_grid(quantized, kept), **facts)
     if not options.rules.meets_budget:
-        return Decision(masks=_learned_masks(window, theta), learned_loss=learned_loss, exact=False)
+        return Decision(masks=_learned_masks(window, theta), **facts, exact=False)
     sparsities = allocation.project(theta, window.sizes, window.candidates, window.budget_share)
     uniform, learned = _masks(window, window.uniform_counts(), window.wished_counts(sparsities))
     before, after = (_errors(window, kept) for kept in (uniform, learned))
@@ -49,7 +50,7 @@ def _decide(window: RankedWindow) -> Decision:
         **_on_grid(quantized, kept),
         error_before=before[1],
         error_after=after[1] if better else before[1],
-        learned_loss=learned_loss,
+        **facts,
         kept_uniform=not better,
         uniform=uniform,
     )

@@ -14,12 +14,12 @@ from besa_cli.stream import descent
 from besa_cli.system import compute
 
 
-def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
+def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], list[float]]:
     """Minimise the reconstruction error within the budget; if existing zeros meet it, learn only the grids.
 
     The budget is met at every step, unless a `penalty` pulls towards it instead.
 
-    Returns the mixture logits, those of each linear's clipping strengths, and the mean loss of the last tenth of steps.
+    Returns the mixture logits, those of each linear's clipping strengths, and the loss of every step.
     """
     block, options, rules = window.block, window.options, window.options.rules
     keeps_budget = options.penalty is None and not window.budget_met
@@ -58,7 +58,7 @@ def learn(window: RankedWindow) -> tuple[Tensor, dict[str, Tensor], float]:
             history.append(_finite(float(loss), block.index))
             block.on_step(len(history), steps, "learning")
     _finite(float(theta.detach().sum()), block.index)
-    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, descent.tail_mean(history)
+    return theta.detach(), {name: each.detach() for name, each in strengths.items()}, history
 
 
 def _rate_factor(options: BesaOptions, progress: float) -> float:
