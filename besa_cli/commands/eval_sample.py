@@ -25,6 +25,8 @@ def sample(
 ) -> None:
     """Show how the dense and the pruned model continue a prompt (greedy decoding), side by side.
 
+    Both are stored in the run directory, where besa report finds them.
+
     Examples:
 
         besa eval sample
@@ -32,13 +34,16 @@ def sample(
         besa eval sample "1, 2, 3," --model Qwen/Qwen3-0.6B
     """
     console = Console(json=as_json)
+    from besa_cli.evaluation import continuations
     from besa_cli.inference import generating, loading, prompts
     from besa_cli.inference.generating import Sampling
-    from besa_cli.system import compute
+    from besa_cli.system import compute, lock
 
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console, exports=True)
-    subjects.digest(subject)  # refuses a damaged stage
+    digest = subjects.digest(subject)  # refuses a damaged stage
+    if subject.results is not None:
+        lock.require_writable(subject.results.parent)
     models = [measured for measured in (subject.baseline, subject) if measured is not None]
     tokenizers = [subjects.tokenizer(measured, console.note) for measured in models]
     encoded = [
@@ -55,6 +60,15 @@ def sample(
             generated = generating.generate(whole, tokenizer, inputs, Sampling(tokens=tokens), on_token=show)
             texts[measured.name] = generated.text
             del whole  # before the next model is loaded
+        if subject.results is not None:
+            result = continuations.Continuation(
+                model_digest=digest if measured is subject else str(measured.digest),
+                prompt=prompt,
+                tokens=tokens,
+                dtype=compute.name_of(computed),
+                text=texts[measured.name],
+            )
+            continuations.save(result, subject.results, {"name": measured.name, "directory": str(measured.directory)})
     console.table(
         f"{prompt} …", ("model", "continuation"), [(name, " ".join(text.split())) for name, text in texts.items()]
     )

@@ -18,6 +18,7 @@ from besa_cli.checkpoint.manifests import Positive
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import STAGES, require_finished
 from besa_cli.errors import BesaError
+from besa_cli.evaluation import continuations
 from besa_cli.evaluation.texts import EVALUATION_SETS
 from besa_cli.system import disk, records
 from besa_cli.system.disk import Json, JsonObject
@@ -166,7 +167,8 @@ def _read(path: Path) -> _Run:
     if not path.is_dir():
         raise BesaError(f"no run directory {path}", "give run directories, as 'besa prune --run DIR' creates them")
     run = Run(path)
-    results = {file.name: _load_result(file) for file in inspection.evaluation_files(run)}
+    loaded = {file.name: _load_result(file) for file in inspection.evaluation_files(run)}
+    results = {name: record for name, record in loaded.items() if record.get("kind") != continuations.KIND}
     if not results:
         raise BesaError(f"{path} has no results", f"measure it first: besa eval ppl wikitext2 --run {path}")
     complete = [stage for stage in inspection.stage_directories(run) if manifests.is_complete(stage)]

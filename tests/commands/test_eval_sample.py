@@ -12,6 +12,9 @@ import transformers
 from support import tiny_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from besa_cli.checkpoint.runs import Run
+from besa_cli.jobs.stage import StageJob
+
 Besa = Callable[..., Any]  # conftest.Outcome
 
 PROMPT = "w5 w9 w100"
@@ -151,3 +154,33 @@ def test_scores_that_are_no_numbers_are_not_taken_for_words(besa: Besa, model: P
     outcome = besa("eval", "sample", PROMPT, "--model", model, "--dtype", "float16")
     refused(outcome, 1, str(model), "NaN scores for the next token in float16", "compute with --dtype float32")
     assert said(besa, model, PROMPT)
+
+
+def test_both_continuations_are_stored_with_what_made_them(besa: Besa, model: Path, workplace: Path) -> None:
+    calibration = tiny_models.calibration_set(tiny_models.tokens())
+    tiny_models.run(
+        StageJob(Run(Path("besa-run")), tiny_models.local(model), calibration, tiny_models.request("wanda"))
+    )
+    stage = workplace / "besa-run" / "pruned"
+    for _ in range(2):  # the same again is the same files
+        assert besa("eval", "sample", PROMPT, "--tokens", 7, "--dtype", "float32").code == 0
+    stored = [json.loads(path.read_text()) for path in (workplace / "besa-run" / "eval").glob("sample-*.json")]
+    manifest = json.loads((stage / "besa.json").read_text())
+    digests = {manifest["digest"]: stage, manifest["model"]["digest"]: model}
+    assert {record["model_digest"] for record in stored} == digests.keys()
+    assert len(stored) == 2
+    for record in stored:
+        assert (record["kind"], record["prompt"], record["tokens"], record["dtype"]) == (
+            "continuation",
+            PROMPT,
+            7,
+            "float32",
+        )
+        assert record["text"] == greedy(digests[record["model_digest"]], PROMPT, 7)
+        assert (record["model"]["name"] == "dense") == (digests[record["model_digest"]] == model)
+    refused(besa("eval", "compare", "besa-run"), 1, "has no results")  # they are none that a table could hold
+
+
+def test_nothing_is_stored_of_a_model_outside_a_run(besa: Besa, model: Path, workplace: Path) -> None:
+    said(besa, model, PROMPT)
+    assert list(workplace.rglob("sample-*")) == []
