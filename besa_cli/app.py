@@ -26,6 +26,7 @@ from besa_cli.commands.import_ import import_
 from besa_cli.commands.overview import overview
 from besa_cli.commands.prune import prune
 from besa_cli.commands.quantize import quantize
+from besa_cli.commands.report import report
 from besa_cli.commands.run import run
 from besa_cli.commands.shared.config_file import origin
 from besa_cli.commands.shared.context import ProcessSettings
@@ -114,6 +115,7 @@ app.command("import", cls=HelpCommand)(import_)
 app.command(cls=HelpCommand)(simulate)
 app.command(cls=HelpCommand)(show)
 app.command(cls=HelpCommand)(fit)
+app.command(cls=HelpCommand)(report)
 app.command(cls=HelpCommand)(run)
 
 

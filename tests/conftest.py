@@ -1,6 +1,7 @@
 """What every test gets: its own home, no settings of the person who runs it, and a way to run one command line."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ install_import_hook("besa_cli.ops", "beartype.beartype")  # the shapes in the si
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is marked `gpu` where there is none."""
+    """Skip what is marked `gpu` or `browser` where there is none."""
+    if item.get_closest_marker("browser") and not shutil.which("chromium"):
+        pytest.skip("there is no chromium")
     if item.get_closest_marker("gpu"):
         import torch
 

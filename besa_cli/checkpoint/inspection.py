@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from besa_cli.checkpoint import manifests, weights
+from besa_cli.checkpoint import manifests, sparse_format, weights
 from besa_cli.checkpoint.exports import Manifest, refuse_changed
 from besa_cli.checkpoint.manifests import EXPORT, MANIFEST, Counts
 from besa_cli.checkpoint.reports import BlockReport
@@ -115,6 +115,11 @@ def damage(export: Path, manifest: Manifest) -> str:
     return ""
 
 
+def label(linear: str) -> str:
+    """Merge the names of experts: return `mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
+    return re.sub(r"\.\d+\.", ".*.", linear)
+
+
 def number_of_blocks(directory: Path) -> int:
     """Return the number of blocks that `blocks` yields for a stage or a checkpoint."""
     return len(linear_names(directory))
@@ -194,6 +199,28 @@ def packed_size(directory: Path, counts: Counts) -> int:
     places = [linear.place(index, source.names) for index in coded for linear in stage.report(index).linears]
     unpacked = {place.tensor for place in places if place is not None}
     return source.nbytes(source.names) - source.nbytes(unpacked) + -(-int(counts["bits"]) // 8)
+
+
+def sparse_sizes(directory: Path) -> tuple[int, int]:
+    """Return the bytes of a finished stage's linears and of all its tensors, stored as `besa export --format sparse`.
+
+    Quantized linears count as they are; see `packed_size` for these.
+    """
+    source, stage = weights.Weights(directory), _stage(directory)
+    dense = sparse = 0
+    for report in stage.reports():
+        names = stage.names(report.index)
+        places = {place.tensor: linear for linear in report.linears if (place := linear.place(report.index, names))}
+        for name, linear in places.items():
+            size = source.nbytes([name])
+            dense += size
+            if len(source.shape(name)) != 2 or not name.endswith(".weight"):  # such tensors stay dense
+                sparse += size
+                continue
+            rows, cols = source.shape(name)
+            kept = rows * cols - linear.zeros
+            sparse += sparse_format.encoded_bytes(rows, cols, kept, size // (rows * cols))
+    return sparse, source.nbytes(source.names) - dense + sparse
 
 
 def _stage(directory: Path) -> Stage:

@@ -47,6 +47,19 @@ def encoded(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}.{part}": value for part, value in parts.items()}
 
 
+def encoded_bytes(rows: int, cols: int, kept: int, itemsize: int) -> int:
+    """Return the bytes of what `encoded` makes of a matrix with `kept` weights that are not zero.
+
+    Parameters
+    ----------
+    rows, cols, kept : int
+    itemsize : int
+        Bytes of a weight.
+    """
+    mask, shape = rows * -(-cols // 8), 2 * 8
+    return min(mask + kept * itemsize + shape, rows * cols * itemsize)
+
+
 def encoded_codes(name: str, tensor: Tensor, quantized: Quantized) -> dict[str, Tensor]:
     """Encode a quantized weight as its mask, the codes that do not stand for zero, and its grid; by name.
 

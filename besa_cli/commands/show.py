@@ -1,6 +1,5 @@
 """`besa show`: contents of a directory, the commands that made it, and the sparsity of each linear."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -233,7 +232,9 @@ def _run_of(directory: Path) -> Path | None:
 
 def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
     """Print a row for each block: the share of zeros in each linear and in all, and the errors of its report."""
-    labels = list(dict.fromkeys(_label(linear.name) for block in counts for linear in block.linears))
+    from besa_cli.checkpoint import inspection
+
+    labels = list(dict.fromkeys(inspection.label(linear.name) for block in counts for linear in block.linears))
     reported = any(block.report is not None for block in counts)
     rows = []
     for block in counts:
@@ -264,14 +265,11 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
                 )
 
 
-def _label(linear: str) -> str:
-    """Merge the names of experts: return `mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
-    return re.sub(r"\.\d+\.", ".*.", linear)
-
-
 def _shares(labels: Sequence[str], linears: "Sequence[LinearCount]") -> list[str]:
     """Return the zeros in percent for each label, and for all."""
-    groups = [[linear for linear in linears if _label(linear.name) == label] for label in labels]
+    from besa_cli.checkpoint import inspection
+
+    groups = [[linear for linear in linears if inspection.label(linear.name) == label] for label in labels]
     sums = [_sum(group) for group in (*groups, linears)]
     return [f"{100 * total['zeros'] / total['weights']:.2f}" if total["weights"] else "-" for total in sums]
 

@@ -73,10 +73,11 @@ class Column:
 
 @dataclass(kw_only=True)
 class Row:
-    """One model: the method that made it, its run, and its values by column."""
+    """One model: the method that made it, its run, the digest of its content, and its values by column."""
 
     title: str
     run: Path | None
+    digest: str = ""
     figures: dict[Column, float] = field(default_factory=dict)
 
 
@@ -138,15 +139,22 @@ class _Perplexity(_Result):
     tokenizer_digest: NotRequired[str]
 
 
-def compare(paths: Sequence[Path]) -> Comparison:
+def compare(paths: Sequence[Path], *, require_results: bool = True) -> Comparison:
     """Collect the results of several run directories in one table.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Run directories.
+    require_results : bool
+        Refuse a run without results.
 
     Raises
     ------
     BesaError
         A directory does not exist, has no results, or a result is damaged.
     """
-    runs = [_read(path) for path in dict.fromkeys(paths)]
+    runs = [_read(path, require_results=require_results) for path in dict.fromkeys(paths)]
     titles = _titles(runs)
     rows: dict[object, Row] = {}
     notes: list[str] = []
@@ -163,13 +171,13 @@ def compare(paths: Sequence[Path]) -> Comparison:
     return Comparison(columns=_columns(ordered), rows=ordered, notes=notes)
 
 
-def _read(path: Path) -> _Run:
+def _read(path: Path, *, require_results: bool) -> _Run:
     if not path.is_dir():
         raise BesaError(f"no run directory {path}", "give run directories, as 'besa prune --run DIR' creates them")
     run = Run(path)
     loaded = {file.name: _load_result(file) for file in inspection.evaluation_files(run)}
     results = {name: record for name, record in loaded.items() if record.get("kind") != continuations.KIND}
-    if not results:
+    if require_results and not results:
         raise BesaError(f"{path} has no results", f"measure it first: besa eval ppl wikitext2 --run {path}")
     complete = [stage for stage in inspection.stage_directories(run) if manifests.is_complete(stage)]
     stage_manifests = [require_finished(stage) for stage in complete]
@@ -238,16 +246,17 @@ def _row(run: _Run, record: Record, titles: Mapping[tuple[Path, str], str]) -> t
     info: Record = model if isinstance(model, Mapping) else {"name": model}
     digest = str(record.get("model_digest") or info.get("digest"))
     if digest in run.stages:
-        return (run.path, digest), Row(title=titles[run.path, digest], run=run.path)
+        return (run.path, digest), Row(title=titles[run.path, digest], run=run.path, digest=digest)
     for manifest in run.stages.values():
         if digest == manifest["model"]["digest"]:
-            return digest, Row(title="parent" if manifest.get("history") else "dense", run=None)
+            title = "parent" if manifest.get("history") else "dense"
+            return digest, Row(title=title, run=None, digest=digest)
         if manifest.get("history") and info.get("name") == "dense":
-            return digest, Row(title="dense", run=None)
+            return digest, Row(title="dense", run=None, digest=digest)
     directory = Path(str(info.get("directory"))).name
     if info.get("name") in _OTHER_MODELS or directory.removesuffix(".next") in STAGES:
         return None
-    return digest, Row(title=str(info.get("name")), run=run.path)
+    return digest, Row(title=str(info.get("name")), run=run.path, digest=digest)
 
 
 def _add_values(row: Row, record: Record, run: _Run, notes: list[str]) -> None:

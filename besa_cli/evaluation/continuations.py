@@ -12,6 +12,7 @@ from besa_cli.system import lock, records
 from besa_cli.system.disk import Json
 
 KIND = "continuation"  # of a result file
+PREFIX = "sample"  # of its name
 
 
 @records.strict
@@ -46,7 +47,7 @@ def save(result: Continuation, directory: Path, model: Json) -> Path:
     """
     asked = {name: value for name, value in asdict(result).items() if name != "text"}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    file = directory / f"sample-{result.model_digest[:8]}-{key}.json"
+    file = directory / f"{PREFIX}-{result.model_digest[:8]}-{key}.json"
     with lock.hold_results(directory.parent):
         result_files.save(result, file, KIND, model, manifests.versions())
     return file

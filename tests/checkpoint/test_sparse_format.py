@@ -48,6 +48,15 @@ def test_bytes_are_a_bit_a_weight_and_the_values() -> None:
     assert torch.equal(stored["weight_values"], matrix[matrix != 0])
 
 
+@strategies.few
+@given(matrix=strategies.dead_columns(strategies.weights()))
+def test_the_bytes_are_known_beforehand(matrix: Tensor) -> None:
+    matrix = matrix.abs()  # without negative zeros, which are stored
+    rows, cols = matrix.shape
+    expected = sum(part.nbytes for part in parts_of(matrix).values())
+    assert sparse_format.encoded_bytes(rows, cols, int((matrix != 0).sum()), matrix.element_size()) == expected
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.bias", "lm_head"])
 def test_what_is_no_matrix_of_weights_stays(name: str) -> None:
     tensor = torch.zeros(7) if name.endswith("norm.weight") else torch.zeros(7, 3)
