@@ -98,7 +98,7 @@ def _count(collected: "Collected", console: Console) -> "dict[int, SparsityMap]"
     counted = {}
     for number, run in enumerate(collected.runs):
         stage = run.mapped
-        if stage is None or not any(linear.pruned for block in stage.blocks for linear in block.linears):
+        if stage is None or not run.prunes:
             continue
         with console.blocks(f"{run.title}: counting zeros", stage.finished) as progress:
             show = functools.partial(progress.step, total=stage.finished, phase="block")

@@ -217,8 +217,10 @@ def _titles(runs: Sequence[_Run]) -> dict[tuple[Path, str], str]:
     titles = {}
     for key, manifest in stages.items():
         options: Record = manifest["options"]
-        method = options.get("method")
-        same_method = [other["options"] for other in stages.values() if other["options"].get("method") == method]
+        method = options.get("method", manifest["stage"])
+        same_method = [
+            other["options"] for other in stages.values() if other["options"].get("method", other["stage"]) == method
+        ]
         different = [
             f"{name} {_option_text(options[name])}"
             for name in options

@@ -39,7 +39,7 @@ def _frontier(title: str, column: "Column", models: Sequence[ReportedModel]) -> 
     measure, data = heading(title, column)
     human = human_perplexity if column.metric == "perplexity" else human_divergence
     return Drawing(
-        name=disk.safe_name(f"frontier-{title}"),
+        name=disk.safe_name(f"frontier-{column.metric}-{column.name}").replace(" ", "-"),
         title=f"{measure} and size",
         about=f"{data}. Lower and further left is better; the dashed line joins models that no other beats in both.",
         draw=partial(figures.draw_frontier, points, _UNITS[column.metric]),

@@ -1,7 +1,7 @@
 """The page of a report: one HTML file of a template, a style sheet and figures, with all text escaped."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from besa_cli import __version__
@@ -59,14 +59,18 @@ class RunSection:
 
 
 def all_drawings(collected: Collected, maps: Mapping[int, SparsityMap]) -> list[Drawing]:
-    """Return every figure of a report; `maps` are the sparsities of runs by their number."""
+    """Return every figure of a report, with unique names; `maps` are the sparsities of runs by their number."""
     found = drawings.frontiers(collected, models(collected))
     compared = drawings.error_lines(collected)
     found += [compared] if compared else []
     for number, run in enumerate(collected.runs):
         found += [drawings.heat_map(run, maps[number])] if number in maps else []
         found += _of_run(run)
-    return found
+    return [
+        replace(drawing, name=f"{drawing.name}-{before + 1}") if before else drawing
+        for position, drawing in enumerate(found)
+        for before in [sum(other.name == drawing.name for other in found[:position])]
+    ]
 
 
 def _of_run(run: ReportedRun) -> list[Drawing]:

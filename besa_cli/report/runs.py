@@ -28,6 +28,7 @@ _KINDS = {
     "export": "an export",
     "checkpoint": "a checkpoint",
 }
+_FEW = 0.01  # share of zeros that a dense model may have
 _AGAIN = "delete the file, and make it again"
 
 
@@ -147,6 +148,17 @@ class ReportedRun:
     def newest(self) -> ReportedStage | None:
         """The newest finished stage that is not stale, or None."""
         return next((stage for stage in reversed(self.stages) if stage.complete and not stage.stale), None)
+
+    @property
+    def prunes(self) -> bool:
+        """True if weights were pruned; not so of a dense model that was quantized, where few weights are zero."""
+        stage = self.mapped
+        if stage is None:
+            return False
+        linears = [linear for block in stage.blocks for linear in block.linears]
+        pruned = sum(linear.pruned for linear in linears)
+        weights = sum(linear.rows * linear.cols for linear in linears)
+        return pruned > (_FEW * weights if stage.manifest["command"] == "quantize" else 0)
 
     @property
     def mapped(self) -> ReportedStage | None:

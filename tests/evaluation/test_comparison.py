@@ -114,6 +114,14 @@ def test_titles_say_what_distinguishes_runs_of_one_method(tmp_path: Path) -> Non
     ]
 
 
+def test_a_tuned_stage_is_called_so(tmp_path: Path) -> None:
+    tuned = manifest("T", parent="A")
+    del tuned["options"]["method"], tuned["options"]["sparsity"]
+    path = run(tmp_path / "a", manifest("A"), result("A", 2.0), result("T", 1.0))
+    write(path / "tuned" / "besa.json", {**tuned, "stage": "tuned", "command": "tune"})
+    assert table(comparison.compare([path])) == {"besa 50 %": {WIKI: 2.0}, "tuned": {WIKI: 1.0}}
+
+
 def test_models_are_told_apart(tmp_path: Path) -> None:
     runs = [
         run(tmp_path / name, manifest(name, parent=f"{name}-0", model=f"org/{name}"), result(name, 2.0))
