@@ -24,6 +24,12 @@ def locate(origin: Origin, notify: Notify) -> Path:
     return models.resolve(pinned, notify=notify).directory
 
 
+def dense_origin(manifest: manifests.StageManifest) -> Origin:
+    """Return the dense model that a stage's history begins with, as far as the stages in between are on disk."""
+    parent = Path(manifest["model"]["directory"])
+    return dense_origin(manifests.read_stage(parent)) if (parent / MANIFEST).exists() else manifest["model"]
+
+
 def dense(stage: Path, notify: Notify) -> tuple[Path, manifests.Digest]:
     """Return the directory and the digest of the dense model that a stage's history begins with.
 

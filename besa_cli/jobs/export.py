@@ -60,7 +60,7 @@ class ExportJob:
         if not self.done:
             for place in (self.directory, self._partial):
                 ownership.refuse_to_replace(place, [newest])
-            self._perplexities = model_card.perplexities(run, self.source.manifest)
+            self._measured = model_card.results(run, self.source.manifest)
             self.source.refuse_misfit()
             preflight.refuse_damaged(newest, weights.check(self.source.weights))
             preflight.require_space(self.directory, sum(self.source.dense_bytes) + _ROOM)
@@ -168,7 +168,12 @@ class ExportJob:
         }
         record = redaction.value(record)
         self._keep_private()
-        text = model_card.text(record, self._perplexities, self._exporter.module.loading(self._exporter.options))
+        text = model_card.text(
+            record,
+            model_card.origin(stage),
+            self._measured,
+            self._exporter.module.loading(self._exporter.options),
+        )
         disk.publish(self._partial / model_card.FILE, lambda path: _write(path, text.encode()))
         files = {
             str(path.relative_to(self._partial)): _flushed(path)

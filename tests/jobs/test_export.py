@@ -333,7 +333,7 @@ def test_a_damaged_perplexity_is_refused_before_any_work(
         ExportJob(run, exporters.load("hf"))
     file.write_text(json.dumps({**RESULT, "model_digest": digest, "dataset": "/home/jane/a|b.txt"}))
     card = (exported.export(run, "hf") / "README.md").read_text()
-    assert "| a\\|b.txt | - | 1 | 8 | float32 | 3.0000 |" in card
+    assert "| a\\|b.txt | - | 1 | 8 | float32 | 3.0000 | - | - |" in card
     assert "jane" not in card
 
 
