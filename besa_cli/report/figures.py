@@ -196,7 +196,7 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values, default=1) or 1)
 
 
 def _legend(axes: "Axes") -> None:

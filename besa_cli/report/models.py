@@ -48,10 +48,12 @@ class ReportedModel:
 def models(collected: Collected) -> list[ReportedModel]:
     """Return all models: the dense ones, the stages run by run, and others that were measured."""
     stages = [(run, stage) for run in collected.runs for stage in run.stages if stage.complete]
-    figures = {(row.run, row.digest): row.figures for row in collected.comparison.rows}
+    figures: dict[str, dict[Column, float]] = {}
+    for row in collected.comparison.rows:  # the same content has the same results, whichever run measured it
+        figures[row.digest] = {**row.figures, **figures.get(row.digest, {})}
     dense = {origins.dense_origin(stage.manifest)["digest"]: stage for _, stage in stages}
-    found = [_dense(digest, stage, figures.get((None, digest), {}), len(dense)) for digest, stage in dense.items()]
-    found += [_stage(run, stage, figures.get((run.path, stage.manifest["digest"]), {})) for run, stage in stages]
+    found = [_dense(digest, stage, figures.get(digest, {}), len(dense)) for digest, stage in dense.items()]
+    found += [_stage(run, stage, figures.get(stage.manifest["digest"], {})) for run, stage in stages]
     known = {model.digest for model in found}
     found += [
         ReportedModel(title=escaped(row.title), what="measured in the run", digest=row.digest, figures=row.figures)

@@ -260,7 +260,7 @@ def _prompts(collected: Collected, known: Sequence[ReportedModel]) -> list[Promp
             text=escaped(text, keep="\n\t"),
             tokens=tokens,
             continuations=sorted(
-                ((title, escaped(said, keep="\n\t")) for title, said in found.items()),
+                ((title, escaped(said, keep="\n\t").strip()) for title, said in found.items()),
                 key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order),
             ),
         )

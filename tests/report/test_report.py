@@ -231,7 +231,7 @@ def test_continuations_are_side_by_side(both: html.HtmlElement, made: Path) -> N
     shown = {text(card[0]): card[1].text_content() for card in cards}
     assert list(shown) == ["dense", "learned<i>", "wanda, quantized"]
     stored = {
-        record["model_digest"]: record["text"]
+        record["model_digest"]: record["text"].strip()
         for run in ("learned<i>", "wanda")
         for record in results(made / run, "sample")
     }
@@ -477,3 +477,11 @@ def test_rows_of_all_experts_share_a_cell() -> None:
     assert (cell.weights, cell.zeros, cell.rows, cell.lowest) == (72, 5, 12, 0)
     assert cell.highest == pytest.approx(5 / 6)
     assert [bin.rows for bin in cell.bins if bin.rows] == [11, 1]
+
+
+def test_the_same_weights_in_two_runs_share_their_results(besa: Besa, runs: Path) -> None:
+    shutil.copytree(runs / "learned<i>" / "pruned", runs / "copy" / "pruned")
+    document = page(besa, runs / "learned<i>", runs / "copy")
+    rows = {row[0]: row[1:] for row in cells(document.xpath("//table[@class='models']")[0])}
+    assert rows["copy besa 50 %"] == rows["learned<i> besa 50 %"]
+    assert "–" not in rows["copy besa 50 %"]
