@@ -19,7 +19,7 @@ import multiprocessing
 import re
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,34 +91,49 @@ def model(kind: str) -> Any:
 
 def checked(kind: str, place: Path) -> dict[str, Any]:
     """Make a checkpoint of a type in an empty directory, prune it, and say what became of it."""
-    source, rows = (
-        place / "model",
-        torch.randint(16, 512, (_SAMPLES, _SEQLEN), generator=torch.Generator().manual_seed(1)),
-    )
-    model(kind).save_pretrained(source)
-    data = place / "rows.jsonl"
-    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()))
+    source, rows = saved(kind, place)
     line: dict[str, Any] = {"verdict": "prunes"}
     for method in METHODS:
-        words = ["--model", source, "--method", method, "--data", data, "--samples", _SAMPLES, "--seqlen", _SEQLEN]
-        code, said = _besa("prune", *words, "--dtype", "float32", "--run", place / method)
-        if code != 0:
-            found = [text for text in said.splitlines() if text.startswith("error: ")]
-            crashed = not found or "unexpected error" in found[0]
-            return {"verdict": "crashes" if crashed else "refused", "why": (found or [said])[0].replace(str(place), "")}
+        failed = failure(place, "--method", method, "--run", place / method)
+        if failed:
+            return failed
         line |= compared(kind, source, place / method / "pruned", rows)
         if line["verdict"] != "prunes":
             return {**line, "why": f"{method}: {line['why']}"}
     return line
 
 
+def saved(kind: str, place: Path) -> tuple[Path, Tensor]:
+    """Make a checkpoint of a type and its calibration samples; returns its directory and the samples."""
+    source = place / "model"
+    rows = torch.randint(16, 512, (_SAMPLES, _SEQLEN), generator=torch.Generator().manual_seed(1))
+    model(kind).save_pretrained(source)
+    _rows_file(place).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()))
+    return source, rows
+
+
+def _rows_file(place: Path) -> Path:
+    return place / "rows.jsonl"
+
+
+def failure(place: Path, *words: object) -> dict[str, Any]:
+    """Prune what `saved` made, with more options; returns the verdict if that fails, else nothing."""
+    samples = ["--data", _rows_file(place), "--samples", _SAMPLES, "--seqlen", _SEQLEN]
+    code, said = _besa("prune", "--model", place / "model", *samples, "--dtype", "float32", *words)
+    if code == 0:
+        return {}
+    found = [text for text in said.splitlines() if text.startswith("error: ")]
+    crashed = not found or "unexpected error" in found[0]
+    return {"verdict": "crashes" if crashed else "refused", "why": (found or [said])[0].replace(str(place), "")}
+
+
 def compared(kind: str, source: Path, stage: Path, rows: Tensor) -> dict[str, Any]:
     """Compare a stage with the source, tensor by tensor, and its logits with those of stock transformers."""
-    before, after = _tensors(source), _tensors(stage)
+    before, after = tensors(source), tensors(stage)
     counts = json.loads((stage / "besa.json").read_text())["counts"]
     changed = [name for name in before if name in after and not torch.equal(before[name], after[name])]
     zeros, weights = (sum(count(after[name]) for name in changed) for count in (_zeros, Tensor.numel))
-    (whole, reading), (pruned, reading_stage) = _stock(kind, source), _stock(kind, stage)
+    (whole, reading), (pruned, reading_stage) = stock(kind, source), stock(kind, stage)
     with torch.no_grad():
         expected = pruned(input_ids=rows, use_cache=False).logits
     error = float((_streamed(stage, rows) - expected).norm() / expected.norm())
@@ -144,7 +159,7 @@ def _besa(*words: object) -> tuple[int, str]:
     return code, said.getvalue()
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def tensors(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -152,7 +167,7 @@ def _zeros(tensor: Tensor) -> int:
     return int((tensor == 0).sum())
 
 
-def _stock(kind: str, directory: Path) -> tuple[Any, dict[str, list[str]]]:
+def stock(kind: str, directory: Path) -> tuple[Any, dict[str, list[str]]]:
     """The model that transformers alone loads, and what it says of the tensors."""
     auto: Any = AutoModelForImageTextToText if kind in TABLES["images"] else AutoModelForCausalLM
     loaded, said = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -170,12 +185,12 @@ def _streamed(directory: Path, rows: Tensor) -> Tensor:
         return decoder.finish(hidden, rows)
 
 
-def _report(kind: str, place: Path, results: Any) -> None:
+def _report(kind: str, place: Path, check: Callable[[str, Path], dict[str, Any]], results: Any) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     try:
-        results.put(checked(kind, place))
+        results.put(check(kind, place))
     except Exception as error:  # noqa: BLE001  # whatever a type's code raises while its checkpoint is made
         made = (place / "model" / "config.json").exists()
         why = f"{type(error).__name__}: {error}".replace("\n", " ")[:200] if not made else traceback.format_exc()[-800:]
@@ -209,12 +224,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("types", nargs="*", help="all by default")
     parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints; each goes when it is done")
     given = parser.parse_args(arguments)
+    record(given.types or [*CAUSAL, *TABLES["images"]], given.work, checked, LINES, METHODS)
+
+
+def record(
+    kinds: Sequence[str],
+    work: Path,
+    check: Callable[[str, Path], dict[str, Any]],
+    lines: Path,
+    methods: Sequence[str],
+) -> None:
+    """Check types one after the other, each in a process of its own, and add a line for each to a file."""
     context = multiprocessing.get_context("fork")
-    for kind in given.types or [*CAUSAL, *TABLES["images"]]:
-        place, results = given.work / kind, context.Queue()
+    for kind in kinds:
+        place, results = work / kind, context.Queue()
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        worker = context.Process(target=_report, args=(kind, place, results))
+        worker = context.Process(target=_report, args=(kind, place, check, results))
         worker.start()
         try:
             found = results.get(timeout=_SECONDS)
@@ -222,8 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = {"verdict": "wrong", "why": f"no answer in {_SECONDS} s"}
         worker.kill()
         shutil.rmtree(place, ignore_errors=True)
-        line = {"type": kind, **found, "methods": recorded.methods(*METHODS), "commit": besa_runs.commit()}
-        with LINES.open("a", encoding="utf-8") as file:
+        line = {"type": kind, **found, "methods": recorded.methods(*methods), "commit": besa_runs.commit()}
+        with lines.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(kind, found["verdict"], found.get("why", ""), flush=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from besa_cli.checkpoint import manifests
 from besa_cli.errors import BesaError, reason_of
 from besa_cli.models import cache, files
 from besa_cli.system import disk
+from besa_cli.system.disk import Json
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".index.json")
 _OWN = (manifests.MANIFEST, manifests.EXPORT, cache.FILES)
@@ -22,8 +24,10 @@ def small_files(source: Path) -> list[str]:
     return [*flat, *(path.relative_to(source).as_posix() for path in inside)]
 
 
-def copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path, changed: Mapping[str, Json] | None = None) -> None:
     """Copy the files that `small_files` lists; besa's own files are not among them.
+
+    JSON files named in `changed` are written with these contents instead.
 
     Raises
     ------
@@ -34,7 +38,10 @@ def copy_small_files(source: Path, target: Path) -> None:
         path = source / name
         if path.suffix == ".json":
             _require_json(path)
-        disk.publish(target / name, partial(_copy, path))
+        if changed and name in changed:
+            disk.write_json(target / name, changed[name])
+        else:
+            disk.publish(target / name, partial(_copy, path))
 
 
 def _require_json(path: Path) -> None:

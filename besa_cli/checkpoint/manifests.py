@@ -148,6 +148,21 @@ class BlockBudgets(TypedDict):
 
 
 @strict
+class KeptExperts(TypedDict):
+    """The experts that stay, with ``--experts``, and the measurement that decided it.
+
+    `kept`, `scores` and `tokens` have a list for each block, which is empty for a block without experts: the numbers in
+    the model of the experts that stay, and for all of its `experts` the score and the tokens that reached it.
+    """
+
+    experts: Positive
+    kept: list[list[Count]]
+    scores: list[list[Annotated[float, Ge(0)]]]
+    tokens: list[list[Count]]
+    removed: Count  # weights of the linears of the experts that do not stay
+
+
+@strict
 class HeldOut(TypedDict):
     """Result of the check on held-out samples: mean divergence per token from the dense model, in nats.
 
@@ -225,6 +240,7 @@ class StageManifest(_StageFields):
     restart: NotRequired[bool]
     left_out: NotRequired[LeftOut]
     block_budgets: NotRequired[BlockBudgets]
+    experts: NotRequired[KeptExperts]
     held_out: NotRequired[HeldOut]
     counts: NotRequired[Counts]
     digest: NotRequired[Digest]
@@ -342,6 +358,8 @@ def _parse_stage(path: Path, text: str) -> StageManifest:
     manifest = records.parse(StageManifest, text, path, _REMEDY)
     if "block_budgets" in manifest:
         _require_budgets(manifest["block_budgets"], manifest["blocks"], path)
+    if "experts" in manifest:
+        _require_experts(manifest["experts"], manifest["blocks"], path)
     if manifest["status"] == "complete":
         _require_finished(manifest, path)
     return manifest
@@ -354,6 +372,22 @@ def _require_budgets(budgets: BlockBudgets, blocks: int, path: Path) -> None:
         raise BesaError(f"{path} is not what besa wrote: block_budgets are not those of {blocks} blocks", _REMEDY)
     if any(count > size for count, size in zip(pruned, weights, strict=True)):
         raise BesaError(f"{path} is not what besa wrote: block_budgets prune more weights than there are", _REMEDY)
+
+
+def _require_experts(experts: KeptExperts, blocks: int, path: Path) -> None:
+    """Refuse experts that are not those of so many blocks, or are not in the blocks that they are kept in."""
+    kept, scores, tokens = experts["kept"], experts["scores"], experts["tokens"]
+    rows = list(zip(kept, scores, tokens, strict=False))
+    sound = all(
+        len(scored) == len(reached) == (experts["experts"] if stay else 0)
+        and stay == sorted(set(stay))
+        and all(number < experts["experts"] for number in stay)
+        for stay, scored, reached in rows
+    )
+    if not len(kept) == len(scores) == len(tokens) == blocks or len({len(stay) for stay in kept if stay}) != 1:
+        raise BesaError(f"{path} is not what besa wrote: experts are not those of {blocks} blocks", _REMEDY)
+    if not sound:
+        raise BesaError(f"{path} is not what besa wrote: experts are kept that a block does not have", _REMEDY)
 
 
 _REMEDY = "restore the file, or make the stage again with --restart"
@@ -400,6 +434,15 @@ def describe_budgets(budgets: BlockBudgets) -> str:
     shares = [count / max(size, 1) for count, size in zip(budgets["pruned"], budgets["weights"], strict=True)]
     low, high = shares.index(min(shares)), shares.index(max(shares))
     return f"budget of the blocks: {100 * shares[low]:.1f} % (block {low}) to {100 * shares[high]:.1f} % (block {high})"
+
+
+def describe_experts(experts: KeptExperts) -> str:
+    """Describe how many experts were removed from how many blocks."""
+    stay = [len(kept) for kept in experts["kept"] if kept]
+    return (
+        f"removed {experts['experts'] - stay[0]} of the {experts['experts']} experts in each of {len(stay)} blocks: "
+        f"{experts['removed']:,} weights, which are not counted"
+    )
 
 
 def is_complete(directory: Path) -> bool:

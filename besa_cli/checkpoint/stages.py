@@ -238,8 +238,11 @@ class Stage:
             if index >= 0:
                 self.codes(index)
 
-    def begin(self, manifest: Json, source: Path) -> None:
-        """Create the directory with its manifest, and copy the configuration and tokenizer files of the source."""
+    def begin(self, manifest: Json, source: Path, changed: Mapping[str, Json] | None = None) -> None:
+        """Create the directory with its manifest, and copy the configuration and tokenizer files of the source.
+
+        JSON files named in `changed` get these contents instead of the source's.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -247,13 +250,20 @@ class Stage:
             raise BesaError(f"cannot make {self.directory}: {reason}", "name another directory with --run") from error
         manifest = {**manifest, "blocks": self.blocks, "files": small_files(source)}
         disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "beginning"})
-        copy_small_files(source, self.directory)
+        copy_small_files(source, self.directory, changed)
         disk.write_json(self.directory / manifests.MANIFEST, {**manifest, "status": "running"})
 
     def record_budgets(self, budgets: manifests.BlockBudgets) -> None:
         """Add the budgets of all blocks to the manifest of a stage that has begun."""
-        manifest = {**manifests.read_stage(self.directory), "block_budgets": budgets}
-        disk.write_json(self.directory / manifests.MANIFEST, manifest)
+        self._record_fields({"block_budgets": budgets})
+
+    def record_experts(self, experts: manifests.KeptExperts) -> None:
+        """Add the experts that stay to the manifest of a stage that has begun."""
+        self._record_fields({"experts": experts})
+
+    def _record_fields(self, fields: Json) -> None:
+        manifest = manifests.read_stage(self.directory)
+        disk.write_json(self.directory / manifests.MANIFEST, {**manifest, **fields})
 
     def finish(self, added: manifests.AddedFields | None = None) -> manifests.StageManifest:
         """Write the index, then the manifest with counts, digest and the fields `added`; returns the manifest.

@@ -26,6 +26,14 @@ SparsityOption = Annotated[
     float | None,
     panels.SPARSITY("--sparsity", "Share of the linears' weights to prune, from 0 to below 1.", "0.5", metavar="SHARE"),
 ]
+ExpertsOption = Annotated[
+    float | None,
+    panels.SPARSITY(
+        "--experts",
+        "Share of each block's experts to remove first, the least important ones; --sparsity is that of the others.",
+        metavar="SHARE",
+    ),
+]
 PatternOption = Annotated[
     str | None,
     panels.SPARSITY("--nm", "Prune N of every M columns instead (every method but besa).", metavar="N:M"),
@@ -193,6 +201,7 @@ def prune(
     method: MethodOption = "besa",
     sparsity: SparsityOption = None,
     nm: PatternOption = None,
+    experts: ExpertsOption = None,
     budget: BudgetOption = "uniform",
     damping: DampingOption = None,
     besa: BesaGroup,
@@ -228,6 +237,7 @@ def prune(
         method=method,
         sparsity=0.5 if sparsity is None else sparsity,
         nm=pattern,
+        experts=experts,
         budget=budget,
         global_epochs=global_epochs,
         global_lr=global_lr,
@@ -242,7 +252,9 @@ def prune(
         raise UsageError(f"--dry-run forecasts one process, not {world.size} ranks", "start it once, without torchrun")
     ranks.require_even_steps(request, world)
     with world.main_process_first():  # the other ranks then find the model in the cache
-        source = models.resolve(model, notify=console.note, check_config=supported.require)
+        source = models.resolve(
+            model, notify=console.note, check_config=partial(supported.require, removed_experts=experts)
+        )
     if not world.is_main:
         ranks.run_worker(source, request, world)
         return
@@ -275,6 +287,8 @@ def _show(manifest: "StageManifest", run: "Run", console: Console) -> None:
         f"{directory}: {chosen['model']} pruned with {chosen['method']}, {counts['pruned']:,} of {counts['weights']:,} "
         f"weights ({100 * counts['sparsity']:.4f} %)"
     )
+    if "experts" in manifest:
+        console.line(manifests.describe_experts(manifest["experts"]))
     if "left_out" in manifest:
         console.line(manifests.describe_left_out(manifest["left_out"]))
     if "unreached" in counts:

@@ -158,6 +158,8 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
     console.line(f"{directory}: {_title(manifest)}")
     if manifest is not None:
         _show_history(manifest, directory, console)
+    if manifest is not None and "experts" in manifest:
+        console.line(f"  {manifests.describe_experts(manifest['experts'])}")
     if manifest is not None and "left_out" in manifest:
         console.line(f"  {manifests.describe_left_out(manifest['left_out'])}")
     if manifest is not None and "block_budgets" in manifest:

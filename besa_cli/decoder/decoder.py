@@ -44,15 +44,23 @@ class Decoder(PartialModel):
 
     Parameters
     ----------
-    directory, device, dtype
+    directory, device, dtype, removed_experts
         The parameters of `PartialModel`.
     quick : bool
         Compute causal attention on a CPU with `besa_cli.ops.attention`, which rounds scores to the dtype. By default
         everything is computed as in stock transformers.
     """
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> None:
-        super().__init__(directory, device, dtype)
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        quick: bool = False,
+        removed_experts: float | None = None,
+    ) -> None:
+        super().__init__(directory, device, dtype, removed_experts=removed_experts)
         self._body = _body(self.model, self.blocks)
         if quick and device.type == "cpu":
             attention.use_chunked_attention(self.model)

@@ -19,13 +19,14 @@ from besa_cli.decoder.tensor_names import Names
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
+CONTRIBUTION = "contribution"  # submodule of an expert that is passed what the expert adds to the output, unchanged
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
 
 
 def linears(block: nn.Module, config: "PretrainedConfig") -> dict[str, nn.Linear]:
     """Return the linears of one block by their name inside it, without routers and gates with a single output."""
     text = config.get_text_config()
-    experts = {getattr(text, key, None) for key in _EXPERTS} - {None}
+    experts = {getattr(text, key, None) for key in EXPERT_KEYS} - {None}
     by_name = {}
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear) or module.out_features == 1:
@@ -72,6 +73,20 @@ def _linear(rows: int, cols: int, like: Tensor, *, bias: bool) -> nn.Linear:
     return linear.requires_grad_(False)
 
 
+def fused_experts(block: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of a block that hold fused experts of a known form, before `separate` takes them apart."""
+    return (module for module in block.modules() if _fused(module) is not None)
+
+
+def contributions(block: nn.Module) -> list[nn.Module]:
+    """Return the submodule of each separated expert of a block that is passed what the expert adds, in order.
+
+    Inputs of such a submodule have the shape (tokens, hidden), with the tokens that reached the expert. Empty for a
+    block without experts.
+    """
+    return [module for name, module in block.named_modules() if name.rpartition(".")[2] == CONTRIBUTION]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Fused:
     """Form of a module's fused experts: its two parameters, and the function that computes with separated ones.
@@ -108,6 +123,7 @@ def _separate_experts(module: Any, fused: _Fused, place: str, names: Names) -> N
     experts = len(module.down_proj)
     for number in range(experts):
         module.add_module(str(number), nn.Module())
+        module.get_submodule(str(number)).add_module(CONTRIBUTION, nn.Identity())
     for key in (fused.first, "down_proj"):
         parameter = getattr(module, key)
         rows, cols = parameter.shape[:0:-1] if fused.transposed else parameter.shape[1:]
@@ -152,8 +168,8 @@ def _routed(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     output = torch.zeros_like(hidden_states)
     for number, expert in _experts(self):
         tokens, places = torch.where(top_k_index == number)
-        result = _computed(self, expert, hidden_states[tokens])
-        output.index_add_(0, tokens, (result * top_k_weights[tokens, places, None]).to(output.dtype))
+        result = _computed(self, expert, hidden_states[tokens]) * top_k_weights[tokens, places, None]
+        output.index_add_(0, tokens, expert.contribution(result).to(output.dtype))
     return output
 
 
@@ -178,7 +194,7 @@ def _sorted(self: Any, hidden_states: Tensor) -> Tensor:
     each = len(hidden_states) // sum(1 for _ in _experts(self))
     for number, expert in _experts(self):
         tokens = number * each + hidden_states[number * each : (number + 1) * each].any(1).nonzero()[:, 0]
-        output.index_add_(0, tokens, _computed(self, expert, hidden_states[tokens]))
+        output.index_add_(0, tokens, expert.contribution(_computed(self, expert, hidden_states[tokens])))
     return output
 
 

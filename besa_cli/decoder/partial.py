@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from besa_cli.checkpoint.fewer_experts import FewerExperts
 from besa_cli.checkpoint.tensor_places import TensorPlace
 from besa_cli.checkpoint.weights import Weights
-from besa_cli.decoder import architecture, linears
+from besa_cli.decoder import architecture, experts, linears
 from besa_cli.decoder.prefetch import Prefetcher
 from besa_cli.decoder.tensor_names import Names, reconcile
 from besa_cli.errors import BesaError
@@ -30,6 +31,8 @@ class PartialModel:
         A Hugging Face checkpoint with safetensors.
     device, dtype : torch.device, torch.dtype
         Device and dtype of the computation.
+    removed_experts : float, optional
+        Share of each block's experts that the model is run without: the last ones, until `keep_experts` is called.
 
     Attributes
     ----------
@@ -42,10 +45,14 @@ class PartialModel:
         The model cannot be handled, or a weight is missing or of another shape.
     """
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, device: torch.device, dtype: torch.dtype, *, removed_experts: float | None = None
+    ) -> None:
         compute.map_large_tensors()
         self.config = architecture.config_of(directory)
         self.weights = Weights(directory)
+        if removed_experts is not None:
+            self.config, self.weights = experts.without(self.config, self.weights, removed_experts)
         self.device, self.dtype = device, dtype
         _require_sizes(self.config, directory)
         self.model = architecture.skeleton(self.config, dtype)
@@ -119,6 +126,18 @@ class PartialModel:
                     f"{self.weights.directory} lacks the tensor {name} ({where} of {type(self.model).__name__})",
                     "the checkpoint is incomplete or of another architecture: fetch it again",
                 )
+
+    def keep_experts(self, numbers: Sequence[Sequence[int]]) -> None:
+        """Set the experts of each block that the model is run with, by their numbers in the checkpoint.
+
+        Raises
+        ------
+        ValueError
+            They are not as many as `removed_experts` leaves.
+        """
+        if not isinstance(self.weights, FewerExperts):
+            raise ValueError("the model is run with all of its experts")
+        self.weights.keep(numbers)
 
     def prefetch(self, index: int) -> None:
         """Start to read block `index` in the background; it occupies its size on disk in memory until it is loaded."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from besa_cli.decoder import architecture
+from besa_cli.decoder import architecture, experts
 from besa_cli.errors import BesaError
 from besa_cli.models.config_json import SUITED
 
@@ -38,21 +38,30 @@ REASONS: dict[str, str] = {
 }
 
 
-def require(directory: Path) -> None:
+def require(directory: Path, removed_experts: float | None = None) -> None:
     """Refuse a model that cannot be pruned block by block, by the ``config.json`` in a directory.
 
     The model is built without weights, as transformers does, to see that it has a list of blocks.
 
+    Parameters
+    ----------
+    directory : Path
+    removed_experts : float, optional
+        Share of each block's experts that is to be removed.
+
     Raises
     ------
     BesaError
-        The model is of another kind than `architecture.config_of` takes, or its code does not compute block by block.
+        The model is of another kind than `architecture.config_of` takes, or its code does not compute block by block,
+        or such a share of experts cannot be removed.
     """
     config = architecture.config_of(directory)
     reason = REASONS.get(config.model_type) or _by_fields(config)
     if reason:
         raise BesaError(f"{directory} is of the type {config.model_type}, which is not supported: {reason}", SUITED)
     architecture.block_list(architecture.skeleton(config, torch.bfloat16))
+    if removed_experts is not None:
+        experts.require(config, removed_experts)
 
 
 def _by_fields(config: "PretrainedConfig") -> str | None:

@@ -209,7 +209,7 @@ class PerplexityRun:
         heads = {id(decoder): decoder.head_bytes() for decoder in (self._decoder, self._outer)}
         most = max(sizes)
         demand = memory_model.eval_demand(
-            max(shapes, key=lambda shape: shape.source),
+            max(shapes, key=lambda shape: shape.loaded * (shape.dtype.itemsize + shape.source)),
             tokens=most * seqlen,
             passing=min(self._batch, most) * seqlen,
             seqlen=seqlen,

@@ -16,6 +16,7 @@ def request(
     method: str = "besa",
     sparsity: float = 0.5,
     nm: tuple[int, int] | None = None,
+    experts: float | None = None,
     budget: Budget = "uniform",
     global_epochs: int | None = None,
     global_lr: float | None = None,
@@ -35,6 +36,8 @@ def request(
         Share of the linears' weights to prune, in [0, 1).
     nm : (n, m), optional
         Prune n of every m columns instead.
+    experts : float, optional
+        Share of each block's experts to remove, in (0, 1); the sparsity is that of the experts that stay.
     budget : {"uniform", "model"}
         How the pruned weights are shared between blocks.
     global_epochs : int, optional
@@ -56,17 +59,7 @@ def request(
     UsageError
         The method is unknown, lacks an option, or a value is invalid.
     """
-    if not 0 <= sparsity < 1:
-        raise UsageError(f"--sparsity {sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
-    if nm and not 0 < nm[0] < nm[1]:
-        raise UsageError(
-            f"--nm '{nm[0]}:{nm[1]}' is not an N:M pattern with 0 < N < M", "2:4 prunes 2 of every 4 columns"
-        )
-    if nm and budget != "uniform":
-        raise UsageError(
-            f"--budget {budget} cannot be combined with --nm {nm[0]}:{nm[1]}, which gives every block the same share",
-            "leave one of the two out",
-        )
+    _require_shares(sparsity, nm, experts, budget)
     given = dict(options or {})
     if method == "besa" and given.get("preset") == "best":
         _require_no_grid(given)
@@ -77,6 +70,8 @@ def request(
     whole_model = _whole_model(pruner, nm, global_epochs or 0, global_lr)
     repair = _repair(pruner, update, update_epochs, update_lr)
     own: dict[str, OptionValue] = {"nm": f"{nm[0]}:{nm[1]}"} if nm else {"sparsity": sparsity}
+    if experts is not None:
+        own |= {"experts": experts}
     if budget != "uniform":  # in manifests the default is absent, as it ever was
         own |= {"budget": budget}
     if whole_model:
@@ -93,8 +88,28 @@ def request(
         command_options=own,
         whole_model=whole_model,
         repair=repair,
+        removed_experts=experts,
         **placement,
     )
+
+
+def _require_shares(sparsity: float, nm: tuple[int, int] | None, experts: float | None, budget: Budget) -> None:
+    """Refuse shares that are out of range, or contradict one another."""
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"--sparsity {sparsity} is not in [0, 1)", "0.5 prunes half of the weights")
+    if nm and not 0 < nm[0] < nm[1]:
+        raise UsageError(
+            f"--nm '{nm[0]}:{nm[1]}' is not an N:M pattern with 0 < N < M", "2:4 prunes 2 of every 4 columns"
+        )
+    if nm and budget != "uniform":
+        raise UsageError(
+            f"--budget {budget} cannot be combined with --nm {nm[0]}:{nm[1]}, which gives every block the same share",
+            "leave one of the two out",
+        )
+    if experts is not None and not 0 < experts < 1:
+        raise UsageError(
+            f"--experts {experts} is not between 0 and 1", "0.25 removes a quarter of each block's experts"
+        )
 
 
 def _whole_model(

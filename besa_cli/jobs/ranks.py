@@ -61,6 +61,7 @@ def run_main(
     world: Ranks,
     *,
     prefetch: bool,
+    kept_experts: Sequence[Sequence[int]] | None = None,
     budgets: Sequence[int] | None = None,
     channels: Tensor | None = None,
 ) -> None:
@@ -78,6 +79,8 @@ def run_main(
         Where the hidden states lie in files.
     prefetch : bool
         Read blocks before they are wanted.
+    kept_experts : sequence of sequence of int, optional
+        Experts of each block that stay; None if no experts are removed.
     budgets : sequence of int, optional
         Weights that each block prunes; by default the same share of all.
     channels : Tensor of shape (blocks, hidden), optional
@@ -88,6 +91,7 @@ def run_main(
             "settings": settings,
             "files": None if files is None else str(files.resolve()),
             "prefetch": prefetch,
+            "experts": kept_experts,
             "budgets": budgets,
         }
     )
@@ -122,6 +126,8 @@ def run_worker(model: Model, request: StageRequest, world: Ranks) -> None:
     torch.set_num_threads(threads(told["settings"], world))
     work = StageWorker(model.directory, request, told["settings"], tokens, world)
     work.decoder.weights.refuse_change(source)
+    if told["experts"] is not None:
+        work.decoder.keep_experts(told["experts"])
     if told["budgets"] is not None:
         work.share_out(told["budgets"])
     for _ in work.reports(

@@ -124,6 +124,8 @@ class StageRequest(Request):
     repair : RepairOptions, optional
         Change of the kept weights after each window's masks are decided, or after the passes of the whole model; None
         leaves them as the method decided.
+    removed_experts : float, optional
+        Share of each block's experts that is removed before anything else is decided; None removes none.
     """
 
     command: Literal["prune", "quantize"]
@@ -133,6 +135,7 @@ class StageRequest(Request):
     command_options: Mapping[str, OptionValue] = field(default_factory=dict)
     whole_model: GlobalOptions | None = None
     repair: RepairOptions | None = None
+    removed_experts: float | None = None
 
     @property
     def grid(self) -> Grid | None:
@@ -147,7 +150,8 @@ class StageRequest(Request):
     @property
     @override
     def uses_calibration(self) -> bool:
-        return self.method.options.uses_calibration or self.repair is not None
+        own = self.method.options.uses_calibration
+        return own or self.repair is not None or self.removed_experts is not None
 
     @property
     def needs_sensitivity(self) -> bool:

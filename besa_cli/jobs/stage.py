@@ -16,6 +16,7 @@ from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.checkpoint.reports import BlockReport, PassReport
 from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
+from besa_cli.decoder import experts
 from besa_cli.decoder.verify import room, verify
 from besa_cli.jobs import ranks, stage_place
 from besa_cli.jobs.channel_sensitivity import ChannelSensitivity
@@ -23,12 +24,13 @@ from besa_cli.jobs.request import StageRequest
 from besa_cli.jobs.timing import Timing
 from besa_cli.jobs.whole_model import WholeModelWork
 from besa_cli.jobs.worker import StageWorker
-from besa_cli.models import Model
+from besa_cli.models import Model, config_json
 from besa_cli.stream import forecast, memory_model, rank_share
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.background_writer import BackgroundWriter
 from besa_cli.stream.block import OnStep
 from besa_cli.system import compute, disk
+from besa_cli.system.disk import Json
 from besa_cli.system.notes import Notify
 from besa_cli.system.ranks import Ranks
 
@@ -133,9 +135,9 @@ class StageJob:
         self._stage = Stage(self._directory, len(worker.decoder))
         self._channels = self._channel_sensitivity(worker)
         worker.decoder.weights.refuse_change(self._place.source)
-        names = worker.decoder.linear_tensors()
-        worker.decoder.weights.require_floats(names)
-        for note in worker.decoder.notes:
+        names = worker.dense.linear_tensors()
+        worker.dense.weights.require_floats(names)
+        for note in worker.dense.notes:
             self._notify(note)
         if self.request.grid:
             known = {name: self._place.extremes[name] for name in names if name in self._place.extremes}
@@ -146,7 +148,9 @@ class StageJob:
         size = self._bytes_to_write(worker, memory)
         if self._place.is_new:
             preflight.require_space(self._directory, size)
-            verify(worker.decoder, self.calibration.tokens, room=room(memory.peak, self.request.max_memory))
+            verify(worker.dense, self.calibration.tokens, room=room(memory.peak, self.request.max_memory))
+        if worker.dense is not worker.decoder:
+            worker.dense.drop_embedding()
         memory = replace(memory, peak=max(memory.peak, compute.peak_resident()))
         return _WorkPlan(worker=worker, memory=memory, bytes_to_write=size, checking=compute.age())
 
@@ -188,7 +192,7 @@ class StageJob:
         if not self.request.needs_sensitivity:
             return None
         return ChannelSensitivity(
-            decoder=worker.decoder,
+            decoder=worker.dense,
             calibration=self.calibration,
             model=self._place.digest,
             stage=self._directory,
@@ -206,9 +210,8 @@ class StageJob:
             worker.demand(memory.batch, measures=self._measures).hidden * self._world.size if memory.in_files else 0
         )
         hidden += worker.state_bytes()
-        whole = int(self._place.source.nbytes(self._place.source.names) * 1.02) + (
-            sum(worker.sizes) if self.request.grid else 0
-        )
+        tensors = worker.decoder.weights
+        whole = int(tensors.nbytes(tensors.names) * 1.02) + (sum(worker.sizes) if self.request.grid else 0)
         draft = whole if self.request.whole_model else 0
         if self._place.is_new:
             return whole + draft + hidden
@@ -272,10 +275,13 @@ class StageJob:
         if self._channels is not None and channels is not None:
             self._channels.keep_in_stage(channels)
         files = self._directory if memory.in_files else None
+        kept = None
+        if self.request.removed_experts is not None:
+            kept = self._kept_experts(ActivationStore(files), on_step)
         budgets = self._block_budgets(ActivationStore(files), on_step) if self.request.measures_blocks else None
         ranks.run_main(
             self.request, self._place.digest, self.calibration.tokens, self.manifest["compute"], files, self._world,
-            prefetch=memory.overlapping, channels=channels, budgets=budgets,
+            prefetch=memory.overlapping, channels=channels, budgets=budgets, kept_experts=kept,
         )  # fmt: skip
         stage = self._blocks
         with BackgroundWriter(stage) if memory.overlapping else contextlib.nullcontext(stage) as store:
@@ -308,13 +314,28 @@ class StageJob:
     def _begin_or_resume(self) -> None:
         """Write everything but the blocks: the manifest, the small files, and the tensors that belong to no block."""
         if self._place.is_new:
-            self._place.begin(self._stage, self._plan.worker.decoder.left_out())
+            self._place.begin(self._stage, self._plan.worker.decoder.left_out(), self._changed_files())
         else:
             self._note_resumption()
         stages.sweep(self._directory)
         if self._plan.memory.in_files:
             self._notify(f"the hidden states lie in files in {self._directory}, to stay within --max-memory")
         self._place.write_rest(self._stage, self._plan.worker.decoder.rest_names())
+
+    def _changed_files(self) -> dict[str, Json]:
+        """Return the contents of the small files that differ from the model's."""
+        share = self.request.removed_experts
+        return {} if share is None else {config_json.FILE: experts.config_file(self.model.directory, share)}
+
+    def _kept_experts(self, activations: ActivationStore, on_step: OnStep) -> list[list[int]]:
+        """Return the experts of each block that stay: those in the manifest, else measured and recorded there."""
+        recorded = manifests.read_stage(self._directory).get("experts")
+        if recorded is None:
+            recorded = self._plan.worker.measure_experts(activations, on_step, batch=self._plan.memory.batch)
+            self._stage.record_experts(recorded)
+            self._notify(manifests.describe_experts(recorded))
+        self._plan.worker.decoder.keep_experts(recorded["kept"])
+        return recorded["kept"]
 
     def _block_budgets(self, activations: ActivationStore, on_step: OnStep) -> list[int]:
         """Return the weights that each block prunes: those in the manifest, else measured and recorded there."""

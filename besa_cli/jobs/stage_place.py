@@ -14,6 +14,7 @@ from besa_cli.checkpoint.weights import Weights
 from besa_cli.jobs import stage_manifest
 from besa_cli.jobs.request import Request
 from besa_cli.models import Model
+from besa_cli.system.disk import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,15 @@ class StagePlace:
         """True if the stage has not been begun."""
         return bool(self.manifest["status"] == "new")
 
-    def begin(self, stage: Stage, left_out: Mapping[str, int]) -> None:
+    def begin(self, stage: Stage, left_out: Mapping[str, int], changed: Mapping[str, Json] | None = None) -> None:
         """Write the manifest and the small files of a new stage; what it replaces is discarded.
 
-        `left_out` names the weights of its blocks that are in no linear, with their number.
+        `left_out` names the weights of its blocks that are in no linear, with their number, and `changed` the small
+        files that differ from the model's, with their contents.
         """
         swap.discard(self.directory, self.final, self.sources)
         entry = {"left_out": {"tensors": list(left_out), "weights": sum(left_out.values())}} if left_out else {}
-        stage.begin({**self.manifest, **entry}, self.model)
+        stage.begin({**self.manifest, **entry}, self.model, changed)
 
     def write_rest(self, stage: Stage, names: Sequence[str]) -> None:
         """Write the tensors that belong to no block, or compare those that are there with the model's."""

@@ -17,6 +17,7 @@ from besa_cli.checkpoint.runs import Run
 from besa_cli.checkpoint.stages import Stage
 from besa_cli.checkpoint.tuning_states import TuningStates
 from besa_cli.checkpoint.weights import Weights
+from besa_cli.decoder import architecture, experts
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.decoder.verify import room, verify
 from besa_cli.errors import BesaError
@@ -301,4 +302,26 @@ def _dense_weights(stage: Path, notify: Notify) -> Weights:
             f"{computed[:12]} now)",
             "restore it, or prune it again",
         )
-    return found
+    return _with_kept_experts(found, stage)
+
+
+def _with_kept_experts(dense: Weights, stage: Path) -> Weights:
+    """Return the weights of the dense model with the experts alone that a stage has kept.
+
+    Raises
+    ------
+    BesaError
+        The experts were removed from a model that was not the dense one.
+    """
+    manifest = manifests.read_stage(stage)
+    if any(step["options"].get("experts") for step in manifest["history"]):
+        raise BesaError(
+            f"the model that {stage} was made from has fewer experts than its dense model: it cannot be tuned",
+            "prune the dense model with --experts, then tune that stage",
+        )
+    if "experts" not in manifest:
+        return dense
+    share = float(str(manifest["options"]["experts"]))
+    _, fewer = experts.without(architecture.config_of(dense.directory), dense, share)
+    fewer.keep(manifest["experts"]["kept"])
+    return fewer

@@ -8,12 +8,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from besa_cli.checkpoint.manifests import BlockBudgets, Compute
+from besa_cli.checkpoint.manifests import BlockBudgets, Compute, KeptExperts
 from besa_cli.checkpoint.reports import BlockReport
+from besa_cli.decoder import experts
 from besa_cli.decoder.decoder import Decoder
 from besa_cli.jobs.request import StageRequest
 from besa_cli.ops import budget
-from besa_cli.stream import effects, forecast, global_rates, held_out, memory_model, repair, sensitivity, walk, windows
+from besa_cli.ops.experts import remaining
+from besa_cli.stream import (
+    effects,
+    expert_scores,
+    forecast,
+    global_rates,
+    held_out,
+    memory_model,
+    repair,
+    sensitivity,
+    walk,
+    windows,
+)
 from besa_cli.stream.activations import ActivationStore
 from besa_cli.stream.block import Decision, OnStep
 from besa_cli.stream.distillation import LearningPlan
@@ -61,11 +74,36 @@ class StageWorker:
         measured = effects.measured_samples(len(self._tokens), self._seqlen) if request.measures_blocks else 0
         self._measured = self._tokens[:measured]
         device, dtype = compute.device(settings["device"]), compute.DTYPES[settings["dtype"]]
-        self.decoder = Decoder(directory, device, dtype, quick=True)
+        self._directory, self._device, self._dtype = directory, device, dtype
+        self.decoder = Decoder(directory, device, dtype, quick=True, removed_experts=request.removed_experts)
         self.segments = windows.segments(self.decoder, request.method.options.reconstruction_window())
         self.sizes = list(windows.sizes(self.segments))
         share = request.target_sparsity
         self._budgets = None if share is None else budget.window_counts(share, self.sizes)
+
+    @cached_property
+    def dense(self) -> Decoder:
+        """The whole model: that of the windows, but for whole experts that are removed."""
+        if self._request.removed_experts is None:
+            return self.decoder
+        return Decoder(self._directory, self._device, self._dtype, quick=True)
+
+    def measure_experts(self, activations: ActivationStore, on_step: OnStep, *, batch: int) -> KeptExperts:
+        """Measure the scores of all experts, and decide which of them stay; of the main rank alone."""
+        self.decoder.drop_embedding()
+        measured = expert_scores.measure(
+            self.dense, self._all_tokens, batch=batch, on_step=on_step, activations=activations
+        )
+        numbers = experts.numbers_of(self.dense.config)
+        left = experts.numbers_of(self.decoder.config).experts
+        whole = windows.sizes(windows.segments(self.dense, windows.BLOCK))
+        return {
+            "experts": numbers.experts,
+            "kept": [remaining(scores, left, numbers.groups) if scores else [] for scores in measured.scores],
+            "scores": [list(scores) for scores in measured.scores],
+            "tokens": [list(tokens) for tokens in measured.tokens],
+            "removed": sum(whole) - sum(self.sizes),
+        }
 
     def measure(self, activations: ActivationStore, on_step: OnStep, *, batch: int) -> BlockBudgets:
         """Measure the effect of pruning each block, and decide how many weights each of them prunes."""
@@ -117,10 +155,20 @@ class StageWorker:
                 head=self.decoder.head_bytes(),
             )
             demand = memory_model.larger(demand, measuring)
+        if self._request.removed_experts is not None:
+            whole = memory_model.shape(self.dense, windows.segments(self.dense, windows.BLOCK))
+            scoring = memory_model.experts_demand(
+                whole,
+                tokens=self._all_tokens.numel(),
+                passing=min(self._samples, batch) * self._seqlen,
+            )
+            demand = memory_model.larger(demand, scoring)
+        else:
+            whole = shape
         if measures:
             demand = memory_model.with_sensitivity(
                 demand,
-                shape,
+                whole,
                 blocks=len(self.decoder),
                 tokens=min(self._samples, sensitivity.SAMPLES) * self._seqlen,
                 seqlen=self._seqlen,
@@ -251,6 +299,8 @@ class StageWorker:
         options = self._request.whole_model
         after = 0.0 if options is None else global_rates.passes(options.epochs, *self._all_tokens.shape)
         before = 0.0 if finished else effects.PASSES * len(self._measured) / self._samples
+        if self._request.removed_experts is not None and not finished:
+            before += 1  # for the scores of the experts
         plan = replace(self._prune_plan(batch, channels, check=True), decide=self._request.decide)
         if options is not None and self._request.repair is not None:
             after += _SECOND_WALK

@@ -15,10 +15,20 @@ from besa_cli.stream.rank_share import RankShare
 from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
-# Phases of the work: "sensitivity" and "budget" come before the first window, "global" after the last; "tuning" is that
-# of `besa tune`. The duration of all but "update" grows with the number of samples: see forecast.py.
+# Phases of the work: "sensitivity", "experts" and "budget" come before the first window, "global" after the last;
+# "tuning" is that of `besa tune`. The duration of all but "update" grows with the number of samples: see forecast.py.
 Phase = Literal[
-    "sensitivity", "budget", "statistics", "target", "learning", "update", "repair", "propagation", "global", "tuning"
+    "sensitivity",
+    "experts",
+    "budget",
+    "statistics",
+    "target",
+    "learning",
+    "update",
+    "repair",
+    "propagation",
+    "global",
+    "tuning",
 ]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 

@@ -257,6 +257,25 @@ def effects_demand(shape: Shape, *, blocks: int, tokens: int, passing: int, seql
     return Demand(phases=phases, hidden=(blocks + 3) * tokens * shape.hidden * compute)
 
 
+def experts_demand(shape: Shape, *, tokens: int, passing: int) -> Demand:
+    """Return the memory demand of measuring the scores of whole experts, see `besa_cli.stream.expert_scores`.
+
+    Parameters
+    ----------
+    shape : Shape
+        Of the largest block of the whole model.
+    tokens, passing : int
+        Tokens of all samples, and in a pass.
+    """
+    compute = shape.dtype.itemsize
+    block = round(shape.loaded * (compute + shape.source))
+    widths = _NARROW * shape.hidden + _WIDE * shape.widest
+    return Demand(
+        phases={"experts": max(shape.rest, block + passing * widths * compute)},
+        hidden=tokens * shape.hidden * compute,
+    )
+
+
 def global_demand(shape: Shape, blocks: int, *, tokens: int, passing: int, seqlen: int, resident: bool) -> Demand:
     """Return the memory demand of the passes in which the whole model learns its rates.
 

@@ -199,7 +199,8 @@ def _halves(decoder: Decoder, index: int) -> Segment:
 
 
 def _linears(decoder: Decoder, locations: Mapping[str, tuple[int, str]]) -> dict[str, nn.Linear]:
-    return {name: decoder.linears(index)[inner] for name, (index, inner) in locations.items()}
+    found = {index: decoder.linears(index) for index in dict.fromkeys(index for index, _ in locations.values())}
+    return {name: found[index][inner] for name, (index, inner) in locations.items()}
 
 
 def _inside(
