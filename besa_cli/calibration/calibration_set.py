@@ -70,7 +70,7 @@ class CalibrationOptions:
             raise UsageError(f"--seed {self.seed} is negative", "give 0 or more")
 
     @property
-    def sources(self) -> tuple[mixture.Source, ...]:
+    def sources(self) -> tuple[mixture.WeightedSource, ...]:
         """The sources of `data`, with their weights."""
         return mixture.parse(self.data, corpora.SOURCES)
 
@@ -173,7 +173,7 @@ def build(
             template=cast("chat.Template", tokenizer),
         )
 
-        def draw(sources: Sequence[mixture.Source], samples: int, held_out: int) -> drawing.Drawn:
+        def draw(sources: Sequence[mixture.WeightedSource], samples: int, held_out: int) -> drawing.Drawn:
             if write is not None and sources[0].name == corpora.SELF:
                 return write(samples, held_out)
             return sampler.draw([open_source(source.name) for source in sources], samples, held_out)
@@ -203,7 +203,7 @@ def _check_length(seqlen: int, max_length: int | None) -> None:
 
 
 def _check_combination(
-    options: CalibrationOptions, sources: Sequence[mixture.Source], row_files: Sequence[Path]
+    options: CalibrationOptions, sources: Sequence[mixture.WeightedSource], row_files: Sequence[Path]
 ) -> None:
     """Refuse options that exclude each other."""
     if row_files and options.pack:

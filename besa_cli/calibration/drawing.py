@@ -11,7 +11,7 @@ from besa_cli.calibration import sampling
 from besa_cli.checkpoint import manifests
 from besa_cli.system.notes import Notify
 from besa_cli.text import corpora, mixture, tokenizing
-from besa_cli.text.chat import Conversation
+from besa_cli.text.chat import RenderedConversation
 from besa_cli.text.spool import Text
 
 Drawn = tuple[sampling.Windows, manifests.CalibrationOrigin]  # windows, and what the manifest says about them
@@ -79,14 +79,14 @@ class Sampler:
         plain, complete = tokenizing.Encoder(self.tokenizer), tokenizing.Encoder(self.tokenizer, special=False)
 
         def encode(text: Text) -> Iterable[int]:
-            return (complete if isinstance(text, Conversation) else plain)(text)
+            return (complete if isinstance(text, RenderedConversation) else plain)(text)
 
         return encode
 
 
 def draw_mixture(
-    sources: Sequence[mixture.Source],
-    draw: Callable[[mixture.Source, int, int], Drawn],
+    sources: Sequence[mixture.WeightedSource],
+    draw: Callable[[mixture.WeightedSource, int, int], Drawn],
     *,
     samples: int,
     held_out: int,
@@ -97,7 +97,7 @@ def draw_mixture(
 
     Parameters
     ----------
-    sources : sequence of Source
+    sources : sequence of WeightedSource
         All have weights.
     draw : callable
         Draw so many samples, and so many windows beside them, from a source.

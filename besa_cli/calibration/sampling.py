@@ -14,7 +14,7 @@ from itertools import accumulate, islice
 from typing import Protocol
 
 from besa_cli.errors import BesaError
-from besa_cli.text.chat import Conversation
+from besa_cli.text.chat import RenderedConversation
 from besa_cli.text.spool import Numbers, Text
 
 Encode = Callable[[Text], Iterable[int]]
@@ -228,7 +228,7 @@ def pack(
     needed, wanted = samples * seqlen, (samples + held_out) * seqlen
     count, previous = 0, None
     for text in documents:
-        ended = previous is None or isinstance(previous, Conversation)
+        ended = previous is None or isinstance(previous, RenderedConversation)
         if separator is not None and not ended and stream and stream[-1] != separator:
             stream.append(separator)
         previous = text

@@ -33,13 +33,13 @@ class Template(Protocol):
         """Return the text of a conversation (with ``tokenize=False``)."""
 
 
-class Conversation(str):
+class RenderedConversation(str):
     """Text of a conversation, with all special tokens that belong around it and in it."""
 
     __slots__ = ()
 
 
-class Conversations(Sequence[Conversation]):
+class Conversations(Sequence[RenderedConversation]):
     """Texts of conversations, each read on access."""
 
     def __init__(self, texts: Texts) -> None:
@@ -51,15 +51,15 @@ class Conversations(Sequence[Conversation]):
         return len(self._texts)
 
     @overload
-    def __getitem__(self, index: int) -> Conversation: ...
+    def __getitem__(self, index: int) -> RenderedConversation: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: slice) -> list[RenderedConversation]: ...
     @override
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+    def __getitem__(self, index: int | slice) -> RenderedConversation | list[RenderedConversation]:
         """Return one conversation, or a list of them for a slice."""
         if isinstance(index, slice):
-            return [Conversation(text) for text in self._texts[index]]
-        return Conversation(self._texts[index])
+            return [RenderedConversation(text) for text in self._texts[index]]
+        return RenderedConversation(self._texts[index])
 
 
 def holds_conversations(path: Path, column: str | None = None) -> bool:

@@ -16,7 +16,7 @@ _HINT = "--data c4:0.7 --data chat.jsonl:0.3 takes seven tenths of the samples f
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class WeightedSource:
     """One value of ``--data``.
 
     Attributes
@@ -34,7 +34,7 @@ class Source:
     weight: Fraction | None = None
 
 
-def parse(values: Sequence[str], known: Collection[str]) -> tuple[Source, ...]:
+def parse(values: Sequence[str], known: Collection[str]) -> tuple[WeightedSource, ...]:
     """Parse the values of ``--data``, ``NAME`` or ``NAME:WEIGHT``; a file whose name ends so is taken as it is.
 
     Parameters
@@ -64,18 +64,18 @@ def parse(values: Sequence[str], known: Collection[str]) -> tuple[Source, ...]:
     return sources
 
 
-def _source(value: str, known: Collection[str]) -> Source:
+def _source(value: str, known: Collection[str]) -> WeightedSource:
     name, colon, number = value.rpartition(":")
     if not (colon and name) or os.path.lexists(documents.local_path(value)) or documents.suffix(Path(value)):
-        return Source(asked=value, name=value)
+        return WeightedSource(asked=value, name=value)
     if _DECIMAL.fullmatch(number) and Fraction(number) > 0:
-        return Source(asked=value, name=name, weight=Fraction(number))
+        return WeightedSource(asked=value, name=name, weight=Fraction(number))
     if name in known or documents.suffix(Path(name)) or _NUMBER.fullmatch(number):
         shown = documents.printable(value)
         raise UsageError(
             f"the weight '{documents.printable(number)}' of --data {shown} is not a decimal number above 0", _HINT
         )
-    return Source(asked=value, name=value)
+    return WeightedSource(asked=value, name=value)
 
 
 def shares(weights: Sequence[Fraction], total: int) -> list[int]:

@@ -140,5 +140,5 @@ def test_a_broken_row_of_parquet_is_named_by_its_number(tmp_path: Path) -> None:
 def test_conversations_are_read_in_slices_too(tmp_path: Path) -> None:
     texts = chat.read(chats.write(tmp_path / "a.jsonl", chats.valid(5)), Stub(chats.WITH_TOOLS), pytest.fail)
     assert texts[1:3] == [texts[1], texts[2]]
-    assert all(isinstance(text, chat.Conversation) for text in (*texts[1:3], texts[-1]))
+    assert all(isinstance(text, chat.RenderedConversation) for text in (*texts[1:3], texts[-1]))
     assert json.loads(json.dumps(texts[0])) == texts[0]
