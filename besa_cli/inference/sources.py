@@ -7,6 +7,7 @@ from pathlib import Path
 from besa_cli import models
 from besa_cli.checkpoint import exports, sparse_format, sparse_index
 from besa_cli.checkpoint.manifests import EXPORT
+from besa_cli.checkpoint.stages import STAGES
 from besa_cli.errors import BesaError
 from besa_cli.system import disk
 from besa_cli.system.notes import Notify
@@ -54,6 +55,8 @@ def resolve(name: str, notify: Notify) -> Source:
     path = _path(name)
     if names_sparse_export(name):
         return Source(directory=path.absolute(), packed_digest=sparse_index.read(path).digest)
+    if any((path / stage).is_dir() for stage in STAGES) and not (path / "config.json").exists():
+        raise BesaError(f"{name} is a run directory, not a model", f"name it with --run {name}, without --model")
     if path.is_dir() and (path / EXPORT).exists():
         name = str(_dense_export(path))
     return Source(directory=models.resolve(name, notify=notify).directory, packed_digest=None)

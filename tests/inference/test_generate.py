@@ -299,6 +299,8 @@ def test_a_directory_without_a_model_is_refused(besa: Besa, tmp_path: Path) -> N
     (tmp_path / "nothing").mkdir()
     refused(besa("generate", "w5", "--model", tmp_path / "nothing"), 1, "has no config.json, so it is not a model")
     refused(besa("generate", "w5", "--run", tmp_path / "nothing"), 1, "has no stage")
+    run = exported.stage(tmp_path)
+    refused(besa("generate", "w5", "--model", run.path), 1, "is a run directory", f"name it with --run {run.path}")
 
 
 def test_packed_weights_do_not_run_on_a_gpu(besa: Besa, tmp_path: Path) -> None:
