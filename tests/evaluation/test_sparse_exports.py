@@ -143,6 +143,16 @@ def test_tasks_score_as_the_stage_in_memory(besa: Besa, run: Run, tmp_path: Path
     assert "may be ignored" not in packed.err
 
 
+def test_a_prompt_is_continued_as_by_the_stage(besa: Besa, run: Run) -> None:
+    asked = ["eval", "sample", "w5 w9", "--tokens", 12, "--dtype", "float32", "--json", "--model"]
+    texts = [
+        list(json.loads(besa(*asked, directory).out)["continuations"].values())
+        for directory in (run.stage("pruned"), run.exports / "sparse")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0][0].startswith("w")
+
+
 def test_what_a_packed_model_cannot_do_is_refused(besa: Besa, run: Run, text: Path, tmp_path: Path) -> None:
     sparse = run.exports / "sparse"
     refused(besa("eval", "ppl", text, "--model", sparse, "--device", "cuda"), 2, "packed weights, on the CPU")
