@@ -1,1 +1,1 @@
-"""Evaluation of a model: perplexity, zero-shot tasks, continuations of a prompt, and comparison of runs."""
+"""Evaluation of a model: perplexity, zero-shot tasks, and comparison of runs."""
