@@ -217,8 +217,10 @@ def _export(export: tuple[str, exports.Manifest]) -> tuple[str, str, str, str]:
 
 
 def _option(value: object) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_option(inner)}" for name, inner in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

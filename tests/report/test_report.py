@@ -485,3 +485,17 @@ def test_the_same_weights_in_two_runs_share_their_results(besa: Besa, runs: Path
     rows = {row[0]: row[1:] for row in cells(document.xpath("//table[@class='models']")[0])}
     assert rows["copy besa 50 %"] == rows["learned<i> besa 50 %"]
     assert "–" not in rows["copy besa 50 %"]
+
+
+def test_tasks_stand_beside_those_of_the_dense_model(besa: Besa, runs: Path) -> None:
+    run = runs / "learned<i>"
+    manifest = read(run / "pruned" / "besa.json")
+    for digest, value in ((manifest["digest"], 0.25), (manifest["model"]["digest"], 0.375)):
+        harness = {"results": {"piqa": {"acc,none": value, "acc_stderr,none": 0.1, "alias": "piqa"}}}
+        record = {"format": 1, "kind": "tasks", "model": {"name": "m"}, "model_digest": digest, "harness": harness}
+        (run / "eval" / f"tasks-{value}.json").write_text(json.dumps({**record, "task": "piqa", "limit": 8}))
+    (table,) = page(besa, run).xpath("//table[@class='models']")
+    names = [text(cell) for cell in table.xpath("thead//th")]
+    column = names.index("acc piqa acc, limit 8")
+    shown = {row[0]: row[column] for row in cells(table)}
+    assert list(shown.values()) == ["37.50 %", "25.00 % -12.50 points"]
