@@ -74,6 +74,12 @@ def runs(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "made")
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures: a page in a tenth of the time."""
+    monkeypatch.setattr(pictures, "installed", lambda: False)
+
+
 def page(besa: Besa, *words: object) -> html.HtmlElement:
     """The page on some runs."""
     outcome = besa("report", *words, "--output", "page.html")
@@ -321,6 +327,7 @@ def test_an_interrupted_run_says_which_block_comes_next(besa: Besa, made: Path) 
     assert [text(row[0]) for row in document.xpath("//table[@class='map']/tbody/tr")] == ["0"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_is_left_out(besa: Besa, runs: Path) -> None:
     run = runs / "learned<i>"
     for part in ("eval", "simulate", "export", "calibration"):
@@ -334,6 +341,7 @@ def test_what_is_missing_is_left_out(besa: Besa, runs: Path) -> None:
     assert "The run has no stage yet." in text(page(besa, run))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stale_stage_is_called_so(besa: Besa, runs: Path) -> None:
     manifest = read(runs / "wanda" / "pruned" / "besa.json")
     (runs / "wanda" / "pruned" / "besa.json").write_text(json.dumps({**manifest, "digest": "0" * 64}))
@@ -343,6 +351,7 @@ def test_a_stale_stage_is_called_so(besa: Besa, runs: Path) -> None:
     ]  # what was made from it is judged by it
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_imported_stage_is_shown_like_the_one_that_was_exported(besa: Besa, made: Path) -> None:
     assert besa("import", made / "learned<i>" / "export" / "sparse", "--run", "back").code == 0
     there, back = (page(besa, run).xpath("//table[@class='map']")[0] for run in (made / "learned<i>", "back"))
@@ -430,7 +439,8 @@ def test_a_place_that_cannot_be_written_is_refused(besa: Besa, runs: Path) -> No
     refused(besa("report", runs / "cut"), 1, "is not writable", "--output")
 
 
-def test_figures_are_written_as_png(besa: Besa, made: Path) -> None:
+def test_figures_are_written_as_png(besa: Besa, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_DPI", 40)
     document = page(besa, made / "wanda", made / "cut", "--png", "figures")
     written = sorted(Path("figures").iterdir())
     assert len(written) == len(document.xpath("//figure")) + len(document.xpath("//table[@class='map']"))
@@ -479,6 +489,7 @@ def test_rows_of_all_experts_share_a_cell() -> None:
     assert [bin.rows for bin in cell.bins if bin.rows] == [11, 1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_weights_in_two_runs_share_their_results(besa: Besa, runs: Path) -> None:
     shutil.copytree(runs / "learned<i>" / "pruned", runs / "copy" / "pruned")
     document = page(besa, runs / "learned<i>", runs / "copy")
@@ -487,6 +498,7 @@ def test_the_same_weights_in_two_runs_share_their_results(besa: Besa, runs: Path
     assert "–" not in rows["copy besa 50 %"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tasks_stand_beside_those_of_the_dense_model(besa: Besa, runs: Path) -> None:
     run = runs / "learned<i>"
     manifest = read(run / "pruned" / "besa.json")
