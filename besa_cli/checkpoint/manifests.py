@@ -445,6 +445,23 @@ def describe_experts(experts: KeptExperts) -> str:
     )
 
 
+def describe_scores(experts: KeptExperts) -> str:
+    """Describe the tokens that reached the experts, and the scores of those that were removed, by their extremes."""
+    tokens = [(count, block, number) for block, row in enumerate(experts["tokens"]) for number, count in enumerate(row)]
+    removed = [
+        score / max(row)
+        for row, kept in zip(experts["scores"], experts["kept"], strict=True)
+        for number, score in enumerate(row)
+        if number not in kept and max(row)
+    ]
+    low, high = min(tokens), max(tokens)
+    return (
+        f"an expert was reached by {low[0]:,} (block {low[1]}, expert {low[2]}) to {high[0]:,} (block {high[1]}, "
+        f"expert {high[2]}) tokens; those removed scored up to {100 * max(removed, default=0.0):.1f} % of the highest "
+        "score in their block"
+    )
+
+
 def is_complete(directory: Path) -> bool:
     """Return True if the directory has a manifest with the status "complete"."""
     path = directory / MANIFEST

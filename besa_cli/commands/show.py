@@ -1,5 +1,6 @@
 """`besa show`: contents of a directory, the commands that made it, and the sparsity of each linear."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from besa_cli.checkpoint.inspection import BlockCount, LinearCount
     from besa_cli.checkpoint.manifests import StageManifest
     from besa_cli.checkpoint.runs import Run
+
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 
 
 def show(
@@ -160,6 +163,7 @@ def _show_model(directory: Path, console: Console) -> dict[str, Any]:
         _show_history(manifest, directory, console)
     if manifest is not None and "experts" in manifest:
         console.line(f"  {manifests.describe_experts(manifest['experts'])}")
+        console.line(f"  {manifests.describe_scores(manifest['experts'])}")
     if manifest is not None and "left_out" in manifest:
         console.line(f"  {manifests.describe_left_out(manifest['left_out'])}")
     if manifest is not None and "block_budgets" in manifest:
@@ -258,6 +262,13 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
         console.line(f"{pruned:,} were pruned ({human_share(pruned / weights)})")
         if pruned > zeros:
             console.note("warning: the reports name more pruned weights than there are zeros: the tensors were changed")
+    experts = _sparsity_of_experts(counts)
+    if experts:
+        low, high = min(experts), max(experts)
+        console.line(
+            f"sparsity of the {len(experts)} experts: {human_share(low[0])} (block {low[1]}, expert {low[2]}) to "
+            f"{human_share(high[0])} (block {high[1]}, expert {high[2]})"
+        )
     for block in counts:
         for linear in block.linears:
             if linear.written not in (None, linear.zeros):
@@ -265,6 +276,20 @@ def _show_counts(counts: "Sequence[BlockCount]", console: Console) -> None:
                     f"warning: {linear.name} of block {block.index} has {linear.zeros:,} zeros, its report says "
                     f"{linear.written:,}: the tensors were changed"
                 )
+
+
+def _sparsity_of_experts(counts: "Sequence[BlockCount]") -> list[tuple[float, int, int]]:
+    """Return the share of zeros, the block and the number of every expert; empty for a model without experts."""
+    found = []
+    for block in counts:
+        by_expert: dict[int, list[LinearCount]] = {}
+        for linear in block.linears:
+            match = _EXPERT.search(linear.name)
+            if match:
+                by_expert.setdefault(int(match[1]), []).append(linear)
+        sums = {number: _sum(linears) for number, linears in by_expert.items()}
+        found += [(total["zeros"] / total["weights"], block.index, number) for number, total in sums.items()]
+    return found
 
 
 def _shares(labels: Sequence[str], linears: "Sequence[LinearCount]") -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import tiny_models
+from support import multi_rank, tiny_models
 from torch import Tensor
 
 from benchmarks.checks import architectures, whole_experts
@@ -89,9 +89,9 @@ def stage(source: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
     return of
 
 
-def record(stage: Path) -> dict[str, Any]:
+def record(stage: Path) -> manifests.KeptExperts:
     """The entry of the manifest on the experts."""
-    found: dict[str, Any] = json.loads((stage / "besa.json").read_text())["experts"]
+    found: manifests.KeptExperts = json.loads((stage / "besa.json").read_text())["experts"]
     return found
 
 
@@ -306,3 +306,67 @@ def test_a_changed_record_is_refused(
     (tmp_path / "besa.json").write_text(json.dumps(manifest))
     with pytest.raises(BesaError, match=told):
         manifests.read_stage(tmp_path)
+
+
+def test_show_counts_experts_and_says_what_their_extremes_are(
+    source: Callable[[str], Path], tmp_path: Path, besa: Callable[..., Any]
+) -> None:
+    """The lowest and the highest sparsity of an expert, counted here in the tensors."""
+    tiny_models.run(job(tmp_path, source("qwen3_moe"), request(sparsity=0.4)))
+    stage = tmp_path / "pruned"
+    shown = besa("show", stage)
+    weights, experts = tiny_models.weights(stage), record(stage)
+    shares = {}
+    for block in range(3):
+        for number in range(3):
+            inner = f"model.layers.{block}.mlp.experts.{number}."
+            own = torch.cat([each.flatten() for name, each in weights.items() if name.startswith(inner)])
+            shares[block, number] = float((own == 0).double().mean())
+    low, high = min(shares.values()), max(shares.values())
+    assert f"sparsity of the 9 experts: {100 * low:.2f} %" in shown.out
+    assert f"to {100 * high:.2f} % (block" in shown.out
+    assert manifests.describe_experts(experts) in shown.out
+    most = max(max(row) for row in experts["tokens"])
+    assert f"to {most:,} (block" in shown.out
+    worst = max(
+        row[number] / max(row)
+        for row, kept in zip(experts["scores"], experts["kept"], strict=True)
+        for number in set(range(4)) - set(kept)
+    )
+    assert f"scored up to {100 * worst:.1f} % of the highest" in shown.out
+
+
+def test_a_model_without_experts_is_refused_before_anything_else(tmp_path: Path, besa: Callable[..., Any]) -> None:
+    model = tiny_models.checkpoint(tmp_path / "model")
+    (model / "model.safetensors").unlink()  # nothing but the configuration is needed to see it
+    outcome = besa("prune", "--model", model, "--experts", "0.25", "--run", tmp_path / "run")
+    assert outcome.code == 2
+    assert "error: --experts: llama has no experts that could be removed" in outcome.err
+    assert not (tmp_path / "run" / "pruned").exists()
+
+
+def test_two_ranks_remove_the_same_experts(
+    source: Callable[[str], Path], stage: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The main rank measures, and the other prunes the experts that stay by its own samples."""
+    rows = tiny_models.rows_file(tmp_path / "rows.jsonl", ROWS)
+    words = ["prune", "--model", source("mixtral"), "--data", rows, "--samples", len(ROWS), "--seqlen", ROWS.shape[1]]
+    words += [
+        "--method",
+        "wanda",
+        "--sparsity",
+        0.5,
+        "--experts",
+        0.34,
+        "--dtype",
+        "float32",
+        "--run",
+        tmp_path / "both",
+    ]
+    with multi_rank.crew(tmp_path, 2, *words) as crew:
+        assert [rank.code() for rank in crew] == [0, 0], [rank.said for rank in crew]
+    both, alone = record(tmp_path / "both" / "pruned"), record(stage("mixtral"))
+    assert both["kept"] == alone["kept"]
+    assert both["scores"][1] == pytest.approx(alone["scores"][1], rel=1e-4)
+    counts = json.loads((tmp_path / "both" / "pruned" / "besa.json").read_text())["counts"]
+    assert counts["pruned"] == counts["zeros"] == round(counts["weights"] / 2)
