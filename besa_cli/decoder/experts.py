@@ -166,7 +166,7 @@ def without(config: "PretrainedConfig", weights: Weights, share: float) -> tuple
     names = Names(model, weights.names)
     held: list[ExpertTensors] = []
     for name, (block, axis) in axes.items():
-        separate = names.joined(name)
+        separate = names.joined(name, numbers.experts)
         if separate is not None:
             held += [ExpertTensors(block=block, tensors=tuple(tensors)) for tensors in separate]
             continue

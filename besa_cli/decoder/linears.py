@@ -127,7 +127,7 @@ def _separate_experts(module: Any, fused: _Fused, place: str, names: Names) -> N
     for key in (fused.first, "down_proj"):
         parameter = getattr(module, key)
         rows, cols = parameter.shape[:0:-1] if fused.transposed else parameter.shape[1:]
-        parts = names.joined(f"{place}.{key}")
+        parts = names.joined(f"{place}.{key}", experts)
         own = (key,) if parts is None or len(parts) == 1 else ("gate_proj", "up_proj")
         for number in range(experts):
             for part, inner in enumerate(own):

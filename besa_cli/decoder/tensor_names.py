@@ -93,13 +93,25 @@ class Names:
                 "use another model: besa cannot write tensors that transformers converts in this way",
             )
 
-    def joined(self, name: str) -> list[list[str]] | None:
+    def joined(self, name: str, experts: int) -> list[list[str]] | None:
         """Return the checkpoint names of the experts' matrices that transformers stacks to one tensor of the model.
 
         One list for each matrix that an expert's part is concatenated from, with a name for each expert; None if the
         model's tensor `name` is not made so.
+
+        Raises
+        ------
+        BesaError
+            The checkpoint lacks the matrix of one of so many `experts`.
         """
-        return self._joined.get(name)
+        parts = self._joined.get(name)
+        for names in parts or []:
+            if len(names) < experts:
+                raise BesaError(
+                    f"the checkpoint has {len(names)} tensors as {names[0]}, one an expert, for {experts} experts",
+                    "the checkpoint is incomplete or of another architecture: fetch it again",
+                )
+        return parts
 
     def origin(self, name: str) -> TensorPlace:
         """Return the place of the model's tensor `name`; that of the same name if the checkpoint lacks it."""

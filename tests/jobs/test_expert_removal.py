@@ -1,6 +1,7 @@
 """`--experts`: which experts stay, what their stage computes in stock transformers, and what resumes it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from support import multi_rank, tiny_models
 from torch import Tensor
 
@@ -306,6 +308,19 @@ def test_a_changed_record_is_refused(
     (tmp_path / "besa.json").write_text(json.dumps(manifest))
     with pytest.raises(BesaError, match=told):
         manifests.read_stage(tmp_path)
+
+
+@pytest.mark.parametrize("share", [None, 0.34])
+def test_a_checkpoint_that_lacks_an_expert_is_refused(
+    share: float | None, source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tensors = tiny_models.weights(source("mixtral"))
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    shutil.copytree(source("mixtral"), tmp_path / "model")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    asked = tiny_models.request("magnitude") if share is None else request(share=share)
+    with pytest.raises(BesaError, match=r"has 3 tensors as model\.layers\.1\..*0\.w2\.weight, one an expert, for 4"):
+        job(tmp_path / "run", tmp_path / "model", asked)
 
 
 def test_show_counts_experts_and_says_what_their_extremes_are(
