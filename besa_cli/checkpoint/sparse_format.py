@@ -161,10 +161,22 @@ def weight(parts: Mapping[str, Tensor], place: str) -> Tensor:
     if CODES not in parts:
         mask, values = kept(parts, place)
         return packing.expand(mask, values)
+    quantized, dtype = coded(parts, place)
+    return affine.dequantize(quantized).to(dtype)
+
+
+def coded(parts: Mapping[str, Tensor], place: str) -> tuple[Quantized, torch.dtype]:
+    """Validate the parts of a weight with codes; returns them, and the dtype that the weights are rounded to.
+
+    Raises
+    ------
+    BesaError
+        The parts are inconsistent; `place` names the weight and its file.
+    """
     values = _values(parts, place)
     if values.numel():
         raise _damaged(place, f"it has both {VALUES} and {CODES}")
-    return affine.dequantize(_quantized(parts, place)).to(values.dtype)
+    return _quantized(parts, place), values.dtype
 
 
 def kept(parts: Mapping[str, Tensor], place: str) -> tuple[Tensor, Tensor]:

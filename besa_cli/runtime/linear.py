@@ -45,16 +45,13 @@ class PackedLinear(nn.Module):
         BesaError
             The parts are inconsistent, or do not have the shape of this linear; names `place`.
         """
-        if sparse_format.VALUES in parts and sparse_format.CODES not in parts:
-            mask, values = sparse_format.kept(parts, place)
-        else:
-            dense = parts[sparse_format.WEIGHT] if sparse_format.WEIGHT in parts else sparse_format.weight(parts, place)
-            mask = packing.stored_mask(dense)
-            values = dense[mask]
+        made = _matrix(parts, place)
         expected = (self.out_features, self.in_features)
-        if tuple(mask.shape) != expected:
-            raise BesaError(f"{place} has the shape {tuple(mask.shape)}, the model's is {expected}", "fetch it again")
-        self.matrix = matrix.pack(mask, values)
+        if (made.rows, made.cols) != expected:
+            raise BesaError(
+                f"{place} has the shape {(made.rows, made.cols)}, the model's is {expected}", "fetch it again"
+            )
+        self.matrix = made
         self.weight = nn.Parameter(self.matrix.data, requires_grad=False)
 
     @override
@@ -74,6 +71,17 @@ class PackedLinear(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _matrix(parts: Mapping[str, Tensor], place: str) -> PackedMatrix:
+    """Validate the stored parts of a weight and pack them: codes as codes, else the values that are not zero."""
+    if sparse_format.CODES in parts:
+        return matrix.pack_codes(*sparse_format.coded(parts, place))
+    if sparse_format.VALUES in parts:
+        return matrix.pack(*sparse_format.kept(parts, place))
+    dense = parts[sparse_format.WEIGHT] if sparse_format.WEIGHT in parts else sparse_format.weight(parts, place)
+    mask = packing.stored_mask(dense)
+    return matrix.pack(mask, dense[mask])
 
 
 class StreamedLinear(nn.Linear):

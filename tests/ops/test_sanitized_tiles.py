@@ -10,12 +10,15 @@ import pytest
 from besa_cli.ops.kernels import build, native_tiles
 
 PROGRAM = """
-import sys, torch
+import itertools, sys, torch
 from pathlib import Path
-from besa_cli.ops import packing
+from besa_cli.ops import affine, packing
+from besa_cli.ops.affine import Grid
 from besa_cli.ops.kernels import native_tiles
+from besa_cli.runtime import matrix as runtime
 
 native_tiles.LIBRARY = Path(sys.argv[1])
+runtime.huge_pages = lambda size: torch.zeros(size, dtype=torch.uint8)  # memory that the sanitizer watches to the byte
 for name in native_tiles.supported():
     native_tiles.level = lambda name=name: name
     for value in (torch.bfloat16, torch.float16):
@@ -34,6 +37,15 @@ for name in native_tiles.supported():
                     for dtype in (value, torch.float32):
                         native_tiles.multiply(tiles, blocks, torch.randn(vectors, cols).to(dtype), rows, value)
                 native_tiles.multiply_dense(matrix, torch.randn(1, cols).to(value))
+            for bits, group, symmetric in itertools.product((4, 8), (None, 32, 64, 128), (True, False)):
+                for sparsity in (0.0, 0.6, 1.0):
+                    grid = Grid(bits=bits, group_size=group, symmetric=symmetric)
+                    codes = affine.nearest(torch.randn(rows, cols), grid)
+                    codes = affine.pruned(codes, torch.rand(rows, cols) >= sparsity)
+                    packed = runtime.pack_codes(codes, value)
+                    assert torch.equal(packed.expand(), affine.dequantize(codes).to(value))
+                    for vectors in (1, 3):
+                        packed.multiply(torch.randn(vectors, cols).to(value))
     print(name)
 """
 

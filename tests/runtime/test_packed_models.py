@@ -14,8 +14,11 @@ from besa_cli.checkpoint import sparse_format
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError
 from besa_cli.hf import SparseConfig
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
 from besa_cli.ops.kernels import native_tiles
 from besa_cli.runtime.linear import PackedLinear, StreamedLinear
+from besa_cli.runtime.matrix import CodedMatrix, QuantizedMatrix
 
 LEVELS = ("torch", *native_tiles.supported())
 # transformers says that the checkpoint's own configuration counts, apart from loading attributes as `packed`
@@ -93,12 +96,18 @@ def test_fp32_checkpoints_stay_dense(export: Callable[..., Path]) -> None:
     assert_alike(packed, dense)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_quantized_stages_multiply_their_dequantized_values(symmetric: bool, tmp_path: Path) -> None:
-    run = quantized.stage(exported.stage(tmp_path, "llama"), symmetric=symmetric)
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (3, True)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_quantized_stages_keep_their_codes_and_give_the_logits_of_the_dense_model(
+    level: str, bits: int, symmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESA_INSTRUCTIONS", level)
+    run = quantized.stage(exported.stage(tmp_path, "llama"), bits=bits, symmetric=symmetric)
     directory = exported.export(Run(run.path), "sparse")
     packed, dense = loaded(directory, packed=True), loaded(directory, packed=False)
+    kind = QuantizedMatrix if level == "torch" else CodedMatrix
     assert packed_linears(packed)
+    assert all(isinstance(module.matrix, kind) for module in packed.modules() if isinstance(module, PackedLinear))
     assert_alike(packed, dense)
 
 
@@ -159,9 +168,71 @@ DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 def test_hostile_parts_are_refused_before_a_kernel_sees_them(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = parts()
     DAMAGE[damage](stored)
-    monkeypatch.setattr(native_tiles, "_call", lambda *_, **__: pytest.fail("a kernel was called"))
+    monkeypatch.setattr(native_tiles, "call", lambda *_, **__: pytest.fail("a kernel was called"))
     with pytest.raises(BesaError, match=r"^up\.weight is damaged"):
         PackedLinear(nn.Linear(21, 6)).pack(stored, "up.weight")
+
+
+def coded_parts(bits: int = 4, *, symmetric: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 75, generator=generator)
+    codes = affine.nearest(weight, Grid(bits=bits, group_size=32, symmetric=symmetric))
+    codes = affine.pruned(codes, torch.rand(6, 75, generator=generator) < 0.5)
+    stored = sparse_format.encoded_codes("up.weight", affine.dequantize(codes).bfloat16(), codes)
+    return {name.removeprefix("up."): part for name, part in stored.items()}
+
+
+CODES_DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "a bit more": lambda stored: stored["weight_mask"][0].bitwise_not_(),
+    "codes cut": lambda stored: stored.update(weight_codes=stored["weight_codes"][:-1]),
+    "more codes": lambda stored: stored.update(weight_codes=stored["weight_codes"].repeat(2)),
+    "codes of the wrong dtype": lambda stored: stored.update(weight_codes=stored["weight_codes"].short()),
+    "codes that stand for zero": lambda stored: stored["weight_codes"].fill_(int(stored["weight_zero"][0, 0]) * 17),
+    "values beside codes": lambda stored: stored.update(weight_values=torch.ones(3, dtype=torch.bfloat16)),
+    "no values": lambda stored: stored.pop("weight_values"),
+    "scales cut": lambda stored: stored.update(weight_scale=stored["weight_scale"][:, :-1]),
+    "more scales": lambda stored: stored.update(weight_scale=stored["weight_scale"].repeat(2, 1)),
+    "no scales": lambda stored: stored.pop("weight_scale"),
+    "infinite scales": lambda stored: stored["weight_scale"].fill_(float("inf")),
+    "negative scales": lambda stored: stored["weight_scale"].neg_(),
+    "zero points cut": lambda stored: stored.update(weight_zero=stored["weight_zero"][:1]),
+    "zero points beyond the codes": lambda stored: stored["weight_zero"].fill_(16),
+    "groups of no columns": lambda stored: stored["weight_grid"].copy_(torch.tensor([4, 0])),
+    "groups wider than the matrix": lambda stored: stored["weight_grid"].copy_(torch.tensor([4, 1 << 62])),
+    "narrower groups": lambda stored: stored["weight_grid"].copy_(torch.tensor([4, 16])),
+    "more bits": lambda stored: stored["weight_grid"].copy_(torch.tensor([8, 32])),
+    "bits that there are not": lambda stored: stored["weight_grid"].copy_(torch.tensor([5, 32])),
+    "no grid": lambda stored: stored.pop("weight_grid"),
+    "sizes whose product overflows": lambda stored: stored["weight_shape"].fill_(1 << 62),
+    "other sizes": lambda stored: stored["weight_shape"].add_(torch.tensor([1, 0])),
+}
+
+
+@pytest.mark.parametrize("damage", CODES_DAMAGE)
+def test_hostile_codes_are_refused_before_a_kernel_sees_them(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = coded_parts()
+    CODES_DAMAGE[damage](stored)
+    monkeypatch.setattr(native_tiles, "call", lambda *_, **__: pytest.fail("a kernel was called"))
+    with pytest.raises(BesaError, match=r"^up\.weight is damaged"):
+        PackedLinear(nn.Linear(75, 6)).pack(stored, "up.weight")
+
+
+def test_codes_of_another_shape_than_the_model_has_are_refused() -> None:
+    with pytest.raises(BesaError, match=r"up\.weight has the shape \(6, 75\), the model's is \(6, 74\)"):
+        PackedLinear(nn.Linear(74, 6)).pack(coded_parts(), "up.weight")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_stored_of_codes_is_counted_by_the_model(symmetric: bool) -> None:
+    linear = PackedLinear(nn.Linear(75, 6, bias=False))
+    linear.pack(coded_parts(symmetric=symmetric), "up.weight")
+    packed = linear.matrix
+    assert isinstance(packed, CodedMatrix | QuantizedMatrix)
+    if isinstance(packed, CodedMatrix):
+        parts = (packed.codes.tiles, packed.codes.scales, packed.codes.zeros)
+        assert linear.weight.nbytes >= sum(part.nbytes for part in parts)
+        addresses = range(packed.data.data_ptr(), packed.data.data_ptr() + packed.data.nbytes + 1)
+        assert all(part.data_ptr() in addresses for part in parts if part.numel())
 
 
 def test_a_weight_of_another_shape_than_the_model_has_is_refused() -> None:

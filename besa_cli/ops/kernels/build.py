@@ -16,8 +16,8 @@ SOURCES = Path(__file__).parent
 # across statements: the same sums on every machine of one architecture.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mpopcnt")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi2")
-# Instructions that tile_kernels.cpp is compiled for; tiles.cpp takes the best that the processor has.
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2")
+# Instructions that the loops are compiled for; tiles.cpp takes the best that the processor has.
 LEVELS = {"plain": (), "avx2": _AVX2, "avx512": _AVX512, "avx512bf16": (*_AVX512, "-mavx512bf16")}
 
 
@@ -51,11 +51,15 @@ def build_tiles(library: Path, extra: Sequence[str] = ()) -> str:
     with TemporaryDirectory(prefix="besa-build-") as directory:
         objects = []
         for level, instructions in levels.items():
-            target = Path(directory) / f"{level}.o"
-            source = SOURCES / "tile_kernels.cpp"
-            problem = _compile(*flags, *instructions, f"-DLEVEL=tiles_{level}", "-c", source, "-o", target)
+            targets, problem = [], ""
+            for loops in ("tile", "code"):
+                source, target = SOURCES / f"{loops}_kernels.cpp", Path(directory) / f"{loops}_{level}.o"
+                problem = problem or _compile(
+                    *flags, *instructions, f"-DLEVEL={loops}s_{level}", "-c", source, "-o", target
+                )
+                targets.append(target)
             if not problem:
-                objects.append(target)
+                objects += targets
             elif level == "plain":
                 return problem
         return _compile(*flags, "-shared", SOURCES / "tiles.cpp", *objects, "-o", library)

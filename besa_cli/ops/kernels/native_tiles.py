@@ -19,10 +19,10 @@ LEVELS = ("plain", "avx2", "avx512", "avx512bf16")  # instructions, the fastest 
 TORCH = "torch"  # no level: the library was not built, or is not wanted
 ROWS, COLS = 16, 64  # of a tile
 MOST = 32  # vectors that `multiply` takes
-_PADDING = 64  # bytes behind the last tile that the kernels may read
+PADDING = 64  # bytes behind the last tile that the kernels may read
 _CHOICE = "BESA_INSTRUCTIONS"
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-INPUTS = tuple(_TYPES)  # dtypes that vectors may have
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as `tiles.h` numbers them
+INPUTS = tuple(TYPES)  # dtypes that vectors may have
 _THREAD_WORK = 100_000  # weights: the least work that a further thread should take over
 
 
@@ -52,6 +52,11 @@ def level() -> str:
     return choice
 
 
+def number() -> int:
+    """Return the number that the C++ library gives the level in use, which is not ``torch``."""
+    return LEVELS.index(level())
+
+
 def reason() -> str:
     """Say in a few words why the fastest kernels are not in use."""
     if not supported():
@@ -78,7 +83,7 @@ def block_starts(starts: Tensor, cols: int) -> Tensor:
 
 def packed_bytes(blocks: Tensor) -> int:
     """Return the bytes of the buffer that `pack` fills, given the starts of its blocks."""
-    return int(blocks[-1]) + _PADDING
+    return int(blocks[-1]) + PADDING
 
 
 def pack(mask: Tensor, values: Tensor, starts: Tensor, blocks: Tensor, cols: int, out: Tensor) -> None:
@@ -96,8 +101,8 @@ def pack(mask: Tensor, values: Tensor, starts: Tensor, blocks: Tensor, cols: int
     cols : int
     out : Tensor of `packed_bytes(blocks)` bytes, uint8, of zeros
     """
-    sizes = (mask.shape[0], cols, _threads(mask.shape[0] * cols))
-    _call("tiles_pack", mask, values, starts, blocks, out, sizes=sizes)
+    sizes = (mask.shape[0], cols, threads(mask.shape[0] * cols))
+    call("tiles_pack", mask, values, starts, blocks, out, sizes=sizes)
 
 
 def multiply(tiles: Tensor, blocks: Tensor, inputs: Tensor, rows: int, value: torch.dtype) -> Tensor:
@@ -115,16 +120,16 @@ def multiply(tiles: Tensor, blocks: Tensor, inputs: Tensor, rows: int, value: to
     inputs = inputs.contiguous()
     vectors, cols = inputs.shape
     outputs = inputs.new_empty(vectors, rows)
-    sizes = (rows, cols, vectors, _TYPES[value], _TYPES[inputs.dtype], LEVELS.index(level()), _threads(rows * cols))
-    _call("tiles_multiply", tiles, blocks, inputs, outputs, sizes=sizes)
+    sizes = (rows, cols, vectors, TYPES[value], TYPES[inputs.dtype], number(), threads(rows * cols))
+    call("tiles_multiply", tiles, blocks, inputs, outputs, sizes=sizes)
     return outputs
 
 
 def expand(tiles: Tensor, blocks: Tensor, rows: int, first: int, out: Tensor) -> None:
     """Write the rows of the blocks from `first` on into `out`, as many as it has; it is of shape (…, cols), 16-bit."""
     height, cols = out.shape
-    sizes = (rows, cols, first, first + -(-height // ROWS), LEVELS.index(level()), _threads(out.numel()))
-    _call("tiles_expand", tiles, blocks, out, sizes=sizes)
+    sizes = (rows, cols, first, first + -(-height // ROWS), number(), threads(out.numel()))
+    call("tiles_expand", tiles, blocks, out, sizes=sizes)
 
 
 def multiplies_dense(weight: Tensor, inputs: Tensor) -> bool:
@@ -144,17 +149,18 @@ def multiply_dense(weight: Tensor, inputs: Tensor) -> Tensor:
     inputs = inputs.contiguous()
     rows, cols = weight.shape
     outputs = inputs.new_empty(1, rows)
-    level_and_threads = (LEVELS.index(level()), _threads(rows * cols))
-    sizes = (rows, cols, _TYPES[weight.dtype], _TYPES[inputs.dtype], *level_and_threads)
-    _call("dense_multiply", weight, inputs, outputs, sizes=sizes)
+    level_and_threads = (number(), threads(rows * cols))
+    sizes = (rows, cols, TYPES[weight.dtype], TYPES[inputs.dtype], *level_and_threads)
+    call("dense_multiply", weight, inputs, outputs, sizes=sizes)
     return outputs
 
 
-def _threads(work: int) -> int:
+def threads(work: int) -> int:
+    """Return the number of threads for a matrix of `work` weights."""
     return max(1, min(torch.get_num_threads(), work // _THREAD_WORK))
 
 
-def _call(function: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
+def call(function: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
     """Call a C function with pointers to tensors and 64-bit integers."""
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     getattr(library.load(LIBRARY), function)(*pointers, *map(ctypes.c_int64, sizes))
