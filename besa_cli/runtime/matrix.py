@@ -50,14 +50,14 @@ class PackedMatrix(ABC):
 
         Rows are expanded a few at a time, into memory that stays in the cache, and multiplied by torch.
         """
-        outputs = inputs.new_empty(len(inputs), self.rows)
+        outputs = inputs.new_empty(self.rows, len(inputs))
         rows_at_once = max(_EXPANDED // (2 * max(self.cols, 1)) // native_tiles.ROWS, 1) * native_tiles.ROWS
         buffer = torch.empty(min(rows_at_once, self.rows), self.cols, dtype=self.dtype)
         for first in range(0, self.rows, rows_at_once):
             dense = buffer[: self.rows - first]
             self.expand_into(dense, first)
-            outputs[:, first : first + len(dense)] = torch.nn.functional.linear(inputs, dense.to(inputs.dtype))
-        return outputs
+            torch.mm(dense.to(inputs.dtype), inputs.T, out=outputs[first : first + len(dense)])
+        return outputs.T.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
