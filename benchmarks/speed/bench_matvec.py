@@ -1,12 +1,14 @@
 """How fast is a pruned matrix times one vector, beside torch's dense product and beside our own dense kernel?
 
     python -m benchmarks.speed.bench_matvec --record
+    python -m benchmarks.speed.bench_matvec --bits 4 --shape 4096 11008 --record
 
 One thread, bf16. For every shape and sparsity the products are called in turns, each turn on another of several
 matrices so that none stays in the cache, and their medians are compared. Seconds are those of the thread's own
 processor time, so that other programs on the same core count little; those on other cores still take memory bandwidth
 away. The dense matrices are in large pages of memory, as the packed ones are. `--vectors` measures batches instead:
-there the dense product is torch's alone.
+there the dense product is torch's alone. `--bits` measures codes of 8 or 4 bits in groups of 128 in place of bf16
+values: there `dense` is our kernel for all codes without a mask, and torch multiplies bf16.
 
 `read` is the bandwidth at which the thread sums a large array of integers: about the most that a core reads. The level
 of the kernels is the best there is, or that of ``BESA_INSTRUCTIONS``.
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.shared.besa_runs import RESULTS, append_line, commit, machine
+from besa_cli.ops import affine
+from besa_cli.ops.affine import Grid
 from besa_cli.ops.kernels import native_tiles
 from besa_cli.runtime import matrix
 from besa_cli.runtime.matrix import PackedMatrix
@@ -43,6 +47,30 @@ def pruned(dense: Tensor, sparsity: float) -> PackedMatrix:
     """The matrix with random weights removed."""
     keep = torch.rand(dense.shape) >= sparsity
     return matrix.pack(keep, dense[keep])
+
+
+def coded(dense: Tensor, sparsity: float, bits: int) -> PackedMatrix:
+    """The matrix rounded to codes, with random weights removed."""
+    codes = affine.nearest(dense, Grid(bits=bits))
+    return matrix.pack_codes(affine.pruned(codes, torch.rand(dense.shape) >= sparsity), torch.bfloat16)
+
+
+def code_jobs(rows: int, cols: int, bits: int) -> tuple[dict[str, Job], dict[str, float]]:
+    """What is called in turns with codes, and how many bytes each reads."""
+    count = -(-_TURNED // (bits * rows * cols // 8))
+    weight = in_large_pages(torch.randn(rows, cols).bfloat16())
+    whole = in_large_pages(torch.randint(9, (rows * cols // 4,)))
+    inputs = torch.randn(1, cols).bfloat16()
+    called: dict[str, Job] = {
+        "read": lambda turn: whole.sum(),
+        "torch": lambda turn: torch.nn.functional.linear(inputs, weight),
+    }
+    sizes = dict.fromkeys(called, float(2 * rows * cols))
+    for name, sparsity in {"dense": 0.0, **{f"sparse {sparsity}": sparsity for sparsity in SPARSITIES}}.items():
+        packed = [coded(weight, sparsity, bits) for _ in range(count)]
+        called[name] = lambda turn, packed=packed: packed[turn % count].multiply(inputs)  # type: ignore[misc]
+        sizes[name] = float(packed[0].data.nbytes)
+    return called, sizes
 
 
 def jobs(rows: int, cols: int, vectors: int) -> tuple[dict[str, Job], dict[str, float]]:
@@ -81,16 +109,21 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=21)
     parser.add_argument("--vectors", type=int, default=1)
+    parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4))
+    parser.add_argument("--shape", type=int, nargs=2, help="rows and columns of one matrix in place of the three")
     parser.add_argument("--record", action="store_true", help=f"add the lines to {FILE.name}")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for rows, cols in SHAPES:
-        called, sizes = jobs(rows, cols, options.vectors)
+    if options.bits != 16 and options.vectors != 1:
+        parser.error("--bits is measured with one vector")
+    for rows, cols in [options.shape] if options.shape else SHAPES:
+        called, sizes = jobs(rows, cols, options.vectors) if options.bits == 16 else code_jobs(rows, cols, options.bits)
         seconds = medians(called, options.turns)
         line = {
             "rows": rows,
             "cols": cols,
+            "bits": options.bits,
             "vectors": options.vectors,
             "level": native_tiles.level(),
             "turns": options.turns,

@@ -107,6 +107,20 @@ def test_the_least_work_that_reaches_the_perplexity_of_128_steps() -> None:
     assert results.quality([stale, other, old, *lines]) == results.quality(lines)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_codes_are_compared_with_those_of_all_codes(
+    bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_matvec, "_TURNED", 20_000)
+    monkeypatch.setattr(bench_matvec, "FILE", tmp_path / "lines.jsonl")
+    bench_matvec.main(["--turns", "2", "--bits", str(bits), "--shape", "32", "256", "--record"])
+    line = json.loads((tmp_path / "lines.jsonl").read_text())
+    assert line["bits"] == bits
+    assert list(line["microseconds"]) == ["read", "torch", "dense", "sparse 0.5", "sparse 0.6", "sparse 0.7"]
+    half, whole = line["microseconds"]["sparse 0.5"], line["microseconds"]["dense"]
+    assert line["times_as_fast"]["sparse 0.5 as dense"] == pytest.approx(whole / half, rel=0.1, abs=0.02)
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_products_are_compared_with_each_dense_one(
     vectors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
