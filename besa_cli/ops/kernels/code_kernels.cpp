@@ -1,5 +1,5 @@
-// The loops over tiles of quantized weights. A weight is (code - zero point) * scale in fp32, rounded once to the 16-bit
-// type of the matrix. That number is multiplied, so the results are those of the dense matrix. LEVEL names the table.
+// The loops over tiles of quantized weights. A weight is (code - zero point) * scale in fp32, rounded once to the
+// 16-bit type of the matrix. That number is multiplied, so the results are those of the dense matrix. LEVEL names the table.
 
 #include "products.h"
 
@@ -107,7 +107,7 @@ INLINE Floats steps_of(__m512i zero) {
 
 template <typename F, typename Value>
 struct Grids {
-    static constexpr float kBase = 32768.0f;  // its bits are 0x47000000; the second byte counts ones
+    static constexpr float kBase = 32768.0f;  // the second byte of its bits counts ones
     alignas(64) float scale[2][kRows], base[2][kRows];
     alignas(64) std::int32_t zero[2][kRows];
     __m512i table[F::bits == 4 ? kRows : 1];  // weights by their codes: those of one group twice, or of two
@@ -151,7 +151,8 @@ struct Grids {
             const __m512i bytes = _mm512_add_epi8(codes, F::halves ? _mm512_mask_mov_epi32(low, 0xff00, high) : low);
             const auto quarter = [&](int place) {
                 const int half = F::halves && place >= 2;
-                const __m512i number = _mm512_set1_epi32(as_bits(kBase)), index = _mm512_loadu_si512(kOrders.quarters[place]);
+                const __m512i number = _mm512_set1_epi32(as_bits(kBase));
+                const __m512i index = _mm512_loadu_si512(kOrders.quarters[place]);
                 const __m512i bits = _mm512_mask_permutexvar_epi8(number, 0x2222222222222222, index, bytes);
                 return (_mm512_castsi512_ps(bits) - (kBase + zero[half][row])) * scale[half][row];
             };
@@ -202,7 +203,8 @@ INLINE void Grids<F, Value>::expand_row(Cursor<F>& cursor, Index row, std::uint1
             words = _mm_shuffle_epi8(words, _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.at[mask[byte]])));
         }
         codes += F::masked ? count_bits(mask[byte]) : 8;
-        const Floats wide = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words)), _mm256_set1_ps(scale[byte / 4][row]));
+        const Floats steps = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words));
+        const Floats wide = _mm256_mul_ps(steps, _mm256_set1_ps(scale[byte / 4][row]));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * byte), narrow(wide, Value{}));
     }
 }
@@ -245,7 +247,8 @@ struct CodeTiles {
             for (int half = 0; half < 2; ++half) {
                 const Index later = (col + half * kCols / 2) / product.width;
                 const Index place = (block * groups + (!F::halves || later == groups ? group : later)) * kRows;
-                grids.enter(half, product.scales + place, product.zeros ? product.zeros + place : nullptr, product.middle);
+                const std::uint8_t* zeros = product.zeros ? product.zeros + place : nullptr;
+                grids.enter(half, product.scales + place, zeros, product.middle);
             }
             if (tables) grids.finish();
             same = (group + 1) * product.width;
@@ -292,8 +295,8 @@ INLINE void each_row(const Body& body) {
     if constexpr (Row + 1 < kRows) each_row<Row + 1>(body);
 }
 
-// Adds the products of `Count` tiles of the same groups to the sums of their rows, and returns where the next tile begins.
-// Fresh: the tables of codes of 4 bits are made here, of symmetric grids, since loading them takes as long.
+// Adds the products of `Count` tiles of the same groups to the sums of their rows, and returns where the next tile
+// begins. Fresh: the tables of codes of 4 bits are made here, of symmetric grids, since storing them takes longer.
 template <int Count, bool Fresh, typename F>
 INLINE const std::uint8_t* add_tiles(
     const std::uint8_t* tile, const Bfloat16* inputs, const Grids<F, Bfloat16>& grids, Floats (&sums)[kRows]) {
@@ -327,7 +330,8 @@ INLINE const std::uint8_t* add_tiles(
             // (kBase + 128 + code) * h - (kBase + 128) * h: the second product is exact, so the weight is rounded once.
             // Codes are signed: the exclusive or adds 128.
             const auto weight = [&](__m512i codes) INLINE_LAMBDA {
-                const __m512i byte = _mm512_set1_epi32(0xff00), number = _mm512_set1_epi32(as_bits(grids.kBase + 128.0f));
+                const __m512i byte = _mm512_set1_epi32(0xff00);
+                const __m512i number = _mm512_set1_epi32(as_bits(grids.kBase + 128.0f));
                 const __m512i bits = _mm512_ternarylogic_epi32(codes, byte, number, 0x6a);  // (codes & byte) ^ number
                 return _mm512_fmsub_ps(_mm512_castsi512_ps(bits), h, base);
             };
@@ -343,7 +347,7 @@ INLINE const std::uint8_t* add_tiles(
     return Count == 2 ? other.end() : cursor.end();
 }
 
-// One vector in bf16: weights stay in registers. Groups are multiples of `Count` tiles, and symmetric if they have 8 bits.
+// One vector in bf16: weights stay in registers. Groups are multiples of `Count` tiles, and symmetric with 8 bits.
 template <int Count, bool Fresh, typename F>
 __attribute__((noinline)) void multiply_tiles(const Product& product, Index block) {
     const auto* inputs = static_cast<const Bfloat16*>(product.inputs);
