@@ -38,7 +38,7 @@ def masked(model: nn.Module, blocks: nn.ModuleList, kept: Sequence[Sequence[int]
     """
     plain, gone = functional.linear, list[list[int]]()
     routers = [
-        (module, [number for number in range(experts) if number not in stay])
+        (name.rpartition(".")[2], module, [number for number in range(experts) if number not in stay])
         for block, stay in zip(blocks, kept, strict=True)
         if stay
         for name, module in block.named_modules()
@@ -58,11 +58,11 @@ def masked(model: nn.Module, blocks: nn.ModuleList, kept: Sequence[Sequence[int]
         gone.pop()
 
     handles = []
-    for module, removed in routers:
+    for kind, module, removed in routers:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name.endswith("bias") and tensor.numel() >= experts:
                 tensor.data.view(-1)[removed] = -torch.inf
-        if hasattr(module, "weight") or hasattr(module, "classifier"):
+        if kind in ("gate", "router"):
             handles.append(module.register_forward_pre_hook(lambda *_, removed=removed: begin(removed)))
             handles.append(module.register_forward_hook(lambda *_: end()))
     functional.linear = linear  # type: ignore[assignment]  # what every router calls

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.checks import architectures
+from benchmarks.checks import architectures, whole_experts
 from benchmarks.exports import export_sizes
 from benchmarks.quality import protocol_a, quant_protocol_a, simulate_table4
 from benchmarks.quality.ablation_plan import Cell, Setting, experiments, measured
@@ -333,6 +333,7 @@ def _depth() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "architectures": architectures.table,
+    "whole_experts": whole_experts.table,
     "headline": headline,
     "protocol-a": perplexities,
     "second-model": second_model,
