@@ -105,7 +105,7 @@ class EvaluationGroup:
     """Measurement of each candidate."""
 
     text: Annotated[
-        str, panels.MEASUREMENT("--eval-text", "Text to measure on: wikitext2, ptb, c4 or a file.", metavar="NAME|FILE")
+        str, panels.MEASUREMENT("--eval-text", "Text to measure on: wikitext2, ptb, c4 or a file.", metavar="DATASET")
     ] = "wikitext2"
     limit: Annotated[int | None, panels.MEASUREMENT("--eval-limit", "Windows to measure.", min=1, metavar="N")] = 16
     context: Annotated[

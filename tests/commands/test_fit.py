@@ -81,7 +81,7 @@ def test_targets_that_no_candidate_meets_name_the_nearest(place: Path, besa: Bes
     ("words", "said"),
     [
         ((), "no target is given"),
-        (("--size", "1KB"), "--size 1 KB cannot be met: the smallest candidate, sparsity 90.00 %, 3 bits"),
+        (("--size", "1KB"), "--size 1 kB cannot be met: the smallest candidate, sparsity 90.00 %, 3 bits"),
         (("--bits-per-weight", 0.1), "--bits-per-weight 0.1 cannot be met"),
         (("--max-kl", 0), "--max-kl 0.0 is not a positive number"),
         (("--max-ppl", "inf"), "--max-ppl inf is not a positive number"),
