@@ -1,21 +1,38 @@
 """`besa fit` from beginning to end on a tiny model: the answer, resuming, and targets out of reach."""
 
+import contextlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support import tiny_models
+
+from besa_cli.app import main
+from besa_cli.commands.shared import subcommand
 
 Besa = Callable[..., Any]  # conftest.Outcome
 WORDS = ("fit", "--model", "m", "--data", "text.txt", "--samples", 4, "--seqlen", 16, "--pack", "--dtype", "float32")
 MEASURED = ("--eval-text", "text.txt", "--eval-limit", 4, "--eval-seqlen", 16, "--method", "wanda", "--step", 0.2)
 
 
+def call_here(words: Sequence[str], *, output: str = "shown") -> str:
+    """What `subcommand.call` does, in this process: a process of its own takes seconds to start."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        code = main(words)
+    if code:
+        raise typer.Exit(code)
+    return text.getvalue() if output == "returned" else ""
+
+
 @pytest.fixture
-def place(workplace: Path) -> Path:
+def place(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model with a tokenizer, and a text."""
+    monkeypatch.setattr(subcommand, "call", call_here)
     tiny_models.add_tokenizer(tiny_models.checkpoint(workplace / "m"))
     (workplace / "text.txt").write_text(" ".join(f"w{number % 60}" for number in range(4000)), encoding="utf-8")
     return workplace
@@ -110,3 +127,11 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(place: Path, besa: Be
     assert listed
     assert all(candidate["bits_per_weight"] <= 4 for candidate in listed)
     assert not (place / "besa-fit").exists()
+
+
+def test_a_command_that_fails_ends_the_search_with_its_code(workplace: Path, besa: Besa) -> None:
+    tiny_models.checkpoint(workplace / "m")  # without a tokenizer, which calibrate misses
+    outcome = besa(*WORDS, *MEASURED, "--max-kl", 0.1)
+    assert outcome.code == 1
+    assert "tokenizer" in outcome.err
+    assert not (workplace / "besa-fit/fit.json").exists()
