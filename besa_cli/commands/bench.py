@@ -206,18 +206,7 @@ def _show(subject: "Subject", measured: "Rounds", console: Console) -> None:
         f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads; packed kernels: "
         f"{facts['kernels']}; the threads read {measured.bandwidth / 1e9:.1f} GB/s from memory"
     )
-    columns = (
-        "",
-        "prompt",
-        "new",
-        "batch",
-        "prefill, tokens/s",
-        "decode, tokens/s",
-        "read per step",
-        "of bandwidth",
-        "memory",
-    )
-    console.table("", columns, [_row(each) for each in results])
+    console.table("", _COLUMNS, [_row(each) for each in results])
     for each in comparisons:
         console.line(_sentence(each))
     console.emit_json(
