@@ -96,6 +96,11 @@ class Search:
         self._space, self._targets, self._aim, self._dense = space, targets, aim, dense
         self._probed = _logarithms(space, probed)
         self.measured = {Candidate(0.0): Quality(dense, 0.0), **measured}
+        self._offsets = {  # log(measured divergence / probed divergence)
+            candidate: math.log(quality.kl) - self._probed[candidate]
+            for candidate, quality in self.measured.items()
+            if candidate in self._probed and quality.kl > _LEAST
+        }
         self._allowed = self._allowed_divergence()
         self._lines = {
             bits: [candidate for candidate in line if targets.fit_in(space, candidate)]
@@ -147,31 +152,18 @@ class Search:
         It is that of the probe, scaled by measured over probed divergence of the nearest measured candidates of its
         line: of one to each side in proportion (of the logarithms), else of the one; without any, by the mean of all.
         """
-        line = sorted(
-            (other for other in self.measured if other.bits == candidate.bits and other in self._probed),
-            key=lambda other: other.sparsity,
-        )
-        line = [other for other in line if self.measured[other].kl > _LEAST]
+        line = [other for other in self._offsets if other.bits == candidate.bits]
         low = max((other for other in line if other.sparsity <= candidate.sparsity), default=None)
         high = min((other for other in line if other.sparsity >= candidate.sparsity), default=None)
         here = self._probed[candidate]
         if low is not None and high is not None:
             start, end = self._probed[low], self._probed[high]
             share = (here - start) / (end - start) if end > start else 0.0
-            return math.exp(here + (1 - share) * self._offset(low) + share * self._offset(high))
+            return math.exp(here + (1 - share) * self._offsets[low] + share * self._offsets[high])
         near = low if low is not None else high
         if near is not None:
-            return math.exp(here + self._offset(near))
-        known = [
-            self._offset(other)
-            for other, quality in self.measured.items()
-            if other in self._probed and quality.kl > _LEAST
-        ]
-        return math.exp(here + (sum(known) / len(known) if known else 0.0))
-
-    def _offset(self, candidate: Candidate) -> float:
-        """Return log(measured divergence / probed divergence)."""
-        return math.log(self.measured[candidate].kl) - self._probed[candidate]
+            return math.exp(here + self._offsets[near])
+        return math.exp(here + sum(self._offsets.values()) / max(len(self._offsets), 1))
 
     def _allowed_divergence(self) -> float:
         """Return the divergence at which the quality is expected to reach the limit.
@@ -211,29 +203,25 @@ class Search:
 
     def _wanted(self, line: Sequence[Candidate]) -> Candidate | None:
         """Return the candidate of a line that is worth a measurement, if any is."""
-        if self._aim == "best":
-            return self._wanted_best(line)
         better = self._better(line)
-        if not better or (self._is_new(line) and self.predicted(better[0]) > HOPELESS * self._allowed):
+        if not better or self._is_hopeless(line, better[0]):
             return None
         good = [candidate for candidate in better if self.predicted(candidate) <= self._allowed]
         return good[-1] if good else better[0]
 
     def _better(self, line: Sequence[Candidate]) -> list[Candidate]:
         """Return the undecided candidates of a line that would be a better answer; with the aim "best" the first."""
-        answer = self.answer
         if self._aim == "best":
             return [candidate for candidate in line[:1] if candidate not in self.measured]
-        undecided = self._undecided(line)
+        answer, undecided = self.answer, self._undecided(line)
         return undecided if answer is None else [each for each in undecided if self._cost(each) < self._cost(answer)]
 
-    def _wanted_best(self, line: Sequence[Candidate]) -> Candidate | None:
-        """Return the least sparse candidate of a line, unless it is measured or its line hopeless."""
-        first = next(iter(self._better(line)), None)
-        if first is None:
-            return None
-        best = min((self.measured[other].kl for other in self.fitting if other in self.measured), default=math.inf)
-        return None if self.predicted(first) > HOPELESS * best else first
+    def _is_hopeless(self, line: Sequence[Candidate], candidate: Candidate) -> bool:
+        """Return whether a candidate of a line is predicted to be far from good enough, or from the best so far."""
+        if self._aim == "best":
+            known = (self.measured[other].kl for other in self.fitting if other in self.measured)
+            return self.predicted(candidate) > HOPELESS * min(known, default=math.inf)
+        return self._is_new(line) and self.predicted(candidate) > HOPELESS * self._allowed
 
     def _is_new(self, line: Sequence[Candidate]) -> bool:
         return not any(candidate in self.measured for candidate in line if candidate != Candidate(0.0))

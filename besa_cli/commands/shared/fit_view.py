@@ -22,32 +22,24 @@ def in_words(candidate: "Candidate") -> str:
 
 
 def show_space(space: "Space", targets: "Targets", console: Console) -> None:
-    """Show the candidates of each line that are small enough, and what the probe would cost."""
-    rows = [
-        (
-            UNQUANTIZED if candidate.bits is None else candidate.bits,
-            human_share(candidate.sparsity),
-            human_bytes(space.bytes(candidate)),
-            f"{space.bits_per_weight(candidate):.3f}",
-        )
+    """Show the candidates of each line that are small enough."""
+    listed = [
+        {**asdict(candidate), "bytes": space.bytes(candidate), "bits_per_weight": space.bits_per_weight(candidate)}
         for candidate in space.candidates
         if targets.fit_in(space, candidate)
     ]
+    rows = [
+        (
+            UNQUANTIZED if each["bits"] is None else each["bits"],
+            human_share(each["sparsity"]),
+            human_bytes(each["bytes"]),
+            f"{each['bits_per_weight']:.3f}",
+        )
+        for each in listed
+    ]
     console.table("", ("bits", "sparsity", "size", "bits per weight"), rows)
     console.line(f"{len(rows)} of {len(space.candidates)} candidates are small enough; as few as needed are made")
-    console.emit_json(
-        {
-            "candidates": [
-                {
-                    **asdict(candidate),
-                    "bytes": space.bytes(candidate),
-                    "bits_per_weight": space.bits_per_weight(candidate),
-                }
-                for candidate in space.candidates
-                if targets.fit_in(space, candidate)
-            ]
-        }
-    )
+    console.emit_json({"candidates": listed})
 
 
 def show(search: "Search", journal: "Journal", space: "Space", recipe: "Recipe", console: Console) -> None:
