@@ -304,7 +304,15 @@ def _matrices(source: weights.Weights) -> dict[int, dict[str, str]]:
 
 def command_line(command: str, options: Mapping[str, object], run: Path | None = None) -> str:
     """Return the command line for a manifest's options, with ``--run`` if a run directory is given."""
-    words = ["besa", command]
+    words = ["besa", command, *option_words(options)]
+    if run is not None:
+        words += ["--run", str(run)]
+    return shlex.join(words)
+
+
+def option_words(options: Mapping[str, object]) -> list[str]:
+    """Return the words that give options on a command line, named as in a manifest; those that are None give none."""
+    words: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is None:
@@ -315,9 +323,7 @@ def command_line(command: str, options: Mapping[str, object], run: Path | None =
             words += [word for item in value for word in (flag, str(item))]
         else:
             words += [flag, str(value)]
-    if run is not None:
-        words += ["--run", str(run)]
-    return shlex.join(words)
+    return words
 
 
 def _available(value: str, replaced: Collection[str]) -> str:

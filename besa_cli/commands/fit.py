@@ -265,7 +265,7 @@ def _recipe(
     compute: option_groups.ComputeGroup,
     run: Path,
 ) -> "Recipe":
-    from besa_cli.checkpoint import weights
+    from besa_cli.checkpoint import inspection, weights
     from besa_cli.decoder import architecture
     from besa_cli.fitting.recipe import Recipe
 
@@ -282,25 +282,12 @@ def _recipe(
         text=evaluation.text,
         windows=evaluation.limit,
         context=evaluation.context or min(_CONTEXT, longest),
-        samples=_sample_words(samples),
+        samples=inspection.option_words(samples.given()),
         seed=samples.seed,
         data_dir=None if samples.data_dir is None else str(samples.data_dir),
         compute=["--device", compute.device, "--dtype", compute.dtype],
         memory=memory,
     )
-
-
-def _sample_words(samples: option_groups.SampleGroup) -> list[str]:
-    """Return the options that choose the calibration samples, as they were typed."""
-    words: list[str] = []
-    for name, value in samples.given().items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            for each in value if isinstance(value, list) else [value]:
-                words += [f"--{option}", str(each)]
-    return words
 
 
 def _begin(recipe: "Recipe", space: "Space", decoder: "Decoder", console: Console) -> "Journal":
