@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import calls, tiny_models
+from support.tiny_models import stock
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from besa_cli.checkpoint.runs import Run
 from besa_cli.decoder.decoder import Decoder
@@ -60,14 +60,6 @@ def finish(directory: Path, model: Path, request: StageRequest, rows: Tensor | N
     manifest = tiny_models.run(StageJob(Run(directory), tiny_models.local(model), calibration, request))
     assert manifest["status"] == "complete"
     return directory / "pruned"
-
-
-def stock(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """The checkpoint as transformers alone loads it; missing, unexpected or misshapen tensors are an error."""
-    load: Any = AutoModelForCausalLM.from_pretrained  # its type tells nothing of the second result
-    model, information = load(directory, dtype=dtype, output_loading_info=True)
-    assert not any(information.values()), information
-    return model.eval()
 
 
 def pattern_of(request: StageRequest) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """Matrices that are no `nn.Linear` of the model's code: Conv1D, experts, and weights that are left as they are."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -76,12 +77,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def stock(directory: Path, **options: Any) -> Any:
-    """The checkpoint as transformers alone loads it."""
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, information = load(directory, dtype=torch.float32, output_loading_info=True, **options)
-    assert not any(information.values()), information
-    return model.eval()
+stock = functools.partial(tiny_models.stock, dtype=torch.float32)
 
 
 def stage_of(run: Path, model: Path, rows: Tensor, method: str = "wanda", **asked: Any) -> Path:

@@ -1,5 +1,6 @@
 """`--experts`: which experts stay, what their stage computes in stock transformers, and what resumes it."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from support import multi_rank, tiny_models
 from torch import Tensor
@@ -58,12 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of
 
 
-def stock(directory: Path, **options: Any) -> Any:
-    """The checkpoint as transformers alone loads it."""
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, information = load(directory, dtype=torch.float32, output_loading_info=True, **options)
-    assert not any(information.values()), information
-    return model.eval()
+stock = functools.partial(tiny_models.stock, dtype=torch.float32)
 
 
 def request(method: str = "wanda", *, share: float = 0.34, sparsity: float = 0.0, **options: Any) -> StageRequest:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_models
-from test_architectures import stock
+from support.tiny_models import stock
 
 from besa_cli.checkpoint.runs import Run
 from besa_cli.errors import BesaError, UsageError

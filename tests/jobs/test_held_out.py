@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import multi_rank, tiny_models
-from test_architectures import stock
+from support.tiny_models import stock
 from torch import Tensor
 
 from besa_cli.checkpoint import ownership, stages

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_models
-from test_architectures import stock
+from support.tiny_models import stock
 from torch import Tensor
 
 from besa_cli.checkpoint import manifests, ownership, sealed

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_models
-from test_architectures import CPU, stock
+from support import oracles, tiny_models
+from support.tiny_models import stock
+from test_architectures import CPU
 from torch import Tensor, nn
 
 from besa_cli.decoder.decoder import Decoder
@@ -49,26 +50,6 @@ def plain_outputs(model: nn.Module, block: nn.Module) -> Tensor:
     return found[0]
 
 
-def prune_plainly(model: nn.Module, block: nn.Module, sparsity: float) -> None:
-    """Zero the weights with the lowest |W|·‖X‖ in every row; the share is a whole number of weights in every linear."""
-    norms: dict[nn.Linear, Tensor] = {}
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    handles = [
-        linear.register_forward_pre_hook(
-            lambda module, args: norms.update({module: args[0].flatten(0, -2).square().sum(0).sqrt()})
-        )
-        for linear in linears
-    ]
-    with torch.no_grad():
-        model(ROWS, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for linear in linears:
-            scores = linear.weight.abs() * norms[linear]
-            lowest = scores.argsort(1)[:, : round(sparsity * scores.shape[1])]
-            linear.weight.scatter_(1, lowest, 0.0)
-
-
 def plain_effects(directory: Path, family: str) -> list[list[float]]:
     model = stock(directory, torch.float32)
     model.requires_grad_(True)
@@ -79,7 +60,7 @@ def plain_effects(directory: Path, family: str) -> list[list[float]]:
         dense, row = plain_outputs(model, block), []
         before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         for sparsity in SPARSITIES:
-            prune_plainly(model, block, sparsity)
+            oracles.prune_plainly(model, block, ROWS, sparsity)
             change = gradient * (plain_outputs(model, block) - dense)
             row.append(float(change.square().sum()) / 2 / ROWS.numel())
             block.load_state_dict(before)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny_models
-from test_architectures import CPU, stock
+from support import oracles, tiny_models
+from support.tiny_models import stock
+from test_architectures import CPU
 from torch import Tensor, nn
 
 from besa_cli.decoder.decoder import Decoder
@@ -31,22 +32,10 @@ def rounded(weight: Tensor) -> Tensor:
 
 def compress(model: nn.Module, blocks: nn.Module, compression: Compression) -> None:
     """Change the linears of all blocks, by the inputs that they have in the dense model."""
-    inputs: dict[nn.Linear, Tensor] = {}
-    linears = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
-    handles = [
-        linear.register_forward_pre_hook(lambda module, args: inputs.update({module: args[0].flatten(0, -2)}))
-        for linear in linears
-    ]
-    with torch.no_grad():
-        model(ROWS, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        for linear in linears:
-            scores = linear.weight.abs() * inputs[linear].square().sum(0).sqrt()
-            lowest = scores.argsort(1)[:, : round(compression.sparsity * scores.shape[1])]
-            linear.weight.scatter_(1, lowest, 0.0)
-            if compression.grid is not None:
-                linear.weight.copy_(rounded(linear.weight))
+    oracles.prune_plainly(model, blocks, ROWS, compression.sparsity)
+    if compression.grid is not None:
+        for linear in (module for module in blocks.modules() if isinstance(module, nn.Linear)):
+            linear.weight.data = rounded(linear.weight.data)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])

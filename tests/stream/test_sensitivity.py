@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_models
-from test_architectures import CPU, stock
+from support.tiny_models import stock
+from test_architectures import CPU
 from torch import Tensor
 
 from besa_cli.decoder.decoder import Decoder

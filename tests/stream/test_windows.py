@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny_models
-from test_architectures import CPU, check_bits, finish, stock
+from support.tiny_models import stock
+from test_architectures import CPU, check_bits, finish
 from torch import Tensor
 
 from besa_cli.checkpoint.reports import BlockReport

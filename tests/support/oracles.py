@@ -5,7 +5,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def levelled(shares: Sequence[Fraction], total: int, lower: Sequence[int], upper: Sequence[int]) -> list[Fraction]:
@@ -110,3 +110,23 @@ def damped(gram: Tensor, damping: float) -> Tensor:
         if hessian[col, col] == 0:
             hessian[col, col] = 1.0
     return hessian + damping * float(hessian.diagonal().mean()) * torch.eye(len(hessian), dtype=torch.float64)
+
+
+def prune_plainly(model: nn.Module, block: nn.Module, rows: Tensor, sparsity: float) -> None:
+    """Zero the weights with the lowest |W|·‖X‖ in every row; the share is a whole number of weights in every linear."""
+    norms: dict[nn.Linear, Tensor] = {}
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    handles = [
+        linear.register_forward_pre_hook(
+            lambda module, args: norms.update({module: args[0].flatten(0, -2).square().sum(0).sqrt()})
+        )
+        for linear in linears
+    ]
+    with torch.no_grad():
+        model(rows, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for linear in linears:
+            scores = linear.weight.abs() * norms[linear]
+            lowest = scores.argsort(1)[:, : round(sparsity * scores.shape[1])]
+            linear.weight.scatter_(1, lowest, 0.0)

@@ -128,6 +128,14 @@ def calibration_set(rows: Tensor, held_out: Tensor | None = None) -> Calibration
     return CalibrationSet(tokens=rows, manifest=manifest, held_out=held_out)
 
 
+def stock(directory: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
+    """The checkpoint as transformers alone loads it; missing, unexpected or misshapen tensors are an error."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # its type tells nothing of the second result
+    model, information = load(directory, dtype=dtype, output_loading_info=True, **options)
+    assert not any(information.values()), information
+    return model.eval()
+
+
 def local(directory: Path) -> Model:
     """A checkpoint directory as a model."""
     return Model(name=str(directory), kind="local", directory=directory, revision=None)
