@@ -205,6 +205,8 @@ class SparseQuantizer(HfQuantizer):
         problem = _problems.pop(model, None)
         if problem is not None:
             raise problem
+        if self.quantization_config.packed:
+            _leave_files(model)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Return the conversion that transformers runs on the collected parts of each weight."""
@@ -237,6 +239,18 @@ def _replace_linears(model: PreTrainedModel, files: list[Path]) -> None:
         model.set_output_embeddings(streamed)
     if native_tiles.level() in (native_tiles.TORCH, "plain"):
         logger.warning("packed weights run slowly here: %s", native_tiles.reason())
+
+
+def _leave_files(model: PreTrainedModel) -> None:
+    """Copy the dense parameters of a packed model out of the files that transformers maps.
+
+    A single one that stays would keep its file mapped, whose pages were read while the weights were packed and count as
+    the memory of the process.
+    """
+    for module in model.modules():
+        if not isinstance(module, PackedLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
 
 
 def _check(directory: Path) -> Index:

@@ -8,7 +8,6 @@ import torch
 from besa_cli import hf  # registers the loader of sparse exports
 from besa_cli.checkpoint import sparse_index
 from besa_cli.decoder import architecture
-from besa_cli.runtime.linear import PackedLinear
 from besa_cli.system import compute
 
 if TYPE_CHECKING:
@@ -43,22 +42,8 @@ def load(
 
     logging.disable_progress_bar()
     model = architecture.load_stock(directory, dtype, config_of(directory, packed=packed))
-    if packed and sparse_index.is_sparse(directory):
-        _leave_files(model)
     compute.give_back_memory()
     return model if device is None else model.to(device)  # type: ignore[arg-type]
-
-
-def _leave_files(model: "PreTrainedModel") -> None:
-    """Copy the dense parameters of a packed model out of the files that transformers maps.
-
-    A single one that stays would keep its file mapped, whose pages were read while the weights were packed and count as
-    the memory of the process.
-    """
-    for module in model.modules():
-        if not isinstance(module, PackedLinear):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone()
 
 
 def weights_read(model: "PreTrainedModel") -> int | None:

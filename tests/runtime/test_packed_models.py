@@ -65,6 +65,15 @@ def test_every_architecture_gives_the_logits_of_the_dense_model(family: str, exp
     assert_alike(packed, dense)
 
 
+def test_no_file_stays_mapped_in_plain_transformers(export: Callable[..., Path]) -> None:
+    maps, directory = Path("/proc/self/maps"), export()
+    if not maps.exists():
+        pytest.skip("this system does not list what a process maps")
+    model = loaded(directory, packed=True)
+    assert packed_linears(model)
+    assert str(directory) not in maps.read_text()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_linears_of_a_llama_are_packed_and_generate_the_same_text(
