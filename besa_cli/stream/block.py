@@ -16,7 +16,8 @@ from besa_cli.stream.windows import Window
 from besa_cli.system import compute
 
 # Phases of the work: "sensitivity", "experts" and "budget" come before the first window, "global" after the last;
-# "tuning" is that of `besa tune`. The duration of all but "update" grows with the number of samples: see forecast.py.
+# "tuning" is that of `besa tune`, "probe" one of `besa fit`. The duration of all but "update" grows with the number of
+# samples: see forecast.py.
 Phase = Literal[
     "sensitivity",
     "experts",
@@ -29,6 +30,7 @@ Phase = Literal[
     "propagation",
     "global",
     "tuning",
+    "probe",
 ]
 OnStep = Callable[[int, int, Phase], None]  # steps done, steps in all, phase
 

@@ -71,7 +71,7 @@ def divergences(
             _advance(block, states, _compressed(weights, ranks, compression))
         dense = block.target
         decoder.drop(index)
-        on_step(index + 1, len(decoder), "budget")
+        on_step(index + 1, len(decoder), "probe")
     return [held_out.mean_divergence(decoder, states, dense, tokens) for states in hidden]
 
 
