@@ -95,14 +95,16 @@ def _stage_in_words(manifest: "StageManifest", directory: Path, run: "Run") -> s
 
 
 def _results(run: "Run") -> list[dict[str, Any]]:
-    """Return the results of evaluations that are not those of the dense model, the newest last; no other files."""
+    """Return the figures of evaluations that are not those of the dense model, the newest last; no other files."""
     from besa_cli.checkpoint import inspection
+    from besa_cli.evaluation import continuations
     from besa_cli.system import disk
 
     files = sorted(inspection.evaluation_files(run), key=lambda file: (file.stat().st_mtime_ns, file.name))
     results = [dict(disk.read_json(file)) for file in files]
     measured = [result for result in results if isinstance(result.get("model"), dict) and "model_digest" in result]
-    return [result for result in measured if result["model"].get("name") != "dense"]
+    figures = [result for result in measured if result.get("kind") != continuations.KIND]
+    return [result for result in figures if result["model"].get("name") != "dense"]
 
 
 def _result_in_words(result: dict[str, Any]) -> str:

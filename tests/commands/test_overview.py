@@ -77,6 +77,16 @@ def test_each_step_of_a_run_leads_to_the_next(besa: Besa) -> None:
     assert following == "besa export"
 
 
+def test_a_stored_continuation_is_no_figure(besa: Besa) -> None:
+    run, manifest = Path("besa-run"), stage_manifest(status="complete")
+    write(run / "pruned/besa.json", manifest)
+    sample = {"kind": "continuation", "model_digest": manifest["digest"], "prompt": "p", "text": "t"}
+    write(run / "eval/sample-1.json", {**sample, "model": {"name": "besa 50.00 %"}})
+    lines, following = said(besa)
+    assert not any("newest result" in line for line in lines)
+    assert following == "besa eval ppl wikitext2"
+
+
 def test_the_newest_result_may_be_that_of_a_task_and_other_files_are_not_results(besa: Besa) -> None:
     run = Path("besa-run")
     write(run / "pruned/besa.json", stage_manifest(status="complete"))
