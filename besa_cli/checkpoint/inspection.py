@@ -87,7 +87,7 @@ def kind_of(directory: Path) -> Kind:
     if (directory / "config.json").exists():
         return "checkpoint"
     run = Run(directory)
-    parts = (run.calibration, run.evaluations, run.simulations, *stage_directories(run))
+    parts = (run.calibration, run.evaluations, run.simulations, run.speeds, *stage_directories(run))
     if any(part.is_dir() for part in parts):
         return "run"
     raise BesaError(
@@ -365,6 +365,11 @@ def evaluations(run: Run) -> dict[str, JsonObject]:
 def simulations(run: Run) -> dict[str, JsonObject]:
     """Read the simulations of a run, by file name."""
     return _results(run.simulations)
+
+
+def speeds(run: Run) -> dict[str, JsonObject]:
+    """Read the measured speeds of a run, by file name."""
+    return _results(run.speeds)
 
 
 def _results(directory: Path) -> dict[str, JsonObject]:

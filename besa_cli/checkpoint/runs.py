@@ -33,6 +33,11 @@ class Run:
         """Directory of simulation results, one file per result."""
         return self.path / "simulate"
 
+    @property
+    def speeds(self) -> Path:
+        """Directory of measured speeds, one file per measurement."""
+        return self.path / "speed"
+
     def stage(self, name: str) -> Path:
         """Return the directory of a stage, ``pruned``, ``tuned`` or ``quantized``."""
         return self.path / name

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from besa_cli.bench.contenders import Contender, Runner, TokenLoad
     from besa_cli.bench.entry import Entries
     from besa_cli.bench.rounds import Rounds, SpeedComparison, Speeds
+    from besa_cli.checkpoint.runs import Run
     from besa_cli.commands.shared.subject import Subject
 
 _PROMPT, _NEW, _ROUNDS = 128, 32, 5
@@ -86,7 +86,8 @@ def bench(
         require(plot)
     computed = compute.dtype(dtype, compute.device("cpu"))
     subject = subjects.find(model, run, console, baseline=False, exports=True)
-    entries = _entries(subject, model, console)
+    measured_run = _run_of(subject, model)
+    entries = _entries(subject, measured_run)
     _require_room(entries, workloads)
     entry.require_memory(entries, computed)
     longest = max(workload.prompt for workload in workloads) + new_tokens
@@ -96,7 +97,7 @@ def bench(
         measured = _measure(chosen, workloads, rounds, subject.name, console)
     except KeyboardInterrupt as interrupt:
         raise Interrupted("nothing was kept") from interrupt
-    _show(subject, measured, console)
+    _show(subject, measured, console, measured_run)
     if plot:
         plots.draw(measured.results(), measured.bandwidth, plot, title=subject.name)
         console.note(f"drawn to {plot}")
@@ -120,14 +121,20 @@ def _require_counts(workloads: "Sequence[TokenLoad]") -> None:
                 raise UsageError(f"{name} {value} is not in {least} … {options.MOST}", f"give {least} or more")
 
 
-def _entries(subject: "Subject", model: str | None, console: Console) -> "Entries":
-    """Return the files to measure; a stage of a run has its exports beside it."""
-    from besa_cli.bench import entry
+def _run_of(subject: "Subject", model: str | None) -> "Run | None":
+    """Return the run whose stage is measured; None for a model that was named."""
     from besa_cli.checkpoint.runs import Run
 
-    if model is not None or subject.results is None:
+    return None if model is not None or subject.results is None else Run(subject.results.parent)
+
+
+def _entries(subject: "Subject", measured_run: "Run | None") -> "Entries":
+    """Return the files to measure; a stage of a run has its exports beside it."""
+    from besa_cli.bench import entry
+
+    if measured_run is None:
         return entry.of_directory(subject.directory)
-    return entry.of_stage(Run(subject.results.parent), subject.directory)
+    return entry.of_stage(measured_run, subject.directory)
 
 
 def _require_room(entries: "Entries", workloads: "Sequence[TokenLoad]") -> None:
@@ -195,8 +202,9 @@ def _measure(
     return measured
 
 
-def _show(subject: "Subject", measured: "Rounds", console: Console) -> None:
-    from besa_cli.bench import machine
+def _show(subject: "Subject", measured: "Rounds", console: Console, measured_run: "Run | None") -> None:
+    """Print the measurement, and keep that of a run's stage."""
+    from besa_cli.bench import machine, record
     from besa_cli.bench.entry import SPARSE
     from besa_cli.bench.rounds import compare
 
@@ -209,17 +217,10 @@ def _show(subject: "Subject", measured: "Rounds", console: Console) -> None:
     console.table("", _COLUMNS, [_row(each) for each in results])
     for each in comparisons:
         console.line(_sentence(each))
-    console.emit_json(
-        {
-            "model": subject.name,
-            "directory": str(subject.directory),
-            "machine": facts,
-            "bandwidth": measured.bandwidth,
-            "rounds": measured.count,
-            "results": [{**asdict(each), "workload": each.workload._asdict()} for each in results],
-            "comparisons": [{**asdict(each), "workload": each.workload._asdict()} for each in comparisons],
-        }
-    )
+    found = record.record(results, comparisons, facts, measured.bandwidth, measured.count)
+    if measured_run and subject.digest:
+        record.save(found, measured_run, subject.name, subject.digest)
+    console.emit_json({"model": subject.name, "directory": str(subject.directory), **found})
 
 
 def _row(speeds: "Speeds") -> tuple[str | int | float, ...]:

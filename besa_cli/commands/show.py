@@ -119,8 +119,10 @@ def _show_run(run: "Run", console: Console) -> dict[str, Any]:
     if facts["evaluations"]:
         console.text(f"\n{run.evaluations}: {len(facts['evaluations'])} results: {', '.join(facts['evaluations'])}")
     facts["simulations"] = inspection.simulations(run)
-    if facts["simulations"]:
-        console.text(f"\n{run.simulations}: {len(facts['simulations'])} results: {', '.join(facts['simulations'])}")
+    facts["speeds"] = inspection.speeds(run)
+    for directory, found in ((run.simulations, facts["simulations"]), (run.speeds, facts["speeds"])):
+        if found:
+            console.text(f"\n{directory}: {len(found)} results: {', '.join(found)}")
     return facts
 
 

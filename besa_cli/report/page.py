@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 
 from besa_cli import __version__
+from besa_cli.bench.record import RecordedSpeeds, SpeedRecord
 from besa_cli.checkpoint import exports, inspection
 from besa_cli.checkpoint.manifests import StageManifest
 from besa_cli.console import (
@@ -105,6 +106,8 @@ def render(collected: Collected, maps: Mapping[int, SparsityMap], again: str) ->
         "clean": lambda text: escaped(str(text), keep="\n\t"),
         "passes": _passes,
         "exported": _export,
+        "speed": _speed,
+        "measured_stage": _measured_stage,
     }
     folder = files("besa_cli.report")
     template = environment.from_string((folder / "page.html.jinja").read_text(encoding="utf-8"))
@@ -214,6 +217,24 @@ def _export(export: tuple[str, exports.Manifest]) -> tuple[str, str, str, str]:
         human_bytes(sizes["weights"]),
         human_bytes(sizes["weights_dense"]),
     )
+
+
+def _speed(speeds: RecordedSpeeds) -> tuple[str, ...]:
+    """Return what one contender reached as a row of a table."""
+    load = speeds["workload"]
+    return (
+        escaped(speeds["name"]),
+        f"{load['prompt']} + {load['new']}" + (f", {load['batch']} at a time" if load["batch"] > 1 else ""),
+        f"{speeds['prefill']:,.0f}",
+        f"{speeds['decode']:,.1f}",
+        human_bytes(speeds["resident"]),
+    )
+
+
+def _measured_stage(measured: SpeedRecord, run: ReportedRun) -> str:
+    """Return the name of the stage whose speed was measured."""
+    same = [stage.name for stage in run.stages if stage.manifest.get("digest") == measured["model_digest"]]
+    return same[0] if same else "a stage that has changed since"
 
 
 def _option(value: object) -> str:

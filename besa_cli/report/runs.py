@@ -1,4 +1,4 @@
-"""Contents of run directories for a report: stages, sizes, results, simulations, continuations and exports."""
+"""Contents of run directories for a report: stages, sizes, results, simulations, speeds, continuations and exports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
+from besa_cli.bench.record import SpeedRecord
 from besa_cli.checkpoint import exports, inspection, manifests
 from besa_cli.checkpoint.manifests import CalibrationManifest, Digest, StageManifest
 from besa_cli.checkpoint.reports import BlockReport
@@ -132,6 +133,7 @@ class ReportedRun:
         Unfinished replacements of finished stages (``--restart``).
     continuations : tuple of Continuation
     simulations : tuple of Simulation
+    speeds : tuple of SpeedRecord
     exports : tuple of (name, Manifest)
     """
 
@@ -142,6 +144,7 @@ class ReportedRun:
     remade: tuple[ReportedStage, ...]
     continuations: tuple[Continuation, ...]
     simulations: tuple[Simulation, ...]
+    speeds: tuple[SpeedRecord, ...]
     exports: tuple[tuple[str, exports.Manifest], ...]
 
     @property
@@ -229,6 +232,7 @@ def _run(path: Path, all_paths: Sequence[Path]) -> ReportedRun:
         ),
         continuations=_continuations(run),
         simulations=tuple(records.read(Simulation, file, _AGAIN) for file in sorted(run.simulations.glob("*.json"))),
+        speeds=tuple(records.read(SpeedRecord, file, _AGAIN) for file in sorted(run.speeds.glob("*.json"))),
         exports=tuple((directory.name, exports.read(directory)) for directory in inspection.exports(run)),
     )
 

@@ -374,6 +374,13 @@ def test_a_run_is_measured_dense_and_sparse(besa: Besa, run: Run, workplace: Pat
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert (workplace / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert "llama.cpp is not installed" in outcome.err or entry.llama_cpp()
+    (kept,) = run.speeds.glob("*.json")
+    stored, names = json.loads(kept.read_text()), ("machine", "bandwidth", "rounds", "results", "comparisons")
+    assert {name: stored[name] for name in names} == {name: record[name] for name in names}
+    assert stored["model_digest"] == json.loads((run.path / "pruned/besa.json").read_text())["digest"]
+    assert besa("bench", "--run", run.path, *sizes, "--dtype", "bfloat16").code == 0
+    assert list(run.speeds.glob("*.json")) == [kept]  # the newest measurement of the same is kept
+    assert kept.name in besa("show", run.path).out
 
 
 def test_a_sparse_export_alone_is_measured_packed_and_expanded_in_processes(
@@ -385,6 +392,7 @@ def test_a_sparse_export_alone_is_measured_packed_and_expanded_in_processes(
     assert "GB/s from memory" in lines[0]
     assert [line.split()[0] for line in lines[3:5]] == ["dense", "sparse"]
     assert lines[5].startswith("sparse beside dense")
+    assert not any(path.name == "speed" for path in run.exports.rglob("*"))
 
 
 def refused(outcome: Any, code: int, *words: str) -> None:

@@ -17,7 +17,11 @@ from safetensors.torch import load_file
 from support import tiny_models
 
 from besa_cli.app import main
+from besa_cli.bench import record, rounds
+from besa_cli.bench.contenders import TokenLoad
+from besa_cli.bench.rounds import Speeds
 from besa_cli.checkpoint import sparse_format
+from besa_cli.checkpoint.runs import Run
 from besa_cli.report import pictures
 
 Besa = Callable[..., Any]  # conftest.Outcome
@@ -52,8 +56,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         call("eval", "sample", HOSTILE, "--tokens", 5, "--dtype", "float32", "--run", place / run)
     call("simulate", "--dataflow", "vitcod", "--dataflow", "roofline", "--run", place / "learned<i>")
     call("export", "--format", "sparse", "--run", place / "learned<i>")
+    measure_speed(Run(place / "learned<i>"))
     interrupt(place / "cut" / "pruned")
     return place
+
+
+def measure_speed(run: Run) -> None:
+    """Store what `besa bench` would, on a processor with a hostile name."""
+    load = TokenLoad(prompt=8, new=3, batch=2)
+    speeds = [
+        Speeds(name=name, workload=load, prefill=1234.5, decode=rate, prefill_seconds=[], decode_seconds=[],
+               resident=5_000_000, weights_read=None, share=None)
+        for name, rate in (("dense", 10.0), ("<i>sparse", 25.04))
+    ]  # fmt: skip
+    facts = {"processor": "<b>fast", "threads": 2}
+    measured = record.record(speeds, rounds.compare(speeds, "<i>sparse"), facts, 2e9, 5)
+    record.save(measured, run, "model", read(run.stage("pruned") / "besa.json")["digest"])
 
 
 def interrupt(stage: Path) -> None:
@@ -232,6 +250,16 @@ def test_errors_curves_and_cycles_are_those_of_the_files(both: html.HtmlElement,
     assert len({row[0] for row in means}) == 2
 
 
+def test_measured_speeds_name_the_stage_and_the_machine(both: html.HtmlElement) -> None:
+    (section,) = both.xpath("//section[@id='run-1']")
+    assert table_of(section, "Measured speed, pruned") == [
+        ["dense", "8 + 3, 2 at a time", "1,234", "10.0", "5 MB"],
+        ["<i>sparse", "8 + 3, 2 at a time", "1,234", "25.0", "5 MB"],
+    ]
+    notes = [text(note) for note in section.xpath(".//p[@class='note']")]
+    assert any("<b>fast, 2 threads that read 2.0 GB/s from memory; medians of 5 rounds" in note for note in notes)
+
+
 def test_continuations_are_side_by_side(both: html.HtmlElement, made: Path) -> None:
     (cards,) = both.xpath("//dl[@class='cards']")
     shown = {text(card[0]): card[1].text_content() for card in cards}
@@ -330,7 +358,7 @@ def test_an_interrupted_run_says_which_block_comes_next(besa: Besa, made: Path) 
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_missing_is_left_out(besa: Besa, runs: Path) -> None:
     run = runs / "learned<i>"
-    for part in ("eval", "simulate", "export", "calibration"):
+    for part in ("eval", "simulate", "speed", "export", "calibration"):
         shutil.rmtree(run / part)
     document = page(besa, run)
     assert "No quality was measured: besa eval ppl wikitext2 does." in text(document)
@@ -395,6 +423,7 @@ def test_paths_that_are_no_runs_are_refused(besa: Besa, made: Path, workplace: P
         "eval/ppl-*.json",
         "eval/sample-*.json",
         "simulate/*.json",
+        "speed/*.json",
         "export/sparse/export.json",
     ],
 )
