@@ -1,7 +1,8 @@
-"""Write a LLaMA-shaped checkpoint of random weights, a shard a block: memory stays that of one tensor.
+"""Write a checkpoint of random weights, LLaMA-shaped or of experts as Qwen3, a shard a block, drawn tensor by tensor.
 
     python -m benchmarks.shared.random_checkpoint DIR --shape 7b                # 32 blocks, 13 GB
     python -m benchmarks.shared.random_checkpoint DIR --shape 70b --blocks 3
+    python -m benchmarks.shared.random_checkpoint DIR --shape 30b-a3b --blocks 2
 
 The numbers are drawn block by block from generators of their own, so that a cut checkpoint holds the first blocks of
 the whole one. A tokenizer of made-up words, rows of token ids to calibrate on (`rows.jsonl`) and a text to measure
@@ -13,16 +14,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a LLaMA-shaped decoder.
+    """Sizes of a decoder: LLaMA's, or with experts Qwen3's of mixtures.
 
     Attributes
     ----------
@@ -35,6 +37,10 @@ class Shape:
         Tokens that the model takes.
     tied : bool
         Whether the head is the embedding.
+    experts, routed : int
+        Experts of a block, each an MLP of `intermediate`, and how many a token is sent to.
+    head : int, optional
+        Width of a head, where it is not that of the hidden states divided by the heads.
     """
 
     hidden: int
@@ -45,43 +51,74 @@ class Shape:
     vocabulary: int = 32_000
     longest: int = 4096
     tied: bool = False
+    experts: int = 0
+    routed: int = 0
+    head: int | None = None
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Shape (rows, cols) of every linear of a block."""
-        keys = self.hidden // self.heads * self.key_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
+        width = self.head or self.hidden // self.heads
+        queries, keys = width * self.heads, width * self.key_heads
+        mlps = [f"mlp.experts.{number}" for number in range(self.experts)] or ["mlp"]
+        made = {
+            "self_attn.q_proj": (queries, self.hidden),
             "self_attn.k_proj": (keys, self.hidden),
             "self_attn.v_proj": (keys, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
+            "self_attn.o_proj": (self.hidden, queries),
         }
+        for name in mlps:
+            made |= {
+                f"{name}.gate_proj": (self.intermediate, self.hidden),
+                f"{name}.up_proj": (self.intermediate, self.hidden),
+                f"{name}.down_proj": (self.hidden, self.intermediate),
+            }
+        return made
+
+    def norms(self) -> dict[str, int]:
+        """Width of every norm of a block."""
+        made = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), self.hidden)
+        return made | (dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head) if self.head else {})
+
+    def config(self, dtype: torch.dtype) -> PretrainedConfig:
+        """What stock transformers loads it by."""
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "max_position_embeddings": self.longest,
+            "tie_word_embeddings": self.tied,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if self.head:
+            sizes["head_dim"] = self.head
+        if not self.experts:
+            return LlamaConfig(**sizes, intermediate_size=self.intermediate, architectures=["LlamaForCausalLM"])
+        return Qwen3MoeConfig(
+            **sizes,
+            architectures=["Qwen3MoeForCausalLM"],
+            moe_intermediate_size=self.intermediate,
+            num_experts=self.experts,
+            num_experts_per_tok=self.routed,
+        )
 
 
-SHAPES = {  # of TinyLlama-1.1B and the LLaMA-2 models (arXiv 2307.09288) as their config.json give them
+SHAPES = {  # of TinyLlama-1.1B, the LLaMA-2 models (arXiv 2307.09288) and Qwen3-30B-A3B by their config.json
     "1b": Shape(hidden=2048, intermediate=5632, heads=32, key_heads=4, blocks=22, longest=2048),
     "7b": Shape(hidden=4096, intermediate=11_008, heads=32, key_heads=32, blocks=32),
     "13b": Shape(hidden=5120, intermediate=13_824, heads=40, key_heads=40, blocks=40),
     "70b": Shape(hidden=8192, intermediate=28_672, heads=64, key_heads=8, blocks=80),
-}
+    "30b-a3b": Shape(
+        hidden=2048, intermediate=768, heads=32, key_heads=4, blocks=48, vocabulary=151_936, longest=40_960,
+        experts=128, routed=8, head=128,
+    ),
+}  # fmt: skip
 
 
 def checkpoint(directory: Path, shape: Shape, dtype: torch.dtype) -> int:
     """Write the checkpoint; returns the bytes of one block."""
-    LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        max_position_embeddings=shape.longest,
-        tie_word_embeddings=shape.tied,
-        architectures=["LlamaForCausalLM"],
-        dtype=str(dtype).removeprefix("torch."),
-    ).save_pretrained(directory)
+    shape.config(dtype).save_pretrained(directory)
     table: dict[str, str] = {}
     size = 0
     for index in range(shape.blocks):
@@ -90,8 +127,11 @@ def checkpoint(directory: Path, shape: Shape, dtype: torch.dtype) -> int:
             f"model.layers.{index}.{name}.weight": _normal(rows, cols, dtype, generator)
             for name, (rows, cols) in shape.linears().items()
         }
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{index}.{name}.weight"] = torch.ones(shape.hidden, dtype=dtype)
+        if shape.experts:
+            router = _normal(shape.experts, shape.hidden, dtype, generator)
+            tensors[f"model.layers.{index}.mlp.gate.weight"] = router
+        for name, width in shape.norms().items():
+            tensors[f"model.layers.{index}.{name}.weight"] = torch.ones(width, dtype=dtype)
         size = sum(tensor.nbytes for tensor in tensors.values())
         table |= _shard(directory, f"block-{index}.safetensors", tensors)
         del tensors

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import calls
 
 from benchmarks.quality import time_to_quality
 from benchmarks.results import recorded
-from benchmarks.speed import bench_matvec, bench_prune
+from benchmarks.shared import random_checkpoint
+from benchmarks.speed import bench_generate, bench_matvec, bench_prune
 from benchmarks.speed import learning_cost as results
 from besa_cli.pruners.besa import learning as besa_learning
 
@@ -137,3 +139,73 @@ def test_products_are_compared_with_each_dense_one(
     assert list(times) == [f"{name} as {other}" for name in sparse for other in dense]
     half, whole = line["microseconds"]["sparse 0.5"], line["microseconds"]["torch"]
     assert times["sparse 0.5 as torch"] == pytest.approx(whole / half, rel=0.1, abs=0.02)
+
+
+def test_a_model_is_pruned_exported_and_measured_once_a_sparsity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    load = {"prompt": 8, "new": 4, "batch": 1}
+    printed = {
+        "directory": "not kept",
+        "machine": {"processor": "fast", "threads": 2},
+        "bandwidth": 2e9,
+        "rounds": 5,
+        "results": [
+            {"name": name, "workload": load, "prefill": 100.0, "decode": rate, "resident": 10**9}
+            for name, rate in (("dense bfloat16", 10.0), ("sparse", 25.0))
+        ],
+        "comparisons": [
+            {
+                "name": "sparse",
+                "other": "dense bfloat16",
+                "workload": load,
+                "prefill": 1.0,
+                "decode": 2.5,
+                "resident": 1,
+            }
+        ],
+    }
+
+    def besa(*words: str) -> dict[str, Any]:
+        asked.append(words)
+        return printed
+
+    monkeypatch.setattr(bench_generate, "FILE", tmp_path / "lines.jsonl")
+    monkeypatch.setattr(bench_generate, "besa", besa)
+    words = ["--work", str(tmp_path), "--model", "some/model", "--sparsity", "0.5", "0.7"]
+    bench_generate.main([*words, "--bits", "4"])
+    assert [each[0] for each in asked] == ["prune", "quantize", "export", "export", "bench"] * 2
+    bench_generate.main(words)
+    assert [each[0] for each in asked[10:]] == ["prune", "export", "export", "bench"] * 2
+    gguf = [each[each.index("--type") + 1] for each in asked if "gguf" in each]
+    assert gguf == ["Q4_0", "Q4_0", "BF16", "BF16"]
+    lines = [json.loads(text) for text in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["bits"], line["sparsity"]) for line in lines] == [
+        ("model", bits, sparsity) for bits in (4, None) for sparsity in (0.5, 0.7)
+    ]
+    assert not any("directory" in line for line in lines)
+    shown = bench_generate.table().splitlines()
+    assert shown[2] == "| model, 4 bits | 50 % | 8 | dense bfloat16 | 100 | 10.0 | 1.00 GB | × 1.00 | × 2.50 |"
+    assert shown[3] == "| model, 4 bits | 50 % | 8 | sparse | 100 | 25.0 | 1.00 GB |  |  |"
+    assert len(shown) == 2 + 8 + 2
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        random_checkpoint.Shape(hidden=32, intermediate=48, heads=4, key_heads=2, blocks=2, vocabulary=40),
+        random_checkpoint.Shape(
+            hidden=32, intermediate=24, heads=4, key_heads=2, blocks=2, vocabulary=40, experts=3, routed=2, head=16
+        ),
+    ],
+    ids=["llama", "experts"],
+)
+def test_a_random_checkpoint_fills_the_stock_model(shape: random_checkpoint.Shape, tmp_path: Path) -> None:
+    random_checkpoint.checkpoint(tmp_path, shape, torch.float32)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    linears = sum(rows * cols for rows, cols in shape.linears().values())
+    layers = sum(value.numel() for name, value in model.named_parameters() if "layers" in name and value.ndim > 1)
+    assert layers == shape.blocks * (linears + shape.experts * shape.hidden)
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
