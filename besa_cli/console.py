@@ -169,9 +169,10 @@ class BlockProgress:
     def passed(self, report: "PassReport") -> None:
         """Show the line of a pass in which the whole model learned its rates."""
         learned = "" if report.learned is None else f", {report.learned:.4f} on those learned from"
+        way = "" if report.part == 1 else f" at {report.part:.0%} of the way"
         self._console.note(
             f"{self._title}: whole model, pass {report.number}/{report.epochs}: KL divergence to dense "
-            f"{report.held_out:.4f} on samples held out{learned}"
+            f"{report.held_out:.4f} on samples held out{way}{learned}"
         )
 
     def advance(self, index: int, seconds: float, phase: str = "") -> None:

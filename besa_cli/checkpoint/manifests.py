@@ -4,7 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Gt, Le, Len
 from typing_extensions import TypedDict
 
 from besa_cli import __version__
@@ -215,12 +215,14 @@ class WholeModel(TypedDict):
     """Result of the passes in which the whole model learned: the sparsities of its rows, or its kept weights.
 
     `divergence` is the KL divergence to the dense model, in nats per token, on `held_out` samples that were not learned
-    from: before the first pass, and after each. The stage is that after pass `kept`; 0 stands for the start.
+    from: before the first pass, and after each. The stage is that after pass `kept`; 0 stands for the start. `part` is
+    the part of the way from the start that is kept of that pass; absent: all of it.
     """
 
     held_out: Count
     divergence: list[Annotated[float, Ge(0)]]
     kept: Count
+    part: NotRequired[Annotated[float, Gt(0), Le(1)]]
 
 
 class AddedFields(TypedDict, total=False):

@@ -139,6 +139,8 @@ class PassReport:
         KL divergence to the dense model in nats, the mean over the tokens of samples that are not learned from.
     learned : float or None
         The same over the samples of the pass, each before its step.
+    part : float
+        Part of the way from the start at which `held_out` was found.
     resumed : bool
         An earlier run made the pass.
     """
@@ -147,4 +149,5 @@ class PassReport:
     epochs: int
     held_out: float
     learned: float | None = None
+    part: float = 1.0
     resumed: bool = False

@@ -260,6 +260,8 @@ class TuneJob:
             "divergence": progress.held,
             "kept": progress.kept,
         }
+        if progress.kept_part < 1:
+            whole_model["part"] = progress.kept_part
         manifest = self._stage.finish({"whole_model": whole_model})
         self._states.remove()
         self._place.take()

@@ -62,19 +62,23 @@ class LearningProgress:
         Divergence of the sample of each step, before the step.
     held : list of float
         Divergence on samples that are not learned from, before the first pass and after each.
+    parts : list of float
+        For each of `held` the part of the way from the start at which it was found; empty if all are whole ways.
     """
 
     history: list[float] = field(default_factory=list)
     held: list[float] = field(default_factory=list)
+    parts: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "LearningProgress":
         """Return the progress that `tensors` describes."""
-        return cls(history=tensors["history"].tolist(), held=tensors["held"].tolist())
+        return cls(**{name: tensors[name].tolist() for name in ("history", "held", "parts") if name in tensors})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors."""
-        return {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("history", "held")}
+        values = {"history": self.history, "held": self.held} | ({"parts": self.parts} if self.parts else {})
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
     @property
     def step(self) -> int:
@@ -85,6 +89,11 @@ class LearningProgress:
     def kept(self) -> int:
         """Pass with the smallest divergence on samples that are not learned from; 0: the start."""
         return int(np.argmin(self.held))
+
+    @property
+    def kept_part(self) -> float:
+        """Part of the way from the start that is kept of pass `kept`."""
+        return self.parts[self.kept] if self.parts else 1.0
 
 
 class Distillation:
@@ -183,7 +192,7 @@ class Distillation:
         found = held_out.mean_divergence(self._decoder, outputs, self._dense[part], self._tokens[part])
         return max(self.require_finite(found), 0.0)  # rounding alone can make it negative
 
-    def seconds(self, blocks: Blocks, visit: Visit, progress: LearningProgress) -> float:
+    def seconds(self, blocks: Blocks, visit: Visit, progress: LearningProgress, *, compared: int = 1) -> float:
         """Estimate the seconds of what is left, from a trial of one sample, the first block and the head.
 
         Parameters
@@ -193,6 +202,8 @@ class Distillation:
         visit : function
             See `step`; its time is counted.
         progress : LearningProgress
+        compared : int
+            Models that are compared after each pass.
         """
         rows, blocks_passed = self._tokens[:1], len(self._decoder)
         stream = BackwardStream(self._decoder, blocks, rows, depth=1)
@@ -206,14 +217,10 @@ class Distillation:
         began = time.perf_counter()
         stream.backward(gradient, visit)
         backward = blocks_passed * (time.perf_counter() - began)
-        compared = self._plan.epochs + 1 - len(progress.held)
+        after = compared * (self._plan.epochs - max(len(progress.held) - 1, 0)) + (not progress.held)
         held = max(len(self._tokens) - self.samples, 1)
         left = self.steps - progress.step
-        return (
-            left * (forward + head + backward)
-            + (len(self._tokens) + compared * held) * forward
-            + compared * held * head
-        )
+        return left * (forward + head + backward) + (len(self._tokens) + after * held) * forward + after * held * head
 
     def reports(self, progress: LearningProgress) -> Iterator[PassReport]:
         """Return a report of the model before the first pass, and of each pass that was finished."""
@@ -226,7 +233,10 @@ class Distillation:
     def _report(self, progress: LearningProgress, number: int) -> PassReport:
         own = progress.history[(number - 1) * self.samples : number * self.samples] if number else []
         mean = math.fsum(own) / len(own) if own else None
-        return PassReport(number=number, epochs=self._plan.epochs, held_out=progress.held[number], learned=mean)
+        part = progress.parts[number] if progress.parts else 1.0
+        return PassReport(
+            number=number, epochs=self._plan.epochs, held_out=progress.held[number], learned=mean, part=part
+        )
 
     def require_finite(self, value: float) -> float:
         """Return the value unchanged, after checking that it is finite.

@@ -27,8 +27,9 @@ from besa_cli.stream.block import OnStep
 from besa_cli.stream.distillation import BETAS, SAVED, Distillation, LearningPlan, LearningProgress
 from besa_cli.stream.rank_share import Store
 
-VERSION = 1  # raised with every change by which it learns otherwise, as `besa_cli.pruners.VERSIONS`
+VERSION = 2  # raised with every change by which it learns otherwise, as `besa_cli.pruners.VERSIONS`
 RATE = 0.001  # default learning rate: a step of Adam, relative to the root mean square of a linear's kept weights
+PARTS = (1.0, 0.75, 0.5, 0.25)  # of the way from the start to the end of a pass, compared after it
 STATE_BYTES = 12  # of a weight in a stored state: the weight in fp32, and two moments
 
 
@@ -70,10 +71,10 @@ class _LearnedLinear:
     places: Tensor
     state: Tensor
 
-    def put_into(self, weight: Tensor) -> None:
-        """Write the kept weights, as they would be stored, into a contiguous weight of shape (rows, cols)."""
-        kept = self.state[0].to(weight.device).to(self.dtype)
-        weight.view(-1).index_copy_(0, self.places.to(weight.device).long(), kept.to(weight.dtype))
+    def put_into(self, weight: Tensor, kept: Tensor) -> None:
+        """Write kept weights, as they would be stored, into a contiguous weight of shape (rows, cols)."""
+        stored = kept.to(weight.device).to(self.dtype)
+        weight.view(-1).index_copy_(0, self.places.to(weight.device).long(), stored.to(weight.dtype))
 
     def step(self, gradient: Tensor, rate: float, done: int) -> None:
         """Take a step of Adam, after `done` others, by the gradient at the weight of shape (rows, cols)."""
@@ -89,11 +90,27 @@ class _LearnedLinear:
 
 
 class _LearnedBlocks(StoredBlocks):
-    """Blocks of a decoder with the present kept weights, which take gradients."""
+    """Blocks of a decoder with the present kept weights, which take gradients; or with those at a part of the way.
 
-    def __init__(self, decoder: Decoder, linears: Mapping[int, list[_LearnedLinear]], *, resident: bool) -> None:
+    Parameters
+    ----------
+    decoder : Decoder
+    linears : mapping of int to list of _LearnedLinear
+    start : function of a block's number
+        Returns the block's weights at the start, by the names of its linears.
+    resident : bool
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        linears: Mapping[int, list[_LearnedLinear]],
+        start: Callable[[int], Mapping[str, Tensor]],
+        *,
+        resident: bool,
+    ) -> None:
         super().__init__(decoder, resident=resident)
-        self._linears = linears
+        self._linears, self._start, self._part = linears, start, 1.0
 
     @override
     def load(self, index: int) -> dict[str, Tensor]:
@@ -108,8 +125,18 @@ class _LearnedBlocks(StoredBlocks):
 
     def _put(self, index: int) -> None:
         own = self._decoder.linears(index)
+        start = self._start(index) if self._part < 1 else {}
         for linear in self._linears[index]:
-            linear.put_into(own[linear.name].weight.detach())
+            kept = linear.state[0]
+            if self._part < 1:
+                kept = part_of_the_way(start[linear.name].flatten()[linear.places.long()], kept, self._part)
+            linear.put_into(own[linear.name].weight.detach(), kept)
+
+    def go(self, part: float) -> None:
+        """Take the weights at a part of the way from the start; 1: the present ones."""
+        self._part = part
+        for index in sorted(self._loaded):
+            self._put(index)
 
     def step(self, factor: float, done: int, index: int, weights: Mapping[str, Tensor] | None, arrived: Tensor) -> None:
         """Let the linears of a loaded block take a step, after `done` others, by the gradients at `weights`.
@@ -122,6 +149,11 @@ class _LearnedBlocks(StoredBlocks):
             linear.step(gradient, factor * linear.rate, done)
         if self._resident:
             self._put(index)
+
+
+def part_of_the_way(start: Tensor, end: Tensor, part: float) -> Tensor:
+    """Return weights on the line between two, in fp32: `start` at 0, `end` at 1, both exactly."""
+    return torch.lerp(start.float(), end.float(), part)
 
 
 class Tuner:
@@ -178,7 +210,7 @@ class Tuner:
         yield from (replace(report, resumed=True) for report in self._samples.reports(progress))
         if progress.step < self._samples.steps:
             yield from self._go_on(progress)
-        self._best = progress.kept * self._samples.samples
+        self._best, self._part = progress.kept * self._samples.samples, progress.kept_part
 
     def seconds(self) -> float:
         """Estimate the seconds that `learn` takes, from a trial of one sample and the first block."""
@@ -186,8 +218,8 @@ class Tuner:
         progress = LearningProgress.of(stored) if stored else LearningProgress()
         if progress.step == self._samples.steps:
             return 0.0
-        blocks = _LearnedBlocks(self._decoder, {0: self._linears(0, 0)}, resident=self._plan.resident)
-        found = self._samples.seconds(blocks, partial(blocks.step, 1.0, 0), progress)
+        blocks = self._blocks({0: self._linears(0, 0)})
+        found = self._samples.seconds(blocks, partial(blocks.step, 1.0, 0), progress, compared=len(PARTS))
         blocks.drop_all()
         return found
 
@@ -195,27 +227,46 @@ class Tuner:
         """Do the steps that are left, and yield the report of each pass that they finish."""
         self._samples.observe_dense(lambda index: self._decoder.load(index, self._dense(index)), self._on_step)
         linears = {index: self._linears(index, progress.step) for index in range(len(self._decoder))}
-        blocks = _LearnedBlocks(self._decoder, linears, resident=self._plan.resident)
+        blocks = self._blocks(linears)
         if not progress.held:
             progress.held.append(self._samples.held_out_divergence(blocks))
+            progress.parts.append(1.0)
             yield self._samples.last_report(progress)
         for sample in itertools.islice(self._samples.order(), progress.step, None):
             self._step(blocks, sample, progress)
             if progress.step % self._samples.samples == 0:
-                progress.held.append(self._samples.held_out_divergence(blocks))
+                self._compare(blocks, progress)
                 self._save(linears, progress)
                 yield self._samples.last_report(progress)
             elif progress.step % SAVED == 0:
                 self._save(linears, progress)
         blocks.drop_all()
 
+    def _blocks(self, linears: Mapping[int, list[_LearnedLinear]]) -> _LearnedBlocks:
+        return _LearnedBlocks(self._decoder, linears, self._start_weights, resident=self._plan.resident)
+
+    def _start_weights(self, index: int) -> dict[str, Tensor]:
+        """Return the weights of a block at the start, by the names of its linears."""
+        tensors, places = self._start.read(index), self._decoder.tensor_places(index)
+        return {name: places[f"{name}.weight"].of(tensors) for name in self._decoder.linears(index)}
+
+    def _compare(self, blocks: _LearnedBlocks, progress: LearningProgress) -> None:
+        """Note the best part of the way from the start to the present weights, on samples not learned from."""
+        found = {}
+        for part in PARTS:
+            blocks.go(part)
+            found[part] = self._samples.held_out_divergence(blocks)
+        blocks.go(1.0)
+        best = min(PARTS, key=lambda part: found[part])  # of equal ones the longest way
+        progress.held.append(found[best])
+        progress.parts.append(best)
+
     def _linears(self, index: int, step: int) -> list[_LearnedLinear]:
         """Return the linears of a block that have kept weights, as they are after so many steps."""
-        tensors, origins = self._start.read(index), self._decoder.tensor_places(index)
         stored = self._states.block(step, index) if step else {}
         linears = []
-        for name in self._decoder.linears(index):
-            weight = origins[f"{name}.weight"].of(tensors).flatten()
+        for name, stored_weight in self._start_weights(index).items():
+            weight = stored_weight.flatten()
             kept = weight.nonzero().squeeze(1)
             if not len(kept):
                 continue
@@ -258,7 +309,9 @@ class Tuner:
                     place = places[f"{linear.name}.weight"]
                     weight = place.of(tensors).clone()
                     if linear.name in stored:
-                        weight[weight != 0] = stored[linear.name][0].to(weight.dtype)
+                        start = weight[weight != 0]
+                        tuned_weights = part_of_the_way(start, stored[linear.name][0], self._part)
+                        weight[weight != 0] = tuned_weights.to(weight.dtype)
                     tuned.append((place, weight))
                     linears.append(replace(linear, zeros=masks.count_zeros(weight)))
                 tensors = tensor_places.replaced(tensors, tuned)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import tiny_models
 from support.tiny_models import stock
 from torch import Tensor
@@ -97,10 +99,43 @@ def test_it_learns_what_the_whole_model_learns_in_plain_torch(tmp_path: Path) ->
     manifest = to_the_end(job(source, tmp_path / "run", asked(lr=0.01), rows, rows))
     assert manifest["whole_model"]["kept"] == 2
     before, found = tiny_models.weights(source), tiny_models.weights(tmp_path / "run" / "tuned")
-    for name, expected in in_plain_torch(tmp_path / "dense", source, rows, 0.01, 2).items():
+    learned = in_plain_torch(tmp_path / "dense", source, rows, 0.01, 2)
+    part = manifest["whole_model"].get("part", 1.0)
+    for name, expected in learned.items():
         moved = (expected - before[name]).abs().max()
         assert moved > 1e-4
-        assert float((found[name] - expected).abs().max()) < 0.02 * moved
+        assert float((found[name] - before[name] - part * (expected - before[name])).abs().max()) < 0.02 * moved
+    teacher, model = (stock(place, torch.float32) for place in (tmp_path / "dense", source))
+    tried = {}
+    for way in (1.0, 0.75, 0.5, 0.25):
+        with torch.no_grad():
+            for name, expected in learned.items():
+                model.get_parameter(name).copy_(before[name] + way * (expected - before[name]))
+            tried[way] = float(divergence(teacher, model, rows))
+    assert part == min(tried, key=lambda way: tried[way])
+    assert manifest["whole_model"]["divergence"][2] == pytest.approx(tried[part], rel=1e-3)
+
+
+@given(start=st.floats(-1e4, 1e4, width=32), end=st.floats(-1e4, 1e4, width=32))
+def test_both_ends_of_the_way_are_exact(start: float, end: float) -> None:
+    ends = torch.tensor([start]), torch.tensor([end])
+    assert torch.equal(tuning.part_of_the_way(*ends, 1.0), ends[1])
+    assert torch.equal(tuning.part_of_the_way(*ends, 0.0), ends[0])
+    assert float(tuning.part_of_the_way(*ends, 0.25)) == pytest.approx(0.75 * start + 0.25 * end, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_next_pass_goes_on_from_the_whole_way(
+    resident: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TuneJob, "_is_roomy", lambda _: resident)
+    source, learned = pruned(tmp_path), []
+    for number, parts in enumerate((tuning.PARTS, (1.0,))):
+        monkeypatch.setattr(tuning, "PARTS", parts)
+        made = job(source, tmp_path / f"run-{number}", asked(lr=0.05))
+        learned.append([report.learned for report in made.work()])
+        made.finish()
+    assert learned[0] == learned[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,7 +214,7 @@ def test_a_pass_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
 def test_the_best_pass_is_kept_though_later_ones_are_worse(tmp_path: Path) -> None:
     source = pruned(tmp_path)
     made = job(source, tmp_path / "run", asked(epochs=3))
-    held = iter([3.0, 1.0, 2.0, 2.5])
+    held = iter([3.0, 2.0, 1.5, 1.0, 1.2, *[2.0] * 4, *[2.5] * 4])
     states: dict[int, dict[str, Tensor]] = {}
 
     def comparing(self: distillation.Distillation, blocks: Any) -> float:
@@ -192,8 +227,10 @@ def test_the_best_pass_is_kept_though_later_ones_are_worse(tmp_path: Path) -> No
         patch.setattr(distillation.Distillation, "held_out_divergence", comparing)
         manifest = to_the_end(made)
     assert manifest["whole_model"]["kept"] == 1
+    assert manifest["whole_model"]["divergence"] == [3.0, 1.0, 2.0, 2.5]
+    assert manifest["whole_model"]["part"] == 0.5
     after = tiny_models.weights(tmp_path / "run" / "tuned")
-    assert all(torch.equal(after[f"model.layers.{name}.weight"], weight) for name, weight in states[1].items())
+    assert all(torch.equal(after[f"model.layers.{name}.weight"], weight) for name, weight in states[3].items())
 
 
 def _loaded(made: TuneJob, blocks: Any, index: int) -> list[tuple[str, torch.nn.Linear]]:

@@ -20,7 +20,10 @@ def whole_model_in_words(found: "WholeModel") -> str:
     first, kept = found["divergence"][0], found["kept"]
     if not kept:
         return f"whole model: no pass was better than the start (KL divergence to dense {first:.4f}), which is kept"
-    return f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out"
+    way = f", at {found['part']:.0%} of the way" if "part" in found else ""
+    return (
+        f"whole model: KL divergence to dense {first:.4f} -> {found['divergence'][kept]:.4f} on samples held out{way}"
+    )
 
 
 def warning(manifest: "StageManifest") -> str:
