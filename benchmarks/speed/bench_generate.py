@@ -79,7 +79,19 @@ def table() -> str:
             speeds = f"{found['prefill']:,.0f} | {found['decode']:.1f} | {found['resident'] / 1e9:.2f} GB"
             about = f"{found['workload']['prompt']} | {found['name']} | {speeds}"
             rows.append(f"| {title} | {about} | {' | '.join(times)} |")
-    return "\n".join(rows) + "\n\n" + _conditions(list(lines.values()))
+    return "\n\n".join(["\n".join(rows), _slower(list(lines.values())), _conditions(list(lines.values()))])
+
+
+def _slower(lines: Sequence[dict[str, Any]]) -> str:
+    """A sentence on every other program beside which sparse is not faster, and how often."""
+    parts = []
+    for name in ("prefill", "decode"):
+        pairs = [(each["other"], each[name] <= 1) for line in lines for each in line["comparisons"]]
+        for other in dict.fromkeys(other for other, _ in pairs):
+            slower = [is_slower for candidate, is_slower in pairs if candidate == other]
+            if any(slower):
+                parts.append(f"{name} beside {other} (in {sum(slower)} of {len(slower)})")
+    return f"Sparse is not faster: {'; '.join(parts)}." if parts else "Sparse is faster in every line."
 
 
 def _against(line: dict[str, Any], found: dict[str, Any]) -> dict[str, Any] | None:

@@ -188,7 +188,8 @@ def test_a_model_is_pruned_exported_and_measured_once_a_sparsity(
     shown = bench_generate.table().splitlines()
     assert shown[2] == "| model, 4 bits | 50 % | 8 | dense bfloat16 | 100 | 10.0 | 1.00 GB | × 1.00 | × 2.50 |"
     assert shown[3] == "| model, 4 bits | 50 % | 8 | sparse | 100 | 25.0 | 1.00 GB |  |  |"
-    assert len(shown) == 2 + 8 + 2
+    assert len(shown) == 2 + 8 + 4
+    assert shown[-3] == "Sparse is not faster: prefill beside dense bfloat16 (in 4 of 4)."
 
 
 @pytest.mark.parametrize(
