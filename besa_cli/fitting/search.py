@@ -226,11 +226,14 @@ class Search:
     def _is_new(self, line: Sequence[Candidate]) -> bool:
         return not any(candidate in self.measured for candidate in line if candidate != Candidate(0.0))
 
-    def _promise(self, candidate: Candidate) -> tuple[float, float]:
-        """Return what is least for the candidate to measure first."""
+    def _promise(self, candidate: Candidate) -> tuple[float, ...]:
+        """Return what is least for the candidate to measure first.
+
+        Those predicted to miss come last: what is measured before may show that they are hopeless.
+        """
         if self._aim == "best":
-            return self.predicted(candidate), 0.0
-        return self._cost(candidate)
+            return (self.predicted(candidate),)
+        return (float(self.predicted(candidate) > self._allowed), *self._cost(candidate))
 
 
 def _logarithms(space: Space, probed: Mapping[Candidate, float]) -> dict[Candidate, float]:

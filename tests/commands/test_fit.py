@@ -57,6 +57,9 @@ def test_the_answer_is_a_run_and_its_sparser_neighbour_misses(place: Path, besa:
     manifest = json.loads(Path(answer["run"], stage, "besa.json").read_text())
     assert manifest["counts"]["sparsity"] == pytest.approx(answer["sparsity"], abs=1e-3)
 
+    assert told["cost"]["models"] == len(attempts)
+    assert told["cost"]["seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in attempts))
+
     record = (place / "besa-fit/fit.json").read_bytes()
     again = besa(*WORDS, *MEASURED, "--max-kl", 0.1, "--bits", "none", "--bits", 8, "--json")
     assert (again.code, again.out) == (0, outcome.out)

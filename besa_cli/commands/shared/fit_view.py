@@ -76,7 +76,7 @@ def show(search: "Search", journal: "Journal", space: "Space", recipe: "Recipe",
             f"with a predicted KL of {human_divergence(search.predicted(candidate))}"
         )
     attempts = [{**asdict(attempt), "meets": search.meets(attempt.candidate)} for attempt in journal.attempts]
-    facts = {"directory": str(recipe.directory), "dense": journal.dense, "attempts": attempts}
+    facts = {"directory": str(recipe.directory), "dense": journal.dense, "attempts": attempts, "cost": _cost(journal)}
     if answer is None:
         nearest = search.nearest
         console.emit_json({**facts, "answer": None})
@@ -94,7 +94,21 @@ def show(search: "Search", journal: "Journal", space: "Space", recipe: "Recipe",
         console.line("no smaller candidate meets the targets: that is the dense model itself")
     else:
         console.line(f"it is in {run}: besa export --run {run} --format sparse")
+        console.line(_cost_in_words(journal, answer))
     console.emit_json({**facts, "answer": {**asdict(answer), "run": str(run), **quality._asdict()}})
+
+
+def _cost(journal: "Journal") -> dict[str, float]:
+    """Return the number of models of all searches in the directory, and the seconds to make and measure them."""
+    return {"models": len(journal.attempts), "seconds": sum(attempt.seconds for attempt in journal.attempts)}
+
+
+def _cost_in_words(journal: "Journal", answer: "Candidate") -> str:
+    """Return one line on the cost of all searches in the directory, beside that of the answer alone."""
+    cost = _cost(journal)
+    own = sum(attempt.seconds for attempt in journal.attempts if attempt.candidate == answer)
+    times = f", {cost['seconds'] / own:.1f} times the answer's own {human_seconds(own)}" if own else ""
+    return f"models made and measured so far: {cost['models']:.0f}, in {human_seconds(cost['seconds'])}{times}"
 
 
 def _nearest_in_words(nearest: "Candidate | None", search: "Search") -> str:
