@@ -20,7 +20,7 @@ from benchmarks.quality.ablations import COMMITTED
 from benchmarks.quality.ablations import LINES as ABLATIONS
 from benchmarks.results import recorded
 from benchmarks.shared.besa_runs import RESULTS, ROOT, read_lines
-from benchmarks.speed import bench_generate, bench_scale, larger_models, learning_cost
+from benchmarks.speed import bench_generate, bench_matvec, bench_scale, larger_models, learning_cost
 from besa_cli.ops import affine
 from besa_cli.sim import accelerator
 from besa_cli.sim.cost import SimulationSettings
@@ -353,4 +353,5 @@ PARTS: dict[str, Callable[[], str]] = {
     "larger-models": larger,
     "export-sizes": export_sizes.table,
     "generate": bench_generate.table,
+    "matvec": bench_matvec.table,
 }

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.shared.besa_runs import RESULTS, append_line, commit, machine
+from benchmarks.shared.besa_runs import RESULTS, append_line, commit, machine, read_lines
 from besa_cli.ops import affine
 from besa_cli.ops.affine import Grid
 from besa_cli.ops.kernels import native_tiles
@@ -102,6 +102,22 @@ def medians(called: Mapping[str, Job], turns: int) -> dict[str, float]:
             job(turn)
             seconds[name].append(time.thread_time() - start)
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
+
+
+def table() -> str:
+    """How many times as fast the newest line of every matrix of one vector is, in Markdown."""
+    lines = {(line["bits"], line["rows"], line["cols"]): line for line in read_lines(FILE) if line["vectors"] == 1}
+    compared = [(share, other) for other in ("dense", "torch") for share in (SPARSITIES[0], SPARSITIES[-1])]
+    titles = {"dense": "our dense kernel", "torch": "torch in bf16"}
+    header = [f"{share:.0%} as {titles[other]}".replace("%", " %") for share, other in compared]
+    rows = [f"| values | matrix | {' | '.join(header)} |", "|---" * (2 + len(header)) + "|"]
+    for (bits, height, width), line in sorted(lines.items(), reverse=True):
+        times = [f"× {line['times_as_fast'][f'sparse {share} as {other}']:.2f}" for share, other in compared]
+        title = "bf16" if bits == 16 else f"codes of {bits} bits"
+        rows.append(f"| {title} | {height:,} × {width:,} | {' | '.join(times)} |")
+    levels = sorted({line["level"] for line in lines.values()})
+    commits = sorted({line["commit"] for line in lines.values()})
+    return "\n".join(rows) + f"\n\nOne thread, one vector, level {', '.join(levels)}; commits {', '.join(commits)}."
 
 
 def main(words: list[str] | None = None) -> None:

@@ -121,6 +121,10 @@ def test_products_of_codes_are_compared_with_those_of_all_codes(
     assert list(line["microseconds"]) == ["read", "torch", "dense", "sparse 0.5", "sparse 0.6", "sparse 0.7"]
     half, whole = line["microseconds"]["sparse 0.5"], line["microseconds"]["dense"]
     assert line["times_as_fast"]["sparse 0.5 as dense"] == pytest.approx(whole / half, rel=0.1, abs=0.02)
+    shown = bench_matvec.table().splitlines()[2]
+    assert shown.startswith(
+        f"| codes of {bits} bits | 32 × 256 | × {line['times_as_fast']['sparse 0.5 as dense']:.2f} |"
+    )
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
