@@ -47,6 +47,19 @@ def test_products_with_any_number_of_vectors(vectors: int, dtype: torch.dtype, l
     assert bool(((outputs.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps + sizes * 2.0**-20).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vectors", [1, 7, 64])
+def test_the_error_is_no_larger_than_that_of_the_dense_product(vectors: int, dtype: torch.dtype, level: str) -> None:
+    dense = half(900, 3000, dtype)
+    inputs = torch.randn(vectors, 3000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = inputs.double() @ dense.double().T
+    own, of_torch = (
+        float((found.double() - exact).square().mean())
+        for found in (packed(dense).multiply(inputs), torch.nn.functional.linear(inputs, dense))
+    )
+    assert own <= 1.02 * of_torch  # both round their sums once; where one is a bit nearer is chance
+
+
 def test_half_of_the_weights_take_nine_bits_each(level: str) -> None:
     dense = half(512, 4096)
     bits = 8 * packed(dense).data.nbytes / dense.numel()
