@@ -49,6 +49,7 @@ class PartialModel:
         self, directory: Path, device: torch.device, dtype: torch.dtype, *, removed_experts: float | None = None
     ) -> None:
         compute.map_large_tensors()
+        compute.bound_primitives()
         self.config = architecture.config_of(directory)
         self.weights = Weights(directory)
         if removed_experts is not None:

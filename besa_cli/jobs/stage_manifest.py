@@ -57,7 +57,11 @@ def new_manifest(
             "batch": max(_PASS_TOKENS[device.type] // seqlen, 1),
             "kernels": kernels.name(device, dtype),
             "processor": _processor(device),
-            "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_MATHEMATICS)},
+            "environment": {
+                name: os.environ[name]
+                for name in sorted(os.environ)
+                if name.startswith(_MATHEMATICS) and name != compute.PRIMITIVES
+            },
         },
         "model": origin,
         **request.quantization(),

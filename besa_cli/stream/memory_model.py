@@ -17,7 +17,7 @@ from besa_cli.stream.windows import Segment
 
 _NARROW, _WIDE = 8, 4  # tensors of the hidden width, and of the widest linear, held during a pass over a block
 _KEPT = 2.5  # factor by which the backward pass holds more activations
-_MIXTURES = 7  # fp32 tensors with one value per candidate and row: logits, gradient, two moments, three temporaries
+_MIXTURES = 12  # fp32 tensors with one value per candidate and row: logits, gradient, two moments, eight temporaries
 _SCRATCH = 12  # bytes per weight of the linear being processed: scores, ranks, their order
 _SHORT = 1 << 15  # with fewer columns a rank takes two bytes
 HEAD_TOKENS = 512  # positions whose logits are computed at a time
@@ -218,7 +218,8 @@ def prune_demand(
     if use.learned is not None:
         kept = round(windows.kept_blocks(shape.blocks) * widths * _KEPT) + shape.blocks * shape.hidden
         scores = windows.kept_blocks(shape.blocks) * attention.KEPT
-        phases["learning"] = block + learned + learning * kept * compute + scores + 2 * compute * shape.largest
+        gradients = compute * (shape.weights + shape.largest)  # autograd turns to them when it is through the block
+        phases["learning"] = block + learned + learning * kept * compute + scores + gradients
     if held_out:
         phases["propagation"] += round(shape.weights * shape.source)  # the block's weights under the uniform masks
         phases["check"] = head + CHECK_TOKENS * shape.vocabulary * 3 * compute

@@ -18,6 +18,7 @@ from besa_cli.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"  # compiled products that oneDNN keeps
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _DEFAULT_TRIM = 128 << 10  # bytes; glibc's default trim threshold
 _passes_repeated: ContextVar[bool] = ContextVar("repeated_passes", default=False)
@@ -87,6 +88,15 @@ def map_large_tensors() -> None:
     library = _c_library()
     if library is not None:
         library.mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def bound_primitives() -> None:
+    """Let oneDNN keep fewer compiled products than its 1,024, unless the environment says how many.
+
+    Products in bf16 are compiled for each shape. In a mixture of experts each expert meets another number of tokens in
+    each pass, and what is kept of them took hundreds of MB. Changes no result; call it before the first product.
+    """
+    os.environ.setdefault(PRIMITIVES, "128")
 
 
 @contextlib.contextmanager

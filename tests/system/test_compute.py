@@ -1,6 +1,7 @@
 """What `auto` stands for: what the machine has, and nothing that another minute would answer otherwise."""
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -73,3 +74,12 @@ def test_the_manifest_says_why_the_dtype_was_chosen(
     found = json.loads((tmp_path / "run" / "pruned" / "besa.json").read_text())["compute"]
     reason = "asked for" if asked == "float32" else "the processor does not multiply bfloat16 in hardware"
     assert (found["dtype"], found["dtype_reason"]) == ("float32", reason)
+
+
+def test_the_number_of_kept_products_is_bounded_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compute.PRIMITIVES, "7")
+    compute.bound_primitives()
+    assert os.environ[compute.PRIMITIVES] == "7"
+    monkeypatch.delenv(compute.PRIMITIVES)
+    compute.bound_primitives()
+    assert int(os.environ[compute.PRIMITIVES]) < 1024
