@@ -107,6 +107,20 @@ def table(found: Found, titles: Mapping[str, str], samples: int = BASE.samples) 
     return "\n".join(rows)
 
 
+def other_texts(found: Found, titles: Mapping[str, str], sparsity: float) -> str:
+    """The perplexities at one sparsity on every text that was measured, in Markdown; only methods with all texts."""
+    lines = {method: of(method, sparsity, found) for method in titles}
+    measured_on = [line["perplexity"] for made in lines.values() for line in made if len(line["perplexity"]) > 1]
+    texts = list(dict.fromkeys(text for values in measured_on for text in values))
+    rows = [f"| {sparsity:.0%} | {' | '.join(texts)} |".replace("%", " %"), "|---" * (1 + len(texts)) + "|"]
+    for method, title in titles.items():
+        whole = [line["perplexity"] for line in lines[method] if set(texts) <= line["perplexity"].keys()]
+        if whole and texts:
+            values = [summary([each[text] for each in whole]) for text in texts]
+            rows.append(f"| {title} | {' | '.join(map(str, values))} |")
+    return "\n".join(rows)
+
+
 def cost(found: Found) -> str:
     """Seconds and memory of every cell: the least of the seeds' seconds, since other programs only add to them."""
     rows = ["| | sparsity | seconds at most | GB | threads | commits |", "|---|---|---|---|---|---|"]

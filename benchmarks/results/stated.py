@@ -97,6 +97,11 @@ def second_model() -> str:
     return protocol_a.table(protocol_a.found(protocol_a.SECOND), TITLES | CHANGES, protocol_a.SECOND_SAMPLES)
 
 
+def other_texts() -> str:
+    """Protocol A's table of texts that are not WikiText-2."""
+    return protocol_a.other_texts(protocol_a.found(), TITLES | CHANGES, 0.6)
+
+
 def perplexities() -> str:
     """Protocol A's table, its conditions, and what other programs reach on the same rows."""
     found = protocol_a.found()
@@ -337,6 +342,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "headline": headline,
     "protocol-a": perplexities,
     "second-model": second_model,
+    "other-texts": other_texts,
     "cells": cells,
     "learning-cost": learning,
     "time-to-quality": time_to_quality,

@@ -208,7 +208,8 @@ def test_a_model_is_pruned_exported_and_measured_once_a_sparsity(
 )
 def test_a_random_checkpoint_fills_the_stock_model(shape: random_checkpoint.Shape, tmp_path: Path) -> None:
     random_checkpoint.checkpoint(tmp_path, shape, torch.float32)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    model, found = loaded
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     linears = sum(rows * cols for rows, cols in shape.linears().values())
     layers = sum(value.numel() for name, value in model.named_parameters() if "layers" in name and value.ndim > 1)

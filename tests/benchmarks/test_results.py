@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import protocol_a, quant_protocol_a
+from benchmarks.quality.ablation_plan import Cell
 from benchmarks.results import recorded, stated
 from benchmarks.shared import besa_runs
 from benchmarks.speed import learning_cost
@@ -174,3 +175,22 @@ def test_a_line_of_another_dtype_takes_no_other_lines_place() -> None:
     ]
     found = [cells for cells in learning_cost.speed(lines).splitlines() if "moments" in cells]
     assert [row.split("|")[2:4] for row in found] == [[" bfloat16 ", " 2.00 "], [" float32 ", " 3.00 "]]
+
+
+def test_other_texts_are_those_that_a_whole_line_has() -> None:
+    def line(method: str, seed: int, **perplexity: float) -> tuple[Cell, dict[str, Any]]:
+        setting = protocol_a.setting(method, 0.6)
+        return Cell(setting=setting, seed=seed), {"perplexity": perplexity}
+
+    found = dict(
+        [
+            line("wanda", 0, wikitext2=10.0, c4=30.0),
+            line("wanda", 1, wikitext2=99.0),
+            line("magnitude", 0, wikitext2=5.0),
+        ]
+    )
+    assert protocol_a.other_texts(found, {"wanda": "Wanda", "magnitude": "magnitude"}, 0.6).splitlines() == [
+        "| 60 % | wikitext2 | c4 |",
+        "|---|---|---|",
+        "| Wanda | 10.00 (n=1) | 30.00 (n=1) |",
+    ]
