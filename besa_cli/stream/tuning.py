@@ -258,6 +258,7 @@ class Tuner:
             found[part] = self._samples.held_out_divergence(blocks)
         blocks.go(1.0)
         best = min(PARTS, key=lambda part: found[part])  # of equal ones the longest way
+        progress.parts += [1.0] * (len(progress.held) - len(progress.parts))  # of a state stored by version 1
         progress.held.append(found[best])
         progress.parts.append(best)
 

@@ -364,6 +364,29 @@ def test_a_resumed_run_does_only_what_is_left(tmp_path: Path) -> None:
     assert not home.exists()
 
 
+def test_a_state_of_before_the_parts_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pruned(tmp_path)
+
+    def stop(number: int, total: int, phase: str) -> None:
+        if phase == "tuning" and number == 7:
+            raise Killed
+
+    whole = distillation.LearningProgress.tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "PARTS", (1.0,))
+        patch.setattr(
+            distillation.LearningProgress,
+            "tensors",
+            lambda self: {name: value for name, value in whole(self).items() if name != "parts"},
+        )
+        with pytest.raises(Killed):
+            list(job(source, tmp_path / "run", asked()).work(stop))
+    again = job(source, tmp_path / "run", asked())
+    reports = list(again.work())
+    assert [report.part for report in reports[:2]] == [1.0, 1.0]
+    assert again.finish()["whole_model"]["divergence"] == [report.held_out for report in reports]
+
+
 @pytest.mark.usefixtures("often_saved")
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     source = pruned(tmp_path)
