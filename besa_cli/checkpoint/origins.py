@@ -24,10 +24,26 @@ def locate(origin: Origin, notify: Notify) -> Path:
     return models.resolve(pinned, notify=notify).directory
 
 
-def dense_origin(manifest: manifests.StageManifest) -> Origin:
-    """Return the dense model that a stage's history begins with, as far as the stages in between are on disk."""
-    parent = Path(manifest["model"]["directory"])
-    return dense_origin(manifests.read_stage(parent)) if (parent / MANIFEST).exists() else manifest["model"]
+def dense_origin(manifest: manifests.StageManifest, run: Path) -> Origin:
+    """Return the dense model that a stage's history begins with, as far as the stages in between are on disk.
+
+    `run` is the directory of the stage's run, which may have been moved since.
+    """
+    parent = _parent(manifest["model"], run)
+    return dense_origin(manifests.read_stage(parent), parent.parent) if _is_stage(parent) else manifest["model"]
+
+
+def _parent(origin: Origin, run: Path) -> Path:
+    """Return the directory of the model that a stage of a run was made from, also if the run was moved since."""
+    if "stage" in origin:
+        beside = run / origin["stage"]
+        if manifests.is_complete(beside) and manifests.read_stage(beside)["digest"] == origin["digest"]:
+            return beside
+    return Path(origin["directory"])
+
+
+def _is_stage(directory: Path) -> bool:
+    return (directory / MANIFEST).exists()
 
 
 def dense(stage: Path, notify: Notify) -> tuple[Path, manifests.Digest]:
@@ -39,5 +55,7 @@ def dense(stage: Path, notify: Notify) -> tuple[Path, manifests.Digest]:
         It, or a stage in between, cannot be had.
     """
     origin = manifests.read_stage(stage)["model"]
-    directory = locate(origin, notify)
-    return dense(directory, notify) if (directory / MANIFEST).exists() else (directory, origin["digest"])
+    directory = _parent(origin, stage.parent)
+    if not directory.is_dir():
+        directory = locate(origin, notify)
+    return dense(directory, notify) if _is_stage(directory) else (directory, origin["digest"])

@@ -48,7 +48,7 @@ class ExportJob:
         newest = run.newest()
         if newest is None:
             raise BesaError(f"{run.path} has no stage to export", f"make one: besa prune --run {run.path}")
-        self._exporter = exporter
+        self._run, self._exporter = run, exporter
         self.source = StageSource(newest)
         self.directory = run.exports / directory_name(exporter)
         self._partial = run.exports / f".{self.directory.name}.partial"
@@ -170,7 +170,7 @@ class ExportJob:
         self._keep_private()
         text = model_card.text(
             record,
-            model_card.origin(stage),
+            model_card.origin(self._run, stage),
             self._measured,
             self._exporter.module.loading(self._exporter.options),
         )

@@ -55,9 +55,9 @@ class CardOrigin:
     licence: str | None
 
 
-def origin(stage: StageManifest) -> CardOrigin:
-    """Return what is known of the dense model that a stage's history begins with."""
-    dense = origins.dense_origin(stage)
+def origin(run: Run, stage: StageManifest) -> CardOrigin:
+    """Return what is known of the dense model that the history of a run's stage begins with."""
+    dense = origins.dense_origin(stage, run.path)
     if dense["kind"] == "demo":
         return CardOrigin(base_model=demo.BASE, licence=demo.LICENCE)
     base_model = dense["name"].partition("@")[0] if dense["kind"] == "hub" else None
@@ -88,7 +88,7 @@ def results(run: Run, stage: StageManifest) -> CardResults:
     BesaError
         A result cannot be read, or is not one (named).
     """
-    names = {origins.dense_origin(stage)["digest"]: _DENSE, stage["digest"]: _THIS}
+    names = {origins.dense_origin(stage, run.path)["digest"]: _DENSE, stage["digest"]: _THIS}
     hint = "remove it, and measure again with: besa eval"
     perplexities = [records.read(CardResult, path, hint) for path in _files(run, "ppl", names)]
     tasks = [records.read(TaskResult, path, hint) for path in _files(run, "tasks", names)]

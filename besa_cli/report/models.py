@@ -51,7 +51,7 @@ def models(collected: Collected) -> list[ReportedModel]:
     figures: dict[str, dict[Column, float]] = {}
     for row in collected.comparison.rows:  # the same content has the same results, whichever run measured it
         figures[row.digest] = {**row.figures, **figures.get(row.digest, {})}
-    dense = {origins.dense_origin(stage.manifest)["digest"]: stage for _, stage in stages}
+    dense = {origins.dense_origin(stage.manifest, run.path)["digest"]: stage for run, stage in stages}
     found = [_dense(digest, stage, figures.get(digest, {}), len(dense)) for digest, stage in dense.items()]
     found += [_stage(run, stage, figures.get(stage.manifest["digest"], {})) for run, stage in stages]
     known = {model.digest for model in found}
@@ -86,7 +86,7 @@ def _stage(run: ReportedRun, stage: ReportedStage, figures: Mapping[Column, floa
         title=stage_title(run, stage),
         what=done(stage.manifest) + (", stale" if stage.stale else ""),
         digest=stage.manifest["digest"],
-        dense=origins.dense_origin(stage.manifest)["digest"],
+        dense=origins.dense_origin(stage.manifest, run.path)["digest"],
         sparsity=stage.manifest["counts"]["sparsity"],
         bits_per_weight=stage.sizes.bits_per_weight,
         packed=stage.sizes.packed,

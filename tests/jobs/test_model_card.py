@@ -138,4 +138,4 @@ def test_the_base_model_is_named_where_the_hub_has_it(
 ) -> None:
     manifest = json.loads((made.stage("pruned") / "besa.json").read_text())
     manifest["model"] |= {"kind": kind, "name": name, "directory": "nowhere"}
-    assert model_card.origin(manifest) == model_card.CardOrigin(base_model=base_model, licence=licence)
+    assert model_card.origin(made, manifest) == model_card.CardOrigin(base_model=base_model, licence=licence)

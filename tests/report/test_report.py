@@ -437,6 +437,24 @@ def test_a_damaged_file_is_refused_by_name(name: str, content: str, besa: Besa, 
     assert not Path("page.html").exists()
 
 
+def test_a_run_that_was_moved_keeps_its_dense_model(besa: Besa, runs: Path, workplace: Path) -> None:
+    for name in ("pruned", "tuned", "quantized"):
+        manifest = read(runs / "wanda" / name / "besa.json")
+        if "stage" in manifest["model"]:
+            assert (runs / "wanda").resolve() != Path(manifest["model"]["directory"]).parent.resolve()
+            manifest["model"]["directory"] = str(workplace / "gone" / manifest["model"]["stage"])
+            (runs / "wanda" / name / "besa.json").write_text(json.dumps(manifest))
+    assert besa("report", runs / "wanda", "--output", "page.html").code == 0
+    document = html.fromstring(Path("page.html").read_text())
+    titles = [text(cell[0]) for cell in document.xpath("//table[@class='models']/tbody/tr")]
+    assert sum(title.startswith("dense") for title in titles) == 1
+    shutil.rmtree(runs / "wanda" / "eval")
+    outcome = besa("eval", "ppl", runs / "words.txt", "--seqlen", 12, "--run", runs / "wanda", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "not with the dense one" not in outcome.err
+    assert len(json.loads(outcome.out)["results"]) == 2
+
+
 def test_nothing_is_overwritten_that_is_not_of_a_report(besa: Besa, made: Path, workplace: Path) -> None:
     Path("mine.html").write_text("<html>mine</html>")
     words = ("report", made / "cut", "--output")
