@@ -452,7 +452,7 @@ def test_a_run_that_was_moved_keeps_its_dense_model(besa: Besa, runs: Path, work
     outcome = besa("eval", "ppl", runs / "words.txt", "--seqlen", 12, "--run", runs / "wanda", "--json")
     assert outcome.code == 0, outcome.err
     assert "not with the dense one" not in outcome.err
-    assert len(json.loads(outcome.out)["results"]) == 2
+    assert json.loads(outcome.out)["results"][0]["kl"] > 0
 
 
 def test_nothing_is_overwritten_that_is_not_of_a_report(besa: Besa, made: Path, workplace: Path) -> None:
