@@ -134,6 +134,8 @@ class _LearnedBlocks(StoredBlocks):
 
     def go(self, part: float) -> None:
         """Take the weights at a part of the way from the start; 1: the present ones."""
+        if part == self._part:
+            return
         self._part = part
         for index in sorted(self._loaded):
             self._put(index)
@@ -230,7 +232,6 @@ class Tuner:
         blocks = self._blocks(linears)
         if not progress.held:
             progress.held.append(self._samples.held_out_divergence(blocks))
-            progress.parts.append(1.0)
             yield self._samples.last_report(progress)
         for sample in itertools.islice(self._samples.order(), progress.step, None):
             self._step(blocks, sample, progress)
@@ -258,7 +259,7 @@ class Tuner:
             found[part] = self._samples.held_out_divergence(blocks)
         blocks.go(1.0)
         best = min(PARTS, key=lambda part: found[part])  # of equal ones the longest way
-        progress.parts += [1.0] * (len(progress.held) - len(progress.parts))  # of a state stored by version 1
+        progress.parts += [1.0] * (len(progress.held) - len(progress.parts))  # the start, and passes of version 1
         progress.held.append(found[best])
         progress.parts.append(best)
 
