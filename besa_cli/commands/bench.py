@@ -72,7 +72,7 @@ def bench(
     from besa_cli.bench.contenders import TokenLoad
     from besa_cli.bench.rounds import LEAST_ROUNDS
     from besa_cli.simulation.plots import require
-    from besa_cli.system import compute
+    from besa_cli.system import compute, lock
 
     if rounds < LEAST_ROUNDS:
         raise UsageError(f"--rounds {rounds} is less than {LEAST_ROUNDS}", f"give {LEAST_ROUNDS} or more")
@@ -90,6 +90,8 @@ def bench(
     entries = _entries(subject, measured_run)
     _require_room(entries, workloads)
     entry.require_memory(entries, computed)
+    if measured_run:
+        lock.require_writable(measured_run.path)
     longest = max(workload.prompt for workload in workloads) + new_tokens
     chosen = entry.contenders(entries, compute.name_of(computed), longest)
     _note_missing(entries, console)
